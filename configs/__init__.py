@@ -1,0 +1,1 @@
+"""Experiment configurations: one small file each, values only. `default` holds every hyperparameter."""

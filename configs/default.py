@@ -1,0 +1,75 @@
+"""Every hyperparameter with its default: the JARVIS setting of the paper (names are the official project's).
+
+The full model has 4 blocks, 951,809 trainable parameters and one frame per atom, head and block. Other files of this
+folder start from here and change a few values; any value can be changed on the command line: `--config.lr=1e-3`.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """The default hyperparameters; every key a training run knows is listed here."""
+    config = ConfigDict()
+
+    # Data
+    config.target_set = "mp_flla_2015"
+    config.targets = "e_form"  # several: "e_form,e_above_hull"
+    config.data_dir = ""  # where prepared data are cached; empty: the user's cache folder
+    config.cutoff_radius = 0.0  # Å; 0: |adaptive_cutoff_sigma| * max(scale_real) / sqrt(gauss_lb_real)
+    config.adaptive_cutoff_sigma = -3.5
+
+    # Model
+    config.num_layers = 4
+    config.model_dim = 128
+    config.head_num = 8
+    config.k_dim = 0  # per head; 0: model_dim / head_num
+    config.v_dim = 0
+    config.ff_dim = 512
+    config.embedding_dim = (128,)  # widths of the layers between pooling and output
+    config.t_activation = "relu"  # relu | gelu
+    config.t_fixup_init = True
+    config.domain = "real"
+    config.frame_method = "max"  # max | no
+    config.tie_tolerance = 1e-4  # neighbours whose score is this close to the best are ties for a frame axis
+    config.pooling = "avr"  # avr | max
+    config.pre_pooling_op = "no"  # no | relu | w+relu
+    config.norm_type = "no"
+    config.dropout = 0.0
+    config.use_cgcnn_feat = False
+
+    # Width of the attention Gaussians
+    config.scale_real = (1.4,)  # r0 in Å, one value or one for each block
+    config.gauss_lb_real = 0.5
+    config.gauss_state = "q"
+    config.normalize_gauss = True
+    config.positive_func_beta = 0.1
+
+    # Value encodings: distances and angles
+    config.value_pe_dist_real = 64  # number of Gaussians; 0: none
+    config.value_pe_dist_coef = 1.0
+    config.value_pe_dist_max = -10.0  # Å; negative: in units of scale_real
+    config.value_pe_dist_wscale = 1.0
+    config.value_pe_wave_real = 0
+    config.value_pe_angle_real = 64  # number of Gaussians; 0: no frames (Crystalformer)
+    config.value_pe_angle_coef = 1.0
+    config.value_pe_angle_wscale = 4.0
+    config.cos_abs = 0
+
+    # Training
+    config.seed = 123
+    config.n_epochs = 2000
+    config.batch_size = 256
+    config.optimizer = "adamw"
+    config.lr = 5e-4
+    config.lr_sch = "inverse_sqrt_nowarmup"
+    config.sch_params = (4000.0,)
+    config.adam_betas = (0.9, 0.98)
+    config.weight_decay = 1e-5
+    config.bias_weight_decay = 0.01  # decay of biases; the published numbers were made with 0.01
+    config.clip_norm = 1.0  # 0: no clipping
+    config.clip_grad = 0.0
+    config.loss_func = "L1"
+    config.normalize_targets = "scale_bias"
+    config.swa_epochs = 50  # epochs at the end whose weights are averaged; 0: none
+    config.scale_grad = 0.0
+    return config

@@ -1,0 +1,1 @@
+"""CrystalFramer in JAX: property prediction for crystals with rotation-invariant dynamic frames."""

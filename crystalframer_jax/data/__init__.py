@@ -1,0 +1,1 @@
+"""Datasets: target sets, splits, the prepared store and the input pipeline."""

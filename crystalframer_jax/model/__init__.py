@@ -1,0 +1,1 @@
+"""The model: bases, frames, lattice sums, attention, encoder, regressor. Pure functions and Flax modules."""

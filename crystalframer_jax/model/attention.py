@@ -1,0 +1,64 @@
+"""Framed attention of one block: lattice sums, then the projection of the summed encodings."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from crystalframer_jax.batch import Rows
+from crystalframer_jax.model.basis import EXACT, Bases
+from crystalframer_jax.model.lattice_sums import lattice_sums
+
+Implementation = Literal["auto", "xla"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ValueEncoding:
+    """Projections of the summed bases of a block, and the bases themselves."""
+
+    w_dist: jax.Array | None  # [H, d_v, D_dist]
+    w_angle: jax.Array | None  # [3, H, d_v, D_angle]
+    bases: Bases = dataclasses.field(metadata={"static": True})
+    dist_coef: float = dataclasses.field(default=1.0, metadata={"static": True})
+    angle_coef: float = dataclasses.field(default=1.0, metadata={"static": True})
+
+
+def framed_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    alpha: jax.Array,
+    rows: Rows,
+    frames: jax.Array | None,
+    params: ValueEncoding,
+    implementation: Implementation = "auto",
+) -> jax.Array:
+    """Attention of every atom over its periodic neighbours, with distance and frame-angle encodings: [N, H, d_v].
+
+    Per head: sum_m p_m v_j + c_dist W_dist sum_m p_m b_dist + c_angle sum_axis W_axis sum_{m, d>0} p_m b_angle with
+    p = softmax over the row of q . k_j / sqrt(d_k) + alpha d^2.
+
+    Args:
+      q, k: [N, H, d_k].
+      v: [N, H, d_v].
+      alpha: [N, H] negative, 1/Å^2 (a = -rho / 2 r0^2).
+      rows: neighbour rows [N, M], vectors in Å.
+      frames: [N, H, 3, 3] with rows e1, e2, e3; None without angle encoding. They get no gradient.
+      params: projections and bases.
+      implementation: "xla", or "auto" for the fastest that the device has.
+
+    Raises:
+      ValueError: unknown implementation, or frames and angle basis do not go together.
+    """
+    if implementation not in ("auto", "xla"):
+        raise ValueError(f"implementation={implementation!r} is not available; allowed: 'auto', 'xla'")
+    if (frames is None) != (params.bases.angle is None):
+        raise ValueError("frames must be given exactly when there is an angle basis")
+    output, dist_sum, angle_sum = lattice_sums(params.bases, q, k, v, alpha, rows, frames)
+    if params.w_dist is not None:
+        output += params.dist_coef * jnp.einsum("nht,hdt->nhd", dist_sum, params.w_dist, precision=EXACT)
+    if params.w_angle is not None:
+        output += params.angle_coef * jnp.einsum("nhet,ehdt->nhd", angle_sum, params.w_angle, precision=EXACT)
+    return output

@@ -1,0 +1,1 @@
+"""Training: loss, optimizer, weight averaging, checkpoints, the loop."""
