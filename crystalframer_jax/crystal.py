@@ -85,7 +85,9 @@ class Crystal:
 
         amounts = np.bincount(self.species - 1) if self.occupancies is None else self.occupancies.sum(axis=0)
         elements = {Element.from_Z(int(z) + 1): float(amounts[z]) for z in np.flatnonzero(amounts)}
-        return Composition(elements).reduced_formula
+        with warnings.catch_warnings():  # of noble gases, which have no electronegativity to sort by
+            warnings.simplefilter("ignore")
+            return Composition(elements).reduced_formula
 
     @classmethod
     def from_pymatgen(cls, structure: Structure, id: str = "") -> Crystal:
@@ -316,7 +318,7 @@ def _read_poscar(text: str, name: str) -> Structure:
 
 
 def _check_poscar_is_whole(lines: list[str], num_atoms: int, name: str) -> None:
-    """pymatgen passes over element names without a count and over coordinates beyond the counts."""
+    """Raises for what pymatgen passes over: element names without a count, coordinates beyond the counts."""
     first = next(i for i in range(5, len(lines)) if lines[i].split()[0].isdigit())
     mode = first + max(first - 5, 1)  # as many lines of counts as of names; VASP 4 has no names
     num_names, num_counts = (len(" ".join(part).split()) for part in (lines[5:first], lines[first:mode]))
@@ -372,7 +374,7 @@ def _crystal_of_cif(block: str, id: str) -> Crystal:
 
 
 def _check_cif_symmetry(data: dict[str, Any], rotations: list[np.ndarray], where: str) -> None:
-    """pymatgen falls back to P1 where it does not understand the symmetry, which loses atoms."""
+    """Raises where pymatgen falls back to P1 because it does not understand the symmetry, and loses atoms."""
     listed = [data[key] for key in data if re.search(SYMOP_ITEM, key) and data[key] not in ("?", ".")]
     if listed:
         is_understood = len(rotations) == (1 if isinstance(listed[0], str) else len(listed[0]))
@@ -385,7 +387,7 @@ def _check_cif_symmetry(data: dict[str, Any], rotations: list[np.ndarray], where
 
 
 def _check_cif_rows(data: dict[str, Any], sites: np.ndarray, amounts: np.ndarray, where: str) -> None:
-    """pymatgen passes over rows of unknown element or occupancy, and reads the coordinate "." as 0.
+    """Raises for rows pymatgen passes over (unknown element, occupancy ".") or reads as 0 (coordinate ".").
 
     `sites` [n, 3] are the fractional coordinates that it found, `amounts` [n] the atoms on each.
     """

@@ -289,6 +289,11 @@ def test_pymatgen_errors(structure, message):
 # The checks of a crystal
 
 
+def test_formula_with_noble_gases():
+    crystal = Crystal([9, 54, 9], [[0, 0, 2], [0, 0, 0], [0, 0, -2]], np.eye(3) * 6)
+    assert (crystal.formula, crystal.num_atoms) == ("XeF2", 3)
+
+
 def test_arrays_are_copied_and_converted():
     positions = np.zeros((1, 3))
     crystal = Crystal(np.array([98], np.int64), positions, np.diag([-3, 4, 5]))

@@ -1,12 +1,16 @@
-"""Parameters of the official PyTorch implementation, as arrays by name."""
+"""Models of the official PyTorch implementation, from hyperparameters and parameters by name."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
-from crystalframer_jax.config import ModelConfig
+from crystalframer_jax.config import ModelConfig, model_config, target_names, validate
+from crystalframer_jax.configs import default
+from crystalframer_jax.inference.predictor import Predictor
+from crystalframer_jax.training.state import TargetStatistics
 
-Tree = dict[str, "np.ndarray | Tree"]
+Tree = dict[str, Any]
 
 
 def variables_from_official(state: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str, Tree]:
@@ -91,3 +95,27 @@ def _head(reader: _Reader, config: ModelConfig) -> Tree:
         width = next_width
     tree["output"] = reader.dense(f"mlp.{3 * len(widths)}", width, config.num_targets)
     return tree
+
+
+def load_official(config: Mapping[str, Any], state: Mapping[str, np.ndarray]) -> Predictor:
+    """A Predictor from official hyperparameters and an official state dict (arrays by name).
+
+    `target_mean` and `target_std` in the state give predictions in label units; without them predictions are the raw
+    output of the model. Raises ConfigError for settings that are not available, ValueError for names or shapes of
+    the state that do not fit.
+    """
+    ours = default.get_config()
+    for key, value in config.items():
+        if key in ours and key != "target_set":
+            ours[key] = tuple(value) if isinstance(value, list) else value
+    ours.targets = ",".join(target_names(ours))
+    validate(ours)
+    state = dict(state)
+    names = target_names(ours)
+    means = np.broadcast_to(np.asarray(state.pop("target_mean", 0.0), np.float64).ravel(), len(names))
+    stds = np.broadcast_to(np.asarray(state.pop("target_std", 1.0), np.float64).ravel(), len(names))
+    targets = tuple(
+        TargetStatistics(name, "label units", float(mean), float(std))
+        for name, mean, std in zip(names, means, stds, strict=True)
+    )
+    return Predictor(ours, variables_from_official(state, model_config(ours)), targets)

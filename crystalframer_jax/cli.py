@@ -1,0 +1,144 @@
+"""The command lines of scripts/: arguments, tables, files of results, errors in one line."""
+
+import argparse
+import contextlib
+import csv
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import platformdirs
+
+from crystalframer_jax.config import ConfigError, cutoff_radius, target_names
+from crystalframer_jax.crystal import Crystal, CrystalError, read_crystals
+
+# Errors that the user can mend: told in one line, without a traceback.
+USER_ERRORS: tuple[type[Exception], ...] = (ConfigError, CrystalError)
+
+
+@contextlib.contextmanager
+def reporting_errors() -> Iterator[None]:
+    """Print an error that the user can mend in one line and leave with status 1; status 130 after Ctrl-C."""
+    from crystalframer_jax.training.checkpoint import CheckpointError
+    from crystalframer_jax.training.loop import TrainingError
+
+    try:
+        yield
+    except (*USER_ERRORS, CheckpointError, TrainingError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command continues from the last finished epoch", file=sys.stderr)
+        sys.exit(130)
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs in the user's cache folder, so that only the first run waits for the compiler."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(platformdirs.user_cache_path("crystalframer_jax") / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def predict_main(argv: Sequence[str] | None = None) -> int:
+    """Predict files; returns 1 if any of them could not be used (the others are predicted all the same)."""
+    parser = argparse.ArgumentParser(
+        prog="predict.py", description="Predict structure files with a trained model.", allow_abbrev=False
+    )
+    parser.add_argument("run", metavar="RUN", help="run directory, or one of its checkpoints (RUN/checkpoints/STEP)")
+    parser.add_argument("files", metavar="FILE", nargs="+", help="CIF, POSCAR/CONTCAR or extended XYZ")
+    parser.add_argument("--output", type=Path, help="write the predictions to this CSV file")
+    parser.add_argument("--weights", choices=("best", "last", "swa"), help="default: the best by validation error")
+    arguments = parser.parse_args(argv)
+    use_compilation_cache()
+    from crystalframer_jax.inference.predictor import Predictor
+    from crystalframer_jax.training.logging import table
+
+    with reporting_errors():
+        predictor = Predictor.load(arguments.run, arguments.weights)
+        crystals, errors = read_all(arguments.files)
+        if crystals:
+            predictions = predictor.predict(crystals, progress=len(crystals) > 100 and sys.stderr.isatty())
+            header = ["structure", "formula", "atoms", *(f"{t.name} ({t.unit})" for t in predictor.targets)]
+            rows = [
+                [crystal.id, crystal.formula, crystal.num_atoms, *map(float, values)]
+                for crystal, values in zip(crystals, predictions, strict=True)
+            ]
+            print(table(header, rows))
+            if arguments.output:
+                write_csv(arguments.output, header, rows)
+    for error in errors:
+        print(f"error: {error}", file=sys.stderr)
+    return 1 if errors else 0
+
+
+def read_all(files: Sequence[str]) -> tuple[list[Crystal], list[str]]:
+    """The crystals of all files that can be used, and one line for each file that cannot. Warnings go to stderr."""
+    crystals: list[Crystal] = []
+    errors: list[str] = []
+    for file in files:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            try:
+                crystals += read_crystals(file)
+            except CrystalError as error:
+                errors.append(str(error))
+        for warning in caught:
+            if issubclass(warning.category, UserWarning):
+                print(f"warning: {warning.message}", file=sys.stderr)
+    return crystals, errors
+
+
+def evaluate_main(argv: Sequence[str] | None = None) -> int:
+    """Print the errors of a trained model on a split of its dataset."""
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py", description="Errors of a trained model on a split of its dataset.", allow_abbrev=False
+    )
+    parser.add_argument("run", metavar="RUN", help="run directory, or one of its checkpoints (RUN/checkpoints/STEP)")
+    parser.add_argument("--split", choices=("train", "val", "test"), default="test")
+    parser.add_argument("--weights", choices=("best", "last", "swa"), help="default: the best by validation error")
+    parser.add_argument("--output", type=Path, help="write id, labels and predictions to this CSV file")
+    arguments = parser.parse_args(argv)
+    use_compilation_cache()
+    from crystalframer_jax.data.loader import batch_shapes
+    from crystalframer_jax.data.registry import target_set
+    from crystalframer_jax.data.store import open_dataset
+    from crystalframer_jax.inference.evaluation import groups_of, mean_absolute_errors, predict_rows
+    from crystalframer_jax.inference.predictor import Predictor
+    from crystalframer_jax.training.logging import table
+
+    with reporting_errors():
+        predictor = Predictor.load(arguments.run, arguments.weights)
+        config, statistics = predictor.config, predictor.targets
+        names = target_names(config)
+        dataset = open_dataset(target_set(config.target_set), names, cutoff_radius(config), config.data_dir)
+        indices = dataset.splits[arguments.split]
+        groups, shapes = groups_of(indices, config.batch_size), batch_shapes(dataset, config.batch_size)
+        predictions = predict_rows(
+            predictor.forward, predictor.variables, dataset.table, groups, statistics, shapes
+        )
+        labels = dataset.labels[indices]
+        errors = mean_absolute_errors(predictions, labels, statistics)
+        baseline = mean_absolute_errors(np.broadcast_to([s.mean for s in statistics], labels.shape), labels, statistics)
+        header = [f"{config.target_set}, {arguments.split}", "unit", "crystals", "MAE", "mean predictor"]
+        rows = [[s.name, s.unit, len(indices), errors[s.name], baseline[s.name]] for s in statistics]
+        print(table(header, rows))
+        if arguments.output:
+            columns = [f"{s.name} {kind} ({s.unit})" for kind in ("label", "prediction") for s in statistics]
+            lines = np.concatenate([labels, predictions], axis=1).tolist()
+            ids = dataset.table.ids[indices]
+            write_csv(arguments.output, ["id", *columns], [[i, *line] for i, line in zip(ids, lines, strict=True)])
+    return 0
+
+
+def write_csv(file: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Write a table as CSV, creating its folder, and say so."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(header)
+        writer.writerows(rows)
+    print(f"wrote {file}")

@@ -1,0 +1,46 @@
+"""The input pipeline: batches whose order is a pure function of seed and epoch, packed in a background thread."""
+
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+
+from crystalframer_jax.batch import Batch, BatchShape, pack, plan_shapes
+from crystalframer_jax.data.store import Dataset
+
+
+class TrainingBatches:
+    """All batches of a training run by step number; every epoch is shuffled, its incomplete last batch dropped."""
+
+    def __init__(self, dataset: Dataset, batch_size: int, n_epochs: int, seed: int):
+        self.dataset = dataset
+        self.indices = dataset.splits["train"]
+        self.batch_size = min(batch_size, len(self.indices))
+        self.steps_per_epoch = len(self.indices) // self.batch_size
+        self.n_epochs = n_epochs
+        self.seed = seed
+        self.shapes = batch_shapes(dataset, self.batch_size)
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch * self.n_epochs
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Crystals of an epoch in the order of training, rows of the table."""
+        return np.random.default_rng([self.seed, epoch]).permutation(self.indices)
+
+    def __getitem__(self, step: int) -> Batch:
+        """The batch of a step (numpy arrays)."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        chosen = self.order(epoch)[position * self.batch_size : (position + 1) * self.batch_size]
+        return pack(self.dataset.table, chosen, self.shapes, self.dataset.labels[chosen])
+
+    def iterate(self, first_step: int) -> Iterator[Batch]:
+        """The batches from a step on, prepared ahead by a background thread."""
+        steps = grain.MapDataset.source(self)[first_step:]
+        return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+
+
+def batch_shapes(dataset: Dataset, batch_size: int) -> list[BatchShape]:
+    """The shapes of all batches of a dataset, training and evaluation alike."""
+    everything = np.concatenate(list(dataset.splits.values()))
+    return plan_shapes(dataset.table, everything, batch_size, dataset.table.longest_row)

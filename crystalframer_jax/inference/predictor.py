@@ -1,0 +1,113 @@
+"""Predictor: a trained model, ready to predict structures."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from crystalframer_jax.batch import pack, shape_for
+from crystalframer_jax.config import cutoff_radius, model_config
+from crystalframer_jax.configs import default
+from crystalframer_jax.crystal import Crystal, as_crystals
+from crystalframer_jax.data.table import make_table
+from crystalframer_jax.inference.evaluation import groups_by_atoms, predict_rows
+from crystalframer_jax.model.regressor import CrystalFramer
+from crystalframer_jax.neighbors import neighbor_rows
+from crystalframer_jax.training.checkpoint import FOLDER, CheckpointError, Checkpoints, read_json
+from crystalframer_jax.training.state import TargetStatistics, Tree
+from crystalframer_jax.training.step import make_forward
+
+WEIGHTS = ("best", "last", "swa")
+
+
+class Predictor:
+    """Predicts the targets of a trained model for crystals of any size.
+
+    Attributes:
+      targets: name, unit, mean and standard deviation of each target.
+      cutoff: radius of the neighbour rows, Å.
+    """
+
+    def __init__(self, config: ConfigDict, variables: Tree, targets: tuple[TargetStatistics, ...]):
+        self.config = config
+        self.variables = variables
+        self.targets = targets
+        self.cutoff = cutoff_radius(config)
+        self.forward = make_forward(CrystalFramer(model_config(config)))
+
+    @classmethod
+    def load(cls, run_dir: str | Path, weights: str | None = None) -> "Predictor":
+        """The model of a run directory, or of one of its checkpoints (RUN/checkpoints/STEP).
+
+        `weights`: "best" (smallest validation error), "last" or "swa" (average over the last epochs). Without it,
+        those that the finished run selected by validation error, or the best so far.
+
+        Raises CheckpointError if there is no such model.
+        """
+        workdir, step = Path(run_dir), None
+        if workdir.parent.name == FOLDER and workdir.name.isdigit():
+            workdir, step = workdir.parent.parent, int(workdir.name)
+            weights = weights or "last"
+        config = read_config(workdir)
+        checkpoints = Checkpoints(workdir)
+        try:
+            weights = weights or _selected(workdir)
+            if weights not in WEIGHTS:
+                raise CheckpointError(f"weights={weights!r} do not exist; allowed: {', '.join(WEIGHTS)}")
+            step = step if step is not None else checkpoints.best() if weights == "best" else checkpoints.last()
+            if step is None:
+                raise CheckpointError(f"{workdir} has no checkpoint yet; let the training finish an epoch")
+            model = checkpoints.restore_model(step, _abstract_model(config))
+            targets = tuple(TargetStatistics(**target) for target in checkpoints.meta(step)["targets"])
+        finally:
+            checkpoints.close()
+        if weights == "swa" and not any(np.any(leaf) for leaf in jax.tree.leaves(model["swa_params"])):
+            raise CheckpointError(f"{workdir} has no averaged weights (swa_epochs=0, or not reached yet)")
+        params = model["swa_params" if weights == "swa" else "params"]
+        return cls(config, {"params": params, "calibration": model["calibration"]}, targets)
+
+    def predict(self, structures: Sequence[Any] | Any, progress: bool = False) -> np.ndarray:
+        """Predictions [B, T] in label units (`targets` names T and their units), in the order given.
+
+        `structures`: pymatgen Structures, ASE Atoms, Crystals or paths of structure files, one or a list; a file
+        with several structures gives as many rows. Raises CrystalError naming the first that cannot be used.
+        """
+        items = structures if isinstance(structures, list | tuple) else [structures]
+        crystals: list[Crystal] = [crystal for item in items for crystal in as_crystals(item)]
+        table = make_table(crystals, [neighbor_rows(crystal, self.cutoff) for crystal in crystals])
+        groups = tqdm(groups_by_atoms(table), desc="predicting", unit=" batches", disable=not progress)
+        return predict_rows(self.forward, self.variables, table, groups, self.targets)
+
+
+def read_config(workdir: Path) -> ConfigDict:
+    """The configuration that a run was started with."""
+    config = default.get_config()
+    for key, value in read_json(workdir / "config.json").items():
+        if key not in config:
+            raise CheckpointError(f"{workdir / 'config.json'}: unknown key {key!r}")
+        config[key] = tuple(value) if isinstance(value, list) else value
+    return config
+
+
+def _selected(workdir: Path) -> str:
+    """The weights that a finished run selected; the best so far otherwise."""
+    file = workdir / "summary.json"
+    return json.loads(file.read_text())["selected_weights"] if file.exists() else "best"
+
+
+def _abstract_model(config: ConfigDict) -> dict[str, Tree]:
+    """Shapes of the model's part of a checkpoint."""
+    model = CrystalFramer(model_config(config))
+    atom = Crystal(np.array([1]), np.zeros((1, 3)), 3 * np.eye(3))
+    table = make_table([atom], [neighbor_rows(atom, 4.0)])
+    batch = pack(table, np.array([0]), [shape_for(table, np.array([0]))])
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jax.tree.map(jnp.asarray, batch)))
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    variables = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), variables)
+    return {**variables, "swa_params": variables["params"]}

@@ -1,0 +1,247 @@
+"""The training run: data, epochs, validation, checkpoints, resume, and the table at the end."""
+
+import dataclasses
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from crystalframer_jax.config import ConfigError, cutoff_radius, model_config, target_names, validate
+from crystalframer_jax.data.loader import TrainingBatches
+from crystalframer_jax.data.registry import target_set
+from crystalframer_jax.data.splits import SPLITS
+from crystalframer_jax.data.store import Dataset, open_dataset
+from crystalframer_jax.inference.evaluation import groups_of, mean_absolute_errors, predict_rows
+from crystalframer_jax.model.regressor import CrystalFramer
+from crystalframer_jax.training.checkpoint import MODEL_FIELDS, Checkpoints, read_json
+from crystalframer_jax.training.logging import MetricsLog, duration, progress_bar, read_metrics, say, table
+from crystalframer_jax.training.optimizer import learning_rate, make_optimizer
+from crystalframer_jax.training.state import TargetStatistics, TrainState, Tree
+from crystalframer_jax.training.step import initial_state, make_forward, make_train_step
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says where and why."""
+
+
+def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
+    """Train a model as `config` says, in the run directory `workdir`, and return the summary of the run.
+
+    The same call continues a run that was interrupted, from its last checkpoint; batches, random draws and results
+    are those of a run that was not interrupted.
+
+    Raises ConfigError for a configuration that cannot be run or differs from that of the run directory, and
+    TrainingError if the loss is not finite.
+    """
+    validate(config)
+    workdir = Path(workdir)
+    _claim(config, workdir)
+    names = target_names(config)
+    dataset = open_dataset(target_set(config.target_set), names, cutoff_radius(config), config.data_dir)
+    return Run(config, workdir, dataset).finish()
+
+
+class Run:
+    """A training run in its directory."""
+
+    def __init__(self, config: ConfigDict, workdir: Path, dataset: Dataset):
+        self.config, self.workdir, self.dataset = config, workdir, dataset
+        train_labels = dataset.labels[dataset.splits["train"]]
+        self.statistics = tuple(
+            TargetStatistics.of(target, train_labels[:, t]) for t, target in enumerate(dataset.targets)
+        )
+        self.batches = TrainingBatches(dataset, config.batch_size, config.n_epochs, config.seed)
+        first_swa_epoch = config.n_epochs - config.swa_epochs
+        swa_first_step = first_swa_epoch * self.batches.steps_per_epoch if config.swa_epochs else None
+        model, optimizer = CrystalFramer(model_config(config)), make_optimizer(config, swa_first_step)
+        key = jax.random.key(config.seed)
+        self.forward = make_forward(model)
+        self.step = make_train_step(model, optimizer, self.statistics, jax.random.fold_in(key, 1), swa_first_step)
+        self.schedule = learning_rate(config, swa_first_step)
+        self.initial_state = lambda: initial_state(model, optimizer, self.batches[0], jax.random.fold_in(key, 0))
+        self.checkpoints = Checkpoints(workdir, create=True)
+
+    def finish(self) -> dict[str, Any]:
+        """Train the epochs that are left, evaluate, write summary.json and print it."""
+        state, meta = self._start()
+        first_epoch = meta["epoch"] + 1
+        if first_epoch < self.config.n_epochs:
+            state, meta = self._epochs(state, first_epoch, meta["seconds"])
+        self.checkpoints.wait()
+        summary = self._summary(state, meta)
+        self.checkpoints.close()
+        (self.workdir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        say("\n" + summary_text(summary))
+        return summary
+
+    def _start(self) -> tuple[TrainState, dict[str, Any]]:
+        """The state to go on from, and the meta data of its checkpoint."""
+        splits = ", ".join(f"{len(self.dataset.splits[name]):,} {name}" for name in SPLITS)
+        last = self.checkpoints.last()
+        if last is None:
+            state = self.initial_state()
+            say(f"{self.dataset.name}: {splits}; {count_parameters(state.params):,} trainable parameters")
+            return state, {"epoch": -1, "seconds": 0.0}
+        like = jax.eval_shape(self.initial_state)
+        state, meta = self.checkpoints.restore_state(last, _on_device(like))
+        say(f"{self.dataset.name}: {splits}; continuing {self.workdir} after epoch {meta['epoch'] + 1}")
+        return state, meta
+
+    def _epochs(self, state: TrainState, first_epoch: int, seconds: float) -> tuple[TrainState, dict[str, Any]]:
+        """Train from `first_epoch` to the end; every epoch ends with validation and a checkpoint."""
+        config, batches = self.config, self.batches
+        first_step = first_epoch * batches.steps_per_epoch
+        log = MetricsLog(self.workdir, first_epoch, first_step)
+        bar = progress_bar(len(batches), first_step, batches.batch_size)
+        source = batches.iterate(first_step)
+        meta: dict[str, Any] = {}
+        for epoch in range(first_epoch, config.n_epochs):
+            start = time.perf_counter()
+            results = []
+            for _ in range(batches.steps_per_epoch):
+                state, result = self.step(state, next(source))
+                results.append(result)
+                bar.update(batches.batch_size)
+            losses, norms = (np.array([float(result[name]) for result in results]) for name in ("loss", "grad_norm"))
+            trained = time.perf_counter() - start
+            if not np.isfinite(losses).all():
+                step = epoch * batches.steps_per_epoch + int(np.flatnonzero(~np.isfinite(losses))[0])
+                raise TrainingError(f"the loss is not finite at step {step} (epoch {epoch + 1}); try a smaller lr")
+            validation = self.errors(_weights(state), "val")
+            seconds += time.perf_counter() - start
+            metrics = {
+                "epoch": epoch,
+                "step": int(state.step),
+                "loss": float(losses.mean()),
+                "grad_norm": float(norms.mean()),
+                "val_mae": validation,
+                "lr": float(self.schedule(state.step - 1)),
+                "crystals_per_s": batches.steps_per_epoch * batches.batch_size / trained,
+            }
+            log.write(metrics)
+            meta = self._meta(epoch, seconds, validation)
+            self.checkpoints.save(state, meta, self._standardised(validation))
+            say(self._epoch_line(metrics))
+        bar.close()
+        log.close()
+        return state, meta
+
+    def _meta(self, epoch: int, seconds: float, validation: dict[str, float]) -> dict[str, Any]:
+        """What a checkpoint tells beside its arrays."""
+        targets = [dataclasses.asdict(s) for s in self.statistics]
+        return {"epoch": epoch, "seconds": seconds, "targets": targets, "val_mae": validation}
+
+    def errors(self, weights: Tree, split: str) -> dict[str, float]:
+        """MAE of every target on a split, label units."""
+        indices = self.dataset.splits[split]
+        groups = groups_of(indices, self.batches.batch_size)
+        predictions = predict_rows(
+            self.forward, weights, self.dataset.table, groups, self.statistics, self.batches.shapes
+        )
+        return mean_absolute_errors(predictions, self.dataset.labels[indices], self.statistics)
+
+    def _standardised(self, errors: dict[str, float]) -> float:
+        """Sum over targets of the MAE in standard deviations: what checkpoints compete in."""
+        return sum(errors[s.name] / s.std for s in self.statistics)
+
+    def _epoch_line(self, metrics: dict[str, Any]) -> str:
+        errors = ", ".join(f"{s.name} {metrics['val_mae'][s.name]:.4f} {s.unit}" for s in self.statistics)
+        number = f"{metrics['epoch'] + 1:>{len(str(self.config.n_epochs))}}/{self.config.n_epochs}"
+        return (
+            f"epoch {number}  loss {metrics['loss']:.4f}  val MAE {errors}  lr {metrics['lr']:.2e}  "
+            f"{metrics['crystals_per_s']:.0f} crystals/s"
+        )
+
+    def _summary(self, state: TrainState, meta: dict[str, Any]) -> dict[str, Any]:
+        """Errors of the last, best and averaged weights; those with the smallest validation error are selected."""
+        candidates = {"last": _weights(state)}
+        best = self.checkpoints.best()
+        if best not in (None, self.checkpoints.last()):
+            like = {name: getattr(_on_device(jax.eval_shape(lambda: state)), name) for name in MODEL_FIELDS}
+            model = self.checkpoints.restore_model(best, like)
+            candidates["best"] = {"params": model["params"], "calibration": model["calibration"]}
+        if int(state.swa_steps):
+            candidates["swa"] = {"params": state.swa_params, "calibration": state.calibration}
+        by_weights = {name: {s: self.errors(w, s) for s in ("val", "test")} for name, w in candidates.items()}
+        selected = min(by_weights, key=lambda name: self._standardised(by_weights[name]["val"]))
+        baseline = self._mean_predictor()
+        train_errors = self.errors(candidates[selected], "train")
+        epochs = read_metrics(self.workdir)
+        return {
+            "test": {
+                s.name: {
+                    "mae": by_weights[selected]["test"][s.name],
+                    "mean_predictor_mae": baseline["test"][s.name],
+                    "unit": s.unit,
+                }
+                for s in self.statistics
+            },
+            "selected_weights": selected,
+            "mae": {**by_weights, selected: {"train": train_errors, **by_weights[selected]}},
+            "mean_predictor_mae": baseline,
+            "units": {s.name: s.unit for s in self.statistics},
+            "epochs": self.config.n_epochs,
+            "seconds": meta["seconds"],
+            "crystals_per_s": float(np.median([line["crystals_per_s"] for line in epochs])) if epochs else math.nan,
+            "parameters": count_parameters(state.params),
+        }
+
+    def _mean_predictor(self) -> dict[str, dict[str, float]]:
+        """MAE on every split of predicting the mean of the training labels."""
+        mean = np.array([s.mean for s in self.statistics])
+        errors = {}
+        for split in SPLITS:
+            labels = self.dataset.labels[self.dataset.splits[split]]
+            errors[split] = mean_absolute_errors(np.broadcast_to(mean, labels.shape), labels, self.statistics)
+        return errors
+
+
+def summary_text(summary: dict[str, Any]) -> str:
+    """The table at the end of a run."""
+    rows = []
+    for target, unit in summary["units"].items():
+        for name, errors in summary["mae"].items():
+            label = f"{target} ({unit}), {name} weights" + (" *" if name == summary["selected_weights"] else "")
+            rows.append([label, *(errors.get(split, {}).get(target, math.nan) for split in SPLITS)])
+        baseline = summary["mean_predictor_mae"]
+        rows.append([f"{target} ({unit}), mean predictor", *(baseline[split][target] for split in SPLITS)])
+    text = table(["MAE", *SPLITS], rows)
+    return (
+        f"{text}\n* selected: smallest validation error\n"
+        f"{summary['epochs']} epochs in {duration(summary['seconds'])}, {summary['crystals_per_s']:.0f} crystals/s, "
+        f"{summary['parameters']:,} trainable parameters"
+    )
+
+
+def count_parameters(params: Tree) -> int:
+    """Number of trainable parameters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _weights(state: TrainState) -> Tree:
+    return {"params": state.params, "calibration": state.calibration}
+
+
+def _on_device(shapes: Tree) -> Tree:
+    """Shapes with their placement, as restoring asks for."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+
+
+def _claim(config: ConfigDict, workdir: Path) -> None:
+    """Write config.json into a new run directory; a run that exists must have been started with the same values."""
+    file, values = workdir / "config.json", json.loads(config.to_json())
+    if not file.exists():
+        workdir.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(values, indent=1) + "\n")
+        return
+    before = read_json(file)
+    changed = [key for key in sorted({*values, *before}) if values.get(key) != before.get(key)]
+    if changed:
+        changes = ", ".join(f"{key} {before.get(key)!r} -> {values.get(key)!r}" for key in changed)
+        raise ConfigError(f"{workdir} holds a run with other hyperparameters ({changes}); choose another --workdir")

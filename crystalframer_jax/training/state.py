@@ -1,0 +1,57 @@
+"""The training state, and the statistics that standardise the targets."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from crystalframer_jax.data.registry import Target
+
+Tree = Any  # nested dict of arrays
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that changes during training."""
+
+    step: jax.Array  # [] int32 optimizer steps taken
+    params: Tree
+    calibration: Tree  # of the Gaussian widths; set by the first batch
+    opt_state: Tree
+    swa_params: Tree  # equal average over the steps of the last epochs
+    swa_steps: jax.Array  # [] int32 weights in that average
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetStatistics:
+    """A target with the mean and population standard deviation of its training labels, in label units."""
+
+    name: str
+    unit: str
+    mean: float
+    std: float
+
+    @classmethod
+    def of(cls, target: Target, labels: np.ndarray) -> "TargetStatistics":
+        """Statistics of the known training labels [C]; ValueError if they do not vary."""
+        known = labels[np.isfinite(labels)]
+        if not known.size or known.std() == 0:
+            raise ValueError(f"target {target.name}: {known.size} training labels that do not vary; nothing to learn")
+        return cls(target.name, target.unit, float(known.mean()), float(known.std()))
+
+
+def standardise(labels: jax.Array, statistics: tuple[TargetStatistics, ...]) -> jax.Array:
+    """(labels - mean) / std, [B, T]."""
+    mean = jnp.array([s.mean for s in statistics], labels.dtype)
+    std = jnp.array([s.std for s in statistics], labels.dtype)
+    return (labels - mean) / std
+
+
+def to_label_units(predictions: np.ndarray, statistics: tuple[TargetStatistics, ...]) -> np.ndarray:
+    """Model output [B, T] times std plus mean, float64."""
+    mean = np.array([s.mean for s in statistics])
+    std = np.array([s.std for s in statistics])
+    return np.asarray(predictions, np.float64) * std + mean

@@ -1,0 +1,11 @@
+"""Errors of a trained model on the splits of its dataset.
+
+python scripts/evaluate.py RUN [--split=test] [--weights=best] [--output=predictions.csv]
+"""
+
+import sys
+
+from crystalframer_jax.cli import evaluate_main
+
+if __name__ == "__main__":
+    sys.exit(evaluate_main())

@@ -1,0 +1,11 @@
+"""Predict structure files (CIF, POSCAR, extended XYZ) with a trained model.
+
+python scripts/predict.py RUN FILE... [--output=predictions.csv]
+"""
+
+import sys
+
+from crystalframer_jax.cli import predict_main
+
+if __name__ == "__main__":
+    sys.exit(predict_main())

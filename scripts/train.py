@@ -1,0 +1,30 @@
+"""Train a model, or continue a training that was interrupted (the same command).
+
+python scripts/train.py --config=configs/quickstart.py --workdir=runs/quickstart [--config.lr=1e-3 ...]
+"""
+
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from crystalframer_jax.cli import reporting_errors, use_compilation_cache
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "File of hyperparameters, such as configs/quickstart.py.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, summary.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(argv: list[str]) -> None:
+    """Train with the flags given."""
+    if argv[1:]:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    use_compilation_cache()
+    from crystalframer_jax.training.loop import train
+
+    with reporting_errors():
+        train(CONFIG.value, WORKDIR.value)
+
+
+if __name__ == "__main__":
+    sys.exit(app.run(main))
