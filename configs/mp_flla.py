@@ -1,11 +1,10 @@
 """Full default model on the bundled Materials Project set (3,938 crystals, formation energy).
 
-    python scripts/train.py --config=configs/mp_flla.py --workdir=runs/mp_flla
+python scripts/train.py --config=configs/mp_flla.py --workdir=runs/mp_flla
 """
 
-from ml_collections import ConfigDict
-
 from crystalframer_jax.configs import default
+from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:

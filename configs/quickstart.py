@@ -5,9 +5,8 @@
 Two blocks with the paper's lightweight angle encoding, on the bundled Materials Project set (3,938 crystals).
 """
 
-from ml_collections import ConfigDict
-
 from crystalframer_jax.configs import default
+from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:

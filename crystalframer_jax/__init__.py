@@ -1,7 +1,7 @@
 """CrystalFramer in JAX: property prediction for crystals with rotation-invariant dynamic frames.
 
-    from crystalframer_jax import Predictor
-    Predictor.load("runs/quickstart").predict(["NaCl.cif"])
+from crystalframer_jax import Predictor
+Predictor.load("runs/quickstart").predict(["NaCl.cif"])
 """
 
 from crystalframer_jax.inference.official import load_official

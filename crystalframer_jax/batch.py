@@ -5,6 +5,7 @@ about the same length; crystals keep their order. Padding atoms have an empty ro
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -101,7 +102,9 @@ def pack(
         if sizes.sum() <= shape.num_atoms and longest <= shape.row_length and len(indices) <= shape.num_crystals
     ]
     if not fitting:
-        raise ValueError(f"{len(indices)} crystals with {sizes.sum()} atoms and rows up to {longest} fit none of {shapes}")
+        raise ValueError(
+            f"{len(indices)} crystals with {sizes.sum()} atoms and rows up to {longest} fit none of {shapes}"
+        )
     shape = fitting[0]
     num_atoms, width = shape.num_atoms, shape.row_length
 
@@ -110,23 +113,24 @@ def pack(
     place = np.empty(len(crystal), np.int64)  # where each atom stands in the batch: longest rows first
     place[np.argsort(-counts, kind="stable")] = np.arange(len(crystal))
 
-    def per_atom(values: np.ndarray, fill: int = 0) -> np.ndarray:
+    def per_atom(values: np.ndarray, fill: int = 0) -> Any:
         padded = np.full((num_atoms, *values.shape[1:]), fill, values.dtype)
         padded[place] = values
         return padded
 
-    all_targets = np.zeros((shape.num_crystals, num_targets))
-    known = np.zeros(all_targets.shape, bool)
+    all_targets: Any = np.zeros((shape.num_crystals, num_targets))
+    known: Any = np.zeros(all_targets.shape, bool)
     if targets is not None:
         known[: len(indices)] = np.isfinite(targets)
         all_targets[: len(indices)] = np.where(np.isfinite(targets), targets, 0)
+    padded_sizes: Any = np.pad(sizes, (0, shape.num_crystals - len(indices)))
     return Batch(
         species=per_atom(_take(table.species, table.atom_offset, indices).astype(np.int32)),
         occupancies=_occupancies(table, indices, place, num_atoms),
         crystal_of_atom=per_atom(crystal.astype(np.int32), fill=shape.num_crystals),
         atom_in_crystal=per_atom((np.arange(len(crystal)) - first_atom[crystal]).astype(np.int32)),
         rows=_rows(table, indices, crystal, counts, place, num_atoms, width),
-        crystal_sizes=np.pad(sizes, (0, shape.num_crystals - len(indices))).astype(np.int32),
+        crystal_sizes=padded_sizes.astype(np.int32),
         targets=all_targets.astype(np.float32),
         target_mask=known,
     )
@@ -172,10 +176,10 @@ def _rows(
         vector += image[:, axis, None] * lattice[:, axis][of_crystal]
     reverse = slot[_take(table.reverse, table.edge_offset, indices) + first_edge[of_crystal]]
 
-    index_rows = np.zeros(num_atoms * width, np.int32)
-    vector_rows = np.zeros((num_atoms * width, 3), np.float32)
-    reverse_rows = np.zeros(num_atoms * width, np.int32)
-    count_rows = np.zeros(num_atoms, np.int32)
+    index_rows: Any = np.zeros(num_atoms * width, np.int32)
+    vector_rows: Any = np.zeros((num_atoms * width, 3), np.float32)
+    reverse_rows: Any = np.zeros(num_atoms * width, np.int32)
+    count_rows: Any = np.zeros(num_atoms, np.int32)
     index_rows[slot] = place[neighbor]
     vector_rows[slot] = vector
     reverse_rows[slot] = reverse
@@ -188,7 +192,7 @@ def _rows(
     )
 
 
-def _occupancies(table: CrystalTable, indices: np.ndarray, place: np.ndarray, num_atoms: int) -> np.ndarray | None:
+def _occupancies(table: CrystalTable, indices: np.ndarray, place: np.ndarray, num_atoms: int) -> Any:
     """Occupancies [N, 98] if any site of these crystals is shared, else None."""
     if not len(table.shared_site):
         return None

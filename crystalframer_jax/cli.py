@@ -13,10 +13,8 @@ import numpy as np
 import platformdirs
 
 from crystalframer_jax.config import ConfigError, cutoff_radius, target_names
-from crystalframer_jax.crystal import Crystal, CrystalError, read_crystals
-
-# Errors that the user can mend: told in one line, without a traceback.
-USER_ERRORS: tuple[type[Exception], ...] = (ConfigError, CrystalError)
+from crystalframer_jax.crystal import Crystal, CrystalError
+from crystalframer_jax.structure_files import read_crystals
 
 
 @contextlib.contextmanager
@@ -27,7 +25,7 @@ def reporting_errors() -> Iterator[None]:
 
     try:
         yield
-    except (*USER_ERRORS, CheckpointError, TrainingError) as error:
+    except (ConfigError, CrystalError, CheckpointError, TrainingError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("\ninterrupted; the same command continues from the last finished epoch", file=sys.stderr)
@@ -117,9 +115,7 @@ def evaluate_main(argv: Sequence[str] | None = None) -> int:
         dataset = open_dataset(target_set(config.target_set), names, cutoff_radius(config), config.data_dir)
         indices = dataset.splits[arguments.split]
         groups, shapes = groups_of(indices, config.batch_size), batch_shapes(dataset, config.batch_size)
-        predictions = predict_rows(
-            predictor.forward, predictor.variables, dataset.table, groups, statistics, shapes
-        )
+        predictions = predict_rows(predictor.forward, predictor.variables, dataset.table, groups, statistics, shapes)
         labels = dataset.labels[indices]
         errors = mean_absolute_errors(predictions, labels, statistics)
         baseline = mean_absolute_errors(np.broadcast_to([s.mean for s in statistics], labels.shape), labels, statistics)

@@ -59,18 +59,36 @@ WITHOUT_COUNTERPART: dict[str, str] = {
 }
 
 POSITIVE = (
-    "num_layers model_dim head_num ff_dim batch_size n_epochs lr gauss_lb_real positive_func_beta "
-    "value_pe_dist_wscale value_pe_angle_wscale"
-).split()
+    "num_layers",
+    "model_dim",
+    "head_num",
+    "ff_dim",
+    "batch_size",
+    "n_epochs",
+    "lr",
+    "gauss_lb_real",
+    "positive_func_beta",
+    "value_pe_dist_wscale",
+    "value_pe_angle_wscale",
+)
 NOT_NEGATIVE = (
-    "k_dim v_dim cutoff_radius tie_tolerance value_pe_dist_real value_pe_angle_real weight_decay bias_weight_decay "
-    "clip_norm swa_epochs seed"
-).split()
+    "k_dim",
+    "v_dim",
+    "cutoff_radius",
+    "tie_tolerance",
+    "value_pe_dist_real",
+    "value_pe_angle_real",
+    "weight_decay",
+    "bias_weight_decay",
+    "clip_norm",
+    "swa_epochs",
+    "seed",
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Hyperparameters of the model, under their official names; lengths in Å. Hashable, so it can be a static argument."""
+    """Hyperparameters of the model under their official names; lengths in Å. Hashable: a static argument."""
 
     num_targets: int
     num_layers: int
@@ -110,8 +128,8 @@ class ModelConfig:
 def target_names(config: ConfigDict) -> tuple[str, ...]:
     """The targets of a configuration: 'a', 'a,b' or a list of names."""
     targets = config.targets
-    names = targets.split(",") if isinstance(targets, str) else list(targets)
-    names = tuple(name.strip() for name in names if name.strip())
+    given = targets.split(",") if isinstance(targets, str) else list(targets)
+    names = tuple(name.strip() for name in given if name.strip())
     if not names or len(set(names)) != len(names):
         raise ConfigError(f"targets={targets!r}: name one or several different targets, separated by commas")
     return names
@@ -181,7 +199,13 @@ def _validate_combinations(config: ConfigDict) -> None:
             "value_pe_angle_real=0 for Crystalformer"
         )
     if config.pre_pooling_op.startswith("w") and not config.embedding_dim:
-        raise ConfigError(f"pre_pooling_op={config.pre_pooling_op!r} takes its width from embedding_dim, which is empty")
+        raise ConfigError(f"pre_pooling_op={config.pre_pooling_op!r} takes its width from embedding_dim: give one")
+    if config.swa_epochs >= config.n_epochs:
+        raise ConfigError(
+            f"swa_epochs={config.swa_epochs} must be smaller than n_epochs={config.n_epochs}; 0 switches averaging off"
+        )
+    if len(config.sch_params) != 1 or config.sch_params[0] <= 0:
+        raise ConfigError(f"sch_params={tuple(config.sch_params)}: lr_sch={config.lr_sch!r} needs one positive number")
 
 
 def model_config(config: ConfigDict) -> ModelConfig:

@@ -118,7 +118,7 @@ def _frame_radius(crystal: Crystal, atoms: np.ndarray, cutoff: float) -> np.ndar
             unit = crystal.positions[j] - crystal.positions[i] + n @ crystal.lattice
             unit, distance = unit[distance > SMALLEST_DISTANCE], distance[distance > SMALLEST_DISTANCE]
             unit = unit / distance[:, None]
-            off_line = np.flatnonzero(np.abs(unit @ unit[0]) < COLLINEAR) if len(unit) else []
+            off_line = np.flatnonzero(np.abs(unit @ unit[:1].T) < COLLINEAR)
             if len(off_line):
                 radius[a] = distance[off_line[0]] + SHELL_TOLERANCE
     return radius

@@ -5,7 +5,7 @@ python scripts/train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from crystalframer_jax.cli import reporting_errors, use_compilation_cache
@@ -19,6 +19,7 @@ def main(argv: list[str]) -> None:
     """Train with the flags given."""
     if argv[1:]:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a checkpoint otherwise
     use_compilation_cache()
     from crystalframer_jax.training.loop import train
 

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from crystalframer_jax.configs import default
 from ml_collections import ConfigDict
 
 import crystalframer_jax
 from crystalframer_jax.batch import Batch, BatchShape, Rows, pack, shape_for
 from crystalframer_jax.config import ModelConfig, model_config, validate
-from crystalframer_jax.configs import default
 from crystalframer_jax.crystal import Crystal
 from crystalframer_jax.data.table import make_table
 from crystalframer_jax.neighbors import NeighborRows, displacements, neighbor_rows
@@ -112,9 +112,7 @@ def random_rotation(rng: np.random.Generator) -> np.ndarray:
 
 def rotated(crystal: Crystal, rotation: np.ndarray) -> Crystal:
     """The crystal turned as a whole by `rotation` [3, 3]."""
-    return dataclasses.replace(
-        crystal, positions=crystal.positions @ rotation.T, lattice=crystal.lattice @ rotation.T
-    )
+    return dataclasses.replace(crystal, positions=crystal.positions @ rotation.T, lattice=crystal.lattice @ rotation.T)
 
 
 # Batches

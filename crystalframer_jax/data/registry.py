@@ -23,7 +23,8 @@ class Target:
 @dataclasses.dataclass(frozen=True)
 class TargetSet:
     """Crystals with labels. `bundled` is the file inside the package: gzipped JSON lines with id, lattice (rows, Å),
-    species, frac_coords and the labels."""
+    species, frac_coords and the labels.
+    """
 
     name: str
     bundled: str

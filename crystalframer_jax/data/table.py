@@ -80,7 +80,7 @@ def _offsets(sizes: np.ndarray) -> np.ndarray:
 def _join(parts: list[np.ndarray], dtype: type, shape: tuple[int, ...] = ()) -> np.ndarray:
     """Concatenate into one column of `dtype`; a value that the type cannot hold is an error."""
     joined = np.concatenate(parts) if parts else np.zeros((0, *shape))
-    column = joined.astype(dtype)
+    column: np.ndarray = joined.astype(dtype)
     if np.issubdtype(dtype, np.integer) and not np.array_equal(column, joined):
         raise OverflowError(f"values up to {np.abs(joined).max()} do not fit {np.dtype(dtype)}")
     return column

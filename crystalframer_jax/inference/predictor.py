@@ -14,11 +14,12 @@ from tqdm import tqdm
 from crystalframer_jax.batch import pack, shape_for
 from crystalframer_jax.config import cutoff_radius, model_config
 from crystalframer_jax.configs import default
-from crystalframer_jax.crystal import Crystal, as_crystals
+from crystalframer_jax.crystal import Crystal
 from crystalframer_jax.data.table import make_table
 from crystalframer_jax.inference.evaluation import groups_by_atoms, predict_rows
 from crystalframer_jax.model.regressor import CrystalFramer
 from crystalframer_jax.neighbors import neighbor_rows
+from crystalframer_jax.structure_files import as_crystals
 from crystalframer_jax.training.checkpoint import FOLDER, CheckpointError, Checkpoints, read_json
 from crystalframer_jax.training.state import TargetStatistics, Tree
 from crystalframer_jax.training.step import make_forward
@@ -78,7 +79,7 @@ class Predictor:
         `structures`: pymatgen Structures, ASE Atoms, Crystals or paths of structure files, one or a list; a file
         with several structures gives as many rows. Raises CrystalError naming the first that cannot be used.
         """
-        items = structures if isinstance(structures, list | tuple) else [structures]
+        items: Any = structures if isinstance(structures, list | tuple) else [structures]
         crystals: list[Crystal] = [crystal for item in items for crystal in as_crystals(item)]
         table = make_table(crystals, [neighbor_rows(crystal, self.cutoff) for crystal in crystals])
         groups = tqdm(groups_by_atoms(table), desc="predicting", unit=" batches", disable=not progress)

@@ -13,7 +13,7 @@ MAX_EXPONENT = 40.0  # of each factor below, so that the product of two does not
 
 @dataclasses.dataclass(frozen=True)
 class DistanceBasis:
-    """D Gaussians of the distance: centres mu_t = t r_max / D (t = 1..D), sigma = width_scale r_max / D; lengths in Å."""
+    """D Gaussians of the distance, centres mu_t = t r_max / D (t = 1..D), sigma = width_scale r_max / D (Å)."""
 
     size: int
     r_max: float
@@ -80,7 +80,7 @@ class AngleBasis:
         return (sums * jnp.asarray(self._constant, c.dtype)).reshape(*c.shape[:-1], self.size)
 
     def combination(self, c: jax.Array, coefficients: jax.Array) -> jax.Array:
-        """sum_e sum_t coefficients_et b_t(c_em), the transpose of `weighted_sum`: [..., E, M], [..., E, D] -> [..., M]."""
+        """sum_et coefficients_et b_t(c_em), the transpose of `weighted_sum`: [..., E, M], [..., E, D] -> [..., M]."""
         first, second = self._factors(c.reshape(-1, c.shape[-1]))
         grouped = coefficients.reshape(-1, *self._constant.shape) * jnp.asarray(self._constant, c.dtype)
         half = jnp.einsum("xab,xbm->xam", grouped, second, precision=EXACT)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from crystalframer_jax.batch import Rows
-from crystalframer_jax.model.basis import EXACT, Bases
+from crystalframer_jax.model.basis import EXACT, AngleBasis, Bases
 from crystalframer_jax.model.blocks import attention_logits, gathered_dots, gathered_sum, is_neighbor, map_blocks
 
 Sums = tuple[jax.Array, jax.Array, jax.Array]
@@ -44,7 +44,7 @@ def _forward(bases, q, k, v, a, rows, frames):
             dist_sum = jnp.einsum("nhm,nmt->nht", weights, bases.distance(distance), precision=EXACT)
         angle_sum = jnp.zeros((*values.shape[:2], 3, 0), q.dtype)
         if bases.angle:
-            cosine = _cosines(bases, rows, distance, frames)
+            cosine = _cosines(bases.angle, rows, distance, frames)
             weights = jnp.broadcast_to(_without_self(weights, distance)[:, :, None], cosine.shape)
             angle_sum = bases.angle.weighted_sum(cosine, weights)
         return (values, dist_sum, angle_sum), log_sum
@@ -71,7 +71,7 @@ def _backward(bases, residuals, gradients):
             basis = bases.distance(distance)
             weight_grad += jnp.einsum("nht,nmt->nhm", dist_grad, basis, precision=EXACT)
         if bases.angle:
-            from_angles = bases.angle.combination(_cosines(bases, rows, distance, frames), angle_grad)
+            from_angles = bases.angle.combination(_cosines(bases.angle, rows, distance, frames), angle_grad)
             weight_grad += _without_self(from_angles, distance)
         logit_grad = weights * (weight_grad - mean_gradient[..., None])
         q_grad = gathered_sum(logit_grad, k, rows) * scale
@@ -108,7 +108,7 @@ def _without_self(x: jax.Array, distance: jax.Array) -> jax.Array:
     return jnp.where((distance > 0)[:, None, :], x, 0)
 
 
-def _cosines(bases: Bases, rows: Rows, distance: jax.Array, frames: jax.Array) -> jax.Array:
+def _cosines(angle: AngleBasis, rows: Rows, distance: jax.Array, frames: jax.Array) -> jax.Array:
     """Argument of the angle basis: e . u (or its modulus) for each frame axis, [n, H, 3, M]."""
     unit = rows.vector / jnp.where(distance > 0, distance, 1)[..., None]
-    return bases.angle.argument(jnp.einsum("nhed,nmd->nhem", frames, unit, precision=EXACT))
+    return angle.argument(jnp.einsum("nhed,nmd->nhem", frames, unit, precision=EXACT))

@@ -1,6 +1,7 @@
 """Initialisation, the training step and the forward pass, as compiled functions."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +52,7 @@ def make_train_step(
     """
 
     def loss_of(params: Tree, calibration: Tree, batch: Batch, frame_key: jax.Array) -> jax.Array:
-        predictions = model.apply({"params": params, "calibration": calibration}, batch, frame_key)
+        predictions: Any = model.apply({"params": params, "calibration": calibration}, batch, frame_key)
         targets = standardise(batch.targets, statistics)
         return l1_loss(predictions, targets, batch.target_mask, jnp.sum(batch.crystal_sizes > 0))
 

@@ -1,0 +1,19 @@
+"""Fixtures shared by the tests. Helper functions are in support.py, the float64 reference in brute_force.py."""
+
+import jax
+import numpy as np
+import pytest
+
+
+@pytest.fixture(params=[np.float32, np.float64], ids=["float32", "float64"])
+def dtype(request):
+    """Runs a test in float32, as users do, and in float64 with x64 switched on for this test only."""
+    with jax.enable_x64(request.param == np.float64):
+        yield request.param
+
+
+@pytest.fixture
+def x64():
+    """Switches float64 on for one test."""
+    with jax.enable_x64(True):
+        yield

@@ -1,0 +1,217 @@
+"""Neighbour rows against a double loop over atoms and images, and their order, symmetry and enlargement."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from support import SYMMETRIC, primitive, random_crystal, random_rotation, real_crystals, rotated
+
+from crystalframer_jax.crystal import Crystal
+from crystalframer_jax.neighbors import COLLINEAR, SHELL_TOLERANCE, displacements, neighbor_rows
+
+RADIUS = 6.93  # Å, the default of the model
+
+LOW_SYMMETRY = ["mp-626708", "mp-14983", "mp-541588"]  # P1, P1, P-1
+HIGH_SYMMETRY = ["mp-22905", "mp-136", "mp-5827"]  # rock salt LiCl, hcp Fe, perovskite CaTiO3
+
+
+def left_handed(crystal):
+    return dataclasses.replace(crystal, lattice=crystal.lattice[[1, 0, 2]])
+
+
+def skewed(crystal):
+    """The same crystal in a cell whose vectors are almost parallel."""
+    change = np.array([[1, 3, -2], [0, 1, 4], [0, 0, 1]])
+    return dataclasses.replace(crystal, lattice=change @ crystal.lattice)
+
+
+def with_atoms_outside(crystal):
+    """The same crystal with every atom moved to some other cell."""
+    shifts = np.random.default_rng(3).integers(-3, 4, (crystal.num_atoms, 3))
+    return dataclasses.replace(crystal, positions=crystal.positions + shifts @ crystal.lattice)
+
+
+def sample_crystals():
+    """Crystals of every kind that the rows must be right for, by name."""
+    real = real_crystals(LOW_SYMMETRY + HIGH_SYMMETRY)
+    low, high = real[0], real[-1]
+    one_atom = random_crystal(np.random.default_rng(1), 1, volume_per_atom=12.0)
+    crystals = {crystal.id: crystal for crystal in real} | {name: primitive(name) for name in SYMMETRIC}
+    crystals |= {
+        "left-handed": left_handed(low),
+        "skewed": skewed(low),
+        "left-handed and skewed": skewed(left_handed(high)),
+    }
+    crystals |= {"atoms outside": with_atoms_outside(low), "one atom": one_atom, "one atom, skewed": skewed(one_atom)}
+    return crystals
+
+
+CRYSTALS = sample_crystals()
+
+
+def brute_force_edges(crystal, radius):
+    """All (i, j, n1, n2, n3) with |p_j + nL - p_i| <= radius, by looking at every image of a box, and their distances."""
+    p, lattice = crystal.positions, crystal.lattice
+    inverse = np.linalg.inv(lattice)
+    span = np.ptp(p @ inverse, axis=0)
+    reach = np.ceil(radius * np.linalg.norm(inverse, axis=0) + span).astype(int)
+    axes = [np.arange(-limit, limit + 1) for limit in reach]
+    images = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
+    edges = {}
+    for i in range(len(p)):
+        for j in range(len(p)):
+            distance = np.linalg.norm(p[j] - p[i] + images @ lattice, axis=1)
+            for n in np.flatnonzero(distance <= radius):
+                edges[i, j, *map(int, images[n])] = distance[n]
+    return edges
+
+
+def edges_of(rows):
+    """The rows as a list of (i, j, n1, n2, n3), in their order."""
+    return [tuple(map(int, edge)) for edge in np.column_stack([rows.center, rows.index, rows.image])]
+
+
+def row(rows, atom):
+    """Places of the row of an atom among all neighbours."""
+    return np.flatnonzero(rows.center == atom)
+
+
+@pytest.mark.parametrize("name", CRYSTALS)
+def test_rows_are_all_images_within_the_cutoff(name):
+    edges = edges_of(neighbor_rows(CRYSTALS[name], RADIUS))
+    assert len(set(edges)) == len(edges)
+    assert set(edges) == set(brute_force_edges(CRYSTALS[name], RADIUS))
+
+
+@pytest.mark.parametrize("name", CRYSTALS)
+def test_displacements_are_the_vectors_to_the_neighbors(name):
+    crystal = CRYSTALS[name]
+    rows = neighbor_rows(crystal, RADIUS)
+    vectors = displacements(crystal, rows)
+    expected = brute_force_edges(crystal, RADIUS)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), [expected[e] for e in edges_of(rows)], atol=1e-9)
+    reached = crystal.positions[rows.center] + vectors
+    np.testing.assert_allclose(reached, crystal.positions[rows.index] + rows.image @ crystal.lattice, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", CRYSTALS)
+def test_relation_is_symmetric_and_reverse_points_back(name):
+    rows = neighbor_rows(CRYSTALS[name], RADIUS)
+    assert_reverse_points_back(rows)
+
+
+def assert_reverse_points_back(rows):
+    reverse = rows.reverse
+    np.testing.assert_array_equal(rows.center[reverse], rows.index)
+    np.testing.assert_array_equal(rows.index[reverse], rows.center)
+    np.testing.assert_array_equal(rows.image[reverse], -rows.image)
+    np.testing.assert_array_equal(reverse[reverse], np.arange(len(reverse)))
+
+
+@pytest.mark.parametrize("name", CRYSTALS)
+def test_rows_are_in_canonical_order(name):
+    """The atom itself first, then shell after shell, and inside a shell by (j, n1, n2, n3)."""
+    crystal = CRYSTALS[name]
+    rows = neighbor_rows(crystal, RADIUS)
+    distances = brute_force_edges(crystal, RADIUS)
+    edges = edges_of(rows)
+    for i in range(crystal.num_atoms):
+        of_atom = [edges[e] for e in row(rows, i)]
+        assert of_atom[0] == (i, i, 0, 0, 0)
+        by_distance = sorted(of_atom, key=lambda edge: distances[edge])
+        steps = np.diff([distances[edge] for edge in by_distance])
+        shell = dict(zip(by_distance, [0, *np.cumsum(steps > SHELL_TOLERANCE)], strict=True))
+        assert of_atom == sorted(of_atom, key=lambda edge: (shell[edge], edge))
+
+
+@pytest.mark.parametrize("name", CRYSTALS)
+def test_rows_do_not_change_when_the_crystal_turns(name):
+    """Down to the order of neighbours at one distance, on which the choice among equal frames rests."""
+    crystal = CRYSTALS[name]
+    rows = neighbor_rows(crystal, RADIUS)
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        turned = neighbor_rows(rotated(crystal, random_rotation(rng)), RADIUS)
+        for field in dataclasses.fields(rows):
+            np.testing.assert_array_equal(getattr(turned, field.name), getattr(rows, field.name))
+
+
+def test_symmetric_crystals_have_shells_to_order():
+    """Else the tests of order would not test it: rock salt has 6, then 12 neighbours at one distance."""
+    crystal = primitive("rock salt")
+    rows = neighbor_rows(crystal, RADIUS)
+    distance = np.linalg.norm(displacements(crystal, rows), axis=1)[row(rows, 0)]
+    np.testing.assert_allclose(distance[:19], [0] + [2.82] * 6 + [2.82 * 2**0.5] * 12)
+
+
+def test_shell_at_the_cutoff_is_whole_or_absent():
+    """Rounding must not decide which neighbours of a shell at the very cutoff belong to the row."""
+    crystal = Crystal([55, 17], np.array([[0, 0, 0], [1.5] * 3]), 3 * np.eye(3))
+    counts = set()
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        counts |= set(neighbor_rows(rotated(crystal, random_rotation(rng)), 6.0).count)
+    assert len(counts) == 1
+
+
+# Rows that would not span a frame are enlarged
+
+CHAIN = Crystal([6], np.zeros((1, 3)), np.diag([2.0, 20, 20]), id="chain")
+MOLECULE = Crystal([1, 1], np.array([[12.0, 12, 12], [12.74, 12, 12]]), 25 * np.eye(3), id="molecule")
+LONE_ATOM = Crystal([10], np.zeros((1, 3)), 15 * np.eye(3), id="lone atom")
+SPARSE = {crystal.id: crystal for crystal in (CHAIN, MOLECULE, LONE_ATOM)}
+
+
+def spans_a_frame(crystal, rows, atom):
+    vectors = displacements(crystal, rows)[row(rows, atom)]
+    distance = np.linalg.norm(vectors, axis=1)
+    unit = vectors[distance > 0] / distance[distance > 0, None]
+    return len(unit) > 1 and np.abs(unit @ unit.T).min() < COLLINEAR
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_sparse_rows_are_enlarged_until_they_span_a_frame(name):
+    crystal = SPARSE[name]
+    within = set(brute_force_edges(crystal, RADIUS))
+    assert len({edge[1:] for edge in within}) < 9  # the atom itself and a few others on one line
+    rows = neighbor_rows(crystal, RADIUS)
+    assert within < set(edges_of(rows))
+    assert all(spans_a_frame(crystal, rows, atom) for atom in range(crystal.num_atoms))
+    assert_reverse_points_back(rows)
+
+
+@pytest.mark.parametrize(("name", "radius"), [("chain", 20.0), ("lone atom", 15.0)])
+def test_enlarged_row_ends_with_the_first_shell_that_spans_a_frame(name, radius):
+    """Whole shells: a part of the six neighbours of the lone atom would make its frame an accident."""
+    crystal = SPARSE[name]
+    assert set(edges_of(neighbor_rows(crystal, RADIUS))) == set(brute_force_edges(crystal, radius + 1e-9))
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_enlarged_rows_do_not_change_when_the_crystal_turns(name):
+    crystal = SPARSE[name]
+    rows = neighbor_rows(crystal, RADIUS)
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        turned = neighbor_rows(rotated(crystal, random_rotation(rng)), RADIUS)
+        for field in dataclasses.fields(rows):
+            np.testing.assert_array_equal(getattr(turned, field.name), getattr(rows, field.name))
+
+
+def test_only_rows_that_need_it_are_enlarged():
+    """A cluster of four atoms and one atom far from it: the others only gain the reverse neighbours."""
+    cluster = np.array([[0.0, 0, 0], [2, 0, 0], [0, 2, 0], [0, 0, 2]])
+    crystal = Crystal([6, 6, 6, 6, 10], np.vstack([cluster, [[12.0, 1, 1]]]), 40 * np.eye(3))
+    within = set(brute_force_edges(crystal, RADIUS))
+    rows = neighbor_rows(crystal, RADIUS)
+    added = set(edges_of(rows)) - within
+    assert within < set(edges_of(rows))
+    assert spans_a_frame(crystal, rows, 4)
+    assert all(4 in edge[:2] for edge in added)
+    assert_reverse_points_back(rows)
+
+
+@pytest.mark.parametrize("cutoff", [0.0, -1.0, np.nan, np.inf])
+def test_impossible_cutoff_is_an_error(cutoff):
+    with pytest.raises(ValueError, match="cutoff"):
+        neighbor_rows(LONE_ATOM, cutoff)
