@@ -3,8 +3,12 @@
 import dataclasses
 import difflib
 import math
+import re
+from collections.abc import Iterable
 
 from ml_collections import ConfigDict
+
+from crystalframer_jax.configs import default
 
 
 class ConfigError(ValueError):
@@ -144,8 +148,6 @@ def cutoff_radius(config: ConfigDict) -> float:
 
 def validate(config: ConfigDict) -> None:
     """Raise ConfigError, naming the key and what is allowed, if the configuration cannot be run."""
-    from crystalframer_jax.configs import default
-
     known = default.get_config()
     for key in config:
         if key not in known:
@@ -163,6 +165,15 @@ def validate(config: ConfigDict) -> None:
         if not config[key] >= 0:
             raise ConfigError(f"{key}={config[key]!r} must not be negative")
     _validate_combinations(config)
+
+
+def check_overrides(arguments: Iterable[str]) -> None:
+    """Raise ConfigError if one of the command line arguments `--config.KEY=VALUE` names a key that does not exist."""
+    known = list(default.get_config())
+    for argument in arguments:
+        match = re.match(r"--?config\.([^=\s]+)", argument)
+        if match and match[1] not in known:
+            raise ConfigError(unknown_key_message(match[1], known))
 
 
 def unknown_key_message(key: str, known: list[str]) -> str:

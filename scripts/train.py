@@ -9,6 +9,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from crystalframer_jax.cli import reporting_errors, use_compilation_cache
+from crystalframer_jax.config import check_overrides
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "File of hyperparameters, such as configs/quickstart.py.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, summary.")
@@ -27,5 +28,15 @@ def main(argv: list[str]) -> None:
         train(CONFIG.value, WORKDIR.value)
 
 
+def parse(argv: list[str]) -> list[str]:
+    """Parse the command line; a misspelt hyperparameter is an error in one line."""
+    with reporting_errors():
+        check_overrides(argv)
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, OSError) as error:
+        sys.exit("error: " + " ".join(str(error).split()))
+
+
 if __name__ == "__main__":
-    sys.exit(app.run(main))
+    sys.exit(app.run(main, flags_parser=parse))
