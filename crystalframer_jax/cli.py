@@ -25,8 +25,8 @@ def reporting_errors() -> Iterator[None]:
 
     try:
         yield
-    except (ConfigError, CrystalError, CheckpointError, TrainingError) as error:
-        sys.exit(f"error: {error}")
+    except (ConfigError, CrystalError, CheckpointError, TrainingError, OSError) as error:
+        sys.exit("error: " + " ".join(str(error).split()))
     except KeyboardInterrupt:
         print("\ninterrupted; the same command continues from the last finished epoch", file=sys.stderr)
         sys.exit(130)

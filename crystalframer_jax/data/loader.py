@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import grain
 import numpy as np
 
-from crystalframer_jax.batch import Batch, BatchShape, pack, plan_shapes
+from crystalframer_jax.batch import Batch, BatchShape, fill_factors, pack, plan_shapes
 from crystalframer_jax.data.store import Dataset
 
 
@@ -33,6 +33,12 @@ class TrainingBatches:
         epoch, position = divmod(step, self.steps_per_epoch)
         chosen = self.order(epoch)[position * self.batch_size : (position + 1) * self.batch_size]
         return pack(self.dataset.table, chosen, self.shapes, self.dataset.labels[chosen])
+
+    def fill_factors(self, batches: int = 8) -> tuple[float, float]:
+        """Shares of atom slots and of neighbour columns that hold real data, means over the first batches."""
+        factors = [fill_factors(self[step]) for step in range(min(batches, len(self)))]
+        atoms, neighbors = np.mean(factors, axis=0)
+        return float(atoms), float(neighbors)
 
     def iterate(self, first_step: int) -> Iterator[Batch]:
         """The batches from a step on, prepared ahead by a background thread."""

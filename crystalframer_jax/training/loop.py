@@ -86,6 +86,11 @@ class Run:
         if last is None:
             state = self.initial_state()
             say(f"{self.dataset.name}: {splits}; {count_parameters(state.params):,} trainable parameters")
+            shape, (atoms, neighbors) = self.batches.shapes[0], self.batches.fill_factors()
+            say(
+                f"batches of {shape.num_crystals} crystals in {shape.num_atoms} atom slots ({atoms:.0%} filled) with "
+                f"up to {shape.row_length} neighbors ({neighbors:.0%} filled)"
+            )
             return state, {"epoch": -1, "seconds": 0.0}
         like = jax.eval_shape(self.initial_state)
         state, meta = self.checkpoints.restore_state(last, _on_device(like))
