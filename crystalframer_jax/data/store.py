@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,9 @@ def _prepare(target_set: TargetSet, cutoff: float, folder: Path) -> None:
     rows: list[NeighborRows] = []
     labels, row_of_record, bad = [], [], []
     records = list(target_set.records())
-    for record in tqdm(records, desc=f"preparing {target_set.name}", unit=" crystals", dynamic_ncols=True):
+    start = time.perf_counter()
+    progress = tqdm(records, desc=f"preparing {target_set.name}", unit=" crystals", dynamic_ncols=True, disable=None)
+    for record in progress:
         labels.append([parse_label(record.get(target.field)) for target in target_set.targets])
         try:
             crystal = crystal_of_record(record)
@@ -97,6 +100,8 @@ def _prepare(target_set: TargetSet, cutoff: float, folder: Path) -> None:
     columns["labels"] = np.array(labels)  # of all records; a record that could not be used has row -1
     columns["row_of_record"] = np.array(row_of_record, dtype=np.int64)
     _write(folder, columns)
+    seconds = time.perf_counter() - start
+    tqdm.write(f"prepared {target_set.name}: {len(crystals):,} crystals in {seconds:.0f} s, kept in {folder}")
 
 
 def crystal_of_record(record: dict[str, Any]) -> Crystal:
