@@ -28,8 +28,8 @@ def reporting_errors() -> Iterator[None]:
     except (ConfigError, CrystalError, CheckpointError, TrainingError, OSError) as error:
         sys.exit("error: " + " ".join(str(error).split()))
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues from the last finished epoch", file=sys.stderr)
-        sys.exit(130)
+        print("\ninterrupted; the same command continues from the last finished epoch", file=sys.stderr, flush=True)
+        os._exit(130)  # at once: a checkpoint half written is dropped, and waiting for its threads may take minutes
 
 
 def use_compilation_cache() -> None:

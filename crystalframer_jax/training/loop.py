@@ -112,9 +112,12 @@ class Run:
                 state, result = self.step(state, next(source))
                 results.append(result)
                 bar.update(batches.batch_size)
+                if not bar.disable and len(results) > 1:  # of the step before: this one may still be running
+                    bar.set_postfix(loss=f"{float(results[-2]['loss']):.3f}", refresh=False)
             losses, norms = (np.array([float(result[name]) for result in results]) for name in ("loss", "grad_norm"))
             trained = time.perf_counter() - start
             if not np.isfinite(losses).all():
+                self.checkpoints.wait()  # the last good one
                 step = epoch * batches.steps_per_epoch + int(np.flatnonzero(~np.isfinite(losses))[0])
                 raise TrainingError(f"the loss is not finite at step {step} (epoch {epoch + 1}); try a smaller lr")
             validation = self.errors(_weights(state), "val")
