@@ -12,23 +12,21 @@ from pathlib import Path
 import numpy as np
 import platformdirs
 
-from crystalframer_jax.config import ConfigError, cutoff_radius, target_names
+from crystalframer_jax.config import cutoff_radius, target_names
 from crystalframer_jax.crystal import Crystal, CrystalError
+from crystalframer_jax.errors import UserError
 from crystalframer_jax.structure_files import read_crystals
 
 
 @contextlib.contextmanager
-def reporting_errors() -> Iterator[None]:
-    """Print an error that the user can mend in one line and leave with status 1; status 130 after Ctrl-C."""
-    from crystalframer_jax.training.checkpoint import CheckpointError
-    from crystalframer_jax.training.loop import TrainingError
-
+def reporting_errors(if_interrupted: str = "") -> Iterator[None]:
+    """Print an error that the user can mend in one line and leave with status 1; with status 130 after Ctrl-C."""
     try:
         yield
-    except (ConfigError, CrystalError, CheckpointError, TrainingError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit("error: " + " ".join(str(error).split()))
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues from the last finished epoch", file=sys.stderr, flush=True)
+        print(f"\ninterrupted{if_interrupted}", file=sys.stderr, flush=True)
         os._exit(130)  # at once: a checkpoint half written is dropped, and waiting for its threads may take minutes
 
 

@@ -9,9 +9,10 @@ from collections.abc import Iterable
 from ml_collections import ConfigDict
 
 from crystalframer_jax.configs import default
+from crystalframer_jax.errors import UserError
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
     """A configuration that cannot be run; the message names the key and what is allowed."""
 
 

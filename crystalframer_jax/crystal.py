@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from crystalframer_jax.errors import UserError
+
 if TYPE_CHECKING:  # both are slow to import, and ASE is optional
     from ase import Atoms
     from pymatgen.core import Composition, PeriodicSite, Structure
@@ -19,7 +21,7 @@ MIN_VOLUME = 0.1  # Å^3
 OCCUPANCY_TOLERANCE = 1e-3  # how far the total occupancy of a site may exceed 1
 
 
-class CrystalError(ValueError):
+class CrystalError(UserError, ValueError):
     """A structure that cannot be used; the message is one line naming the file or record and the remedy."""
 
 

@@ -24,7 +24,7 @@ def main(argv: list[str]) -> None:
     use_compilation_cache()
     from crystalframer_jax.training.loop import train
 
-    with reporting_errors():
+    with reporting_errors(if_interrupted="; the same command continues from the last finished epoch"):
         train(CONFIG.value, WORKDIR.value)
 
 

@@ -8,13 +8,14 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from crystalframer_jax.errors import UserError
 from crystalframer_jax.training.state import TrainState
 
 FOLDER = "checkpoints"
 MODEL_FIELDS = ("params", "calibration", "swa_params")  # what prediction needs
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint that is missing or does not fit."""
 
 

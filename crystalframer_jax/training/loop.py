@@ -16,6 +16,7 @@ from crystalframer_jax.data.loader import TrainingBatches
 from crystalframer_jax.data.registry import target_set
 from crystalframer_jax.data.splits import SPLITS
 from crystalframer_jax.data.store import Dataset, open_dataset
+from crystalframer_jax.errors import UserError
 from crystalframer_jax.inference.evaluation import groups_of, mean_absolute_errors, predict_rows
 from crystalframer_jax.model.regressor import CrystalFramer
 from crystalframer_jax.training.checkpoint import MODEL_FIELDS, Checkpoints, read_json
@@ -25,7 +26,7 @@ from crystalframer_jax.training.state import TargetStatistics, TrainState, Tree
 from crystalframer_jax.training.step import initial_state, make_forward, make_train_step
 
 
-class TrainingError(RuntimeError):
+class TrainingError(UserError, RuntimeError):
     """Training cannot go on; the message says where and why."""
 
 
