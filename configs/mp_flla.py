@@ -3,8 +3,9 @@
 python scripts/train.py --config=configs/mp_flla.py --workdir=runs/mp_flla
 """
 
-from crystalframer_jax.configs import default
 from ml_collections import ConfigDict
+
+from crystalframer_jax.configs import default
 
 
 def get_config() -> ConfigDict:

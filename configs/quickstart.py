@@ -5,8 +5,9 @@
 Two blocks with the paper's lightweight angle encoding, on the bundled Materials Project set (3,938 crystals).
 """
 
-from crystalframer_jax.configs import default
 from ml_collections import ConfigDict
+
+from crystalframer_jax.configs import default
 
 
 def get_config() -> ConfigDict:

@@ -212,6 +212,10 @@ def _validate_combinations(config: ConfigDict) -> None:
         )
     if config.pre_pooling_op.startswith("w") and not config.embedding_dim:
         raise ConfigError(f"pre_pooling_op={config.pre_pooling_op!r} takes its width from embedding_dim: give one")
+    if any(width < 1 for width in config.embedding_dim):
+        raise ConfigError(f"embedding_dim={tuple(config.embedding_dim)}: every width must be at least 1")
+    if len(config.adam_betas) != 2 or not all(0 <= beta < 1 for beta in config.adam_betas):
+        raise ConfigError(f"adam_betas={tuple(config.adam_betas)} must be two numbers from 0 to below 1")
     if config.swa_epochs >= config.n_epochs:
         raise ConfigError(
             f"swa_epochs={config.swa_epochs} must be smaller than n_epochs={config.n_epochs}; 0 switches averaging off"
