@@ -13,6 +13,7 @@ from crystalframer_jax.crystal import Crystal
 SHELL_TOLERANCE = 1e-4  # Å; distances closer than this are one shell of neighbours
 COLLINEAR = 0.999  # |cos| from which two directions cannot span a frame
 SMALLEST_DISTANCE = 1e-3  # Å
+RADIUS_TOLERANCE = 1e-6  # Å; a shell at the cutoff is taken whole, whatever the rounding of its distances
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,17 +69,16 @@ def _within(crystal: Crystal, centers: np.ndarray, radius: float) -> tuple[np.nd
     """All (i, j, n) with i among `centers` [c] and distance <= radius: i [E], j [E], n [E, 3]."""
     from pymatgen.optimization.neighbors import find_points_in_spheres
 
-    slack = 1e-6  # the distances that decide are computed below, alike for both directions of a pair
     i, j, n, _ = find_points_in_spheres(
         np.ascontiguousarray(crystal.positions, dtype=np.float64),
         np.ascontiguousarray(crystal.positions[centers], dtype=np.float64),
-        float(radius + slack),
+        float(radius + 2 * RADIUS_TOLERANCE),  # the distances that decide are computed below
         np.array([1, 1, 1], dtype=np.int64),
         np.ascontiguousarray(crystal.lattice, dtype=np.float64),
         1e-8,
     )
     i, n = centers[i], np.rint(n).astype(np.int64)
-    keep = _distance(crystal, i, j, n) <= radius
+    keep = _distance(crystal, i, j, n) <= radius + RADIUS_TOLERANCE  # alike for both directions of a pair
     return i[keep], j[keep], n[keep]
 
 
