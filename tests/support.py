@@ -7,15 +7,17 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
-from crystalframer_jax.configs import default
 from ml_collections import ConfigDict
 
 import crystalframer_jax
 from crystalframer_jax.batch import Batch, BatchShape, Rows, pack, shape_for
 from crystalframer_jax.config import ModelConfig, model_config, validate
+from crystalframer_jax.configs import default
 from crystalframer_jax.crystal import Crystal
 from crystalframer_jax.data.table import make_table
+from crystalframer_jax.model.regressor import CrystalFramer
 from crystalframer_jax.neighbors import NeighborRows, displacements, neighbor_rows
 
 BUNDLED = Path(crystalframer_jax.__file__).parent / "data" / "bundled" / "mp_flla_2015.jsonl.gz"
@@ -154,3 +156,25 @@ def atom_places(batch: Batch) -> np.ndarray:
     """Where the atoms of the crystals stand in the batch, one crystal after the other, [number of real atoms]."""
     order = np.lexsort((batch.atom_in_crystal, batch.crystal_of_atom))
     return order[np.asarray(batch.species)[order] > 0]
+
+
+# Parameters
+
+
+def random_variables(config: ModelConfig, seed: int = 0, dtype: type = np.float32) -> dict:
+    """Random variables of a model whose layers all matter: features, encodings and outputs of the order of one.
+
+    With the weights that training starts from, predictions hardly differ between crystals and between frames.
+    """
+    rng = np.random.default_rng(seed)
+
+    def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        name = path[-1].key
+        if name in ("scale", "shift"):  # of the widths of the attention Gaussians
+            return np.full(leaf.shape, name == "scale", dtype)
+        std = {"embedding": 1.0, "bias": 0.1, "w_pos": config.k_dim**-0.5, "w_dist": 0.5, "w_angle": 0.5}
+        return (std.get(name, leaf.shape[0] ** -0.5) * rng.normal(size=leaf.shape)).astype(dtype)
+
+    batch = batch_of([primitive("fcc")], 3.0)
+    shapes = jax.eval_shape(CrystalFramer(config).init, jax.random.key(0), batch)
+    return jax.tree_util.tree_map_with_path(draw, shapes)

@@ -50,7 +50,7 @@ CRYSTALS = sample_crystals()
 
 
 def brute_force_edges(crystal, radius):
-    """All (i, j, n1, n2, n3) with |p_j + nL - p_i| <= radius, by looking at every image of a box, and their distances."""
+    """Distances of all (i, j, n1, n2, n3) with |p_j + nL - p_i| <= radius, by looking at every image of a box."""
     p, lattice = crystal.positions, crystal.lattice
     inverse = np.linalg.inv(lattice)
     span = np.ptp(p @ inverse, axis=0)

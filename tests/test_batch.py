@@ -1,0 +1,340 @@
+"""Packing crystals into batches: nothing but the crystals decides what the model makes of them."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import atom_places, batch_of, primitive, random_crystal, random_variables, small_config
+
+from crystalframer_jax.batch import (
+    ATOM_BLOCK,
+    BatchShape,
+    fill_factors,
+    pack,
+    plan_shapes,
+    round_up,
+    row_levels,
+    shape_for,
+)
+from crystalframer_jax.crystal import MAX_ATOMIC_NUMBER, Crystal
+from crystalframer_jax.data.table import CrystalTable, make_table
+from crystalframer_jax.model.regressor import CrystalFramer
+from crystalframer_jax.neighbors import displacements, neighbor_rows
+
+RADIUS = 5.0  # Å: rows below 48, the shortest length that is compiled
+CONFIG = small_config(value_pe_angle_real=16, value_pe_angle_wscale=1.0)
+SMALL = BatchShape(64, 48, 4)
+SHAPES = {
+    "more atoms and crystals": BatchShape(128, 48, 9),
+    "longer rows": BatchShape(64, 64, 4),
+}
+
+
+@functools.cache
+def crystals():
+    """Four crystals without symmetry; together 34 atoms in rows of 14 to 36 neighbors."""
+    rng = np.random.default_rng(21)
+    return [random_crystal(rng, size, volume) for size, volume in [(12, 20.0), (1, 30.0), (16, 15.0), (5, 25.0)]]
+
+
+@functools.cache
+def variables():
+    return random_variables(CONFIG)
+
+
+@jax.jit
+def evaluate(variables, batch, weights):
+    """Predictions [B], and gradients of sum(weights * predictions) by all parameters."""
+
+    def weighted(params):
+        predictions = CrystalFramer(CONFIG).apply({**variables, "params": params}, batch)[:, 0]
+        return jnp.sum(weights * predictions), predictions
+
+    gradients, predictions = jax.grad(weighted, has_aux=True)(variables["params"])
+    return predictions, gradients
+
+
+@jax.jit
+def predict(variables, batch):
+    return CrystalFramer(CONFIG).apply(variables, batch)[:, 0]
+
+
+# Distinct, so that crystals cannot be exchanged unnoticed; those of the crystals in front of the others.
+WEIGHTS = np.float32([1.0, -0.7, 0.5, 0.3])
+
+
+def evaluate_packed(packed, shape):
+    """Predictions and gradients of crystals(), which `packed` begins with."""
+    batch = batch_of(packed, RADIUS, shapes=shape)
+    weights = np.zeros(shape.num_crystals, np.float32)
+    weights[:4] = WEIGHTS
+    predictions, gradients = evaluate(variables(), batch, weights)
+    return np.asarray(predictions)[: len(packed)], jax.tree.map(np.asarray, gradients)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return evaluate_packed(crystals(), SMALL)
+
+
+def assert_same_gradients(actual, expected):
+    """To 1e-6 of the largest entry of each parameter (but the biases of keys, whose gradients are zero)."""
+    errors = jax.tree.map(lambda a, e: np.abs(a - e).max() / np.abs(e).max(), actual, expected)
+    for path, error in jax.tree_util.tree_leaves_with_path(errors):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        assert name.endswith("k/bias") or error < 1e-6, name
+
+
+# What stands beside a crystal does not change it. Equal bits are not to be had: another shape is another program, which
+# sums in another order. Exact are the zeros of padding atoms (test_lattice_sums.py) and the frames (test_frames.py).
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_padding_changes_no_result(name, reference):
+    predictions, gradients = evaluate_packed(crystals(), SHAPES[name])
+    np.testing.assert_allclose(predictions, reference[0], rtol=0, atol=1e-6)
+    assert_same_gradients(gradients, reference[1])
+
+
+def test_predictions_differ_between_crystals(reference):
+    assert np.diff(np.sort(reference[0])).min() > 0.05
+
+
+def test_other_crystals_change_no_result(reference):
+    """They even change the order of the atoms, which stand by the lengths of their rows."""
+    rng = np.random.default_rng(22)
+    others = [random_crystal(rng, size, 18.0) for size in (20, 1, 9)]
+    packed = crystals() + others
+    predictions, gradients = evaluate_packed(packed, SHAPES["more atoms and crystals"])
+    np.testing.assert_allclose(predictions[:4], reference[0], rtol=0, atol=1e-6)
+    assert_same_gradients(gradients, reference[1])
+
+
+def test_order_of_crystals_is_kept(reference):
+    order = [2, 0, 3, 1]
+    batch = batch_of([crystals()[i] for i in order], RADIUS, shapes=SMALL)
+    predictions, _ = evaluate(variables(), batch, np.zeros(4, np.float32))
+    np.testing.assert_allclose(predictions, reference[0][order], rtol=0, atol=1e-6)
+
+
+def test_padding_crystals_get_finite_predictions():
+    batch = batch_of(crystals()[:1], RADIUS, shapes=SMALL)
+    predictions, gradients = evaluate(variables(), batch, np.ones(4, np.float32))
+    assert np.isfinite(predictions).all()
+    assert all(np.isfinite(gradient).all() for gradient in jax.tree.leaves(gradients))
+
+
+# The arrays of a batch
+
+
+def test_arrays_describe_the_crystals():
+    batch = batch_of(crystals(), RADIUS, shapes=SHAPES["more atoms and crystals"])
+    sizes = [crystal.num_atoms for crystal in crystals()]
+    places = atom_places(batch)
+    np.testing.assert_array_equal(batch.crystal_sizes, [*sizes, 0, 0, 0, 0, 0])
+    np.testing.assert_array_equal(batch.species[places], np.concatenate([c.species for c in crystals()]))
+    np.testing.assert_array_equal(batch.crystal_of_atom[places], np.repeat(np.arange(4), sizes))
+    np.testing.assert_array_equal(batch.atom_in_crystal[places], np.concatenate([np.arange(size) for size in sizes]))
+    assert batch.occupancies is None
+    padding = batch.species == 0
+    assert padding.sum() == 128 - sum(sizes)
+    np.testing.assert_array_equal(batch.crystal_of_atom[padding], 9)
+    np.testing.assert_array_equal(batch.rows.count[padding], 0)
+
+
+def test_rows_are_those_of_the_crystals():
+    batch = batch_of(crystals(), RADIUS, shapes=SMALL)
+    places = np.split(atom_places(batch), np.cumsum([crystal.num_atoms for crystal in crystals()])[:-1])
+    for crystal, place in zip(crystals(), places, strict=True):
+        rows = neighbor_rows(crystal, RADIUS)
+        np.testing.assert_array_equal(batch.rows.count[place], rows.count)
+        index = np.concatenate([batch.rows.index[p, : batch.rows.count[p]] for p in place])
+        vector = np.concatenate([batch.rows.vector[p, : batch.rows.count[p]] for p in place])
+        np.testing.assert_array_equal(index, place[rows.index])
+        np.testing.assert_allclose(vector, displacements(crystal, rows), rtol=0, atol=1e-6)
+
+
+def test_reverse_points_back():
+    rows = batch_of(crystals(), RADIUS, shapes=SMALL).rows
+    center, column = np.nonzero(np.arange(SMALL.row_length) < rows.count[:, None])
+    reverse = np.unravel_index(rows.reverse[center, column], rows.index.shape)
+    np.testing.assert_array_equal(reverse[0], rows.index[center, column])
+    np.testing.assert_array_equal(rows.index[reverse], center)
+    np.testing.assert_allclose(rows.vector[reverse], -rows.vector[center, column], rtol=0, atol=1e-6)
+
+
+def test_atom_itself_is_exactly_at_zero():
+    """The lattice sums know it by its distance."""
+    rows = batch_of(crystals(), RADIUS, shapes=SMALL).rows
+    np.testing.assert_array_equal(rows.vector[:, 0], 0)
+    assert (np.linalg.norm(rows.vector[:, 1:], axis=-1)[rows.index[:, 1:] > 0] > 0.1).all()
+
+
+def test_atoms_stand_by_the_length_of_their_rows():
+    assert (np.diff(batch_of(crystals(), RADIUS, shapes=SMALL).rows.count) <= 0).all()
+
+
+def test_targets_and_their_mask():
+    targets = np.array([[1.5, np.nan], [np.nan, np.nan], [np.inf, -2.0]])
+    batch = batch_of(crystals()[:3], RADIUS, shapes=SMALL, targets=targets, num_targets=2)
+    np.testing.assert_array_equal(batch.target_mask, [[True, False], [False, False], [False, True], [False, False]])
+    np.testing.assert_array_equal(batch.targets, [[1.5, 0], [0, 0], [0, -2], [0, 0]])
+
+
+def test_without_targets_none_is_known():
+    batch = batch_of(crystals()[:3], RADIUS, shapes=SMALL, num_targets=2)
+    assert batch.target_mask.shape == batch.targets.shape == (4, 2)
+    assert not batch.target_mask.any()
+
+
+# Disordered crystals
+
+
+def occupied(crystal, shares):
+    """The crystal with occupancies: those of `shares` {site: {atomic number: share}}, one atom on all other sites."""
+    occupancies = np.eye(MAX_ATOMIC_NUMBER)[crystal.species - 1]
+    for site, elements in shares.items():
+        occupancies[site] = 0
+        for number, share in elements.items():
+            occupancies[site, number - 1] = share
+    return dataclasses.replace(crystal, species=occupancies.argmax(axis=1) + 1, occupancies=occupancies)
+
+
+def test_occupancies_of_one_are_an_ordered_crystal():
+    ordered = batch_of(crystals(), RADIUS, shapes=SMALL)
+    batch = batch_of([occupied(crystal, {}) for crystal in crystals()], RADIUS, shapes=SMALL)
+    assert jax.tree.structure(batch) == jax.tree.structure(ordered)
+    jax.tree.map(np.testing.assert_array_equal, batch, ordered)
+
+
+def test_shared_sites_get_the_average_embedding():
+    """Two sites are shared; an ordered crystal of an element with that average embedding gives the same prediction.
+
+    The ordered crystals of the batch stay what they are, although the whole batch now has occupancies.
+    """
+    stand_ins = 97, 98  # berkelium and californium, which no crystal here contains
+    shares = {2: {8: 0.3, 26: 0.7}}, {0: {11: 0.6}}
+    assert all(not np.isin(stand_ins, crystal.species).any() for crystal in crystals())
+    shared, ordered = list(crystals()), list(crystals())
+    for crystal, stand_in, sites in zip((0, 3), stand_ins, shares, strict=True):
+        shared[crystal] = occupied(crystals()[crystal], sites)
+        species = crystals()[crystal].species.copy()
+        species[list(sites)] = stand_in
+        ordered[crystal] = dataclasses.replace(crystals()[crystal], species=species)
+
+    embedding = variables()["params"]["embedding"].copy()
+    embedding[96] = 0.3 * embedding[7] + 0.7 * embedding[25]
+    embedding[97] = 0.6 * embedding[10]
+    changed = {**variables(), "params": {**variables()["params"], "embedding": embedding}}
+    expected = predict(changed, batch_of(ordered, RADIUS, shapes=SMALL))
+    actual = predict(changed, batch_of(shared, RADIUS, shapes=SMALL))
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6)
+    assert np.abs(expected - predict(changed, batch_of(crystals(), RADIUS, shapes=SMALL)))[[0, 3]].min() > 1e-3
+
+
+# Shapes
+
+
+def table_of(packed):
+    return make_table(packed, [neighbor_rows(crystal, RADIUS) for crystal in packed])
+
+
+@pytest.mark.parametrize("field", ["num_atoms", "row_length", "num_crystals"])
+def test_batch_that_fits_no_shape_is_an_error(field):
+    table, indices = table_of(crystals()), np.arange(4)
+    longest = int(table.count.max())
+    exact = BatchShape(num_atoms=34, row_length=longest, num_crystals=4)
+    assert pack(table, indices, [exact]).species.shape == (34,)
+    too_small = dataclasses.replace(exact, **{field: getattr(exact, field) - 1})
+    with pytest.raises(ValueError, match=f"4 crystals with 34 atoms and rows up to {longest} fit none"):
+        pack(table, indices, [too_small])
+
+
+def test_first_shape_that_fits_is_taken():
+    table = table_of(crystals())
+    shapes = [BatchShape(16, 48, 4), BatchShape(64, 48, 4), BatchShape(64, 96, 8)]
+    assert pack(table, np.array([0, 1]), shapes).rows.index.shape == (16, 48)
+    assert pack(table, np.array([0, 2]), shapes).rows.index.shape == (64, 48)
+
+
+def test_round_up():
+    assert [round_up(value, 32) for value in (1, 32, 33, 48, 49, 64, 65, 97, 128.5)] == [
+        32, 32, 48, 48, 64, 64, 96, 128, 192,
+    ]  # fmt: skip
+    assert [round_up(value, 1) for value in (1, 2, 3, 4, 5, 7)] == [1, 2, 3, 4, 6, 8]
+
+
+def test_shape_for_holds_what_it_is_for():
+    rng = np.random.default_rng(23)
+    table = table_of(crystals())
+    for _ in range(20):
+        indices = rng.integers(0, 4, rng.integers(1, 12))
+        assert pack(table, indices, [shape_for(table, indices)]).crystal_sizes.sum() == table.num_atoms[indices].sum()
+
+
+def table_of_sizes(sizes):
+    """A table that knows nothing but the numbers of atoms."""
+    empty = {field.name: np.zeros(0) for field in dataclasses.fields(CrystalTable)}
+    return CrystalTable(**{**empty, "atom_offset": np.concatenate([[0], np.cumsum(sizes)])})
+
+
+def test_planned_shapes_hold_every_batch():
+    """At most two shapes, of whole blocks; the first is rarely too small, the second never."""
+    rng = np.random.default_rng(24)
+    for _ in range(50):
+        sizes = 1 + rng.geometric(1 / rng.uniform(2, 40), rng.integers(1, 300)).astype(np.int64)
+        table = table_of_sizes(sizes)
+        indices = rng.permutation(len(sizes))[: rng.integers(1, len(sizes) + 1)]
+        batch_size = int(rng.integers(1, 40))
+        longest_row = int(rng.integers(1, 300))
+        shapes = plan_shapes(table, indices, batch_size, longest_row)
+        assert 1 <= len(shapes) <= 2
+        for shape in shapes:
+            assert shape.num_atoms % ATOM_BLOCK == 0
+            assert shape.row_length >= longest_row
+            assert shape.num_crystals == batch_size
+        assert [shape.num_atoms for shape in shapes] == sorted({shape.num_atoms for shape in shapes})
+        largest = np.sort(sizes[indices])[::-1][:batch_size].sum()
+        assert largest <= shapes[-1].num_atoms < largest + ATOM_BLOCK
+        if batch_size <= len(indices) and batch_size >= 8:
+            drawn = [sizes[rng.choice(indices, batch_size, replace=False)].sum() for _ in range(100)]
+            assert np.mean(np.array(drawn) > shapes[0].num_atoms) < 0.05
+
+
+def test_row_levels_end_with_the_row_length():
+    for length in (1, 32, 48, 49, 96, 128, 384, 500):
+        levels = row_levels(length)
+        assert levels[-1] == length
+        assert (np.diff(levels) > 0).all()
+
+
+def test_fill_factors():
+    """By hand: 34 of 64 atoms, in blocks of 32 whose longest rows decide how many columns are visited."""
+    batch = batch_of(crystals(), RADIUS, shapes=BatchShape(64, 96, 4))
+    atoms, columns = fill_factors(batch)
+    assert atoms == pytest.approx(34 / 64)
+    assert batch.rows.count.max() <= 48
+    assert columns == pytest.approx(batch.rows.count.sum() / (2 * 32 * 48))
+
+    longer = batch_of(crystals(), 5.7, shapes=BatchShape(64, 96, 4))
+    assert 48 < longer.rows.count[0] <= 64
+    assert longer.rows.count[32] <= 48
+    assert fill_factors(longer)[1] == pytest.approx(longer.rows.count.sum() / (32 * 64 + 32 * 48))
+
+
+@pytest.mark.xfail(strict=True, raises=ValueError, reason="fill_factors takes whole blocks of 32 atoms for granted")
+def test_fill_factors_of_a_shape_with_half_a_block():
+    """`shape_for` makes them: 34 atoms are padded to 48."""
+    batch = batch_of(crystals(), RADIUS)
+    assert len(batch.species) == 48
+    assert fill_factors(batch)[0] == pytest.approx(34 / 48)
+
+
+def test_full_batch_has_fill_factors_of_one():
+    """32 crystals of one atom, all alike, in rows of exactly the length of the shape."""
+    crystal = Crystal([13], np.zeros((1, 3)), primitive("fcc").lattice)
+    length = int(neighbor_rows(crystal, RADIUS).count[0])
+    assert fill_factors(batch_of([crystal] * 32, RADIUS, shapes=BatchShape(32, length, 32))) == (1.0, 1.0)

@@ -1,0 +1,239 @@
+"""Configurations: what can be run is accepted, and what cannot is refused with the key and what is allowed."""
+
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from crystalframer_jax.config import (
+    ALLOWED_VALUES,
+    NOT_NEGATIVE,
+    POSITIVE,
+    WITHOUT_COUNTERPART,
+    ConfigError,
+    check_overrides,
+    cutoff_radius,
+    model_config,
+    target_names,
+    validate,
+)
+from crystalframer_jax.configs import default
+from crystalframer_jax.data.registry import target_set
+
+ROOT = Path(__file__).parent.parent
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
+
+# One value that is not available for each key of ALLOWED_VALUES, of the type of the key.
+REFUSED = {
+    "domain": "reci",
+    "frame_method": "pca",
+    "t_activation": "tanh",
+    "t_fixup_init": False,
+    "pooling": "sum",
+    "pre_pooling_op": "w",
+    "norm_type": "bn",
+    "dropout": 0.1,
+    "use_cgcnn_feat": True,
+    "gauss_state": "1",
+    "normalize_gauss": False,
+    "value_pe_wave_real": 8,
+    "cos_abs": 2,
+    "optimizer": "adam",
+    "lr_sch": "const",
+    "clip_grad": 1.0,
+    "loss_func": "MSE",
+    "normalize_targets": "no",
+    "scale_grad": 1.0,
+}
+
+# Changes of the default configuration that do not go together, and words that the message must hold.
+IMPOSSIBLE = [
+    ({"targets": ""}, ["targets"]),
+    ({"targets": "e_form, e_form"}, ["targets", "different"]),
+    ({"gauss_lb_real": 1.0}, ["gauss_lb_real", "below 1"]),
+    ({"head_num": 7}, ["head_num=7", "model_dim=128"]),
+    ({"head_num": 7, "k_dim": 16}, ["head_num=7", "model_dim=128"]),
+    ({"scale_real": (1.4, 1.4)}, ["scale_real", "4 blocks"]),
+    ({"scale_real": ()}, ["scale_real"]),
+    ({"scale_real": (1.4, 1.4, 0.0, 1.4)}, ["scale_real", "positive"]),
+    ({"adaptive_cutoff_sigma": 3.5}, ["adaptive_cutoff_sigma", "negative", "cutoff_radius"]),
+    ({"value_pe_dist_max": 0.0}, ["value_pe_dist_max"]),
+    ({"value_pe_angle_real": 1}, ["value_pe_angle_real=1", "at least 2"]),
+    ({"frame_method": "no"}, ["value_pe_angle_real=64", "frame_method"]),
+    ({"pre_pooling_op": "w+relu", "embedding_dim": ()}, ["pre_pooling_op", "embedding_dim"]),
+    ({"swa_epochs": 2000}, ["swa_epochs=2000", "n_epochs=2000"]),
+    ({"n_epochs": 20}, ["swa_epochs=50", "n_epochs=20"]),
+    ({"sch_params": ()}, ["sch_params"]),
+    ({"sch_params": (0.0,)}, ["sch_params", "positive"]),
+    ({"adam_betas": (0.9,)}, ["adam_betas"]),
+    ({"adam_betas": (0.9, 1.0)}, ["adam_betas"]),
+    ({"embedding_dim": (128, 0)}, ["embedding_dim"]),
+]
+
+
+def changed(**changes):
+    config = default.get_config()
+    config.update(changes)
+    return config
+
+
+def refusal(config) -> str:
+    """The one-line message with which a configuration is refused."""
+    with pytest.raises(ConfigError) as error:
+        validate(config)
+    message = str(error.value)
+    assert message and "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_file_can_be_run(name):
+    module = importlib.import_module(f"crystalframer_jax.configs.{name}")
+    config = module.get_config()
+    validate(config)
+    data = target_set(config.target_set)
+    for target in target_names(config):
+        assert data.target(target).unit
+    if name != "default":
+        assert f"--config=configs/{name}.py" in module.__doc__, "the file states the command that runs it"
+
+
+def test_an_unknown_key_is_refused_with_the_nearest_name():
+    config = default.get_config()
+    config.value_pe_dist_rael = 64
+    assert "'value_pe_dist_rael'" in refusal(config) and "'value_pe_dist_real'" in refusal(config)
+
+
+def test_an_unknown_key_that_resembles_none_is_refused_without_a_guess():
+    config = default.get_config()
+    config.zzzz = 1
+    assert "'zzzz'" in refusal(config) and "did you mean" not in refusal(config)
+
+
+@pytest.mark.parametrize("key", sorted(WITHOUT_COUNTERPART))
+def test_official_keys_without_counterpart_say_what_replaces_them(key):
+    config = default.get_config()
+    assert key not in config
+    config[key] = 1
+    assert refusal(config).startswith(key) and WITHOUT_COUNTERPART[key] in refusal(config)
+
+
+def test_a_missing_key_is_refused():
+    config = default.get_config()
+    del config.tie_tolerance
+    assert "tie_tolerance is missing" in refusal(config)
+
+
+def test_a_value_is_listed_here_for_every_key_with_allowed_values():
+    assert REFUSED.keys() == ALLOWED_VALUES.keys()
+
+
+@pytest.mark.parametrize("key", sorted(ALLOWED_VALUES))
+def test_values_that_are_not_available_are_refused_with_the_allowed_ones(key):
+    for value in ALLOWED_VALUES[key]:
+        extra = {"value_pe_angle_real": 0} if value == "no" and key == "frame_method" else {}
+        validate(changed(**{key: value}, **extra))
+    message = refusal(changed(**{key: REFUSED[key]}))
+    assert f"{key}={REFUSED[key]!r}" in message
+    for value in ALLOWED_VALUES[key]:
+        assert repr(value) in message
+
+
+@pytest.mark.parametrize("key", POSITIVE)
+@pytest.mark.parametrize("value", [0, -1])
+def test_numbers_that_must_be_positive(key, value):
+    assert f"{key}={value}" in refusal(changed(**{key: value})) and "positive" in refusal(changed(**{key: value}))
+
+
+@pytest.mark.parametrize("key", NOT_NEGATIVE)
+def test_numbers_that_must_not_be_negative(key):
+    assert f"{key}=-1" in refusal(changed(**{key: -1})) and "negative" in refusal(changed(**{key: -1}))
+
+
+@pytest.mark.parametrize("key", ["lr", "weight_decay", "cutoff_radius"])
+def test_nan_is_refused(key):
+    assert f"{key}=nan" in refusal(changed(**{key: float("nan")}))
+
+
+@pytest.mark.parametrize(("changes", "words"), IMPOSSIBLE, ids=[str(changes) for changes, _ in IMPOSSIBLE])
+def test_impossible_combinations_are_refused(changes, words):
+    message = refusal(changed(**changes))
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"head_num": 7, "k_dim": 16, "v_dim": 16},
+        {"scale_real": (1.4, 1.5, 1.6, 1.7)},
+        {"adaptive_cutoff_sigma": 3.5, "cutoff_radius": 7.0},
+        {"value_pe_dist_max": 0.0, "value_pe_dist_real": 0},
+        {"frame_method": "no", "value_pe_angle_real": 0},
+        {"n_epochs": 20, "swa_epochs": 19},
+        {"n_epochs": 20, "swa_epochs": 0},
+        {"embedding_dim": ()},
+        {"targets": "e_form, e_above_hull"},
+    ],
+    ids=str,
+)
+def test_neighbours_of_the_impossible_combinations_are_accepted(changes):
+    validate(changed(**changes))
+
+
+def test_targets_are_names_separated_by_commas():
+    assert target_names(changed(targets="e_form")) == ("e_form",)
+    assert target_names(changed(targets=" e_form,e_above_hull ,")) == ("e_form", "e_above_hull")
+
+
+def test_targets_and_target_sets_that_do_not_exist_are_refused_with_those_that_do():
+    with pytest.raises(ConfigError, match=r"'band_gap'.*mp_flla_2015.*e_form, e_above_hull"):
+        target_set("mp_flla_2015").target("band_gap")
+    with pytest.raises(ConfigError, match=r"target_set='oqmd'.*mp_flla_2015"):
+        target_set("oqmd")
+
+
+def test_misspelt_overrides_of_the_command_line_are_refused():
+    check_overrides(["scripts/train.py", "--config=configs/quickstart.py", "--config.lr=1e-3", "--workdir=x"])
+    check_overrides(["-config.n_epochs=3"])
+    with pytest.raises(ConfigError, match=r"'n_epoch'.*'n_epochs'"):
+        check_overrides(["scripts/train.py", "--config.n_epoch=3"])
+    with pytest.raises(ConfigError, match="lattice_range has no counterpart"):
+        check_overrides(["--config.lattice_range=2"])
+
+
+def test_every_official_hyperparameter_is_known():
+    golden = np.load(ROOT / "tests" / "golden" / "max.npz")
+    official = json.loads(golden["config_json"].tobytes())
+    assert len(official) > 60
+    unknown = official.keys() - default.get_config().keys() - WITHOUT_COUNTERPART.keys()
+    assert not unknown
+
+
+def test_the_defaults_that_the_paper_states():
+    """The JARVIS setting; 951,809 parameters are checked where the model is built."""
+    config = default.get_config()
+    stated = {"num_layers": 4, "model_dim": 128, "head_num": 8, "ff_dim": 512, "batch_size": 256, "n_epochs": 2000}
+    stated |= {"lr": 5e-4, "adam_betas": (0.9, 0.98), "sch_params": (4000.0,), "weight_decay": 1e-5, "clip_norm": 1.0}
+    stated |= {"bias_weight_decay": 0.01, "swa_epochs": 50, "value_pe_dist_real": 64, "value_pe_angle_real": 64}
+    assert {key: config[key] for key in stated} == stated
+
+
+def test_the_radius_is_that_of_the_widest_gaussian_or_the_one_given():
+    assert cutoff_radius(changed()) == pytest.approx(6.9296, abs=1e-4)  # 3.5 * 1.4 / sqrt(0.5)
+    assert cutoff_radius(changed(scale_real=(1.4, 1.4, 2.8, 1.4))) == pytest.approx(2 * 6.929646, abs=1e-5)
+    assert cutoff_radius(changed(adaptive_cutoff_sigma=-7.0)) == pytest.approx(2 * 6.929646, abs=1e-5)
+    assert cutoff_radius(changed(gauss_lb_real=0.125)) == pytest.approx(2 * 6.929646, abs=1e-5)
+    assert cutoff_radius(changed(cutoff_radius=8)) == 8.0
+
+
+def test_the_model_part_of_a_configuration():
+    model = model_config(changed(scale_real=[1.4, 1.5, 1.6, 1.7], embedding_dim=[64, 32], targets="a,b"))
+    assert (model.k_dim, model.v_dim) == (16, 16)
+    assert (model.num_targets, model.embedding_dim, model.scale_of_block(2)) == (2, (64, 32), 1.6)
+    assert model.uses_frames and hash(model) == hash(model)
+    model = model_config(changed(k_dim=24, value_pe_angle_real=0, frame_method="no"))
+    assert (model.k_dim, model.v_dim, model.scale_of_block(3)) == (24, 16, 1.4)
+    assert not model.uses_frames

@@ -1,0 +1,305 @@
+"""Lattice sums and framed attention against the float64 brute-force sum, and their gradient against two others.
+
+The gradient is written by hand. It is compared with the one that JAX derives of a dense re-implementation, which
+evaluates every Gaussian directly and knows neither blocks, factorised Gaussians nor reverse neighbors, and with finite
+differences of the lattice sums themselves.
+"""
+
+import dataclasses
+import functools
+from types import SimpleNamespace
+
+import brute_force
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import atom_places, batch_of, random_crystal, random_rotation
+
+from crystalframer_jax.batch import BatchShape
+from crystalframer_jax.model.attention import ValueEncoding, framed_attention
+from crystalframer_jax.model.basis import AngleBasis, Bases, DistanceBasis
+from crystalframer_jax.model.lattice_sums import lattice_sums
+
+HEADS, K_DIM, V_DIM = 2, 6, 5
+SIZES = (1, 12, 24)  # atoms: more than one block of 32 atoms, and padding atoms
+VOLUMES_PER_ATOM = (24.0, 30.0, 50.0)  # Å^3: rows of different lengths, that of the one-atom cell the longest
+SHAPE = BatchShape(64, 96, 4)
+
+# Å. Exponents are below -0.5 / Å^2 here, so that what lies beyond has weights of exp(-32) and less.
+RADIUS = 8.0
+CONFIG = {
+    "cos_abs": 0, "scale_real": [1.4],
+    "value_pe_dist_real": 16, "value_pe_dist_max": -10.0, "value_pe_dist_wscale": 1.5,
+    "value_pe_angle_real": 16, "value_pe_angle_wscale": 1.0,
+}  # fmt: skip
+DISTANCE = DistanceBasis(16, 14.0, 1.5)
+ANGLE = AngleBasis(16, 1.0)
+BASES = {
+    "both": Bases(DISTANCE, ANGLE),
+    "distances": Bases(DISTANCE, None),
+    "angles": Bases(None, ANGLE),
+    "neither": Bases(None, None),
+    "moduli": Bases(None, dataclasses.replace(ANGLE, cos_abs=True)),
+}
+BRUTE_FORCE_TOLERANCE = {np.float32: 5e-6, np.float64: 1e-9}
+
+
+@functools.cache
+def crystals():
+    """Three crystals without symmetry."""
+    rng = np.random.default_rng(5)
+    return [random_crystal(rng, size, volume) for size, volume in zip(SIZES, VOLUMES_PER_ATOM, strict=True)]
+
+
+@functools.cache
+def make_inputs(dtype):
+    """Random q, k, v, a, frames for the batch of crystals; padding atoms have random numbers like all others."""
+    batch = batch_of(crystals(), RADIUS, dtype, SHAPE)
+    rng = np.random.default_rng(6)
+    atoms = SHAPE.num_atoms
+    arrays = SimpleNamespace(
+        q=rng.normal(size=(atoms, HEADS, K_DIM)),
+        k=rng.normal(size=(atoms, HEADS, K_DIM)),
+        v=rng.normal(size=(atoms, HEADS, V_DIM)),
+        a=-rng.uniform(0.5, 1.2, (atoms, HEADS)),
+        frames=np.array([[random_rotation(rng) for _ in range(HEADS)] for _ in range(atoms)]),
+    )
+    arrays = SimpleNamespace(**{name: value.astype(dtype) for name, value in vars(arrays).items()})
+    return SimpleNamespace(batch=batch, rows=batch.rows, **vars(arrays))
+
+
+def frames_for(bases, inputs):
+    return inputs.frames if bases.angle else None
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def sums_and_gradients(bases, q, k, v, a, rows, frames, cotangents):
+    """lattice_sums, and the gradients of <sums, cotangents> with respect to q, k, v, a."""
+    sums, pullback = jax.vjp(lambda q, k, v, a: lattice_sums(bases, q, k, v, a, rows, frames), q, k, v, a)
+    return sums, pullback(cotangents)
+
+
+def evaluate(bases, inputs, **changes):
+    """sums_and_gradients of the inputs, some of them changed, for the random cotangents that belong to the bases."""
+    inputs = SimpleNamespace(**(vars(inputs) | changes))
+    arrays = inputs.q, inputs.k, inputs.v, inputs.a, inputs.rows
+    return sums_and_gradients(bases, *arrays, frames_for(bases, inputs), cotangents_of(bases, inputs))
+
+
+def cotangents_of(bases, inputs):
+    rng = np.random.default_rng(7)
+    distances, angles = bases.sizes
+    shapes = (V_DIM,), (distances,), (3, angles)
+    return tuple(rng.normal(size=(*inputs.a.shape, *shape)).astype(inputs.a.dtype) for shape in shapes)
+
+
+def dense_sums(bases, q, k, v, a, rows, frames):
+    """The definition, written without any of the means that make the library fast."""
+    distance = jnp.linalg.norm(rows.vector, axis=-1)
+    is_neighbor = jnp.arange(rows.vector.shape[1]) < rows.count[:, None]
+    is_other = is_neighbor & (distance > 0)
+    logits = jnp.einsum("nhd,nmhd->nhm", q, k[rows.index]) / np.sqrt(q.shape[-1])
+    logits += a[..., None] * distance[:, None] ** 2
+    # Not -inf: the derivative of a softmax over nothing would be NaN.
+    weights = jax.nn.softmax(jnp.where(is_neighbor[:, None], logits, -1e30), axis=-1) * is_neighbor[:, None]
+    values = jnp.einsum("nhm,nmhd->nhd", weights, v[rows.index])
+    distance_sum, angle_sum = jnp.zeros((*a.shape, 0)), jnp.zeros((*a.shape, 3, 0))
+    if bases.distance:
+        spacing = bases.distance.r_max / bases.distance.size
+        offset = distance[..., None] - spacing * jnp.arange(1, bases.distance.size + 1)
+        gaussians = jnp.exp(-(offset**2) / (2 * (bases.distance.width_scale * spacing) ** 2))
+        distance_sum = jnp.einsum("nhm,nmt->nht", weights, gaussians)
+    if bases.angle:
+        unit = rows.vector / jnp.where(distance > 0, distance, 1)[..., None]
+        cosine = jnp.einsum("nhed,nmd->nhem", frames, unit)
+        cosine = jnp.abs(cosine) if bases.angle.cos_abs else cosine
+        centers = jnp.linspace(0 if bases.angle.cos_abs else -1, 1, bases.angle.size)
+        sigma = bases.angle.width_scale * (centers[1] - centers[0])
+        gaussians = jnp.exp(-((cosine[..., None] - centers) ** 2) / (2 * sigma**2))
+        angle_sum = jnp.einsum("nhm,nhemt->nhet", weights * is_other[:, None], gaussians)
+    return values, distance_sum, angle_sum
+
+
+@functools.cache
+def brute_force_sums(name):
+    """Value, distance and angle sums of all real atoms, crystal after crystal, in float64."""
+    inputs, places = make_inputs(np.float64), atom_places(make_inputs(np.float64).batch)
+    bases = BASES[name]
+    config = CONFIG | {"cos_abs": int(name == "moduli")}
+    config |= {"value_pe_dist_real": bases.sizes[0]}
+    parts = []
+    for crystal, place in zip(crystals(), np.split(places, np.cumsum(SIZES)[:-1]), strict=True):
+        arrays = [x[place] for x in (inputs.q, inputs.k, inputs.v, inputs.a)]
+        frames = inputs.frames[place] if bases.angle else None
+        sums = brute_force.lattice_sums(*arrays, crystal.positions, crystal.lattice, frames, config, RADIUS)
+        parts.append(sums)
+    return [np.concatenate(kind) for kind in zip(*parts, strict=True)]
+
+
+def relative_error(actual, expected):
+    return np.abs(np.asarray(actual) - expected).max() / np.abs(expected).max()
+
+
+def test_setting_is_what_it_claims():
+    """Several lengths of rows and two blocks of atoms, the second of them shorter, and padding."""
+    count = make_inputs(np.float64).rows.count
+    assert count[0] > 80 > count[1] > 64 > 48 > count[32]
+    assert np.count_nonzero(count) == sum(SIZES) < SHAPE.num_atoms
+
+
+def assert_sums_equal_brute_force(name, dtype):
+    inputs = make_inputs(dtype)
+    sums, _ = evaluate(BASES[name], inputs)
+    places = atom_places(inputs.batch)
+    for actual, expected in zip(sums, brute_force_sums(name), strict=True):
+        assert actual.dtype == dtype
+        assert actual[places].shape == expected.shape
+        np.testing.assert_allclose(actual[places], expected, rtol=0, atol=BRUTE_FORCE_TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_sums_equal_brute_force(name, x64):
+    assert_sums_equal_brute_force(name, np.float64)
+
+
+def test_sums_in_float32():
+    assert_sums_equal_brute_force("both", np.float32)
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_gradients_equal_those_of_dense_sums(name, x64):
+    inputs, bases = make_inputs(np.float64), BASES[name]
+    real = inputs.rows.count > 0
+
+    @jax.jit
+    def dense(*arrays):
+        sums, pullback = jax.vjp(lambda *x: dense_sums(bases, *x, inputs.rows, frames_for(bases, inputs)), *arrays)
+        return sums, pullback(cotangents_of(bases, inputs))
+
+    sums, gradients = evaluate(bases, inputs)
+    dense_values, dense_gradients = dense(inputs.q, inputs.k, inputs.v, inputs.a)
+    for actual, expected in zip((*sums, *gradients), (*dense_values, *dense_gradients), strict=True):
+        assert np.isfinite(actual).all()
+        if expected.size:
+            assert np.abs(expected[real]).max() > 1e-2
+            assert relative_error(actual[real], expected[real]) < 1e-10
+
+
+def test_gradients_equal_finite_differences(x64):
+    """Along random directions of q, k, v and a, one after the other."""
+    inputs, bases = make_inputs(np.float64), BASES["both"]
+    cotangents = cotangents_of(bases, inputs)
+    _, gradients = evaluate(bases, inputs)
+    rng = np.random.default_rng(8)
+    step = 1e-5
+    for name, gradient in zip("qkva", gradients, strict=True):
+        value = getattr(inputs, name)
+        for _ in range(3):
+            direction = rng.normal(size=value.shape)
+            ends = []
+            for sign in (1, -1):
+                sums, _ = evaluate(bases, inputs, **{name: value + sign * step * direction})
+                ends.append(sum(np.sum(s * c) for s, c in zip(sums, cotangents, strict=True)))
+            difference = (ends[0] - ends[1]) / (2 * step)
+            assert abs(difference - np.sum(gradient * direction)) < 1e-7 * np.linalg.norm(gradient)
+
+
+def test_gradients_in_float32():
+    _, gradients = evaluate(BASES["both"], make_inputs(np.float32))
+    with jax.enable_x64(True):
+        _, expected = evaluate(BASES["both"], make_inputs(np.float64))
+    for actual, exact in zip(gradients, expected, strict=True):
+        assert actual.dtype == np.float32
+        assert relative_error(actual, np.asarray(exact)) < 5e-6
+
+
+def test_padding_has_no_influence_and_no_results(dtype):
+    """What stands in padding atoms and columns changes no bit of the results of real atoms; its own are zero."""
+    inputs, bases = make_inputs(dtype), BASES["both"]
+    rng = np.random.default_rng(9)
+    padding_atom = inputs.rows.count == 0
+    padding_column = np.arange(SHAPE.row_length) >= inputs.rows.count[:, None]
+    assert padding_atom.any()
+    assert padding_column[~padding_atom].any()
+
+    def scramble(array, where, values):
+        array = np.array(array)
+        array[where] = values(array[where].shape)
+        return array
+
+    def large(shape):
+        return 100 * rng.normal(size=shape)
+
+    rows = dataclasses.replace(
+        inputs.rows,
+        index=scramble(inputs.rows.index, padding_column, lambda shape: rng.integers(0, padding_atom.size, shape)),
+        reverse=scramble(
+            inputs.rows.reverse, padding_column, lambda shape: rng.integers(0, padding_column.size, shape)
+        ),
+        vector=scramble(inputs.rows.vector, padding_column, large),
+    )
+    changes = {name: scramble(getattr(inputs, name), padding_atom, large) for name in ("q", "k", "v")}
+    changes["a"] = scramble(inputs.a, padding_atom, lambda shape: -rng.uniform(0, 10, shape))
+    expected = jax.tree.leaves(evaluate(bases, inputs))
+    scrambled = jax.tree.leaves(evaluate(bases, inputs, rows=rows, **changes))
+    for before, after in zip(expected, scrambled, strict=True):
+        np.testing.assert_array_equal(after, before)
+        np.testing.assert_array_equal(after[padding_atom], 0)
+
+
+def test_positions_and_frames_get_no_gradient():
+    inputs, bases = jax.tree.map(jnp.asarray, vars(make_inputs(np.float32))), BASES["both"]
+    inputs = SimpleNamespace(**inputs)
+
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1))
+    def gradients(vector, frames):
+        rows = dataclasses.replace(inputs.rows, vector=vector)
+        sums = lattice_sums(bases, inputs.q, inputs.k, inputs.v, inputs.a, rows, frames)
+        return sum(jnp.sum(s) for s in sums)
+
+    of_positions, of_frames = gradients(inputs.rows.vector, inputs.frames)
+    np.testing.assert_array_equal(of_positions, 0)
+    np.testing.assert_array_equal(of_frames, 0)
+
+
+# Framed attention: the projections of the sums
+
+
+def encoding(name, dtype):
+    """Random projections for bases, with coefficients other than 1."""
+    rng = np.random.default_rng(10)
+    bases = BASES[name]
+    w_dist = rng.normal(size=(HEADS, V_DIM, 16)).astype(dtype)
+    w_angle = rng.normal(size=(3, HEADS, V_DIM, 16)).astype(dtype)
+    return ValueEncoding(w_dist if bases.distance else None, w_angle if bases.angle else None, bases, 1.5, 0.7)
+
+
+@pytest.mark.parametrize("name", ["both", "distances"])
+def test_attention_projects_the_brute_force_sums(name, x64):
+    inputs, params = make_inputs(np.float64), encoding(name, np.float64)
+    frames = frames_for(params.bases, inputs)
+    actual = jax.jit(framed_attention)(inputs.q, inputs.k, inputs.v, inputs.a, inputs.rows, frames, params)
+    values, distance_sum, angle_sum = brute_force_sums(name)
+    expected = values
+    if params.w_dist is not None:
+        expected = expected + 1.5 * np.einsum("hvd,nhd->nhv", params.w_dist, distance_sum)
+    for axis in range(3 if params.w_angle is not None else 0):
+        expected = expected + 0.7 * np.einsum("hvd,nhd->nhv", params.w_angle[axis], angle_sum[:, :, axis])
+    np.testing.assert_allclose(actual[atom_places(inputs.batch)], expected, rtol=0, atol=1e-8)
+
+
+def test_unknown_implementation_is_an_error():
+    inputs = make_inputs(np.float32)
+    arrays = inputs.q, inputs.k, inputs.v, inputs.a, inputs.rows, inputs.frames
+    with pytest.raises(ValueError, match=r"implementation='cuda'.*allowed"):
+        framed_attention(*arrays, encoding("both", np.float32), implementation="cuda")
+
+
+@pytest.mark.parametrize(("name", "with_frames"), [("both", False), ("distances", True)])
+def test_frames_and_angle_basis_go_together(name, with_frames):
+    inputs = make_inputs(np.float32)
+    frames = inputs.frames if with_frames else None
+    with pytest.raises(ValueError, match="frames"):
+        framed_attention(inputs.q, inputs.k, inputs.v, inputs.a, inputs.rows, frames, encoding(name, np.float32))
