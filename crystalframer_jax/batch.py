@@ -139,7 +139,7 @@ def pack(
 def fill_factors(batch: Batch) -> tuple[float, float]:
     """Share of the atom slots, and of the neighbour columns that the lattice sums visit, that hold real data."""
     count = np.asarray(batch.rows.count)
-    blocks = count.reshape(-1, ATOM_BLOCK).max(axis=1)
+    blocks = np.maximum.reduceat(count, np.arange(0, len(count), ATOM_BLOCK))
     levels = np.array([0, *row_levels(batch.rows.index.shape[1])])
     visited = levels[np.searchsorted(levels, blocks)].sum() * ATOM_BLOCK
     return float(np.mean(count > 0)), float(count.sum() / max(visited, 1))

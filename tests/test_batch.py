@@ -325,7 +325,6 @@ def test_fill_factors():
     assert fill_factors(longer)[1] == pytest.approx(longer.rows.count.sum() / (32 * 64 + 32 * 48))
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="fill_factors takes whole blocks of 32 atoms for granted")
 def test_fill_factors_of_a_shape_with_half_a_block():
     """`shape_for` makes them: 34 atoms are padded to 48."""
     batch = batch_of(crystals(), RADIUS)

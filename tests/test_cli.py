@@ -123,7 +123,7 @@ def test_ctrl_c_ends_a_training_without_a_traceback(run, environment, tmp_path):
     pipe = subprocess.PIPE
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
         try:
-            while process.poll() is None and len(read_metrics(workdir)) < 2:
+            while process.poll() is None and len(read_metrics(workdir)) < 3:
                 time.sleep(0.02)
             process.send_signal(signal.SIGINT)
             _, errors = process.communicate(timeout=60)
@@ -133,7 +133,7 @@ def test_ctrl_c_ends_a_training_without_a_traceback(run, environment, tmp_path):
     assert lines == ["interrupted; the same command continues from the last finished epoch"]
     assert process.returncode == 130
     written = [int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
-    assert max(written) >= read_metrics(workdir)[-2]["step"]  # the last epoch may have been cut short in its checkpoint
+    assert max(written) >= read_metrics(workdir)[-3]["step"]  # the last two may not have been complete yet
 
 
 def test_a_finished_training_is_reported_again(run, environment):

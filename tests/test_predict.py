@@ -11,7 +11,7 @@ import pytest
 from pymatgen.core import Structure
 from support import random_crystal, real_crystals
 from test_data import literal_split, raw_records
-from test_training import tiny_config, tiny_runs
+from test_training import poisoned, tiny_config, tiny_runs
 
 from crystalframer_jax import Predictor, load_official
 from crystalframer_jax.config import ConfigError
@@ -19,7 +19,7 @@ from crystalframer_jax.crystal import Crystal, CrystalError
 from crystalframer_jax.inference.evaluation import MAX_BATCH_ATOMS, mean_absolute_errors
 from crystalframer_jax.structure_files import read_crystals
 from crystalframer_jax.training.checkpoint import CheckpointError, Checkpoints
-from crystalframer_jax.training.loop import train
+from crystalframer_jax.training.loop import TrainingError, train
 from crystalframer_jax.training.state import TargetStatistics
 
 TESTS = Path(__file__).parent
@@ -141,12 +141,15 @@ def test_a_damaged_checkpoint_is_an_error_of_one_line(run, folder):
     assert str(damaged) in one_line(error)
 
 
-def test_weights_that_do_not_exist(run, folder):
+def test_weights_that_do_not_exist(run, folder, monkeypatch):
     with pytest.raises(CheckpointError) as error:
         Predictor.load(run[0], "first")
     assert "'first'" in one_line(error) and "best, last, swa" in one_line(error)
-    workdir = folder / "no-swa"
-    train(tiny_config(folder / "data", n_epochs=1, swa_epochs=0), workdir)
+    workdir = folder / "stopped"  # before averaging began
+    with monkeypatch.context() as patch:
+        poisoned(patch, fatal_step=3)
+        with pytest.raises(TrainingError):
+            train(tiny_config(folder / "data"), workdir)
     Predictor.load(workdir, "best")
     with pytest.raises(CheckpointError) as error:
         Predictor.load(workdir, "swa")

@@ -516,6 +516,8 @@ def test_several_targets_a_large_batch_size_and_no_averaging(two_targets):
     assert [target.name for target in predictor.targets] == ["e_above_hull", "e_form"]
     np.testing.assert_allclose([target.mean for target in predictor.targets], labels.mean(axis=0))
     np.testing.assert_allclose([target.std for target in predictor.targets], labels.std(axis=0))
+    with pytest.raises(CheckpointError, match="swa_epochs=0"):
+        Predictor.load(workdir, "swa")
 
 
 def test_checkpoints_compete_in_the_sum_of_standardised_errors(two_targets):

@@ -73,11 +73,11 @@ def attention_logits(q: jax.Array, k: jax.Array, a: jax.Array, rows: Rows) -> ja
 
 def gathered_dots(x: jax.Array, y: jax.Array, rows: Rows) -> jax.Array:
     """x_i . y_j for every neighbour j: x [n, H, d] of the block, y [N, H, d] of the batch -> [n, H, M]."""
-    neighbors = y[rows.index].swapaxes(1, 2)
+    neighbors = jnp.asarray(y)[rows.index].swapaxes(1, 2)
     return jnp.einsum("nhmd,nhd->nhm", neighbors, x, precision=EXACT)
 
 
 def gathered_sum(weights: jax.Array, y: jax.Array, rows: Rows) -> jax.Array:
     """sum_m weights_m y_j: weights [n, H, M] of the block, y [N, H, d] of the batch -> [n, H, d]."""
-    neighbors = y[rows.index].swapaxes(1, 2)
+    neighbors = jnp.asarray(y)[rows.index].swapaxes(1, 2)
     return jnp.einsum("nhm,nhmd->nhd", weights, neighbors, precision=EXACT)

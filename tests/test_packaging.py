@@ -1,0 +1,84 @@
+"""The wheel: complete, and usable away from the repository."""
+
+import json
+import os
+import shutil
+import site
+import subprocess
+import sys
+import venv
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = ("crystalframer_jax", "configs", "kernels", "pyproject.toml", "README.md", "LICENSE")
+
+# What a user does first, without the repository at hand.
+USE = """
+import json
+from pathlib import Path
+import crystalframer_jax
+import crystalframer_jax.kernels
+from crystalframer_jax import Predictor, load_official
+from crystalframer_jax.config import validate
+from crystalframer_jax.configs import default, mp_flla, quickstart
+from crystalframer_jax.data.registry import target_set
+
+for module in (default, mp_flla, quickstart):
+    validate(module.get_config())
+records = list(target_set("mp_flla_2015").records())
+files = [module.__file__ for module in (crystalframer_jax, crystalframer_jax.kernels, quickstart)]
+print(json.dumps({"files": files, "records": len(records), "path": list(crystalframer_jax.__path__)}))
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel of a copy of the sources: building leaves files beside them."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in SOURCES:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, source / name)
+    command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(target), str(source)]
+    if int(version("setuptools").split(".")[0]) >= 77:  # as pyproject.toml asks; else build fetches it
+        command.insert(-1, "--no-isolation")
+    built = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert built.returncode == 0, built.stdout + built.stderr
+    (file,) = target.iterdir()
+    return file
+
+
+def test_the_wheel_holds_every_module_and_the_data(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    packages = {"crystalframer_jax": "crystalframer_jax"}
+    packages |= {name: f"crystalframer_jax/{name}" for name in ("configs", "kernels")}
+    expected = {
+        f"{package}/{path.relative_to(ROOT / folder)}"
+        for folder, package in packages.items()
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".py", ".gz")
+    }
+    assert "crystalframer_jax/data/bundled/mp_flla_2015.jsonl.gz" in expected and len(expected) > 30
+    assert {name for name in names if ".dist-info/" not in name} == expected
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_the_installed_wheel_works_away_from_the_repository(wheel, tmp_path):
+    environment = tmp_path / "environment"
+    venv.create(environment, symlinks=True)
+    python = environment / "bin" / "python"
+    (packages,) = environment.glob("lib/python*/site-packages")
+    with zipfile.ZipFile(wheel) as archive:  # a wheel of pure Python is installed by unpacking it
+        archive.extractall(packages)
+    # The dependencies are those of this environment; the .pth files there, of an editable install, are not followed.
+    (packages / "dependencies.pth").write_text("\n".join(site.getsitepackages()) + "\n")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    used = subprocess.run([python, "-c", USE], cwd=tmp_path, env=clean, capture_output=True, text=True, timeout=120)
+    assert used.returncode == 0, used.stderr
+    found = json.loads(used.stdout)
+    assert found["records"] == 3938 and len(found["path"]) == 1
+    for file in found["files"]:
+        assert Path(file).is_relative_to(packages.resolve()), file
