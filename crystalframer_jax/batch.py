@@ -86,11 +86,12 @@ def pack(
     indices: np.ndarray,
     shapes: list[BatchShape],
     targets: np.ndarray | None = None,
-    num_targets: int = 1,
+    num_targets: int | None = None,
 ) -> Batch:
     """Pack crystals `indices` of the table into the first of `shapes` that holds them (numpy arrays).
 
-    `targets` [len(indices), T] are labels in label units, not finite where unknown; without them the mask is False.
+    `targets` [len(indices), T] are labels in label units, not finite where unknown. Without them T is `num_targets`
+    (1 if not given) and the mask is False.
     Raises ValueError if no shape is large enough.
     """
     sizes = table.num_atoms[indices]
@@ -118,7 +119,9 @@ def pack(
         padded[place] = values
         return padded
 
-    all_targets: Any = np.zeros((shape.num_crystals, num_targets))
+    if targets is not None:
+        num_targets = targets.shape[1]
+    all_targets: Any = np.zeros((shape.num_crystals, num_targets or 1))
     known: Any = np.zeros(all_targets.shape, bool)
     if targets is not None:
         known[: len(indices)] = np.isfinite(targets)

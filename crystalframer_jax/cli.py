@@ -17,6 +17,8 @@ from crystalframer_jax.crystal import Crystal, CrystalError
 from crystalframer_jax.errors import UserError
 from crystalframer_jax.structure_files import read_crystals
 
+WEIGHTS_HELP = "default: those that the finished run selected by validation error, else best"
+
 
 @contextlib.contextmanager
 def reporting_errors(if_interrupted: str = "") -> Iterator[None]:
@@ -47,7 +49,11 @@ def predict_main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run", metavar="RUN", help="run directory, or one of its checkpoints (RUN/checkpoints/STEP)")
     parser.add_argument("files", metavar="FILE", nargs="+", help="CIF, POSCAR/CONTCAR or extended XYZ")
     parser.add_argument("--output", type=Path, help="write the predictions to this CSV file")
-    parser.add_argument("--weights", choices=("best", "last", "swa"), help="default: the best by validation error")
+    parser.add_argument(
+        "--weights",
+        choices=("best", "last", "swa"),
+        help=WEIGHTS_HELP,
+    )
     arguments = parser.parse_args(argv)
     use_compilation_cache()
     from crystalframer_jax.inference.predictor import Predictor
@@ -64,10 +70,12 @@ def predict_main(argv: Sequence[str] | None = None) -> int:
                 for crystal, values in zip(crystals, predictions, strict=True)
             ]
             print(table(header, rows))
-            if arguments.output:
-                write_csv(arguments.output, header, rows)
-    for error in errors:
-        print(f"error: {error}", file=sys.stderr)
+            finite = np.isfinite(predictions).all(axis=1)
+            errors += [f"{crystals[i].id}: the prediction is not finite" for i in np.flatnonzero(~finite)]
+        for error in errors:
+            print(f"error: {error}", file=sys.stderr)
+        if crystals and arguments.output:
+            write_csv(arguments.output, header, rows)
     return 1 if errors else 0
 
 
@@ -95,14 +103,23 @@ def evaluate_main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("run", metavar="RUN", help="run directory, or one of its checkpoints (RUN/checkpoints/STEP)")
     parser.add_argument("--split", choices=("train", "val", "test"), default="test")
-    parser.add_argument("--weights", choices=("best", "last", "swa"), help="default: the best by validation error")
+    parser.add_argument(
+        "--weights",
+        choices=("best", "last", "swa"),
+        help=WEIGHTS_HELP,
+    )
     parser.add_argument("--output", type=Path, help="write id, labels and predictions to this CSV file")
     arguments = parser.parse_args(argv)
     use_compilation_cache()
     from crystalframer_jax.data.loader import batch_shapes
     from crystalframer_jax.data.registry import target_set
     from crystalframer_jax.data.store import open_dataset
-    from crystalframer_jax.inference.evaluation import groups_of, mean_absolute_errors, predict_rows
+    from crystalframer_jax.inference.evaluation import (
+        groups_of,
+        mean_absolute_errors,
+        mean_predictor_errors,
+        predict_rows,
+    )
     from crystalframer_jax.inference.predictor import Predictor
     from crystalframer_jax.training.logging import table
 
@@ -116,7 +133,8 @@ def evaluate_main(argv: Sequence[str] | None = None) -> int:
         predictions = predict_rows(predictor.forward, predictor.variables, dataset.table, groups, statistics, shapes)
         labels = dataset.labels[indices]
         errors = mean_absolute_errors(predictions, labels, statistics)
-        baseline = mean_absolute_errors(np.broadcast_to([s.mean for s in statistics], labels.shape), labels, statistics)
+        baseline = mean_predictor_errors(labels, statistics)
+        print(predictor.origin)
         header = [f"{config.target_set}, {arguments.split}", "unit", "crystals", "MAE", "mean predictor"]
         rows = [[s.name, s.unit, len(indices), errors[s.name], baseline[s.name]] for s in statistics]
         print(table(header, rows))

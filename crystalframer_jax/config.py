@@ -5,6 +5,7 @@ import difflib
 import math
 import re
 from collections.abc import Iterable
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -62,6 +63,27 @@ WITHOUT_COUNTERPART: dict[str, str] = {
     "reproduciblity_state": "runs are always reproducible (seed)",
     "symm_break_noise": "ties are broken by rule (tie_tolerance)",
 }
+
+# Hyperparameters that a trained model does not depend on.
+TRAINING_KEYS = (
+    "seed",
+    "n_epochs",
+    "batch_size",
+    "optimizer",
+    "lr",
+    "lr_sch",
+    "sch_params",
+    "adam_betas",
+    "weight_decay",
+    "bias_weight_decay",
+    "clip_norm",
+    "clip_grad",
+    "loss_func",
+    "normalize_targets",
+    "swa_epochs",
+    "scale_grad",
+    "target_set",
+)
 
 POSITIVE = (
     "num_layers",
@@ -156,6 +178,7 @@ def validate(config: ConfigDict) -> None:
     for key in known:
         if key not in config:
             raise ConfigError(f"{key} is missing; start from crystalframer_jax.configs.default")
+        _check_type(key, config[key], known[key])
     for key, allowed in ALLOWED_VALUES.items():
         if config[key] not in allowed:
             raise ConfigError(f"{key}={config[key]!r} is not available; allowed: {', '.join(map(repr, allowed))}")
@@ -166,6 +189,21 @@ def validate(config: ConfigDict) -> None:
         if not config[key] >= 0:
             raise ConfigError(f"{key}={config[key]!r} must not be negative")
     _validate_combinations(config)
+
+
+def _check_type(key: str, value: Any, default_value: Any) -> None:
+    """Raise ConfigError if a value, or an element of it, is not of the type of the default, or not finite."""
+    if key == "targets":  # a name, several separated by commas, or a list: see target_names
+        return
+    expected = default_value[0] if isinstance(default_value, tuple) else default_value
+    kind = (int, float) if isinstance(expected, float) else type(expected)
+    values = value if isinstance(value, tuple | list) else (value,)
+    if isinstance(default_value, tuple) != isinstance(value, tuple | list) or not all(
+        isinstance(v, kind) and isinstance(v, bool) == isinstance(expected, bool) for v in values
+    ):
+        raise ConfigError(f"{key}={value!r} is of the wrong type; the default is {default_value!r}")
+    if any(isinstance(v, float) and not math.isfinite(v) for v in values):
+        raise ConfigError(f"{key}={value!r} must be finite")
 
 
 def check_overrides(arguments: Iterable[str]) -> None:

@@ -2,7 +2,8 @@
 # Train a small model on the bundled Materials Project set (a few minutes) and predict a CIF file with it.
 # Makes its own environment in .venv; run again, it continues or reuses the run in runs/quickstart.
 set -euo pipefail
-source "$(dirname "$0")/environment.sh"
+cd "$(dirname "$0")/.."
+source scripts/environment.sh
 
 python scripts/train.py --config=configs/quickstart.py --workdir=runs/quickstart
 echo

@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
-# Lint, type check and tests, in an environment of their own (.venv). Arguments go to pytest: scripts/test.sh -m slow
+# Lint, type check and tests, in an environment of their own (.venv). Arguments go to pytest: scripts/test.sh -k frames
+# Another interpreter: PYTHON=python3.12 VENV=.venv312 scripts/test.sh
 set -euo pipefail
-source "$(dirname "$0")/environment.sh" test
+cd "$(dirname "$0")/.."
+EXTRA=test
+source scripts/environment.sh
 
 ruff check .
 ruff format --check .

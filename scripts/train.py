@@ -4,12 +4,13 @@ python scripts/train.py --config=configs/quickstart.py --workdir=runs/quickstart
 """
 
 import sys
+from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from crystalframer_jax.cli import reporting_errors, use_compilation_cache
-from crystalframer_jax.config import check_overrides
+from crystalframer_jax.config import ConfigError, check_overrides
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "File of hyperparameters, such as configs/quickstart.py.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, summary.")
@@ -32,6 +33,10 @@ def parse(argv: list[str]) -> list[str]:
     """Parse the command line; a misspelt hyperparameter is an error in one line."""
     with reporting_errors():
         check_overrides(argv)
+        for argument in argv:
+            name, _, file = argument.partition("=")
+            if name in ("--config", "-config") and not Path(file).is_file():
+                raise ConfigError(f"--config={file}: there is no such file; see the folder configs/")
     try:
         return flags.FLAGS(argv)
     except (flags.Error, OSError) as error:

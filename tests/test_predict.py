@@ -11,7 +11,7 @@ import pytest
 from pymatgen.core import Structure
 from support import random_crystal, real_crystals
 from test_data import literal_split, raw_records
-from test_training import poisoned, tiny_config, tiny_runs
+from test_training import disturbed, tiny_config, tiny_runs
 
 from crystalframer_jax import Predictor, load_official
 from crystalframer_jax.config import ConfigError
@@ -35,9 +35,13 @@ def folder(tmp_path_factory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def run(folder) -> tuple[Path, dict]:
-    """Directory and summary of a run with averaged weights."""
+    """Directory and summary of a run with averaged weights whose last checkpoint is not its best."""
     workdir = folder / "run"
-    return workdir, train(tiny_config(folder / "data"), workdir)
+    with pytest.MonkeyPatch.context() as patch:
+        disturbed(patch, at_step=7, factor=1.5)
+        summary = train(tiny_config(folder / "data"), workdir)
+    assert summary["mae"].keys() == {"last", "best", "swa"}
+    return workdir, summary
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +70,6 @@ def test_loaded_weights_make_the_errors_of_the_summary(run, weights):
     """The summary was computed in training from prepared neighbours; here the test crystals are given as structures."""
     workdir, summary = run
     name = weights or summary["selected_weights"]
-    if name == "best" and "best" not in summary["mae"]:
-        name = "last"  # the last weights are the best
     test_rows = literal_split(np.ones(60, bool))[2]
     records = [raw_records(60)[row] for row in test_rows]
     predictions = Predictor.load(workdir, weights).predict(real_crystals([record["id"] for record in records]))
@@ -77,9 +79,9 @@ def test_loaded_weights_make_the_errors_of_the_summary(run, weights):
     assert error == pytest.approx(summary["mae"][name]["test"]["e_form"], abs=1e-6)
 
 
-def test_averaged_and_last_weights_differ(run, crystals):
-    last, swa = (Predictor.load(run[0], weights).predict(crystals) for weights in ("last", "swa"))
-    assert np.abs(last - swa).max() > 1e-4
+def test_last_best_and_averaged_weights_differ(run, crystals):
+    last, best, swa = (Predictor.load(run[0], weights).predict(crystals) for weights in ("last", "best", "swa"))
+    assert min(np.abs(a - b).max() for a, b in ((last, best), (best, swa), (swa, last))) > 1e-4
 
 
 def test_a_checkpoint_directory_gives_the_weights_of_its_step(run, crystals):
@@ -87,6 +89,7 @@ def test_a_checkpoint_directory_gives_the_weights_of_its_step(run, crystals):
     checkpoints = Checkpoints(workdir)
     best, last = checkpoints.best(), checkpoints.last()
     checkpoints.close()
+    assert best < last
     for step, weights in ((best, "best"), (last, "last")):
         expected = Predictor.load(workdir, weights).predict(crystals)
         for path in (workdir / "checkpoints" / str(step), f"{workdir}/checkpoints/{step}/"):
@@ -147,7 +150,7 @@ def test_weights_that_do_not_exist(run, folder, monkeypatch):
     assert "'first'" in one_line(error) and "best, last, swa" in one_line(error)
     workdir = folder / "stopped"  # before averaging began
     with monkeypatch.context() as patch:
-        poisoned(patch, fatal_step=3)
+        disturbed(patch, at_step=3, factor=np.nan)
         with pytest.raises(TrainingError):
             train(tiny_config(folder / "data"), workdir)
     Predictor.load(workdir, "best")

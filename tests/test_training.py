@@ -419,23 +419,23 @@ def test_a_killed_run_ends_as_one_that_was_not(finished, folder):
     assert_same_run(config, workdir, expected)
 
 
-def poisoned(monkeypatch, fatal_step: int) -> None:
-    """Let the parameters become NaN in one step of every run that is made from now on."""
+def disturbed(monkeypatch, at_step: int, factor: float) -> None:
+    """Let all parameters be multiplied by a factor after one step of every run that is made from now on."""
     make = loop.make_train_step
 
-    def make_poisoned(*args):
+    def make_disturbed(*args):
         step = make(*args)
 
         def train_step(state, batch):
-            is_fatal = int(state.step) == fatal_step
+            is_disturbed = int(state.step) == at_step
             state, result = step(state, batch)
-            if is_fatal:
-                state = dataclasses.replace(state, params=jax.tree.map(lambda x: x * jnp.nan, state.params))
+            if is_disturbed:
+                state = dataclasses.replace(state, params=jax.tree.map(lambda x: x * factor, state.params))
             return state, result
 
         return train_step
 
-    monkeypatch.setattr(loop, "make_train_step", make_poisoned)
+    monkeypatch.setattr(loop, "make_train_step", make_disturbed)
 
 
 # NaN parameters give a NaN loss in the next step: in the middle of the second epoch, or not before the third
@@ -445,7 +445,7 @@ def test_a_diverged_run_stops_and_keeps_the_last_good_checkpoint(finished, folde
     config, expected, _ = finished
     workdir = folder / f"diverged-{fatal_step}"
     with monkeypatch.context() as patch:
-        poisoned(patch, fatal_step)
+        disturbed(patch, fatal_step, factor=np.nan)
         with pytest.raises(TrainingError, match="not finite"):
             train(config, workdir)
     checkpoints = Checkpoints(workdir)

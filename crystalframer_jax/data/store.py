@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shutil
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from crystalframer_jax.crystal import Crystal, CrystalError
 from crystalframer_jax.data.registry import Target, TargetSet
 from crystalframer_jax.data.splits import split_80_10_10
 from crystalframer_jax.data.table import COLUMNS, CrystalTable, make_table
+from crystalframer_jax.files import locked
 from crystalframer_jax.neighbors import NeighborRows, neighbor_rows
 
 FORMAT = 1  # to be raised when neighbour rows or columns change
@@ -48,10 +48,13 @@ def open_dataset(target_set: TargetSet, names: tuple[str, ...], cutoff: float, d
     folder = root / f"{target_set.name}-{digest}"
     columns = _read(folder)
     if columns is None:
-        _prepare(target_set, cutoff, folder)
-        columns = _read(folder)
-        if columns is None:
-            raise OSError(f"{folder} was written but does not read back as written; check the disk")
+        with locked(root / f".{folder.name}.lock"):
+            columns = _read(folder)  # another process may just have prepared it
+            if columns is None:
+                _prepare(target_set, cutoff, folder)
+                columns = _read(folder)
+    if columns is None:
+        raise OSError(f"{folder} was written but does not read back as written; check the disk")
     labels, row_of_record = np.asarray(columns["labels"]), np.asarray(columns["row_of_record"])
     chosen = [target_set.targets.index(target) for target in targets]
     return Dataset(
@@ -126,15 +129,16 @@ def _usable(splits: dict[str, np.ndarray], row_of_record: np.ndarray) -> dict[st
 
 def _write(folder: Path, columns: dict[str, np.ndarray]) -> None:
     """Write all columns and their checksums to a temporary folder, then rename it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    temporary = folder.with_name(f".{folder.name}.new")  # of this process alone: it holds the lock
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
     try:
         checksums = {}
         for name, column in columns.items():
             np.save(temporary / f"{name}.npy", column, allow_pickle=False)
             checksums[name] = _sha256(temporary / f"{name}.npy")
         (temporary / "manifest.json").write_text(json.dumps(checksums, indent=1))
-        if folder.exists():  # damaged, or another process was faster
+        if folder.exists():  # damaged
             shutil.rmtree(folder)
         os.replace(temporary, folder)
     finally:

@@ -56,7 +56,17 @@ def groups_by_atoms(table: CrystalTable) -> list[np.ndarray]:
 def mean_absolute_errors(
     predictions: np.ndarray, labels: np.ndarray, statistics: tuple[TargetStatistics, ...]
 ) -> dict[str, float]:
-    """MAE of every target over its known labels, in label units; predictions and labels [C, T]."""
+    """MAE of every target over its known (finite) labels, in label units; predictions and labels [C, T].
+
+    A prediction that is not finite makes the error not finite.
+    """
     if predictions.shape != labels.shape:
         raise ValueError(f"predictions {predictions.shape} and labels {labels.shape} differ in shape")
-    return {s.name: float(np.nanmean(np.abs(predictions[:, t] - labels[:, t]))) for t, s in enumerate(statistics)}
+    known = np.isfinite(labels)
+    errors = np.abs(predictions - labels)
+    return {s.name: float(errors[known[:, t], t].mean()) for t, s in enumerate(statistics)}
+
+
+def mean_predictor_errors(labels: np.ndarray, statistics: tuple[TargetStatistics, ...]) -> dict[str, float]:
+    """MAE of predicting the mean of the training labels for every crystal, labels [C, T]."""
+    return mean_absolute_errors(np.broadcast_to([s.mean for s in statistics], labels.shape), labels, statistics)

@@ -5,7 +5,16 @@ from typing import Any
 
 import numpy as np
 
-from crystalframer_jax.config import ModelConfig, model_config, target_names, validate
+from crystalframer_jax.config import (
+    TRAINING_KEYS,
+    WITHOUT_COUNTERPART,
+    ConfigError,
+    ModelConfig,
+    model_config,
+    target_names,
+    unknown_key_message,
+    validate,
+)
 from crystalframer_jax.configs import default
 from crystalframer_jax.inference.predictor import Predictor
 from crystalframer_jax.training.state import TargetStatistics
@@ -106,9 +115,13 @@ def load_official(config: Mapping[str, Any], state: Mapping[str, np.ndarray]) ->
     """
     ours = default.get_config()
     for key, value in config.items():
-        if key in ours and key != "target_set":
-            ours[key] = tuple(value) if isinstance(value, list) else value
-    ours.targets = ",".join(target_names(ours))
+        if key not in ours and key not in WITHOUT_COUNTERPART:
+            raise ConfigError(unknown_key_message(key, list(ours)))
+        if key in ours and key not in TRAINING_KEYS and key != "targets":
+            is_several = isinstance(ours[key], tuple)
+            ours[key] = tuple(value if isinstance(value, list | tuple) else [value]) if is_several else value
+    targets = config.get("targets", "target")
+    ours.targets = targets if isinstance(targets, str) else ",".join(targets)
     validate(ours)
     state = dict(state)
     names = target_names(ours)

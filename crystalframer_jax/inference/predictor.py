@@ -1,7 +1,7 @@
 """Predictor: a trained model, ready to predict structures."""
 
-import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from crystalframer_jax.inference.evaluation import groups_by_atoms, predict_rows
 from crystalframer_jax.model.regressor import CrystalFramer
 from crystalframer_jax.neighbors import neighbor_rows
 from crystalframer_jax.structure_files import as_crystals
-from crystalframer_jax.training.checkpoint import FOLDER, CheckpointError, Checkpoints, read_json
+from crystalframer_jax.training.checkpoint import FOLDER, CheckpointError, Checkpoints, on_this_device, read_json
 from crystalframer_jax.training.state import TargetStatistics, Tree
 from crystalframer_jax.training.step import make_forward
 
@@ -33,6 +33,7 @@ class Predictor:
     Attributes:
       targets: name, unit, mean and standard deviation of each target.
       cutoff: radius of the neighbour rows, Å.
+      origin: which weights these are, in words.
     """
 
     def __init__(self, config: ConfigDict, variables: Tree, targets: tuple[TargetStatistics, ...]):
@@ -40,6 +41,7 @@ class Predictor:
         self.variables = variables
         self.targets = targets
         self.cutoff = cutoff_radius(config)
+        self.origin = "given parameters"
         self.forward = make_forward(CrystalFramer(model_config(config)))
 
     @classmethod
@@ -54,6 +56,10 @@ class Predictor:
         workdir, step = Path(run_dir), None
         if workdir.parent.name == FOLDER and workdir.name.isdigit():
             workdir, step = workdir.parent.parent, int(workdir.name)
+            if weights == "best":
+                raise CheckpointError(
+                    f"{run_dir} is one checkpoint: give weights 'last' or 'swa', or its run directory"
+                )
             weights = weights or "last"
         config = read_config(workdir)
         checkpoints = Checkpoints(workdir)
@@ -71,15 +77,21 @@ class Predictor:
         if weights == "swa" and not any(np.any(leaf) for leaf in jax.tree.leaves(model["swa_params"])):
             raise CheckpointError(f"{workdir} has no averaged weights (swa_epochs=0, or not reached yet)")
         params = model["swa_params" if weights == "swa" else "params"]
-        return cls(config, {"params": params, "calibration": model["calibration"]}, targets)
+        predictor = cls(config, {"params": params, "calibration": model["calibration"]}, targets)
+        predictor.origin = f"{weights} weights of {workdir}, step {step}"
+        return predictor
 
-    def predict(self, structures: Sequence[Any] | Any, progress: bool = False) -> np.ndarray:
+    def predict(self, structures: Iterable[Any] | Any, progress: bool = False) -> np.ndarray:
         """Predictions [B, T] in label units (`targets` names T and their units), in the order given.
 
         `structures`: pymatgen Structures, ASE Atoms, Crystals or paths of structure files, one or a list; a file
         with several structures gives as many rows. Raises CrystalError naming the first that cannot be used.
         """
-        items: Any = structures if isinstance(structures, list | tuple) else [structures]
+        is_one = isinstance(structures, str | os.PathLike | Crystal) or any(
+            hasattr(structures, name)
+            for name in ("lattice", "cell", "species_and_occu")  # pymatgen, ASE
+        )
+        items: Iterable[Any] = [structures] if is_one else structures
         crystals: list[Crystal] = [crystal for item in items for crystal in as_crystals(item)]
         table = make_table(crystals, [neighbor_rows(crystal, self.cutoff) for crystal in crystals])
         groups = tqdm(groups_by_atoms(table), desc="predicting", unit=" batches", disable=not progress)
@@ -92,14 +104,17 @@ def read_config(workdir: Path) -> ConfigDict:
     for key, value in read_json(workdir / "config.json").items():
         if key not in config:
             raise CheckpointError(f"{workdir / 'config.json'}: unknown key {key!r}")
-        config[key] = tuple(value) if isinstance(value, list) else value
+        try:
+            config[key] = tuple(value) if isinstance(value, list) else value
+        except TypeError as error:
+            raise CheckpointError(f"{workdir / 'config.json'}: {key}={value!r} is of the wrong type") from error
     return config
 
 
 def _selected(workdir: Path) -> str:
     """The weights that a finished run selected; the best so far otherwise."""
     file = workdir / "summary.json"
-    return json.loads(file.read_text())["selected_weights"] if file.exists() else "best"
+    return read_json(file).get("selected_weights", "best") if file.exists() else "best"
 
 
 def _abstract_model(config: ConfigDict) -> dict[str, Tree]:
@@ -109,6 +124,5 @@ def _abstract_model(config: ConfigDict) -> dict[str, Tree]:
     table = make_table([atom], [neighbor_rows(atom, 4.0)])
     batch = pack(table, np.array([0]), [shape_for(table, np.array([0]))])
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jax.tree.map(jnp.asarray, batch)))
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    variables = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), variables)
+    variables = on_this_device(variables)
     return {**variables, "swa_params": variables["params"]}

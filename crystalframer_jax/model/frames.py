@@ -22,8 +22,9 @@ def max_frames(
     e1 points to the neighbour with the largest attention logit; e2 to the one with the largest
     logit + log(1 - |e1 . u|), made orthogonal to e1; e3 = e1 x e2. Arguments as in `lattice_sums`.
 
-    Neighbours within `tie_tolerance` of the best score are ties: the first in canonical order is taken, or, given
-    `seeds` [N, H] uint32, one at random (uniformly).
+    Neighbours within `tie_tolerance` of the best score are ties, as symmetry makes them: the first in canonical order
+    is taken, or, given `seeds` [N, H] uint32, one at random (uniformly). The canonical order does not change when the
+    crystal is rotated, but among neighbours at the same distance it follows the order of the atoms and the cell.
     """
     q, k, a = jax.lax.stop_gradient((q, k, a))
 
@@ -34,7 +35,10 @@ def max_frames(
 
 
 def row_seeds(key: jax.Array, crystal_of_atom: jax.Array, atom_in_crystal: jax.Array, heads: int) -> jax.Array:
-    """A random uint32 for every atom and head, [N, H], that depends on nothing but the key and the atom's identity."""
+    """A random uint32 for every atom and head, [N, H], from the key and the places of crystal and atom in the batch.
+
+    How the batch is padded does not matter.
+    """
 
     def of_atom(crystal: jax.Array, atom: jax.Array) -> jax.Array:
         return jax.random.bits(jax.random.fold_in(jax.random.fold_in(key, crystal), atom), (heads,))

@@ -1,11 +1,14 @@
 """Checkpoints of a run (Orbax): the last one and the best one, written in the background."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 from orbax.checkpoint import checkpoint_managers as policies
 
 from crystalframer_jax.errors import UserError
@@ -22,20 +25,22 @@ class CheckpointError(UserError, RuntimeError):
 class Checkpoints:
     """The checkpoints below a run directory, numbered by optimizer step."""
 
-    def __init__(self, workdir: Path, create: bool = False):
+    def __init__(self, workdir: Path, writable: bool = False):
         folder = workdir.absolute() / FOLDER
-        if not create and not folder.is_dir():
+        if not writable and not folder.is_dir():
             raise CheckpointError(f"{workdir} has no {FOLDER} folder; give the --workdir of a training run")
         best = policies.BestN(get_metric_fn=_metric, reverse=True, n=1)  # reverse: the smallest
-        options = ocp.CheckpointManagerOptions(
-            best_fn=_metric,
-            best_mode="min",
-            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(1), best]),
-            create=create,
-            enable_async_checkpointing=True,
-        )
         self.workdir = workdir
-        self.manager = ocp.CheckpointManager(folder, options=options)
+        with _quiet():
+            options = ocp.CheckpointManagerOptions(
+                best_fn=_metric,
+                best_mode="min",
+                preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(1), best]),
+                create=writable,
+                read_only=not writable,
+                enable_async_checkpointing=writable,
+            )
+            self.manager = ocp.CheckpointManager(folder, options=options)
 
     def save(self, state: TrainState, meta: dict[str, Any], validation_error: float) -> None:
         """Write a checkpoint in the background; `meta` is plain JSON."""
@@ -64,17 +69,26 @@ class Checkpoints:
             training=ocp.args.StandardRestore(rest),
             meta=ocp.args.JsonRestore(),
         )
-        restored = self.manager.restore(step, args=items)
+        restored = self._restore(step, items)
         return TrainState(**restored["model"], **restored["training"]), restored["meta"]
 
     def restore_model(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
         """params, calibration and swa_params of a step; `like` gives their shapes."""
-        restored = self.manager.restore(step, args=ocp.args.Composite(model=ocp.args.StandardRestore(like)))
-        return restored["model"]
+        return self._restore(step, ocp.args.Composite(model=ocp.args.StandardRestore(like)))["model"]
 
     def meta(self, step: int) -> dict[str, Any]:
         """Epoch, target statistics and validation errors stored with a step."""
-        return self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        return self._restore(step, ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+    def _restore(self, step: int, items: ocp.args.Composite) -> Any:
+        try:
+            return self.manager.restore(step, args=items)
+        except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
+            folder = self.workdir / FOLDER / str(step)
+            reason = str(error).split("\n")[0][:200]
+            raise CheckpointError(
+                f"{folder} is missing, damaged or of another model than config.json ({reason}); use another checkpoint"
+            ) from error
 
     def wait(self) -> None:
         """Return when everything is on disk."""
@@ -83,6 +97,23 @@ class Checkpoints:
     def close(self) -> None:
         """Finish writing and let go of the folder."""
         self.manager.close()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Orbax from warning that a folder opened for reading is read-only."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def on_this_device(shapes: Any) -> Any:
+    """Shapes with a placement, as restoring asks for."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
 
 
 def _metric(metrics: dict[str, float]) -> float:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,16 @@ class MetricsLog:
     def __init__(self, workdir: Path, first_epoch: int, first_step: int):
         self.file = workdir / "metrics.jsonl"
         kept = [line for line in _lines(self.file) if line["epoch"] < first_epoch]
-        self.file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        if self.file.exists():
+            temporary = self.file.with_suffix(".new")
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            os.replace(temporary, self.file)
         self.writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step, write_to_disk=True)
 
     def write(self, metrics: dict[str, Any]) -> None:
         """Append the metrics of an epoch: numbers, or dictionaries of numbers."""
         with self.file.open("a") as stream:
-            stream.write(json.dumps(metrics) + "\n")
+            stream.write(json.dumps(metrics, allow_nan=False) + "\n")
         for name, value in metrics.items():
             values = value.items() if isinstance(value, dict) else [(None, value)]
             for part, number in values:

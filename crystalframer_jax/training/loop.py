@@ -17,9 +17,10 @@ from crystalframer_jax.data.registry import target_set
 from crystalframer_jax.data.splits import SPLITS
 from crystalframer_jax.data.store import Dataset, open_dataset
 from crystalframer_jax.errors import UserError
-from crystalframer_jax.inference.evaluation import groups_of, mean_absolute_errors, predict_rows
+from crystalframer_jax.files import locked, write_json
+from crystalframer_jax.inference.evaluation import groups_of, mean_absolute_errors, mean_predictor_errors, predict_rows
 from crystalframer_jax.model.regressor import CrystalFramer
-from crystalframer_jax.training.checkpoint import MODEL_FIELDS, Checkpoints, read_json
+from crystalframer_jax.training.checkpoint import MODEL_FIELDS, Checkpoints, on_this_device, read_json
 from crystalframer_jax.training.logging import MetricsLog, duration, progress_bar, read_metrics, say, table
 from crystalframer_jax.training.optimizer import learning_rate, make_optimizer
 from crystalframer_jax.training.state import TargetStatistics, TrainState, Tree
@@ -40,11 +41,14 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     TrainingError if the loss is not finite.
     """
     validate(config)
+    if not str(workdir):
+        raise ConfigError("the workdir is empty; name the directory of the run")
     workdir = Path(workdir)
-    _claim(config, workdir)
     names = target_names(config)
     dataset = open_dataset(target_set(config.target_set), names, cutoff_radius(config), config.data_dir)
-    return Run(config, workdir, dataset).finish()
+    with locked(workdir / "lock", f"{workdir}: another process is training there; wait for it or choose another"):
+        _claim(config, workdir)
+        return Run(config, workdir, dataset).finish()
 
 
 class Run:
@@ -65,7 +69,7 @@ class Run:
         self.step = make_train_step(model, optimizer, self.statistics, jax.random.fold_in(key, 1), swa_first_step)
         self.schedule = learning_rate(config, swa_first_step)
         self.initial_state = lambda: initial_state(model, optimizer, self.batches[0], jax.random.fold_in(key, 0))
-        self.checkpoints = Checkpoints(workdir, create=True)
+        self.checkpoints = Checkpoints(workdir, writable=True)
 
     def finish(self) -> dict[str, Any]:
         """Train the epochs that are left, evaluate, write summary.json and print it."""
@@ -76,7 +80,7 @@ class Run:
         self.checkpoints.wait()
         summary = self._summary(state, meta)
         self.checkpoints.close()
-        (self.workdir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        write_json(self.workdir / "summary.json", summary)
         say("\n" + summary_text(summary))
         return summary
 
@@ -94,7 +98,7 @@ class Run:
             )
             return state, {"epoch": -1, "seconds": 0.0}
         like = jax.eval_shape(self.initial_state)
-        state, meta = self.checkpoints.restore_state(last, _on_device(like))
+        state, meta = self.checkpoints.restore_state(last, on_this_device(like))
         say(f"{self.dataset.name}: {splits}; continuing {self.workdir} after epoch {meta['epoch'] + 1}")
         return state, meta
 
@@ -117,11 +121,8 @@ class Run:
                     bar.set_postfix(loss=f"{float(results[-2]['loss']):.3f}", refresh=False)
             losses, norms = (np.array([float(result[name]) for result in results]) for name in ("loss", "grad_norm"))
             trained = time.perf_counter() - start
-            if not np.isfinite(losses).all():
-                self.checkpoints.wait()  # the last good one
-                step = epoch * batches.steps_per_epoch + int(np.flatnonzero(~np.isfinite(losses))[0])
-                raise TrainingError(f"the loss is not finite at step {step} (epoch {epoch + 1}); try a smaller lr")
             validation = self.errors(_weights(state), "val")
+            self._check_finite(epoch, losses + norms, validation)
             seconds += time.perf_counter() - start
             metrics = {
                 "epoch": epoch,
@@ -139,6 +140,18 @@ class Run:
         bar.close()
         log.close()
         return state, meta
+
+    def _check_finite(self, epoch: int, steps: np.ndarray, validation: dict[str, float]) -> None:
+        """Raise TrainingError, with the last good checkpoint safe on disk, unless all of an epoch is finite."""
+        where = ""
+        if not np.isfinite(steps).all():
+            step = epoch * self.batches.steps_per_epoch + int(np.flatnonzero(~np.isfinite(steps))[0])
+            where = f"the loss or its gradient is not finite at step {step} (epoch {epoch + 1})"
+        elif not np.isfinite(list(validation.values())).all():
+            where = f"the validation error is not finite after epoch {epoch + 1}"
+        if where:
+            self.checkpoints.wait()
+            raise TrainingError(f"{where}; the checkpoint before it is kept, start again with a smaller lr")
 
     def _meta(self, epoch: int, seconds: float, validation: dict[str, float]) -> dict[str, Any]:
         """What a checkpoint tells beside its arrays."""
@@ -171,14 +184,17 @@ class Run:
         candidates = {"last": _weights(state)}
         best = self.checkpoints.best()
         if best not in (None, self.checkpoints.last()):
-            like = {name: getattr(_on_device(jax.eval_shape(lambda: state)), name) for name in MODEL_FIELDS}
+            like = {name: getattr(on_this_device(jax.eval_shape(lambda: state)), name) for name in MODEL_FIELDS}
             model = self.checkpoints.restore_model(best, like)
             candidates["best"] = {"params": model["params"], "calibration": model["calibration"]}
         if int(state.swa_steps):
             candidates["swa"] = {"params": state.swa_params, "calibration": state.calibration}
         by_weights = {name: {s: self.errors(w, s) for s in ("val", "test")} for name, w in candidates.items()}
         selected = min(by_weights, key=lambda name: self._standardised(by_weights[name]["val"]))
-        baseline = self._mean_predictor()
+        baseline = {
+            split: mean_predictor_errors(self.dataset.labels[self.dataset.splits[split]], self.statistics)
+            for split in SPLITS
+        }
         train_errors = self.errors(candidates[selected], "train")
         epochs = read_metrics(self.workdir)
         return {
@@ -196,18 +212,9 @@ class Run:
             "units": {s.name: s.unit for s in self.statistics},
             "epochs": self.config.n_epochs,
             "seconds": meta["seconds"],
-            "crystals_per_s": float(np.median([line["crystals_per_s"] for line in epochs])) if epochs else math.nan,
+            "crystals_per_s": float(np.median([line["crystals_per_s"] for line in epochs])),
             "parameters": count_parameters(state.params),
         }
-
-    def _mean_predictor(self) -> dict[str, dict[str, float]]:
-        """MAE on every split of predicting the mean of the training labels."""
-        mean = np.array([s.mean for s in self.statistics])
-        errors = {}
-        for split in SPLITS:
-            labels = self.dataset.labels[self.dataset.splits[split]]
-            errors[split] = mean_absolute_errors(np.broadcast_to(mean, labels.shape), labels, self.statistics)
-        return errors
 
 
 def summary_text(summary: dict[str, Any]) -> str:
@@ -236,21 +243,16 @@ def _weights(state: TrainState) -> Tree:
     return {"params": state.params, "calibration": state.calibration}
 
 
-def _on_device(shapes: Tree) -> Tree:
-    """Shapes with their placement, as restoring asks for."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
-
-
 def _claim(config: ConfigDict, workdir: Path) -> None:
     """Write config.json into a new run directory; a run that exists must have been started with the same values."""
     file, values = workdir / "config.json", json.loads(config.to_json())
+    values["targets"] = ",".join(target_names(config))
     if not file.exists():
-        workdir.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(values, indent=1) + "\n")
+        write_json(file, values)
         return
     before = read_json(file)
-    changed = [key for key in sorted({*values, *before}) if values.get(key) != before.get(key)]
+    keys = {*values, *before} - {"data_dir"}  # where the data are kept does not change the run
+    changed = [key for key in sorted(keys) if values.get(key) != before.get(key)]
     if changed:
         changes = ", ".join(f"{key} {before.get(key)!r} -> {values.get(key)!r}" for key in changed)
         raise ConfigError(f"{workdir} holds a run with other hyperparameters ({changes}); choose another --workdir")

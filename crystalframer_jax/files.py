@@ -1,0 +1,33 @@
+"""Files that are never half-written, and folders that one process has to itself."""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from crystalframer_jax.errors import UserError
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write JSON to a temporary file, then rename it: a reader sees the old content or the new."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    os.replace(temporary, file)
+
+
+@contextlib.contextmanager
+def locked(file: Path, if_busy: str | None = None) -> Iterator[None]:
+    """Hold a lock file; while another process has it, wait, or raise UserError with the text `if_busy`.
+
+    The lock ends with the process, whatever ends it.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | (fcntl.LOCK_NB if if_busy else 0))
+        except BlockingIOError as error:
+            raise UserError(if_busy) from error
+        yield
