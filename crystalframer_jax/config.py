@@ -170,7 +170,21 @@ def cutoff_radius(config: ConfigDict) -> float:
 
 
 def validate(config: ConfigDict) -> None:
-    """Raise ConfigError, naming the key and what is allowed, if the configuration cannot be run."""
+    """Raise ConfigError, naming the key and what is allowed, if a model cannot be trained with this configuration."""
+    validate_model(config)
+    _check_values(config, TRAINING_KEYS)
+    if config.swa_epochs >= config.n_epochs:
+        raise ConfigError(
+            f"swa_epochs={config.swa_epochs} must be smaller than n_epochs={config.n_epochs}; 0 switches averaging off"
+        )
+    if len(config.sch_params) != 1 or config.sch_params[0] <= 0:
+        raise ConfigError(f"sch_params={tuple(config.sch_params)}: lr_sch={config.lr_sch!r} needs one positive number")
+    if len(config.adam_betas) != 2 or not all(0 <= beta < 1 for beta in config.adam_betas):
+        raise ConfigError(f"adam_betas={tuple(config.adam_betas)} must be two numbers from 0 to below 1")
+
+
+def validate_model(config: ConfigDict) -> None:
+    """The same for the model alone: a trained one predicts, however it was trained."""
     known = default.get_config()
     for key in config:
         if key not in known:
@@ -178,17 +192,23 @@ def validate(config: ConfigDict) -> None:
     for key in known:
         if key not in config:
             raise ConfigError(f"{key} is missing; start from crystalframer_jax.configs.default")
-        _check_type(key, config[key], known[key])
-    for key, allowed in ALLOWED_VALUES.items():
-        if config[key] not in allowed:
-            raise ConfigError(f"{key}={config[key]!r} is not available; allowed: {', '.join(map(repr, allowed))}")
-    for key in POSITIVE:
-        if not config[key] > 0:
-            raise ConfigError(f"{key}={config[key]!r} must be positive")
-    for key in NOT_NEGATIVE:
-        if not config[key] >= 0:
-            raise ConfigError(f"{key}={config[key]!r} must not be negative")
+    _check_values(config, [key for key in known if key not in TRAINING_KEYS])
     _validate_combinations(config)
+
+
+def _check_values(config: ConfigDict, keys: Iterable[str]) -> None:
+    """Raise ConfigError if the value of a key, looked at alone, is not allowed."""
+    known = default.get_config()
+    for key in keys:
+        value = config[key]
+        _check_type(key, value, known[key])
+        if key in ALLOWED_VALUES and value not in ALLOWED_VALUES[key]:
+            allowed = ", ".join(map(repr, ALLOWED_VALUES[key]))
+            raise ConfigError(f"{key}={value!r} is not available; allowed: {allowed}")
+        if key in POSITIVE and not value > 0:
+            raise ConfigError(f"{key}={value!r} must be positive")
+        if key in NOT_NEGATIVE and not value >= 0:
+            raise ConfigError(f"{key}={value!r} must not be negative")
 
 
 def _check_type(key: str, value: Any, default_value: Any) -> None:
@@ -252,14 +272,6 @@ def _validate_combinations(config: ConfigDict) -> None:
         raise ConfigError(f"pre_pooling_op={config.pre_pooling_op!r} takes its width from embedding_dim: give one")
     if any(width < 1 for width in config.embedding_dim):
         raise ConfigError(f"embedding_dim={tuple(config.embedding_dim)}: every width must be at least 1")
-    if len(config.adam_betas) != 2 or not all(0 <= beta < 1 for beta in config.adam_betas):
-        raise ConfigError(f"adam_betas={tuple(config.adam_betas)} must be two numbers from 0 to below 1")
-    if config.swa_epochs >= config.n_epochs:
-        raise ConfigError(
-            f"swa_epochs={config.swa_epochs} must be smaller than n_epochs={config.n_epochs}; 0 switches averaging off"
-        )
-    if len(config.sch_params) != 1 or config.sch_params[0] <= 0:
-        raise ConfigError(f"sch_params={tuple(config.sch_params)}: lr_sch={config.lr_sch!r} needs one positive number")
 
 
 def model_config(config: ConfigDict) -> ModelConfig:

@@ -50,7 +50,8 @@ def environment(tmp_path_factory) -> dict[str, str]:
     """Caches of these tests instead of the user's."""
     folder = tmp_path_factory.mktemp("cli-caches")
     compiled = tmp_path_factory.getbasetemp() / "compiled"
-    return os.environ | {"XDG_CACHE_HOME": str(folder), "JAX_COMPILATION_CACHE_DIR": str(compiled)}
+    changes = {"XDG_CACHE_HOME": str(folder), "JAX_COMPILATION_CACHE_DIR": str(compiled)}
+    return {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | changes
 
 
 def script(environment: dict[str, str], name: str, *arguments: object) -> subprocess.CompletedProcess:
@@ -126,12 +127,13 @@ def test_ctrl_c_ends_a_training_without_a_traceback(run, environment, tmp_path):
             while process.poll() is None and len(read_metrics(workdir)) < 3:
                 time.sleep(0.02)
             process.send_signal(signal.SIGINT)
-            _, errors = process.communicate(timeout=60)
+            output, errors = process.communicate(timeout=60)
         finally:
             process.kill()
     lines = [line for line in errors.splitlines() if line]
     assert lines == ["interrupted; the same command continues from the last finished epoch"]
     assert process.returncode == 130
+    assert re.search(r"^epoch +1/1000 ", output, re.MULTILINE)  # also where the output is no terminal
     written = [int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
     assert max(written) >= read_metrics(workdir)[-3]["step"]  # the last two may not have been complete yet
 

@@ -73,6 +73,11 @@ def raw_records(count: int | None = None) -> list[dict[str, Any]]:
         return [json.loads(line) for line in itertools.islice(lines, count)]
 
 
+def stores_in(folder: Path) -> list[str]:
+    """What a data folder holds besides lock files, half-made stores included."""
+    return [path.name for path in folder.iterdir() if path.suffix != ".lock"]
+
+
 def open_small(folder: Path, target_set: SmallSet | None = None, targets=("e_form",), cutoff=CUTOFF) -> Dataset:
     return open_dataset(target_set or small_set(), targets, cutoff, str(folder))
 
@@ -214,7 +219,7 @@ def test_a_prepared_store_is_read_without_the_records(tmp_path):
     again = open_small(tmp_path, small_set(UnreadableSet))
     assert_same_dataset(first, again)
     assert isinstance(again.table.neighbor, np.memmap)
-    assert [path.name for path in tmp_path.iterdir()] == [store_folder(tmp_path).name]
+    assert stores_in(tmp_path) == [store_folder(tmp_path).name]
 
 
 def test_another_cutoff_or_source_is_another_store(tmp_path, monkeypatch):
@@ -222,7 +227,7 @@ def test_another_cutoff_or_source_is_another_store(tmp_path, monkeypatch):
     with pytest.raises(AssertionError, match="records were asked for"):
         open_small(tmp_path, small_set(UnreadableSet), cutoff=CUTOFF + 0.5)
     far = open_small(tmp_path, cutoff=CUTOFF + 0.5)
-    assert len(list(tmp_path.iterdir())) == 2 and far.table.count.sum() > near.table.count.sum()
+    assert len(stores_in(tmp_path)) == 2 and far.table.count.sum() > near.table.count.sum()
     assert_same_dataset(near, open_small(tmp_path, small_set(UnreadableSet)))
     monkeypatch.setattr(UnreadableSet, "sha256", lambda self: "0" * 64)
     with pytest.raises(AssertionError, match="records were asked for"):
@@ -272,14 +277,20 @@ test_data.open_small(Path(sys.argv[1]))
 """
 
 
+def in_process(code: str, *arguments: object) -> subprocess.Popen:
+    """Start a Python process that can import this file."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(command, cwd=Path(__file__).parent, stderr=subprocess.PIPE, text=True)
+
+
 def test_a_killed_preparation_leaves_nothing_that_is_used(tmp_path):
-    command = [sys.executable, "-c", KILLED_PREPARATION, str(tmp_path)]
-    killed = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, timeout=120)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    (left,) = tmp_path.iterdir()
-    assert left.name.startswith(".small-") and (left / "image.npy").exists()
+    with in_process(KILLED_PREPARATION, tmp_path) as process:
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL, errors
+    (left,) = stores_in(tmp_path)
+    assert left.startswith(".small-") and (tmp_path / left / "image.npy").exists()
     dataset = open_small(tmp_path)
-    assert store_folder(tmp_path) != left
+    assert stores_in(tmp_path) == [store_folder(tmp_path).name]
     assert_same_dataset(dataset, open_small(tmp_path / "elsewhere"))
 
 
@@ -290,22 +301,37 @@ def test_an_interrupted_preparation_cleans_up(tmp_path, monkeypatch):
     monkeypatch.setattr(store.os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         open_small(tmp_path)
-    assert not list(tmp_path.iterdir())
+    assert not stores_in(tmp_path)
 
 
-def test_two_preparations_at_once_end_with_one_sound_store(tmp_path):
-    class Overtaken(SmallSet):
-        """Another process finishes preparing the same set while this one reads its records."""
+ONE_OF_TWO_PREPARATIONS = """
+import sys, time
+from pathlib import Path
+import test_data
 
-        def records(self) -> Iterator[dict[str, Any]]:
-            others.append(open_small(tmp_path))
-            return super().records()
+folder, me, other = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 
-    others: list[Dataset] = []
-    dataset = open_small(tmp_path, small_set(Overtaken))
-    assert_same_dataset(dataset, others[0])
-    assert [path.name for path in tmp_path.iterdir()] == [store_folder(tmp_path).name]
-    assert_same_dataset(dataset, open_small(tmp_path, small_set(UnreadableSet)))
+class Watched(test_data.SmallSet):
+    def records(self):
+        (folder / f"{me}-prepares").touch()
+        while not (folder / f"{other}-starts").exists():
+            time.sleep(0.01)
+        time.sleep(0.3)  # enough for the other process to look for the store
+        return super().records()
+
+(folder / f"{me}-starts").touch()
+test_data.open_small(folder / "data", test_data.small_set(Watched))
+"""
+
+
+def test_of_two_processes_that_need_a_store_one_prepares_it(tmp_path):
+    processes = [in_process(ONE_OF_TWO_PREPARATIONS, tmp_path, *names) for names in (("a", "b"), ("b", "a"))]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    assert len(list(tmp_path.glob("*-prepares"))) == 1
+    assert stores_in(tmp_path / "data") == [store_folder(tmp_path / "data").name]
+    assert_same_dataset(open_small(tmp_path / "data", small_set(UnreadableSet)), open_small(tmp_path / "elsewhere"))
 
 
 BAD_RECORDS = {
@@ -341,7 +367,7 @@ def test_too_many_bad_records_are_an_error(tmp_path):
     changes = {number: BAD_RECORDS["unknown element"] for number in (10, 20)}
     with pytest.raises(CrystalError, match=rf"2 of 120 records.*{raw_records(11)[10]['id']}"):
         open_small(tmp_path, small_set(count=120, changes=changes))
-    assert not list(tmp_path.iterdir())
+    assert not stores_in(tmp_path)
 
 
 # Training batches

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,6 +27,8 @@ from crystalframer_jax.crystal import Crystal
 from crystalframer_jax.data.registry import TARGET_SETS, Target, target_set
 from crystalframer_jax.data.store import open_dataset
 from crystalframer_jax.data.table import make_table
+from crystalframer_jax.errors import UserError
+from crystalframer_jax.files import locked
 from crystalframer_jax.inference.official import load_official, variables_from_official
 from crystalframer_jax.inference.predictor import Predictor
 from crystalframer_jax.model.regressor import CrystalFramer
@@ -131,6 +134,8 @@ def trajectory() -> Trajectory:
     init = {name.removeprefix("init/"): value for name, value in golden.items() if name.startswith("init/")}
     predictor = load_official(official, init | {name: golden[name] for name in ("target_mean", "target_std")})
     config, swa_first_step = predictor.config, int(golden["swa_first_step"])
+    config.update({key: official[key] for key in ("lr", "weight_decay", "clip_norm")})
+    config.update({key: tuple(official[key]) for key in ("sch_params", "adam_betas")})
 
     ends = np.cumsum(golden["sizes"])
     atoms = [slice(end - size, end) for end, size in zip(ends, golden["sizes"], strict=True)]
@@ -455,13 +460,24 @@ def test_a_diverged_run_stops_and_keeps_the_last_good_checkpoint(finished, folde
     assert_same_run(config, workdir, expected)
 
 
-def test_divergence_in_the_first_epoch_names_the_step_and_a_smaller_rate_is_accepted(folder):
-    workdir = folder / "too-fast"
-    with pytest.raises(TrainingError, match=r"not finite at step \d+ \(epoch 1\).*smaller lr"):
-        train(tiny_config(folder / "data", lr=1e30), workdir)
+@pytest.fixture(scope="module")
+def too_fast(folder) -> tuple[Path, str]:
+    """Directory and error of a run that diverged before its first checkpoint."""
+    with pytest.raises(TrainingError) as error:
+        train(tiny_config(folder / "data", lr=1e30), folder / "too-fast")
+    return folder / "too-fast", str(error.value)
+
+
+def test_divergence_in_the_first_epoch_names_the_step(too_fast):
+    workdir, message = too_fast
+    assert re.search(r"not finite at step \d+ \(epoch 1\).*smaller lr", message)
     with pytest.raises(CheckpointError):
         Predictor.load(workdir)
-    train(tiny_config(folder / "data"), workdir)  # nothing was trained yet, so nothing is lost
+
+
+def test_a_run_without_a_checkpoint_may_start_again_with_other_hyperparameters(too_fast, folder):
+    """What the error advises can be done; nothing was trained yet, so nothing is lost."""
+    train(tiny_config(folder / "data"), too_fast[0])
 
 
 def test_a_run_with_other_hyperparameters_is_refused_and_left_alone(finished):
@@ -474,6 +490,12 @@ def test_a_run_with_other_hyperparameters_is_refused_and_left_alone(finished):
     for part in (str(workdir), "lr 0.002 -> 0.001", "head_num 2 -> 1", "--workdir"):
         assert part in str(error.value)
     assert {path: path.read_bytes() for path in workdir.iterdir() if path.is_file()} == files
+
+
+def test_a_directory_where_another_process_trains_is_refused(finished):
+    config, workdir, _ = finished
+    with locked(workdir / "lock"), pytest.raises(UserError, match="another process is training"):
+        train(config, workdir)
 
 
 def test_a_run_that_cannot_start_claims_no_directory(folder):

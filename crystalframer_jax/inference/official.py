@@ -6,14 +6,13 @@ from typing import Any
 import numpy as np
 
 from crystalframer_jax.config import (
-    TRAINING_KEYS,
     WITHOUT_COUNTERPART,
     ConfigError,
     ModelConfig,
     model_config,
     target_names,
     unknown_key_message,
-    validate,
+    validate_model,
 )
 from crystalframer_jax.configs import default
 from crystalframer_jax.inference.predictor import Predictor
@@ -117,12 +116,12 @@ def load_official(config: Mapping[str, Any], state: Mapping[str, np.ndarray]) ->
     for key, value in config.items():
         if key not in ours and key not in WITHOUT_COUNTERPART:
             raise ConfigError(unknown_key_message(key, list(ours)))
-        if key in ours and key not in TRAINING_KEYS and key != "targets":
+        if key in ours and key not in ("targets", "target_set"):
             is_several = isinstance(ours[key], tuple)
             ours[key] = tuple(value if isinstance(value, list | tuple) else [value]) if is_several else value
     targets = config.get("targets", "target")
     ours.targets = targets if isinstance(targets, str) else ",".join(targets)
-    validate(ours)
+    validate_model(ours)
     state = dict(state)
     names = target_names(ours)
     means = np.broadcast_to(np.asarray(state.pop("target_mean", 0.0), np.float64).ravel(), len(names))

@@ -20,7 +20,7 @@ from crystalframer_jax.errors import UserError
 from crystalframer_jax.files import locked, write_json
 from crystalframer_jax.inference.evaluation import groups_of, mean_absolute_errors, mean_predictor_errors, predict_rows
 from crystalframer_jax.model.regressor import CrystalFramer
-from crystalframer_jax.training.checkpoint import MODEL_FIELDS, Checkpoints, on_this_device, read_json
+from crystalframer_jax.training.checkpoint import FOLDER, MODEL_FIELDS, Checkpoints, on_this_device, read_json
 from crystalframer_jax.training.logging import MetricsLog, duration, progress_bar, read_metrics, say, table
 from crystalframer_jax.training.optimizer import learning_rate, make_optimizer
 from crystalframer_jax.training.state import TargetStatistics, TrainState, Tree
@@ -247,7 +247,7 @@ def _claim(config: ConfigDict, workdir: Path) -> None:
     """Write config.json into a new run directory; a run that exists must have been started with the same values."""
     file, values = workdir / "config.json", json.loads(config.to_json())
     values["targets"] = ",".join(target_names(config))
-    if not file.exists():
+    if not file.exists() or not any((workdir / FOLDER).glob("[0-9]*")):  # nothing was trained that could be lost
         write_json(file, values)
         return
     before = read_json(file)
