@@ -30,7 +30,7 @@ XYZ = '2\nLattice="3 0 0 0 4 0 0 0 5" Properties=species:S:1:pos:R:3\nNa 0 0 0\n
 def _no_stray_warnings():
     """A warning that a test does not expect is a failure: reading a sound file is quiet."""
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         yield
 
 
