@@ -26,7 +26,7 @@ if [ ! -e "$STAMP" ] || [ pyproject.toml -nt "$STAMP" ]; then
     [ "$(version_of "$VENV/bin/python")" != "$(version_of "$PYTHON")" ]; then
     "$PYTHON" -m venv --clear "$VENV" || exit 1
   fi
-  echo "installing into $VENV (one or two minutes the first time) ..."
+  echo "installing into ${VENV#"$PWD"/} (one or two minutes the first time) ..."
   "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".${EXTRA:+[$EXTRA]}" || exit 1
   touch "$STAMP"
 fi
