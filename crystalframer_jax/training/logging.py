@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,9 @@ def progress_bar(total: int, done: int, batch_size: int) -> tqdm:
 
 
 def say(text: str) -> None:
-    """Print a line above a progress bar."""
+    """Print a line above a progress bar, at once, also into a file."""
     tqdm.write(text)
+    sys.stdout.flush()
 
 
 def table(header: list[str], rows: list[list[Any]]) -> str:
