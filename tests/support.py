@@ -37,7 +37,7 @@ def small_config(**changes) -> ModelConfig:
 def config_from_official(official: dict) -> ModelConfig:
     """The model of a dictionary of official hyperparameters; those that the library does not know are left out."""
     config: ConfigDict = default.get_config()
-    known = {key: value for key, value in official.items() if key in config}
+    known = {key: value for key, value in official.items() if key in config and key != "target_set"}
     if not isinstance(known["targets"], str):
         known["targets"] = ",".join(known["targets"])
     config.update({key: tuple(value) if isinstance(value, list) else value for key, value in known.items()})
