@@ -230,7 +230,7 @@ def check_overrides(arguments: Iterable[str]) -> None:
     """Raise ConfigError if one of the command line arguments `--config.KEY=VALUE` names a key that does not exist."""
     known = list(default.get_config())
     for argument in arguments:
-        match = re.match(r"--?config\.([^=\s]+)", argument)
+        match = re.match(r"--?config\.(\w+)", argument)
         if match and match[1] not in known:
             raise ConfigError(unknown_key_message(match[1], known))
 

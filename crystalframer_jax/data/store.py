@@ -43,7 +43,8 @@ def open_dataset(target_set: TargetSet, names: tuple[str, ...], cutoff: float, d
     """
     targets = tuple(target_set.target(name) for name in names)
     root = Path(data_dir).expanduser() if data_dir else platformdirs.user_cache_path("crystalframer_jax")
-    key = {"format": FORMAT, "source": target_set.sha256(), "cutoff": float(cutoff)}
+    fields = [target.field for target in target_set.targets]
+    key = {"format": FORMAT, "source": target_set.sha256(), "targets": fields, "cutoff": float(cutoff)}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     folder = root / f"{target_set.name}-{digest}"
     columns = _read(folder)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from crystalframer_jax.config import ConfigError
 from crystalframer_jax.data.registry import Target
 
 Tree = Any  # nested dict of arrays
@@ -36,10 +37,10 @@ class TargetStatistics:
 
     @classmethod
     def of(cls, target: Target, labels: np.ndarray) -> "TargetStatistics":
-        """Statistics of the known training labels [C]; ValueError if they do not vary."""
+        """Statistics of the known training labels [C]; ConfigError if they do not vary."""
         known = labels[np.isfinite(labels)]
         if not known.size or known.std() == 0:
-            raise ValueError(f"target {target.name}: {known.size} training labels that do not vary; nothing to learn")
+            raise ConfigError(f"targets={target.name!r}: {known.size} training labels that do not vary")
         return cls(target.name, target.unit, float(known.mean()), float(known.std()))
 
 
