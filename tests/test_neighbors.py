@@ -124,16 +124,19 @@ def test_rows_are_in_canonical_order(name):
         assert of_atom == sorted(of_atom, key=lambda edge: (shell[edge], edge))
 
 
-@pytest.mark.parametrize("name", CRYSTALS)
-def test_rows_do_not_change_when_the_crystal_turns(name):
-    """Down to the order of neighbours at one distance, on which the choice among equal frames rests."""
-    crystal = CRYSTALS[name]
+def assert_same_rows_when_turned(crystal):
     rows = neighbor_rows(crystal, RADIUS)
     rng = np.random.default_rng(0)
     for _ in range(5):
         turned = neighbor_rows(rotated(crystal, random_rotation(rng)), RADIUS)
         for field in dataclasses.fields(rows):
             np.testing.assert_array_equal(getattr(turned, field.name), getattr(rows, field.name))
+
+
+@pytest.mark.parametrize("name", CRYSTALS)
+def test_rows_do_not_change_when_the_crystal_turns(name):
+    """Down to the order of neighbours at one distance, on which the choice among equal frames rests."""
+    assert_same_rows_when_turned(CRYSTALS[name])
 
 
 def test_symmetric_crystals_have_shells_to_order():
@@ -189,13 +192,7 @@ def test_enlarged_row_ends_with_the_first_shell_that_spans_a_frame(name, radius)
 
 @pytest.mark.parametrize("name", SPARSE)
 def test_enlarged_rows_do_not_change_when_the_crystal_turns(name):
-    crystal = SPARSE[name]
-    rows = neighbor_rows(crystal, RADIUS)
-    rng = np.random.default_rng(0)
-    for _ in range(5):
-        turned = neighbor_rows(rotated(crystal, random_rotation(rng)), RADIUS)
-        for field in dataclasses.fields(rows):
-            np.testing.assert_array_equal(getattr(turned, field.name), getattr(rows, field.name))
+    assert_same_rows_when_turned(SPARSE[name])
 
 
 def test_only_rows_that_need_it_are_enlarged():
