@@ -16,7 +16,8 @@ def get_config() -> ConfigDict:
     config.targets = "e_form"  # several: "e_form,e_above_hull"
     config.data_dir = ""  # where prepared data are cached; empty: the user's cache folder
     config.cutoff_radius = 0.0  # Å; 0: |adaptive_cutoff_sigma| * max(scale_real) / sqrt(gauss_lb_real)
-    config.adaptive_cutoff_sigma = -3.5
+    config.adaptive_cutoff_sigma = -3.5  # 0: all images n in [-lattice_range, lattice_range]^3 of each pair of atoms
+    config.lattice_range = 2  # also of the wave vectors in the reciprocal domains
 
     # Model
     config.num_layers = 4
@@ -27,20 +28,24 @@ def get_config() -> ConfigDict:
     config.ff_dim = 512
     config.embedding_dim = (128,)  # widths of the layers between pooling and output
     config.t_activation = "relu"  # relu | gelu
-    config.t_fixup_init = True
+    config.t_fixup_init = True  # False: layer norms
+    # Without frames the domain may also be reci | RECI | multihead | real-reci | reci-real | real-RECI | RECI-real.
     config.domain = "real"
-    config.frame_method = "max"  # max | no
+    config.frame_method = "max"  # max | max_static | weighted_pca | pca | lattice | no
     config.tie_tolerance = 1e-4  # neighbours whose score is this close to the best are ties for a frame axis
     config.pooling = "avr"  # avr | max
-    config.pre_pooling_op = "no"  # no | relu | w+relu
-    config.norm_type = "no"
+    config.pre_pooling_op = "no"  # no | relu | w+relu | w+bn+relu
+    config.norm_type = "no"  # of the output layers: no | bn | ln | in
     config.dropout = 0.0
-    config.use_cgcnn_feat = False
+    config.precision = "float32"  # float32 | float64 | bfloat16 (dense layers only)
+    config.num_frame_samples = 1  # predictions average this many draws among tied frames; 1: no draw, the first
 
     # Width of the attention Gaussians
     config.scale_real = (1.4,)  # r0 in Å, one value or one for each block
     config.gauss_lb_real = 0.5
-    config.gauss_state = "q"
+    config.scale_reci = (2.2,)  # Å, in the reciprocal domains
+    config.gauss_lb_reci = 0.5
+    config.gauss_state = "q"  # q | q-headdim | q-kdim | x | x-norm | x-xavier | x-xn2 | 1
     config.normalize_gauss = True
     config.positive_func_beta = 0.1
 
@@ -49,13 +54,13 @@ def get_config() -> ConfigDict:
     config.value_pe_dist_coef = 1.0
     config.value_pe_dist_max = -10.0  # Å; negative: in units of scale_real
     config.value_pe_dist_wscale = 1.0
-    config.value_pe_wave_real = 0
     config.value_pe_angle_real = 64  # number of Gaussians; 0: no frames (Crystalformer)
     config.value_pe_angle_coef = 1.0
     config.value_pe_angle_wscale = 4.0
     config.cos_abs = 0
 
     # Training
+    config.pretrained_model = ""  # a run directory whose weights training starts from
     config.seed = 123
     config.n_epochs = 2000
     config.batch_size = 256
@@ -71,5 +76,5 @@ def get_config() -> ConfigDict:
     config.loss_func = "L1"
     config.normalize_targets = "scale_bias"
     config.swa_epochs = 50  # epochs at the end whose weights are averaged; 0: none
-    config.scale_grad = 0.0
+    config.scale_grad = 0.0  # largest factor by which gradients of rare elements are raised; 0: none
     return config

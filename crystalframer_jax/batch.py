@@ -10,8 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from crystalframer_jax.config import NO_PARTS, BatchParts
 from crystalframer_jax.data.table import CrystalTable
+from crystalframer_jax.lattice import lattice_vectors
 
+CELL_BLOCK = 8  # the length of cell rows is padded to a multiple of this
 ATOM_BLOCK = 32  # atoms are padded to multiples of this, the block size of the lattice sums
 
 
@@ -28,6 +31,17 @@ class Rows:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class CellRows(Rows):
+    """The atoms j of the same cell as rows of every atom i, for attention in reciprocal space.
+
+    Here `vector` [N, S, 3] are the differences of fractional coordinates, reduced to [-1/2, 1/2].
+    """
+
+    metric: jax.Array  # [N, 3, 3] b_k . b_l of the reciprocal lattice (2 pi included), 1/Å^2
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Batch:
     """N atoms (padding included) of B crystals with T targets."""
 
@@ -35,7 +49,10 @@ class Batch:
     occupancies: jax.Array | None  # [N, 98] share of each element, None if every site holds one atom
     crystal_of_atom: jax.Array  # [N] int32, B for padding
     atom_in_crystal: jax.Array  # [N] int32
+    positions: jax.Array  # [N, 3] from the centre of the atoms of the crystal, Å
     rows: Rows
+    cells: CellRows | None  # if the model attends in reciprocal space
+    lattice_vectors: jax.Array | None  # [B, K, 3] the short ones in canonical order, if the model has lattice frames
     crystal_sizes: jax.Array  # [B] int32 number of atoms, 0 for padding
     targets: jax.Array  # [B, T] label units
     target_mask: jax.Array  # [B, T] bool
@@ -43,11 +60,13 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class BatchShape:
-    """Padded sizes of a batch; one compiled program each."""
+    """Padded sizes of a batch and what it holds; one compiled program each."""
 
     num_atoms: int
     row_length: int
     num_crystals: int
+    cell_length: int = 0  # atoms of the largest cell, if parts.cells
+    parts: BatchParts = NO_PARTS
 
 
 def round_up(value: float, least: int) -> int:
@@ -60,7 +79,9 @@ def round_up(value: float, least: int) -> int:
     return step
 
 
-def plan_shapes(table: CrystalTable, indices: np.ndarray, batch_size: int, longest_row: int) -> list[BatchShape]:
+def plan_shapes(
+    table: CrystalTable, indices: np.ndarray, batch_size: int, longest_row: int, parts: BatchParts = NO_PARTS
+) -> list[BatchShape]:
     """At most two shapes for random batches of `batch_size` among the crystals `indices` [C] of the table.
 
     The first holds all but about one in a thousand random batches (mean + 3 standard deviations of the number of
@@ -70,14 +91,20 @@ def plan_shapes(table: CrystalTable, indices: np.ndarray, batch_size: int, longe
     largest = int(sizes[:batch_size].sum())
     usual = sizes.mean() * batch_size + 3 * sizes.std() * np.sqrt(batch_size)
     atoms = sorted({_atom_blocks(min(usual, largest)), _atom_blocks(largest)})
-    return [BatchShape(n, round_up(longest_row, ATOM_BLOCK), batch_size) for n in atoms]
+    cell_length = round_up(int(sizes.max(initial=1)), CELL_BLOCK) if parts.cells else 0
+    return [BatchShape(n, round_up(longest_row, ATOM_BLOCK), batch_size, cell_length, parts) for n in atoms]
 
 
-def shape_for(table: CrystalTable, indices: np.ndarray) -> BatchShape:
+def shape_for(table: CrystalTable, indices: np.ndarray, parts: BatchParts = NO_PARTS) -> BatchShape:
     """A shape that holds these crystals, rounded up so that similar requests share a compiled program."""
     rows = _take(table.count, table.atom_offset, indices)
+    largest = int(table.num_atoms[indices].max(initial=1))
     return BatchShape(
-        round_up(len(rows), ATOM_BLOCK), round_up(rows.max(initial=1), ATOM_BLOCK), round_up(len(indices), 1)
+        round_up(len(rows), ATOM_BLOCK),
+        round_up(rows.max(initial=1), ATOM_BLOCK),
+        round_up(len(indices), 1),
+        round_up(largest, CELL_BLOCK) if parts.cells else 0,
+        parts,
     )
 
 
@@ -100,14 +127,17 @@ def pack(
     fitting = [
         shape
         for shape in shapes
-        if sizes.sum() <= shape.num_atoms and longest <= shape.row_length and len(indices) <= shape.num_crystals
+        if sizes.sum() <= shape.num_atoms
+        and longest <= shape.row_length
+        and len(indices) <= shape.num_crystals
+        and (sizes.max(initial=0) <= shape.cell_length or not shape.parts.cells)
     ]
     if not fitting:
         raise ValueError(
             f"{len(indices)} crystals with {sizes.sum()} atoms and rows up to {longest} fit none of {shapes}"
         )
     shape = fitting[0]
-    num_atoms, width = shape.num_atoms, shape.row_length
+    num_atoms = shape.num_atoms
 
     crystal = np.repeat(np.arange(len(indices)), sizes)
     first_atom = np.cumsum(sizes) - sizes
@@ -127,14 +157,19 @@ def pack(
         known[: len(indices)] = np.isfinite(targets)
         all_targets[: len(indices)] = np.where(np.isfinite(targets), targets, 0)
     padded_sizes: Any = np.pad(sizes, (0, shape.num_crystals - len(indices)))
+    dtype = shape.parts.dtype
+    atom_in_crystal = np.arange(len(crystal)) - first_atom[crystal]
     return Batch(
         species=per_atom(_take(table.species, table.atom_offset, indices).astype(np.int32)),
         occupancies=_occupancies(table, indices, place, num_atoms),
         crystal_of_atom=per_atom(crystal.astype(np.int32), fill=shape.num_crystals),
-        atom_in_crystal=per_atom((np.arange(len(crystal)) - first_atom[crystal]).astype(np.int32)),
-        rows=_rows(table, indices, crystal, counts, place, num_atoms, width),
+        atom_in_crystal=per_atom(atom_in_crystal.astype(np.int32)),
+        positions=per_atom(_centred(_take(table.position, table.atom_offset, indices), sizes).astype(dtype)),
+        rows=_rows(table, indices, crystal, counts, place, shape),
+        cells=_cells(table, indices, crystal, place, shape) if shape.parts.cells else None,
+        lattice_vectors=_lattice_vectors(table, indices, shape) if shape.parts.lattice_vectors else None,
         crystal_sizes=padded_sizes.astype(np.int32),
-        targets=all_targets.astype(np.float32),
+        targets=all_targets.astype(dtype),
         target_mask=known,
     )
 
@@ -160,10 +195,10 @@ def _rows(
     crystal: np.ndarray,
     counts: np.ndarray,
     place: np.ndarray,
-    num_atoms: int,
-    width: int,
+    shape: BatchShape,
 ) -> Rows:
     """Padded neighbour rows of the batch, atoms in the order `place`."""
+    num_atoms, width = shape.num_atoms, shape.row_length
     sizes, lengths = table.num_atoms[indices], np.diff(table.edge_offset)[indices]
     center = np.repeat(np.arange(len(crystal)), counts)
     of_crystal = crystal[center]
@@ -180,7 +215,7 @@ def _rows(
     reverse = slot[_take(table.reverse, table.edge_offset, indices) + first_edge[of_crystal]]
 
     index_rows: Any = np.zeros(num_atoms * width, np.int32)
-    vector_rows: Any = np.zeros((num_atoms * width, 3), np.float32)
+    vector_rows: Any = np.zeros((num_atoms * width, 3), shape.parts.dtype)
     reverse_rows: Any = np.zeros(num_atoms * width, np.int32)
     count_rows: Any = np.zeros(num_atoms, np.int32)
     index_rows[slot] = place[neighbor]
@@ -193,6 +228,48 @@ def _rows(
         reverse_rows.reshape(num_atoms, width),
         count_rows,
     )
+
+
+def _cells(
+    table: CrystalTable, indices: np.ndarray, crystal: np.ndarray, place: np.ndarray, shape: BatchShape
+) -> CellRows:
+    """The atoms of its cell for every atom, in the order of the crystal."""
+    sizes, width = table.num_atoms[indices], shape.cell_length
+    first_atom = np.cumsum(sizes) - sizes
+    lengths = sizes[crystal]
+    center = np.repeat(np.arange(len(crystal)), lengths)
+    column = np.arange(len(center)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    neighbor = first_atom[crystal[center]] + column
+    inverse = np.linalg.inv(table.lattice[indices])
+    fractional = np.einsum("ax,axy->ay", _take(table.position, table.atom_offset, indices), inverse[crystal])
+    difference = fractional[neighbor] - fractional[center]
+
+    index: Any = np.zeros((shape.num_atoms, width), np.int32)
+    vector: Any = np.zeros((shape.num_atoms, width, 3), shape.parts.dtype)
+    reverse: Any = np.zeros((shape.num_atoms, width), np.int32)
+    count: Any = np.zeros(shape.num_atoms, np.int32)
+    metric: Any = np.zeros((shape.num_atoms, 3, 3), shape.parts.dtype)
+    index[place[center], column] = place[neighbor]
+    vector[place[center], column] = difference - np.rint(difference)
+    reverse[place[center], column] = place[neighbor] * width + (center - first_atom[crystal[center]])
+    count[place] = lengths
+    metric[place] = (4 * np.pi**2 * inverse.swapaxes(1, 2) @ inverse)[crystal]
+    return CellRows(index, vector, reverse, count, metric)
+
+
+def _lattice_vectors(table: CrystalTable, indices: np.ndarray, shape: BatchShape) -> Any:
+    """[B, K, 3], zeros for padding."""
+    vectors = np.stack([lattice_vectors(lattice) for lattice in table.lattice[indices]])
+    padding = ((0, shape.num_crystals - len(indices)), (0, 0), (0, 0))
+    return np.pad(vectors, padding).astype(shape.parts.dtype)
+
+
+def _centred(position: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Positions [A, 3] relative to the mean position of their crystal."""
+    if not len(position):
+        return position
+    mean = np.add.reduceat(position, np.cumsum(sizes) - sizes) / sizes[:, None]
+    return position - np.repeat(mean, sizes, axis=0)
 
 
 def _occupancies(table: CrystalTable, indices: np.ndarray, place: np.ndarray, num_atoms: int) -> Any:

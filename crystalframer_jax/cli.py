@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import platformdirs
 
-from crystalframer_jax.config import cutoff_radius, target_names
+from crystalframer_jax.config import neighbor_cutoff, target_names
 from crystalframer_jax.crystal import Crystal, CrystalError
 from crystalframer_jax.errors import UserError
 from crystalframer_jax.structure_files import read_crystals
 
+SAMPLES_HELP = "average K draws among equally good frames and show their spread; default: as configured for the run"
 WEIGHTS_HELP = "default: those that the finished run selected by validation error, else best"
 
 
@@ -54,6 +55,7 @@ def predict_main(argv: Sequence[str] | None = None) -> int:
         choices=("best", "last", "swa"),
         help=WEIGHTS_HELP,
     )
+    parser.add_argument("--num_frame_samples", type=int, metavar="K", help=SAMPLES_HELP)
     arguments = parser.parse_args(argv)
     use_compilation_cache()
     from crystalframer_jax.inference.predictor import Predictor
@@ -63,11 +65,16 @@ def predict_main(argv: Sequence[str] | None = None) -> int:
         predictor = Predictor.load(arguments.run, arguments.weights)
         crystals, errors = read_all(arguments.files)
         if crystals:
-            predictions = predictor.predict(crystals, progress=len(crystals) > 100 and sys.stderr.isatty())
+            progress = len(crystals) > 100 and sys.stderr.isatty()
+            predictions, spread = predictor.predict_with_spread(crystals, arguments.num_frame_samples, progress)
             header = ["structure", "formula", "atoms", *(f"{t.name} ({t.unit})" for t in predictor.targets)]
+            values = predictions
+            if predictor.draws(arguments.num_frame_samples) > 1:
+                header += [f"{t.name} spread ({t.unit})" for t in predictor.targets]
+                values = np.concatenate([predictions, spread], axis=1)
             rows = [
-                [crystal.id, crystal.formula, crystal.num_atoms, *map(float, values)]
-                for crystal, values in zip(crystals, predictions, strict=True)
+                [crystal.id, crystal.formula, crystal.num_atoms, *map(float, line)]
+                for crystal, line in zip(crystals, values, strict=True)
             ]
             print(table(header, rows))
             finite = np.isfinite(predictions).all(axis=1)
@@ -108,6 +115,7 @@ def evaluate_main(argv: Sequence[str] | None = None) -> int:
         choices=("best", "last", "swa"),
         help=WEIGHTS_HELP,
     )
+    parser.add_argument("--num_frame_samples", type=int, metavar="K", help=SAMPLES_HELP)
     parser.add_argument("--output", type=Path, help="write id, labels and predictions to this CSV file")
     arguments = parser.parse_args(argv)
     use_compilation_cache()
@@ -118,7 +126,6 @@ def evaluate_main(argv: Sequence[str] | None = None) -> int:
         groups_of,
         mean_absolute_errors,
         mean_predictor_errors,
-        predict_rows,
     )
     from crystalframer_jax.inference.predictor import Predictor
     from crystalframer_jax.training.logging import table
@@ -127,20 +134,27 @@ def evaluate_main(argv: Sequence[str] | None = None) -> int:
         predictor = Predictor.load(arguments.run, arguments.weights)
         config, statistics = predictor.config, predictor.targets
         names = target_names(config)
-        dataset = open_dataset(target_set(config.target_set), names, cutoff_radius(config), config.data_dir)
+        dataset = open_dataset(target_set(config.target_set), names, neighbor_cutoff(config), config.data_dir)
         indices = dataset.splits[arguments.split]
-        groups, shapes = groups_of(indices, config.batch_size), batch_shapes(dataset, config.batch_size)
-        predictions = predict_rows(predictor.forward, predictor.variables, dataset.table, groups, statistics, shapes)
+        groups = groups_of(indices, config.batch_size)
+        shapes = batch_shapes(dataset, config.batch_size, predictor.parts)
+        predictions, spread = predictor.predict_table(dataset.table, groups, shapes, arguments.num_frame_samples)
         labels = dataset.labels[indices]
         errors = mean_absolute_errors(predictions, labels, statistics)
         baseline = mean_predictor_errors(labels, statistics)
         print(predictor.origin)
         header = [f"{config.target_set}, {arguments.split}", "unit", "crystals", "MAE", "mean predictor"]
         rows = [[s.name, s.unit, len(indices), errors[s.name], baseline[s.name]] for s in statistics]
+        kinds, values = ["label", "prediction"], [labels, predictions]
+        draws = predictor.draws(arguments.num_frame_samples)
+        if draws > 1:
+            header.append(f"mean spread of {draws} draws")
+            rows = [[*row, value] for row, value in zip(rows, spread.mean(axis=0).tolist(), strict=True)]
+            kinds, values = [*kinds, "spread"], [*values, spread]
         print(table(header, rows))
         if arguments.output:
-            columns = [f"{s.name} {kind} ({s.unit})" for kind in ("label", "prediction") for s in statistics]
-            lines = np.concatenate([labels, predictions], axis=1).tolist()
+            columns = [f"{s.name} {kind} ({s.unit})" for kind in kinds for s in statistics]
+            lines = np.concatenate(values, axis=1).tolist()
             ids = dataset.table.ids[indices]
             write_csv(arguments.output, ["id", *columns], [[i, *line] for i, line in zip(ids, lines, strict=True)])
     return 0

@@ -7,37 +7,34 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from crystalframer_jax.configs import default
 from crystalframer_jax.errors import UserError
+from crystalframer_jax.neighbors import LatticeBox
 
 
 class ConfigError(UserError, ValueError):
     """A configuration that cannot be run; the message names the key and what is allowed."""
 
 
-# Official hyperparameters that exist with one value (or a few) here.
+# Hyperparameters with a closed list of values.
 ALLOWED_VALUES: dict[str, tuple] = {
-    "domain": ("real",),
-    "frame_method": ("max", "no"),
+    "domain": ("real", "reci", "RECI", "multihead", "real-reci", "reci-real", "real-RECI", "RECI-real"),
+    "frame_method": ("max", "max_static", "weighted_pca", "pca", "lattice", "no"),
     "t_activation": ("relu", "gelu"),
-    "t_fixup_init": (True,),
     "pooling": ("avr", "max"),
-    "pre_pooling_op": ("no", "relu", "w+relu"),
-    "norm_type": ("no",),
-    "dropout": (0.0,),
-    "use_cgcnn_feat": (False,),
-    "gauss_state": ("q",),
-    "normalize_gauss": (True,),
-    "value_pe_wave_real": (0,),
+    "pre_pooling_op": ("no", "relu", "w+relu", "w+bn+relu"),
+    "norm_type": ("no", "bn", "ln", "in"),
+    "gauss_state": ("q", "q-headdim", "q-kdim", "x", "x-norm", "x-xavier", "x-xn2", "1"),
     "cos_abs": (0, 1),
+    "precision": ("float32", "float64", "bfloat16"),
     "optimizer": ("adamw",),
     "lr_sch": ("inverse_sqrt_nowarmup",),
     "clip_grad": (0.0,),
     "loss_func": ("L1",),
     "normalize_targets": ("scale_bias",),
-    "scale_grad": (0.0,),
 }
 
 # Official hyperparameters without a counterpart: what takes their place.
@@ -45,23 +42,30 @@ WITHOUT_COUNTERPART: dict[str, str] = {
     "experiment_name": "the run is named by --workdir",
     "save_path": "the run is stored in --workdir",
     "encoder_name": "there is one encoder, CrystalFramer",
-    "lattice_range": "neighbours are found by radius (adaptive_cutoff_sigma, cutoff_radius)",
     "minimum_range": "neighbours are found by radius (adaptive_cutoff_sigma, cutoff_radius)",
-    "gauss_lb_reci": "only domain=real is available",
-    "scale_reci": "only domain=real is available",
-    "value_pe_dist_reci": "only domain=real is available",
-    "value_pe_wave_reci": "only domain=real is available",
-    "freeze_bn_epochs": "norm_type=no has no BatchNorm",
+    "frame_mode": "both distances and angles are encoded (value_pe_dist_real, value_pe_angle_real)",
+    "use_cgcnn_feat": "the official code never defines these atom features and fails; elements have trained embeddings",
+    "value_pe_wave_real": "the official CUDA code ignores wave encodings",
+    "value_pe_wave_reci": "the official CUDA code ignores wave encodings",
+    "value_pe_dist_reci": "reciprocal attention has no distances to encode",
+    "freeze_bn_epochs": "BatchNorm statistics are updated to the end",
     "train_filter_max": "all labelled crystals are used",
     "train_filter_min": "all labelled crystals are used",
     "train_percent_check": "all labelled crystals are used",
     "val_percent_check": "all labelled crystals are used",
     "model_checkpoint_save_top_k": "the best and the last checkpoint are kept",
-    "pretrained_model": "training starts from random weights",
     "num_workers": "batches are prepared in a background thread",
     "use_cuda_code": "the device is chosen by JAX",
     "reproduciblity_state": "runs are always reproducible (seed)",
     "symm_break_noise": "ties are broken by rule (tie_tolerance)",
+}
+
+# Those of them that would change the model, with the value that does not.
+NEUTRAL_VALUES: dict[str, Any] = {
+    "use_cgcnn_feat": False,
+    "value_pe_wave_real": 0,
+    "value_pe_wave_reci": 0,
+    "value_pe_dist_reci": 0,
 }
 
 # Hyperparameters that a trained model does not depend on.
@@ -81,7 +85,7 @@ TRAINING_KEYS = (
     "loss_func",
     "normalize_targets",
     "swa_epochs",
-    "scale_grad",
+    "pretrained_model",
     "target_set",
 )
 
@@ -94,6 +98,9 @@ POSITIVE = (
     "n_epochs",
     "lr",
     "gauss_lb_real",
+    "gauss_lb_reci",
+    "lattice_range",
+    "num_frame_samples",
     "positive_func_beta",
     "value_pe_dist_wscale",
     "value_pe_angle_wscale",
@@ -102,6 +109,8 @@ NOT_NEGATIVE = (
     "k_dim",
     "v_dim",
     "cutoff_radius",
+    "dropout",
+    "scale_grad",
     "tie_tolerance",
     "value_pe_dist_real",
     "value_pe_angle_real",
@@ -111,6 +120,18 @@ NOT_NEGATIVE = (
     "swa_epochs",
     "seed",
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchParts:
+    """What the batches of a model hold beside species and neighbour rows, and their floating-point type."""
+
+    cells: bool = False  # the atoms of each cell, for attention in reciprocal space
+    lattice_vectors: bool = False  # for lattice frames
+    dtype: str = "float32"
+
+
+NO_PARTS = BatchParts()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,12 +147,22 @@ class ModelConfig:
     ff_dim: int
     embedding_dim: tuple[int, ...]
     t_activation: str
+    t_fixup_init: bool
+    domain: str
     frame_method: str
     tie_tolerance: float
     pooling: str
     pre_pooling_op: str
+    norm_type: str
+    dropout: float
+    precision: str
+    lattice_range: int
     scale_real: tuple[float, ...]
     gauss_lb_real: float
+    scale_reci: tuple[float, ...]
+    gauss_lb_reci: float
+    gauss_state: str
+    normalize_gauss: bool
     positive_func_beta: float
     value_pe_dist_real: int
     value_pe_dist_coef: float
@@ -141,15 +172,39 @@ class ModelConfig:
     value_pe_angle_coef: float
     value_pe_angle_wscale: float
     cos_abs: int
+    scale_grad: float
 
     @property
     def uses_frames(self) -> bool:
         """False for Crystalformer, which has no angle encoding and therefore no frames."""
         return self.value_pe_angle_real > 0
 
+    @property
+    def dtype(self) -> np.dtype:
+        """Type of parameters, positions and lattice sums."""
+        return np.dtype("float64" if self.precision == "float64" else "float32")
+
+    @property
+    def parts(self) -> BatchParts:
+        """What batches must hold beside the neighbour rows."""
+        return BatchParts(
+            cells=self.domain != "real",
+            lattice_vectors=self.uses_frames and self.frame_method == "lattice",
+            dtype=self.dtype.name,
+        )
+
+    def domain_of_block(self, block: int) -> str:
+        """real, reci, RECI or multihead; the domains of an interleaving take turns."""
+        domains = self.domain.split("-")
+        return domains[block % len(domains)]
+
     def scale_of_block(self, block: int) -> float:
-        """r0 of a block, Å."""
-        return self.scale_real[block if len(self.scale_real) > 1 else 0]
+        """r0 of a block, Å; several take turns."""
+        return self.scale_real[block % len(self.scale_real)]
+
+    def reciprocal_scale_of_block(self, block: int) -> float:
+        """scale_reci of a block, Å; several take turns."""
+        return self.scale_reci[block % len(self.scale_reci)]
 
 
 def target_names(config: ConfigDict) -> tuple[str, ...]:
@@ -162,10 +217,17 @@ def target_names(config: ConfigDict) -> tuple[str, ...]:
     return names
 
 
-def cutoff_radius(config: ConfigDict) -> float:
-    """Radius r_c of the neighbour rows in Å: the one given, else the window of the widest attention Gaussian."""
+def neighbor_cutoff(config: ConfigDict) -> float | LatticeBox:
+    """Radius r_c of the neighbour rows in Å, or (adaptive_cutoff_sigma=0) the box of lattice images.
+
+    It is the radius given, else the window of the widest attention Gaussian: as many of its widths r0 / sqrt(gauss_lb)
+    as adaptive_cutoff_sigma says. The sign, which in the official code decides whether the window follows the actual
+    width of each Gaussian, makes no difference.
+    """
     if config.cutoff_radius > 0:
         return float(config.cutoff_radius)
+    if config.adaptive_cutoff_sigma == 0:
+        return LatticeBox(config.lattice_range)
     return abs(config.adaptive_cutoff_sigma) * max(config.scale_real) / math.sqrt(config.gauss_lb_real)
 
 
@@ -245,20 +307,19 @@ def unknown_key_message(key: str, known: list[str]) -> str:
 
 def _validate_combinations(config: ConfigDict) -> None:
     target_names(config)
-    if config.gauss_lb_real >= 1:
-        raise ConfigError(f"gauss_lb_real={config.gauss_lb_real} must be below 1")
+    for key in ("gauss_lb_real", "gauss_lb_reci", "dropout"):
+        if config[key] >= 1:
+            raise ConfigError(f"{key}={config[key]} must be below 1")
     if config.model_dim % config.head_num and not (config.k_dim and config.v_dim):
         raise ConfigError(f"head_num={config.head_num} does not divide model_dim={config.model_dim}")
-    if len(config.scale_real) not in (1, config.num_layers) or min(config.scale_real, default=0) <= 0:
-        raise ConfigError(
-            f"scale_real={tuple(config.scale_real)} needs one positive length, or one for each of the "
-            f"{config.num_layers} blocks"
-        )
-    if config.adaptive_cutoff_sigma >= 0 and not config.cutoff_radius:
-        raise ConfigError(
-            f"adaptive_cutoff_sigma={config.adaptive_cutoff_sigma} must be negative (radius in widths of the widest "
-            "Gaussian), or give cutoff_radius in Å"
-        )
+    if config.domain == "multihead" and config.head_num % 2:
+        raise ConfigError(f"head_num={config.head_num} must be even: domain=multihead splits the heads in two halves")
+    for key in ("scale_real", "scale_reci"):
+        if not 1 <= len(config[key]) <= config.num_layers or min(config[key]) <= 0:
+            raise ConfigError(
+                f"{key}={tuple(config[key])} needs one positive length, or one for each of the "
+                f"{config.num_layers} blocks"
+            )
     if config.value_pe_dist_max == 0 and config.value_pe_dist_real:
         raise ConfigError("value_pe_dist_max=0: give Å (positive) or multiples of scale_real (negative)")
     if config.value_pe_angle_real == 1:
@@ -267,6 +328,11 @@ def _validate_combinations(config: ConfigDict) -> None:
         raise ConfigError(
             f"value_pe_angle_real={config.value_pe_angle_real} needs frames: choose frame_method=max, or "
             "value_pe_angle_real=0 for Crystalformer"
+        )
+    if config.value_pe_angle_real and config.domain != "real":
+        raise ConfigError(
+            f"domain={config.domain!r} has no frames: attention in reciprocal space is over atoms, not over neighbours "
+            "in some direction; choose domain=real, or value_pe_angle_real=0 for Crystalformer"
         )
     if config.pre_pooling_op.startswith("w") and not config.embedding_dim:
         raise ConfigError(f"pre_pooling_op={config.pre_pooling_op!r} takes its width from embedding_dim: give one")
@@ -278,7 +344,7 @@ def model_config(config: ConfigDict) -> ModelConfig:
     """The model's part of a configuration; k_dim, v_dim = 0 become model_dim / head_num."""
     names = {field.name for field in dataclasses.fields(ModelConfig)} - {"num_targets"}
     values = {name: config[name] for name in names}
-    for name in ("embedding_dim", "scale_real"):
+    for name in ("embedding_dim", "scale_real", "scale_reci"):
         values[name] = tuple(values[name])
     for name in ("k_dim", "v_dim"):
         values[name] = values[name] or config.model_dim // config.head_num

@@ -17,6 +17,23 @@ RADIUS_TOLERANCE = 1e-6  # Å; a shell at the cutoff is taken whole, whatever th
 
 
 @dataclasses.dataclass(frozen=True)
+class LatticeBox:
+    """In place of a radius: the images n in [-lattice_range, lattice_range]^3 of every pair of atoms.
+
+    What is in the box depends on the choice of the cell and of the atoms in it, and grows with the square of their
+    number. It is here for models that the official code trained so.
+    """
+
+    lattice_range: int
+
+    @property
+    def images(self) -> np.ndarray:
+        """[(2 R + 1)^3, 3] int64."""
+        steps = np.arange(-self.lattice_range, self.lattice_range + 1)
+        return np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), -1).reshape(-1, 3)
+
+
+@dataclasses.dataclass(frozen=True)
 class NeighborRows:
     """The rows of one crystal, one after the other (n atoms, E neighbours in all)."""
 
@@ -31,8 +48,8 @@ class NeighborRows:
         return np.repeat(np.arange(len(self.count), dtype=np.int32), self.count)
 
 
-def neighbor_rows(crystal: Crystal, cutoff: float) -> NeighborRows:
-    """Neighbour rows of a crystal within `cutoff` (Å), in canonical order.
+def neighbor_rows(crystal: Crystal, cutoff: float | LatticeBox) -> NeighborRows:
+    """Neighbour rows of a crystal within `cutoff` (a radius in Å, or a box of lattice images), in canonical order.
 
     Canonical order is by distance and, within a shell (distances closer than 1e-4 Å), by (j, n1, n2, n3). If all
     neighbours of an atom lie on one line, its row is enlarged (and the rows of its new neighbours with it) up to the
@@ -40,6 +57,8 @@ def neighbor_rows(crystal: Crystal, cutoff: float) -> NeighborRows:
 
     Raises ValueError if the cutoff is not a positive number.
     """
+    if isinstance(cutoff, LatticeBox):
+        return _canonical(crystal, *_in_box(crystal, cutoff))
     if not (np.isfinite(cutoff) and cutoff > 0):
         raise ValueError(f"the cutoff radius {cutoff} Å must be a positive number")
     everyone = np.arange(crystal.num_atoms)
@@ -63,6 +82,13 @@ def displacements(crystal: Crystal, rows: NeighborRows) -> np.ndarray:
     """Vectors p_j + nL - p_i of all neighbours, [E, 3] Å; exactly zero for the atom itself."""
     p = crystal.positions
     return p[rows.index] - p[rows.center] + rows.image @ crystal.lattice
+
+
+def _in_box(crystal: Crystal, box: LatticeBox) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All (i, j, n) with n in the box: i [E], j [E], n [E, 3]."""
+    atoms, images = np.arange(crystal.num_atoms), box.images
+    i, j, n = (x.ravel() for x in np.meshgrid(atoms, atoms, np.arange(len(images)), indexing="ij"))
+    return i, j, images[n]
 
 
 def _within(crystal: Crystal, centers: np.ndarray, radius: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -2,7 +2,7 @@
 # older than pyproject.toml, and puts it first in PATH. Settings from outside:
 #   PYTHON   interpreter to make it with (default: the newest of python3.13, 3.12, 3.11 or python3 that is there)
 #   VENV     folder of the environment (default: .venv)
-#   EXTRA    extra of pyproject.toml to install (set by test.sh)
+#   EXTRA    extras of pyproject.toml to install, separated by commas (test.sh: test)
 
 VENV=${VENV:-.venv}
 case $VENV in /*) ;; *) VENV=$PWD/$VENV ;; esac

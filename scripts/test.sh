@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Lint, type check and tests, in an environment of their own (.venv). Arguments go to pytest: scripts/test.sh -k frames
 # Another interpreter: PYTHON=python3.12 VENV=.venv312 scripts/test.sh
+# With PyTorch, for the tests of its checkpoints, which are skipped without: EXTRA=test,torch scripts/test.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
-EXTRA=test
+EXTRA=${EXTRA:-test}
 source scripts/environment.sh
 
 ruff check .

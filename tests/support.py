@@ -12,13 +12,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import crystalframer_jax
-from crystalframer_jax.batch import Batch, BatchShape, Rows, pack, shape_for
-from crystalframer_jax.config import ModelConfig, model_config, validate
+from crystalframer_jax.batch import Batch, BatchShape, pack, shape_for
+from crystalframer_jax.config import NO_PARTS, BatchParts, ModelConfig, model_config, validate
 from crystalframer_jax.configs import default
 from crystalframer_jax.crystal import Crystal
 from crystalframer_jax.data.table import make_table
 from crystalframer_jax.model.regressor import CrystalFramer
-from crystalframer_jax.neighbors import NeighborRows, displacements, neighbor_rows
+from crystalframer_jax.neighbors import LatticeBox, neighbor_rows
 
 BUNDLED = Path(crystalframer_jax.__file__).parent / "data" / "bundled" / "mp_flla_2015.jsonl.gz"
 
@@ -37,7 +37,8 @@ def small_config(**changes) -> ModelConfig:
 def config_from_official(official: dict) -> ModelConfig:
     """The model of a dictionary of official hyperparameters; those that the library does not know are left out."""
     config: ConfigDict = default.get_config()
-    known = {key: value for key, value in official.items() if key in config and key != "target_set"}
+    known = {key: value for key, value in official.items() if key in config and value is not None}
+    known.pop("target_set", None)
     if not isinstance(known["targets"], str):
         known["targets"] = ",".join(known["targets"])
     config.update({key: tuple(value) if isinstance(value, list) else value for key, value in known.items()})
@@ -122,34 +123,23 @@ def rotated(crystal: Crystal, rotation: np.ndarray) -> Crystal:
 
 def batch_of(
     crystals: Sequence[Crystal],
-    radius: float,
+    cutoff: float | LatticeBox,
     dtype: type = np.float32,
     shapes: BatchShape | list[BatchShape] | None = None,
     targets: np.ndarray | None = None,
     num_targets: int = 1,
+    parts: BatchParts = NO_PARTS,
 ) -> Batch:
-    """Crystals packed in the given order; without `shapes` into one that holds them.
-
-    In float64 the neighbour vectors are computed anew, because `pack` rounds them to float32.
-    """
-    rows = [neighbor_rows(crystal, radius) for crystal in crystals]
+    """Crystals packed in the given order, with arrays of `dtype`; without `shapes` into one that holds them."""
+    rows = [neighbor_rows(crystal, cutoff) for crystal in crystals]
     table, indices = make_table(crystals, rows), np.arange(len(crystals))
+    parts = dataclasses.replace(parts, dtype=np.dtype(dtype).name)
     if shapes is None:
-        shapes = shape_for(table, indices)
+        shapes = shape_for(table, indices, parts)
     shapes = [shapes] if isinstance(shapes, BatchShape) else shapes
-    batch = pack(table, indices, shapes, targets, num_targets)
-    if dtype == np.float64:
-        batch = dataclasses.replace(batch, rows=_with_exact_vectors(batch, crystals, rows))
-    return batch
-
-
-def _with_exact_vectors(batch: Batch, crystals: Sequence[Crystal], rows: Sequence[NeighborRows]) -> Rows:
-    vector = np.zeros(batch.rows.vector.shape)
-    vectors = [np.split(displacements(c, r), np.cumsum(r.count)[:-1]) for c, r in zip(crystals, rows, strict=True)]
-    for place in np.flatnonzero(batch.species):
-        exact = vectors[batch.crystal_of_atom[place]][batch.atom_in_crystal[place]]
-        vector[place, : len(exact)] = exact
-    return dataclasses.replace(batch.rows, vector=vector)
+    largest = shape_for(table, indices, parts).cell_length
+    shapes = [dataclasses.replace(shape, cell_length=max(largest, shape.cell_length), parts=parts) for shape in shapes]
+    return pack(table, indices, shapes, targets, num_targets)
 
 
 def atom_places(batch: Batch) -> np.ndarray:
@@ -170,11 +160,11 @@ def random_variables(config: ModelConfig, seed: int = 0, dtype: type = np.float3
 
     def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         name = path[-1].key
-        if name in ("scale", "shift"):  # of the widths of the attention Gaussians
-            return np.full(leaf.shape, name == "scale", dtype)
+        if name in ("scale", "shift", "mean", "var"):  # of calibration and normalisations
+            return np.full(leaf.shape, name in ("scale", "var"), dtype)
         std = {"embedding": 1.0, "bias": 0.1, "w_pos": config.k_dim**-0.5, "w_dist": 0.5, "w_angle": 0.5}
         return (std.get(name, leaf.shape[0] ** -0.5) * rng.normal(size=leaf.shape)).astype(dtype)
 
-    batch = batch_of([primitive("fcc")], 3.0)
+    batch = batch_of([primitive("fcc")], 3.0, parts=config.parts)
     shapes = jax.eval_shape(CrystalFramer(config).init, jax.random.key(0), batch)
     return jax.tree_util.tree_map_with_path(draw, shapes)

@@ -14,8 +14,8 @@ from crystalframer_jax.config import (
     WITHOUT_COUNTERPART,
     ConfigError,
     check_overrides,
-    cutoff_radius,
     model_config,
+    neighbor_cutoff,
     target_names,
     validate,
 )
@@ -222,11 +222,11 @@ def test_the_defaults_that_the_paper_states():
 
 
 def test_the_radius_is_that_of_the_widest_gaussian_or_the_one_given():
-    assert cutoff_radius(changed()) == pytest.approx(6.9296, abs=1e-4)  # 3.5 * 1.4 / sqrt(0.5)
-    assert cutoff_radius(changed(scale_real=(1.4, 1.4, 2.8, 1.4))) == pytest.approx(2 * 6.929646, abs=1e-5)
-    assert cutoff_radius(changed(adaptive_cutoff_sigma=-7.0)) == pytest.approx(2 * 6.929646, abs=1e-5)
-    assert cutoff_radius(changed(gauss_lb_real=0.125)) == pytest.approx(2 * 6.929646, abs=1e-5)
-    assert cutoff_radius(changed(cutoff_radius=8)) == 8.0
+    assert neighbor_cutoff(changed()) == pytest.approx(6.9296, abs=1e-4)  # 3.5 * 1.4 / sqrt(0.5)
+    assert neighbor_cutoff(changed(scale_real=(1.4, 1.4, 2.8, 1.4))) == pytest.approx(2 * 6.929646, abs=1e-5)
+    assert neighbor_cutoff(changed(adaptive_cutoff_sigma=-7.0)) == pytest.approx(2 * 6.929646, abs=1e-5)
+    assert neighbor_cutoff(changed(gauss_lb_real=0.125)) == pytest.approx(2 * 6.929646, abs=1e-5)
+    assert neighbor_cutoff(changed(cutoff_radius=8)) == 8.0
 
 
 def test_the_model_part_of_a_configuration():

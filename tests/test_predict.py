@@ -11,7 +11,8 @@ import pytest
 from pymatgen.core import Structure
 from support import random_crystal, real_crystals
 from test_data import literal_split, raw_records
-from test_training import disturbed, tiny_config, tiny_runs
+from test_training import disturbed
+from tiny import tiny_config, tiny_runs
 
 from crystalframer_jax import Predictor, load_official
 from crystalframer_jax.config import ConfigError

@@ -6,27 +6,33 @@ import grain
 import numpy as np
 
 from crystalframer_jax.batch import Batch, BatchShape, fill_factors, pack, plan_shapes
+from crystalframer_jax.config import NO_PARTS, BatchParts
 from crystalframer_jax.data.store import Dataset
 
 
 class TrainingBatches:
     """All batches of a training run by step number; every epoch is shuffled, its incomplete last batch dropped."""
 
-    def __init__(self, dataset: Dataset, batch_size: int, n_epochs: int, seed: int):
+    def __init__(self, dataset: Dataset, batch_size: int, n_epochs: int, seed: int, parts: BatchParts = NO_PARTS):
         self.dataset = dataset
         self.indices = dataset.splits["train"]
         self.batch_size = min(batch_size, len(self.indices))
         self.steps_per_epoch = len(self.indices) // self.batch_size
         self.n_epochs = n_epochs
         self.seed = seed
-        self.shapes = batch_shapes(dataset, self.batch_size)
+        self.shapes = batch_shapes(dataset, self.batch_size, parts)
+        self._order: tuple[int, np.ndarray] | None = None  # the last epoch asked for, and its order
 
     def __len__(self) -> int:
         return self.steps_per_epoch * self.n_epochs
 
     def order(self, epoch: int) -> np.ndarray:
         """Crystals of an epoch in the order of training, rows of the table."""
-        return np.random.default_rng([self.seed, epoch]).permutation(self.indices)
+        known = self._order
+        if known is None or known[0] != epoch:
+            known = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.indices)
+            self._order = known
+        return known[1]
 
     def __getitem__(self, step: int) -> Batch:
         """The batch of a step (numpy arrays)."""
@@ -46,7 +52,7 @@ class TrainingBatches:
         return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
 
-def batch_shapes(dataset: Dataset, batch_size: int) -> list[BatchShape]:
+def batch_shapes(dataset: Dataset, batch_size: int, parts: BatchParts = NO_PARTS) -> list[BatchShape]:
     """The shapes of all batches of a dataset, training and evaluation alike."""
     everything = np.concatenate(list(dataset.splits.values()))
-    return plan_shapes(dataset.table, everything, batch_size, dataset.table.longest_row)
+    return plan_shapes(dataset.table, everything, batch_size, dataset.table.longest_row, parts)

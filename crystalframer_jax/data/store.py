@@ -19,7 +19,7 @@ from crystalframer_jax.data.registry import Target, TargetSet
 from crystalframer_jax.data.splits import split_80_10_10
 from crystalframer_jax.data.table import COLUMNS, CrystalTable, make_table
 from crystalframer_jax.files import locked
-from crystalframer_jax.neighbors import NeighborRows, neighbor_rows
+from crystalframer_jax.neighbors import LatticeBox, NeighborRows, neighbor_rows
 
 FORMAT = 1  # to be raised when neighbour rows or columns change
 MAX_BAD_SHARE = 0.01  # of records that cannot be used, before preparation stops
@@ -36,15 +36,17 @@ class Dataset:
     splits: dict[str, np.ndarray]  # row numbers of the table
 
 
-def open_dataset(target_set: TargetSet, names: tuple[str, ...], cutoff: float, data_dir: str = "") -> Dataset:
+def open_dataset(
+    target_set: TargetSet, names: tuple[str, ...], cutoff: float | LatticeBox, data_dir: str = ""
+) -> Dataset:
     """The prepared target set with the targets `names`; prepared first if it is not in `data_dir` yet.
 
-    `cutoff` is the radius of the neighbour rows in Å; an empty `data_dir` stands for the user's cache folder.
+    `cutoff` is that of the neighbour rows, see `neighbor_rows`; an empty `data_dir` stands for the user's cache folder.
     """
     targets = tuple(target_set.target(name) for name in names)
     root = Path(data_dir).expanduser() if data_dir else platformdirs.user_cache_path("crystalframer_jax")
     fields = [target.field for target in target_set.targets]
-    key = {"format": FORMAT, "source": target_set.sha256(), "targets": fields, "cutoff": float(cutoff)}
+    key = {"format": FORMAT, "source": target_set.sha256(), "targets": fields, "cutoff": _as_json(cutoff)}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     folder = root / f"{target_set.name}-{digest}"
     columns = _read(folder)
@@ -76,7 +78,11 @@ def parse_label(value: Any) -> float:
     return number if math.isfinite(number) else math.nan
 
 
-def _prepare(target_set: TargetSet, cutoff: float, folder: Path) -> None:
+def _as_json(cutoff: float | LatticeBox) -> Any:
+    return dataclasses.asdict(cutoff) if isinstance(cutoff, LatticeBox) else float(cutoff)
+
+
+def _prepare(target_set: TargetSet, cutoff: float | LatticeBox, folder: Path) -> None:
     """Compute the neighbour rows of all records and write the store, complete or not at all."""
     crystals: list[Crystal] = []
     rows: list[NeighborRows] = []

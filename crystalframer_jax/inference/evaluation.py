@@ -1,18 +1,26 @@
 """Predictions for many crystals, and the errors they make."""
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from crystalframer_jax.batch import Batch, BatchShape, pack, shape_for
+from crystalframer_jax.batch import BatchShape, pack, shape_for
+from crystalframer_jax.config import NO_PARTS, BatchParts
 from crystalframer_jax.data.table import CrystalTable
 from crystalframer_jax.training.state import TargetStatistics, to_label_units
+from crystalframer_jax.training.step import Forward
 
-Forward = Callable[[Any, Batch], jax.Array]
 MAX_BATCH_ATOMS = 1024  # a larger crystal is a batch of its own
 MAX_BATCH_CRYSTALS = 128
+
+
+class Predictions(NamedTuple):
+    """Predictions in label units, in the order of the crystals."""
+
+    mean: np.ndarray  # [C, T] over the draws of frames
+    spread: np.ndarray  # [C, T] standard deviation over the draws; 0 without draws
 
 
 def predict_rows(
@@ -21,18 +29,26 @@ def predict_rows(
     table: CrystalTable,
     groups: Iterable[np.ndarray],
     statistics: tuple[TargetStatistics, ...],
-    shapes: Sequence[BatchShape] | None = None,
-) -> np.ndarray:
-    """Predictions [C, T] in label units for groups of table rows, in their order.
+    shapes: Sequence[BatchShape] | BatchParts = NO_PARTS,
+    num_frame_samples: int = 1,
+) -> Predictions:
+    """Predictions for groups of table rows, in their order.
 
-    Every group is one batch, of the first of `shapes` that holds it, or of a shape of its own.
+    Every group is one batch, of the first of `shapes` that holds it, or of a shape of its own with the parts given.
+    With `num_frame_samples` above 1 the mean is over as many draws among equally good frames, always the same draws
+    for the same crystal; otherwise the first of them in canonical order are taken.
     """
-    results = [np.zeros((0, len(statistics)))]
+    keys: list[jax.Array | None] = [None]
+    if num_frame_samples > 1:
+        keys = [jax.random.fold_in(jax.random.key(0), sample) for sample in range(num_frame_samples)]
+    results = [np.zeros((len(keys), 0, len(statistics)))]
     for group in groups:
-        fitting = list(shapes) if shapes is not None else [shape_for(table, group)]
-        batch = pack(table, group, fitting, num_targets=len(statistics))
-        results.append(np.asarray(forward(variables, batch))[: len(group)])
-    return to_label_units(np.concatenate(results), statistics)
+        fitting = [shape_for(table, group, shapes)] if isinstance(shapes, BatchParts) else list(shapes)
+        batch = jax.device_put(pack(table, group, fitting, num_targets=len(statistics)))
+        draws = [np.asarray(forward(variables, batch, key), np.float64)[: len(group)] for key in keys]
+        results.append(np.stack(draws))
+    samples = to_label_units(np.concatenate(results, axis=1), statistics)
+    return Predictions(samples.mean(axis=0), samples.std(axis=0, ddof=min(1, len(keys) - 1)))
 
 
 def groups_of(indices: np.ndarray, size: int) -> list[np.ndarray]:

@@ -1,7 +1,7 @@
 """Predictor: a trained model, ready to predict structures."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +11,25 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from crystalframer_jax.batch import pack, shape_for
-from crystalframer_jax.config import cutoff_radius, model_config
+from crystalframer_jax.batch import BatchShape, pack, shape_for
+from crystalframer_jax.config import BatchParts, ConfigError, model_config, neighbor_cutoff
 from crystalframer_jax.configs import default
 from crystalframer_jax.crystal import Crystal
-from crystalframer_jax.data.table import make_table
-from crystalframer_jax.inference.evaluation import groups_by_atoms, predict_rows
+from crystalframer_jax.data.table import CrystalTable, make_table
+from crystalframer_jax.inference.evaluation import Predictions, groups_by_atoms, predict_rows
 from crystalframer_jax.model.regressor import CrystalFramer
 from crystalframer_jax.neighbors import neighbor_rows
 from crystalframer_jax.structure_files import as_crystals
-from crystalframer_jax.training.checkpoint import FOLDER, CheckpointError, Checkpoints, on_this_device, read_json
+from crystalframer_jax.training.checkpoint import (
+    FOLDER,
+    MODEL_FIELDS,
+    CheckpointError,
+    Checkpoints,
+    on_this_device,
+    read_json,
+)
 from crystalframer_jax.training.state import TargetStatistics, Tree
-from crystalframer_jax.training.step import make_forward
+from crystalframer_jax.training.step import make_forward, working_precision
 
 WEIGHTS = ("best", "last", "swa")
 
@@ -40,9 +47,11 @@ class Predictor:
         self.config = config
         self.variables = variables
         self.targets = targets
-        self.cutoff = cutoff_radius(config)
+        self.cutoff = neighbor_cutoff(config)
         self.origin = "given parameters"
-        self.forward = make_forward(CrystalFramer(model_config(config)))
+        model = model_config(config)
+        self.parts = model.parts
+        self.forward = make_forward(CrystalFramer(model))
 
     @classmethod
     def load(cls, run_dir: str | Path, weights: str | None = None) -> "Predictor":
@@ -70,23 +79,35 @@ class Predictor:
             step = step if step is not None else checkpoints.best() if weights == "best" else checkpoints.last()
             if step is None:
                 raise CheckpointError(f"{workdir} has no checkpoint yet; let the training finish an epoch")
-            model = checkpoints.restore_model(step, _abstract_model(config))
+            with working_precision(config):
+                model = checkpoints.restore_model(step, _abstract_model(config))
             targets = tuple(TargetStatistics(**target) for target in checkpoints.meta(step)["targets"])
         finally:
             checkpoints.close()
         if weights == "swa" and not any(np.any(leaf) for leaf in jax.tree.leaves(model["swa_params"])):
             raise CheckpointError(f"{workdir} has no averaged weights (swa_epochs=0, or not reached yet)")
-        params = model["swa_params" if weights == "swa" else "params"]
-        predictor = cls(config, {"params": params, "calibration": model["calibration"]}, targets)
+        prefix = "swa_" if weights == "swa" else ""
+        variables = {name: model[prefix + name] for name in ("params", "batch_stats")}
+        predictor = cls(config, variables | {"calibration": model["calibration"]}, targets)
         predictor.origin = f"{weights} weights of {workdir}, step {step}"
         return predictor
 
-    def predict(self, structures: Iterable[Any] | Any, progress: bool = False) -> np.ndarray:
+    def predict(
+        self, structures: Iterable[Any] | Any, num_frame_samples: int | None = None, progress: bool = False
+    ) -> np.ndarray:
         """Predictions [B, T] in label units (`targets` names T and their units), in the order given.
 
         `structures`: pymatgen Structures, ASE Atoms, Crystals or paths of structure files, one or a list; a file
-        with several structures gives as many rows. Raises CrystalError naming the first that cannot be used.
+        with several structures gives as many rows. `num_frame_samples`: how many draws among equally good frames are
+        averaged (1: the first ones in canonical order are taken; None: as configured). Raises CrystalError naming the
+        first structure that cannot be used.
         """
+        return self.predict_with_spread(structures, num_frame_samples, progress).mean
+
+    def predict_with_spread(
+        self, structures: Iterable[Any] | Any, num_frame_samples: int | None = None, progress: bool = False
+    ) -> Predictions:
+        """As `predict`, with the standard deviation over the draws of frames: mean and spread, both [B, T]."""
         is_one = isinstance(structures, str | os.PathLike | Crystal) or any(
             hasattr(structures, name)
             for name in ("lattice", "cell", "species_and_occu")  # pymatgen, ASE
@@ -95,7 +116,27 @@ class Predictor:
         crystals: list[Crystal] = [crystal for item in items for crystal in as_crystals(item)]
         table = make_table(crystals, [neighbor_rows(crystal, self.cutoff) for crystal in crystals])
         groups = tqdm(groups_by_atoms(table), desc="predicting", unit=" batches", disable=not progress)
-        return predict_rows(self.forward, self.variables, table, groups, self.targets)
+        return self.predict_table(table, groups, self.parts, num_frame_samples)
+
+    def predict_table(
+        self,
+        table: CrystalTable,
+        groups: Iterable[np.ndarray],
+        shapes: Sequence[BatchShape] | BatchParts,
+        num_frame_samples: int | None = None,
+    ) -> Predictions:
+        """Predictions for groups of rows of a table whose neighbour rows have this predictor's cutoff."""
+        with working_precision(self.config):
+            return predict_rows(
+                self.forward, self.variables, table, groups, self.targets, shapes, self.draws(num_frame_samples)
+            )
+
+    def draws(self, num_frame_samples: int | None) -> int:
+        """How many draws among equally good frames a prediction averages: as asked for, or as configured."""
+        samples = self.config.num_frame_samples if num_frame_samples is None else num_frame_samples
+        if samples < 1:
+            raise ConfigError(f"num_frame_samples={samples} must be at least 1")
+        return samples
 
 
 def read_config(workdir: Path) -> ConfigDict:
@@ -119,10 +160,10 @@ def _selected(workdir: Path) -> str:
 
 def _abstract_model(config: ConfigDict) -> dict[str, Tree]:
     """Shapes of the model's part of a checkpoint."""
-    model = CrystalFramer(model_config(config))
+    model, parts = CrystalFramer(model_config(config)), model_config(config).parts
     atom = Crystal(np.array([1]), np.zeros((1, 3)), 3 * np.eye(3))
     table = make_table([atom], [neighbor_rows(atom, 4.0)])
-    batch = pack(table, np.array([0]), [shape_for(table, np.array([0]))])
+    batch = pack(table, np.array([0]), [shape_for(table, np.array([0]), parts)])
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jax.tree.map(jnp.asarray, batch)))
-    variables = on_this_device(variables)
-    return {**variables, "swa_params": variables["params"]}
+    fields = {name: variables.get(name.removeprefix("swa_"), {}) for name in MODEL_FIELDS}
+    return on_this_device(fields)

@@ -6,9 +6,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from crystalframer_jax.batch import Rows
+from crystalframer_jax.batch import CellRows, Rows
 from crystalframer_jax.model.basis import EXACT, Bases
-from crystalframer_jax.model.lattice_sums import lattice_sums
+from crystalframer_jax.model.lattice_sums import SumOptions, lattice_sums
+from crystalframer_jax.model.reciprocal import WaveVectors
 
 Implementation = Literal["auto", "xla"]
 
@@ -34,6 +35,9 @@ def framed_attention(
     frames: jax.Array | None,
     params: ValueEncoding,
     implementation: Implementation = "auto",
+    *,
+    dropout: float = 0.0,
+    seeds: jax.Array | None = None,
 ) -> jax.Array:
     """Attention of every atom over its periodic neighbours, with distance and frame-angle encodings: [N, H, d_v].
 
@@ -48,6 +52,7 @@ def framed_attention(
       frames: [N, H, 3, 3] with rows e1, e2, e3; None without angle encoding. They get no gradient.
       params: projections and bases.
       implementation: "xla", or "auto" for the fastest that the device has.
+      dropout, seeds: share of the pairs of atoms to drop from the sums, drawn from seeds [N, H] uint32.
 
     Raises:
       ValueError: unknown implementation, or frames and angle basis do not go together.
@@ -56,9 +61,30 @@ def framed_attention(
         raise ValueError(f"implementation={implementation!r} is not available; allowed: 'auto', 'xla'")
     if (frames is None) != (params.bases.angle is None):
         raise ValueError("frames must be given exactly when there is an angle basis")
-    output, dist_sum, angle_sum = lattice_sums(params.bases, q, k, v, alpha, rows, frames)
+    options = SumOptions(params.bases, dropout=dropout)
+    output, dist_sum, angle_sum = lattice_sums(options, q, k, v, alpha, rows, frames, seeds)
     if params.w_dist is not None:
         output += params.dist_coef * jnp.einsum("nht,hdt->nhd", dist_sum, params.w_dist, precision=EXACT)
     if params.w_angle is not None:
         output += params.angle_coef * jnp.einsum("nhet,ehdt->nhd", angle_sum, params.w_angle, precision=EXACT)
     return output
+
+
+def reciprocal_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    alpha: jax.Array,
+    cells: CellRows,
+    waves: WaveVectors,
+    *,
+    dropout: float = 0.0,
+    seeds: jax.Array | None = None,
+) -> jax.Array:
+    """Attention of every atom over the atoms j of its cell with weights from reciprocal space: [N, H, d_v].
+
+    Per head: sum_j p_j v_j with p = softmax over j of q . k_j / sqrt(d_k) + z_j, where z_j is the logarithm of the
+    periodic sum of Gaussians, evaluated as a sum over wave vectors (`WaveVectors.log_sums`). alpha [N, H] is negative,
+    Å^2; the other arguments are those of `framed_attention`.
+    """
+    return lattice_sums(SumOptions(Bases(None, None), waves, dropout), q, k, v, alpha, cells, None, seeds)[0]

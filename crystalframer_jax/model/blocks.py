@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 
-from crystalframer_jax.batch import ATOM_BLOCK, Rows, row_levels
+from crystalframer_jax.batch import ATOM_BLOCK, CellRows, Rows, row_levels
 from crystalframer_jax.model.basis import EXACT
+from crystalframer_jax.model.reciprocal import WaveVectors
 
 
 def map_blocks(function: Callable[..., Any], rows: Rows, *per_atom: Any) -> Any:
@@ -60,15 +61,26 @@ def is_neighbor(rows: Rows) -> jax.Array:
     return jnp.arange(rows.index.shape[1]) < rows.count[:, None]
 
 
-def attention_logits(q: jax.Array, k: jax.Array, a: jax.Array, rows: Rows) -> jax.Array:
-    """q . k_j / sqrt(d_k) + a d^2 for the neighbours of a block of atoms, [n, H, M]; -inf in the padding.
+def attention_logits(
+    q: jax.Array, k: jax.Array, a: jax.Array, rows: Rows, waves: WaveVectors | None = None
+) -> jax.Array:
+    """q . k_j / sqrt(d_k) + spatial_logits for the neighbours of a block of atoms, [n, H, M]; -inf in the padding.
 
-    q [n, H, d_k] and a [n, H] (1/Å^2) belong to the block, k [N, H, d_k] to the whole batch.
+    q [n, H, d_k] and a [n, H] belong to the block, k [N, H, d_k] to the whole batch.
     """
-    dots = gathered_dots(q, k, rows)
-    square = jnp.sum(rows.vector**2, axis=-1)
-    logits = dots * q.shape[-1] ** -0.5 + a[:, :, None] * square[:, None, :]
+    logits = gathered_dots(q, k, rows) * q.shape[-1] ** -0.5 + spatial_logits(a, rows, waves)
     return jnp.where(is_neighbor(rows)[:, None, :], logits, -jnp.inf)
+
+
+def spatial_logits(a: jax.Array, rows: Rows, waves: WaveVectors | None = None) -> jax.Array:
+    """What the places of the atoms add to the logits, [n, H, M].
+
+    a d^2 in real space (a [n, H] in 1/Å^2); with `waves` and CellRows the logarithm of the sum over the reciprocal
+    lattice (a in Å^2).
+    """
+    if waves is not None:
+        return waves.log_sums(a, cast(CellRows, rows))
+    return a[:, :, None] * jnp.sum(rows.vector**2, axis=-1)[:, None, :]
 
 
 def gathered_dots(x: jax.Array, y: jax.Array, rows: Rows) -> jax.Array:

@@ -6,23 +6,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from crystalframer_jax.batch import Batch
+from crystalframer_jax.batch import Batch, CellRows
 from crystalframer_jax.config import ModelConfig
-from crystalframer_jax.model.attention import ValueEncoding, framed_attention
+from crystalframer_jax.model.attention import ValueEncoding, framed_attention, reciprocal_attention
 from crystalframer_jax.model.basis import EXACT, AngleBasis, Bases, DistanceBasis
-from crystalframer_jax.model.frames import max_frames, row_seeds
-
-ACTIVATIONS = {"relu": nn.relu, "gelu": lambda x: nn.gelu(x, approximate=False)}
-
-
-def scaled_xavier(gain: float) -> jax.nn.initializers.Initializer:
-    """Xavier uniform initialisation times `gain`."""
-    return nn.initializers.variance_scaling(gain**2, "fan_avg", "uniform")
-
-
-def t_fixup_gain(num_layers: int) -> float:
-    """Factor of T-Fixup on the initial value, output and feed-forward weights (0.67 L^-1/4)."""
-    return 0.67 * num_layers**-0.25
+from crystalframer_jax.model.frames import block_frames
+from crystalframer_jax.model.layers import ACTIVATIONS, Initializer, dense, layer_norm, scaled_xavier, t_fixup_gain
+from crystalframer_jax.model.random_bits import fold_in_all, keys_by_place, row_seeds
+from crystalframer_jax.model.reciprocal import WaveVectors
 
 
 def value_bases(config: ModelConfig, block: int) -> Bases:
@@ -35,7 +26,7 @@ def value_bases(config: ModelConfig, block: int) -> Bases:
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention over the periodic neighbours of every atom."""
+    """Multi-head attention over the periodic neighbours of every atom, or over its cell in reciprocal space."""
 
     config: ModelConfig
     block: int
@@ -45,75 +36,158 @@ class SelfAttention(nn.Module):
         self,
         x: jax.Array,
         batch: Batch,
-        frame_key: jax.Array | None,
+        frame_keys: jax.Array | None,
         calibrate: bool,
         given_frames: jax.Array | None,
+        train: bool,
     ) -> jax.Array:
         """x [N, D] -> [N, D]; see CrystalFramer for the other arguments."""
         config = self.config
         heads, k_dim, v_dim = config.head_num, config.k_dim, config.v_dim
-        fixup = t_fixup_gain(config.num_layers)
+        gain = t_fixup_gain(config)
+        q = dense(config, x, heads * k_dim, "q", scaled_xavier(1.0)).reshape(-1, heads, k_dim)
+        k = dense(config, x, heads * k_dim, "k", scaled_xavier(1.0)).reshape(-1, heads, k_dim)
+        v = dense(config, x, heads * v_dim, "v", scaled_xavier(gain)).reshape(-1, heads, v_dim)
+        widths = self._width_logits(x, q, batch, calibrate)
 
-        def project(name: str, dim: int, gain: float) -> jax.Array:
-            dense = nn.Dense(heads * dim, kernel_init=scaled_xavier(gain), precision=EXACT, name=name)
-            return dense(x).reshape(-1, heads, dim)
+        seeds = None
+        if train and config.dropout:
+            keys = keys_by_place(self.make_rng("dropout"), batch.crystal_sizes.shape[0])
+            seeds = row_seeds(keys, batch.crystal_of_atom, batch.atom_in_crystal, heads)
+        domain = config.domain_of_block(self.block)
+        real_heads = {"real": heads, "multihead": heads // 2}.get(domain, 0)
+        outputs, exponents = [], []
+        for part in (slice(0, real_heads), slice(real_heads, heads)):
+            if part.start == part.stop:
+                continue
+            qkv = q[:, part], k[:, part], v[:, part]
+            part_seeds = None if seeds is None else seeds[:, part]
+            if part.stop <= real_heads:
+                a = self._real_exponents(widths[:, part])
+                outputs.append(self._real(*qkv, a, batch, frame_keys, given_frames, part_seeds))
+            else:
+                a = self._reciprocal_exponents(widths[:, part], inverse=domain == "RECI")
+                outputs.append(self._reciprocal(*qkv, a, batch.cells, part_seeds))
+            exponents.append(a)
+        self.sow("intermediates", "a", jnp.concatenate(exponents, axis=1))
+        output = jnp.concatenate(outputs, axis=1).reshape(-1, heads * v_dim)
+        return dense(config, output, config.model_dim, "out", scaled_xavier(gain))
 
-        q, k, v = project("q", k_dim, 1.0), project("k", k_dim, 1.0), project("v", v_dim, fixup)
-        a = self._gaussian_exponents(q, batch, calibrate)
-        self.sow("intermediates", "a", a)
-
-        bases = value_bases(config, self.block)
-        frames = given_frames
+    def _real(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        a: jax.Array,
+        batch: Batch,
+        frame_keys: jax.Array | None,
+        frames: jax.Array | None,
+        seeds: jax.Array | None,
+    ) -> jax.Array:
+        """Attention in real space, with frames if there is an angle basis: [N, H, d_v]."""
+        config, bases = self.config, value_bases(self.config, self.block)
         if frames is None and bases.angle:
-            seeds = None
-            if frame_key is not None:
-                key = jax.random.fold_in(frame_key, self.block)
-                seeds = row_seeds(key, batch.crystal_of_atom, batch.atom_in_crystal, heads)
-            frames = max_frames(q, k, a, batch.rows, config.tie_tolerance, seeds)
+            draws = None
+            if frame_keys is not None:
+                keys = fold_in_all(frame_keys, self.block)
+                draws = row_seeds(keys, batch.crystal_of_atom, batch.atom_in_crystal, q.shape[1])
+            frames = block_frames(config.frame_method, q, k, a, batch, config.tie_tolerance, draws)
         self.sow("intermediates", "frames", frames)
-
+        shape = v.shape[1:]
         encoding = ValueEncoding(
-            w_dist=self._encoding_weights("w_dist", 1, bases.sizes[0])[0] if bases.distance else None,
-            w_angle=self._encoding_weights("w_angle", 3, bases.sizes[1]) if bases.angle else None,
+            w_dist=self._encoding_weights("w_dist", (1, *shape, bases.sizes[0]))[0] if bases.distance else None,
+            w_angle=self._encoding_weights("w_angle", (3, *shape, bases.sizes[1])) if bases.angle else None,
             bases=bases,
             dist_coef=config.value_pe_dist_coef,
             angle_coef=config.value_pe_angle_coef,
         )
-        output = framed_attention(q, k, v, a, batch.rows, frames, encoding)
-        output = output.reshape(-1, heads * v_dim)
-        return nn.Dense(config.model_dim, kernel_init=scaled_xavier(fixup), precision=EXACT, name="out")(output)
+        return framed_attention(q, k, v, a, batch.rows, frames, encoding, dropout=config.dropout, seeds=seeds)
 
-    def _gaussian_exponents(self, q: jax.Array, batch: Batch, calibrate: bool) -> jax.Array:
-        """a = -rho / (2 r0^2) [N, H], 1/Å^2: the width of each atom's attention Gaussian, from its query."""
+    def _reciprocal(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        a: jax.Array,
+        cells: CellRows | None,
+        seeds: jax.Array | None,
+    ) -> jax.Array:
+        """Attention in reciprocal space: [N, H, d_v]."""
+        if cells is None:
+            raise ValueError("attention in reciprocal space needs batches with cells; see ModelConfig.parts")
+        waves = WaveVectors(self.config.lattice_range)
+        return reciprocal_attention(q, k, v, a, cells, waves, dropout=self.config.dropout, seeds=seeds)
+
+    def _width_logits(self, x: jax.Array, q: jax.Array, batch: Batch, calibrate: bool) -> jax.Array:
+        """What the widths of the attention Gaussians are functions of, calibrated: [N, H]."""
         config = self.config
-        w_pos = self.param("w_pos", nn.initializers.normal(config.k_dim**-0.5), q.shape[1:], q.dtype)
-        alpha = jnp.einsum("nhd,hd->nh", q, w_pos, precision=EXACT)
-        scale = self.variable("calibration", "scale", jnp.ones, (), q.dtype)
-        shift = self.variable("calibration", "shift", jnp.zeros, (), q.dtype)
+        if config.gauss_state.startswith("x"):
+            w_pos = self.param("w_pos", width_init(config), (config.head_num, config.model_dim), config.dtype)
+            logits = jnp.einsum("nd,hd->nh", x, w_pos, precision=EXACT)
+        else:
+            w_pos = self.param("w_pos", width_init(config), q.shape[1:], config.dtype)
+            state = jnp.ones_like(q) if config.gauss_state == "1" else q
+            logits = jnp.einsum("nhd,hd->nh", state, w_pos, precision=EXACT)
+        if not config.normalize_gauss:
+            return logits
+        scale = self.variable("calibration", "scale", jnp.ones, (), config.dtype)
+        shift = self.variable("calibration", "shift", jnp.zeros, (), config.dtype)
         if calibrate:
             real = (batch.species > 0)[:, None]
-            number = jnp.sum(real) * alpha.shape[1]
-            mean = jnp.sum(alpha, where=real) / number
-            variance = jnp.sum((alpha - mean) ** 2, where=real) / (number - 1)
+            number = jnp.sum(real) * logits.shape[1]
+            mean = jnp.sum(logits, where=real) / number
+            variance = jnp.sum((logits - mean) ** 2, where=real) / (number - 1)
             scale.value, shift.value = variance**-0.5, -mean
-        alpha = (alpha + jax.lax.stop_gradient(shift.value)) * jax.lax.stop_gradient(scale.value)
-        span = 1 - config.gauss_lb_real
-        rho = span * nn.elu(config.positive_func_beta * alpha / span) + 1
-        return -rho / (2 * config.scale_of_block(self.block) ** 2)
+        return (logits + jax.lax.stop_gradient(shift.value)) * jax.lax.stop_gradient(scale.value)
 
-    def _encoding_weights(self, name: str, axes: int, size: int) -> jax.Array:
+    def _real_exponents(self, logits: jax.Array) -> jax.Array:
+        """a = -rho / (2 r0^2) [N, H], 1/Å^2."""
+        rho = self._rho(logits, self.config.gauss_lb_real)
+        return -rho / (2 * self.config.scale_of_block(self.block) ** 2)
+
+    def _reciprocal_exponents(self, logits: jax.Array, inverse: bool) -> jax.Array:
+        """a = -rho scale_reci^2 / 2, or (`inverse`, domain RECI) -scale_reci^2 / (2 rho): [N, H], Å^2."""
+        rho = self._rho(logits, self.config.gauss_lb_reci)
+        rho = 1 / rho if inverse else rho
+        return -rho * self.config.reciprocal_scale_of_block(self.block) ** 2 / 2
+
+    def _rho(self, logits: jax.Array, lower_bound: float) -> jax.Array:
+        """(1 - lb) ELU(beta logit / (1 - lb)) + 1, above lb."""
+        span = 1 - lower_bound
+        return span * nn.elu(self.config.positive_func_beta * logits / span) + 1
+
+    def _encoding_weights(self, name: str, shape: tuple[int, ...]) -> jax.Array:
         """[axes, H, d_v, D]: Xavier uniform with gain D^-1/2, each axis as a [H * d_v, D] matrix."""
-        heads, v_dim = self.config.head_num, self.config.v_dim
+        _, heads, v_dim, size = shape
 
-        def init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
             bound = size**-0.5 * math.sqrt(6 / (heads * v_dim + size))
-            return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+            return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-        return self.param(name, init, (axes, heads, v_dim, size))
+        return self.param(name, init, shape, self.config.dtype)
+
+
+def width_init(config: ModelConfig) -> Initializer:
+    """Initialisation of w_pos for each `gauss_state`: [H, d_k], or [H, D] where it weighs the layer input, not q."""
+    normal = nn.initializers.normal
+    heads, k_dim, dim = config.head_num, config.k_dim, config.model_dim
+    if config.gauss_state == "x-xn2":
+
+        def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+            first, second = jax.random.split(key)
+            w1 = nn.initializers.xavier_uniform()(first, (heads * k_dim, dim), dtype).reshape(heads, k_dim, dim)
+            w2 = normal(k_dim**-0.5)(second, (heads, k_dim), dtype)
+            return jnp.einsum("hkd,hk->hd", w1, w2, precision=EXACT)
+
+        return init
+    if config.gauss_state == "x-xavier":
+        return nn.initializers.xavier_uniform()
+    fan_in = {"q-kdim": heads * k_dim, "x": dim, "x-norm": dim}.get(config.gauss_state, k_dim)
+    return normal(fan_in**-0.5)
 
 
 class EncoderBlock(nn.Module):
-    """x <- x + attention(x); x <- x + W2 act(W1 x + b1) + b2. No layer norms: T-Fixup initialisation."""
+    """x <- x + attention(x); x <- x + W2 act(W1 x + b1) + b2; each sum layer-normalised unless T-Fixup is used."""
 
     config: ModelConfig
     block: int
@@ -123,14 +197,22 @@ class EncoderBlock(nn.Module):
         self,
         x: jax.Array,
         batch: Batch,
-        frame_key: jax.Array | None = None,
+        frame_keys: jax.Array | None = None,
         calibrate: bool = False,
         given_frames: jax.Array | None = None,
+        train: bool = False,
     ) -> jax.Array:
         """x [N, D] -> [N, D]."""
         config = self.config
-        init = scaled_xavier(t_fixup_gain(config.num_layers))
-        x = x + SelfAttention(config, self.block, name="attention")(x, batch, frame_key, calibrate, given_frames)
-        hidden = nn.Dense(config.ff_dim, kernel_init=init, precision=EXACT, name="linear1")(x)
-        hidden = ACTIVATIONS[config.t_activation](hidden)
-        return x + nn.Dense(config.model_dim, kernel_init=init, precision=EXACT, name="linear2")(hidden)
+
+        def normed(x: jax.Array, name: str) -> jax.Array:
+            return x if config.t_fixup_init else layer_norm(config, x, name)
+
+        def dropped(x: jax.Array) -> jax.Array:
+            return nn.Dropout(config.dropout, deterministic=not train)(x)
+
+        init = scaled_xavier(t_fixup_gain(config))
+        attention = SelfAttention(config, self.block, name="attention")
+        x = normed(x + dropped(attention(x, batch, frame_keys, calibrate, given_frames, train)), "norm1")
+        hidden = ACTIVATIONS[config.t_activation](dense(config, x, config.ff_dim, "linear1", init))
+        return normed(x + dropped(dense(config, dropped(hidden), config.model_dim, "linear2", init)), "norm2")

@@ -1,68 +1,161 @@
-"""Frames: three orthonormal axes for every atom and head, from its neighbours (paper, section on dynamic frames).
+"""Frames: three axes for every atom and head, from its neighbours (paper, section on dynamic frames).
 
-Frames carry no gradient.
+Frames carry no gradient. Where symmetry leaves several frames equally good, the first in canonical order is taken or,
+given random seeds, one of them at random. The canonical order does not change when the crystal is turned, but among
+neighbours at the same distance it follows the order of the atoms and the cell.
 """
 
 import jax
 import jax.numpy as jnp
 
-from crystalframer_jax.batch import Rows
+from crystalframer_jax.batch import Batch, Rows
 from crystalframer_jax.model.basis import EXACT
 from crystalframer_jax.model.blocks import attention_logits, map_blocks
+from crystalframer_jax.model.eigen import principal_axes
+from crystalframer_jax.model.random_bits import mix
 
 PARALLEL = 0.9999  # |cos| from which a neighbour cannot give the second axis
 SMALLEST = 1e-5  # of 1 - |cos| inside the logarithm
+COPLANAR = 1e-3  # |cos| to the normal up to which a lattice vector lies in the plane of two others
+PERPENDICULAR = 1e-4  # |cos| up to which neither sign of a lattice vector is acute
+
+METHODS = ("max", "max_static", "weighted_pca", "pca", "lattice")
+
+
+def block_frames(
+    method: str,
+    q: jax.Array,
+    k: jax.Array,
+    a: jax.Array,
+    batch: Batch,
+    tie_tolerance: float,
+    seeds: jax.Array | None = None,
+) -> jax.Array:
+    """Frames of one attention block by one of METHODS: [N, H, 3, 3] with rows e1, e2, e3.
+
+    q, k [N, H, d_k] and a [N, H] (1/Å^2) as in `lattice_sums`; `seeds` [N, H] uint32 draw among equally good frames.
+    """
+    q, k, a = jax.lax.stop_gradient((q, k, a))
+    if method == "max":
+        return max_frames(q, k, a, batch.rows, tie_tolerance, seeds)
+    if method == "max_static":
+        frames = max_static_frames(batch.rows, tie_tolerance, seeds)
+    elif method == "weighted_pca":
+        return weighted_pca_frames(q, k, a, batch.rows, tie_tolerance, seeds)
+    elif method == "pca":
+        frames = pca_frames(batch, tie_tolerance, seeds)
+    elif method == "lattice":
+        frames = lattice_frames(batch, tie_tolerance, seeds)
+    else:
+        raise ValueError(f"frame_method={method!r} does not exist; allowed: {', '.join(METHODS)}")
+    return jnp.broadcast_to(frames, (*q.shape[:2], 3, 3))
 
 
 def max_frames(
     q: jax.Array, k: jax.Array, a: jax.Array, rows: Rows, tie_tolerance: float, seeds: jax.Array | None = None
 ) -> jax.Array:
-    """Max frames of one attention block: [N, H, 3, 3] with rows e1, e2, e3, right-handed; zeros for padding.
+    """Max frames: orthonormal and right-handed, [N, H, 3, 3]; zeros for padding.
 
     e1 points to the neighbour with the largest attention logit; e2 to the one with the largest
-    logit + log(1 - |e1 . u|), made orthogonal to e1; e3 = e1 x e2. Arguments as in `lattice_sums`.
-
-    Neighbours within `tie_tolerance` of the best score are ties, as symmetry makes them: the first in canonical order
-    is taken, or, given `seeds` [N, H] uint32, one at random (uniformly). The canonical order does not change when the
-    crystal is rotated, but among neighbours at the same distance it follows the order of the atoms and the cell.
+    logit + log(1 - |e1 . u|), made orthogonal to e1; e3 = e1 x e2. Neighbours within `tie_tolerance` of the best score
+    are ties. q, k [N, H, d_k]; a [N, H] in 1/Å^2; seeds [N, H].
     """
-    q, k, a = jax.lax.stop_gradient((q, k, a))
 
     def block(rows: Rows, q: jax.Array, a: jax.Array, seeds: jax.Array | None) -> jax.Array:
-        return _max_frames_of_block(q, k, a, rows, tie_tolerance, seeds)
+        distance, unit = _directions(rows)
+        logits = jnp.where((distance > 0)[:, None, :], attention_logits(q, k, a, rows), -jnp.inf)
+        e1 = _take(unit, _pick(logits, tie_tolerance, seeds))  # [n, H, 3]
+        parallel = jnp.abs(jnp.einsum("nhd,nmd->nhm", e1, unit, precision=EXACT))
+        scores = logits + jnp.log(jnp.maximum(1 - parallel, SMALLEST))
+        scores = jnp.where(parallel < PARALLEL, scores, -jnp.inf)
+        u2 = _take(unit, _pick(scores, tie_tolerance, None if seeds is None else mix(seeds)))
+        e2 = u2 - jnp.sum(u2 * e1, axis=-1, keepdims=True) * e1
+        norm = jnp.linalg.norm(e2, axis=-1, keepdims=True)
+        e2 = e2 / jnp.where(norm > 0, norm, 1)
+        return jnp.stack([e1, e2, jnp.cross(e1, e2)], axis=-2)
 
     return map_blocks(block, rows, q, a, seeds)
 
 
-def row_seeds(key: jax.Array, crystal_of_atom: jax.Array, atom_in_crystal: jax.Array, heads: int) -> jax.Array:
-    """A random uint32 for every atom and head, [N, H], from the key and the places of crystal and atom in the batch.
-
-    How the batch is padded does not matter.
-    """
-
-    def of_atom(crystal: jax.Array, atom: jax.Array) -> jax.Array:
-        return jax.random.bits(jax.random.fold_in(jax.random.fold_in(key, crystal), atom), (heads,))
-
-    return jax.vmap(of_atom)(crystal_of_atom, atom_in_crystal)
+def max_static_frames(rows: Rows, tie_tolerance: float, seeds: jax.Array | None = None) -> jax.Array:
+    """Max frames with weights exp(-d^2): [N, 1, 3, 3], or [N, H, 3, 3] given seeds [N, H]."""
+    atoms, heads = rows.index.shape[0], 1 if seeds is None else seeds.shape[1]
+    nothing = jnp.zeros((atoms, heads, 1), rows.vector.dtype)
+    return max_frames(nothing, nothing, -jnp.ones_like(nothing[..., 0]), rows, tie_tolerance, seeds)
 
 
-def _max_frames_of_block(
-    q: jax.Array, k: jax.Array, a: jax.Array, rows: Rows, tie_tolerance: float, seeds: jax.Array | None
+def weighted_pca_frames(
+    q: jax.Array, k: jax.Array, a: jax.Array, rows: Rows, tie_tolerance: float, seeds: jax.Array | None = None
 ) -> jax.Array:
-    vector = rows.vector
-    distance = jnp.sqrt(jnp.sum(vector**2, axis=-1))  # [n, M]
-    unit = vector / jnp.where(distance > 0, distance, 1)[..., None]
-    logits = jnp.where((distance > 0)[:, None, :], attention_logits(q, k, a, rows), -jnp.inf)
+    """Principal axes of sum p u u^T over the neighbours (d > 0), p the attention weights; [N, H, 3, 3]."""
 
-    e1 = _directions(unit, _pick(logits, tie_tolerance, seeds))  # [n, H, 3]
-    parallel = jnp.abs(jnp.einsum("nhd,nmd->nhm", e1, unit, precision=EXACT))
-    scores = logits + jnp.log(jnp.maximum(1 - parallel, SMALLEST))
-    scores = jnp.where(parallel < PARALLEL, scores, -jnp.inf)
-    u2 = _directions(unit, _pick(scores, tie_tolerance, None if seeds is None else _mix(seeds)))
-    e2 = u2 - jnp.sum(u2 * e1, axis=-1, keepdims=True) * e1
-    norm = jnp.linalg.norm(e2, axis=-1, keepdims=True)
-    e2 = e2 / jnp.where(norm > 0, norm, 1)
-    return jnp.stack([e1, e2, jnp.cross(e1, e2)], axis=-2)
+    def block(rows: Rows, q: jax.Array, a: jax.Array) -> jax.Array:
+        distance, unit = _directions(rows)
+        logits = jnp.where((distance > 0)[:, None, :], attention_logits(q, k, a, rows), -jnp.inf)
+        largest = jnp.max(logits, axis=-1, keepdims=True)  # the scale of the weights does not change the axes
+        weights = jnp.exp(logits - jnp.where(jnp.isfinite(largest), largest, 0))
+        return jnp.einsum("nhm,nmx,nmy->nhxy", weights, unit, unit, precision=EXACT)
+
+    return _principal_frames(map_blocks(block, rows, q, a), rows, tie_tolerance, seeds)
+
+
+def pca_frames(batch: Batch, tie_tolerance: float, seeds: jax.Array | None = None) -> jax.Array:
+    """Principal axes of the scatter of the atoms of the given cell, [N, 1, 3, 3], or [N, H, 3, 3] given seeds [N, H].
+
+    They depend on the choice of the cell and of the atoms in it, as they do in the paper.
+    """
+    crystals = batch.crystal_sizes.shape[0]
+    outer = batch.positions[:, :, None] * batch.positions[:, None, :]
+    scatter = jax.ops.segment_sum(outer, batch.crystal_of_atom, crystals)[batch.crystal_of_atom]
+    return _principal_frames(scatter[:, None], batch.rows, tie_tolerance, seeds)
+
+
+def lattice_frames(batch: Batch, tie_tolerance: float, seeds: jax.Array | None = None) -> jax.Array:
+    """Unit vectors along the shortest lattice vectors, not orthogonal: [N, 1, 3, 3], or [N, H, 3, 3] given seeds.
+
+    The shortest; the next shortest that is not collinear, at an acute angle to the first; the next that is not
+    coplanar, likewise; all negated if they are left-handed. Padding atoms get finite numbers without meaning.
+    """
+    if batch.lattice_vectors is None:
+        raise ValueError("lattice frames need batches with lattice_vectors; see ModelConfig.parts")
+    vectors = batch.lattice_vectors[batch.crystal_of_atom]  # [N, K, 3]
+    length = jnp.linalg.norm(vectors, axis=-1)
+    unit = vectors / jnp.where(length > 0, length, 1)[..., None]
+    score = jnp.broadcast_to(
+        -length[:, None, :], (len(length), 1 if seeds is None else seeds.shape[1], length.shape[1])
+    )
+
+    def choose(allowed: jax.Array, seeds: jax.Array | None) -> jax.Array:
+        return _take(unit, _pick(jnp.where(allowed, score, -jnp.inf), tie_tolerance, seeds))
+
+    second, third = (None, None) if seeds is None else (mix(seeds), mix(mix(seeds)))
+    e1 = choose(jnp.full(score.shape, True), seeds)
+    cosine = jnp.einsum("nhx,nkx->nhk", e1, unit, precision=EXACT)
+    acute = cosine > -PERPENDICULAR
+    e2 = choose(acute & (cosine < PARALLEL), second)
+    normal = jnp.cross(e1, e2)
+    normal /= jnp.maximum(jnp.linalg.norm(normal, axis=-1, keepdims=True), SMALLEST)
+    height = jnp.abs(jnp.einsum("nhx,nkx->nhk", normal, unit, precision=EXACT))
+    e3 = choose(acute & (height > COPLANAR), third)
+    hand = jnp.where(jnp.sum(normal * e3, axis=-1) < 0, -1.0, 1.0)
+    return jnp.stack([e1, e2, e3], axis=-2) * hand[..., None, None].astype(e1.dtype)
+
+
+def _principal_frames(matrix: jax.Array, rows: Rows, tie_tolerance: float, seeds: jax.Array | None) -> jax.Array:
+    """Frames of the eigenvectors of matrix [N, H or 1, 3, 3]; what it leaves open, max_static frames settle."""
+    anchor = max_static_frames(rows, tie_tolerance, seeds)
+    signs = None
+    if seeds is not None:
+        bits = mix(seeds ^ jnp.uint32(0x85EBCA6B))
+        signs = 1 - 2 * jnp.stack([bits & 1, (bits >> 1) & 1], axis=-1).astype(matrix.dtype)
+    matrix, anchor = jnp.broadcast_arrays(matrix, anchor)
+    return principal_axes(matrix, anchor, tie_tolerance, signs)
+
+
+def _directions(rows: Rows) -> tuple[jax.Array, jax.Array]:
+    """Distances [n, M] and unit vectors [n, M, 3] of the neighbours; zeros for the atom itself and padding."""
+    distance = jnp.sqrt(jnp.sum(rows.vector**2, axis=-1))
+    return distance, rows.vector / jnp.where(distance > 0, distance, 1)[..., None]
 
 
 def _pick(scores: jax.Array, tie_tolerance: float, seeds: jax.Array | None) -> jax.Array:
@@ -72,17 +165,10 @@ def _pick(scores: jax.Array, tie_tolerance: float, seeds: jax.Array | None) -> j
     if seeds is None:
         return jnp.argmax(tied, axis=-1)
     columns = jnp.arange(scores.shape[-1], dtype=jnp.uint32)
-    priority = _mix(seeds[..., None] + columns * jnp.uint32(0x9E3779B9))
+    priority = mix(seeds[..., None] + columns * jnp.uint32(0x9E3779B9))
     return jnp.argmax(jnp.where(tied, priority | 1, 0), axis=-1)
 
 
-def _mix(bits: jax.Array) -> jax.Array:
-    """Scramble uint32 values (the finaliser of MurmurHash3): random-looking and much cheaper than a PRNG call."""
-    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
-    bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
-    return bits ^ (bits >> 16)
-
-
-def _directions(unit: jax.Array, column: jax.Array) -> jax.Array:
+def _take(unit: jax.Array, column: jax.Array) -> jax.Array:
     """unit [n, M, 3] at column [n, H]: [n, H, 3]."""
     return jnp.take_along_axis(unit, column[..., None], axis=1)

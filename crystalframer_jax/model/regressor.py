@@ -1,6 +1,5 @@
 """CrystalFramer: embedding of the elements, transformer blocks, pooling over atoms, output layers (Flax Linen)."""
 
-import math
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -11,6 +10,7 @@ from crystalframer_jax.batch import Batch
 from crystalframer_jax.config import ModelConfig
 from crystalframer_jax.model.basis import EXACT
 from crystalframer_jax.model.encoder import EncoderBlock
+from crystalframer_jax.model.layers import head_layer, head_norm, layer_norm
 
 NUM_ELEMENTS = 98
 
@@ -19,7 +19,8 @@ class CrystalFramer(nn.Module):
     """Predicts T standardised properties of each crystal of a batch (ICLR 2025; Crystalformer if without frames).
 
     Collections: `params` (trained), `calibration` (scale and shift of the Gaussian widths of each block, fixed by the
-    first training batch) and, if made mutable, `intermediates` (frames [N, H, 3, 3] and exponents a [N, H]).
+    first training batch; only with normalize_gauss), `batch_stats` (running averages; only with norm_type=bn) and, if
+    made mutable, `intermediates` (frames [N, H, 3, 3] and exponents a [N, H]).
     """
 
     config: ModelConfig
@@ -28,53 +29,72 @@ class CrystalFramer(nn.Module):
     def __call__(
         self,
         batch: Batch,
-        frame_key: jax.Array | None = None,
+        frame_keys: jax.Array | None = None,
         calibrate: bool = False,
         given_frames: Sequence[jax.Array] | None = None,
+        train: bool = False,
     ) -> jax.Array:
         """Standardised predictions [B, T]; 0-atom padding crystals get meaningless finite numbers.
 
         Args:
-          frame_key: draws one of several equally good frames (training); None takes the first (evaluation).
+          frame_keys: random keys [B] that draw one of several equally good frames (training); None takes the first
+            (evaluation).
           calibrate: measure and store the calibration on this batch; needs `mutable=["calibration"]`.
           given_frames: frames [N, H, 3, 3] of every block, instead of computing them.
+          train: dropout (needs an rng "dropout") and BatchNorm by this batch (needs `mutable=["batch_stats"]`).
         """
         config = self.config
         x = self._embed(batch)
         for block in range(config.num_layers):
             frames = None if given_frames is None else given_frames[block]
             layer = EncoderBlock(config, block, name=f"block_{block}")
-            x = layer(x, batch, frame_key, calibrate, frames)
+            x = layer(x, batch, frame_keys, calibrate, frames, train)
+        if not config.t_fixup_init:
+            x = layer_norm(config, x, "norm")
 
         widths = list(config.embedding_dim)
         if config.pre_pooling_op.startswith("w"):
-            x = _head_layer(x, widths.pop(0), "pre_pooling")
+            x = head_layer(config, x, widths.pop(0), "pre_pooling")
+        if config.pre_pooling_op == "w+bn+relu":
+            x = head_norm(config, x, batch.species > 0, "pre_pooling_norm", train)
         if config.pre_pooling_op.endswith("relu"):
             x = nn.relu(x)
         x = _pool(x, batch, config.pooling)
         for i, width in enumerate(widths):
-            x = nn.relu(_head_layer(x, width, f"dense_{i}"))
-        return _head_layer(x, config.num_targets, "output")
+            x = head_layer(config, x, width, f"dense_{i}")
+            x = nn.relu(head_norm(config, x, batch.crystal_sizes > 0, f"dense_{i}_norm", train))
+        return head_layer(config, x, config.num_targets, "output")
 
     def _embed(self, batch: Batch) -> jax.Array:
         """Sum of the element embeddings weighted by occupancy, [N, D]."""
         config = self.config
-        std = config.model_dim**-0.5 * (9 * config.num_layers) ** -0.25
-        table = self.param("embedding", nn.initializers.normal(std), (NUM_ELEMENTS, config.model_dim))
+        std = config.model_dim**-0.5
+        if config.t_fixup_init:
+            std *= (9 * config.num_layers) ** -0.25
+        shape = (NUM_ELEMENTS, config.model_dim)
+        table = self.param("embedding", nn.initializers.normal(std), shape, config.dtype)
         occupancies = batch.occupancies
         if occupancies is None:
             occupancies = jax.nn.one_hot(batch.species - 1, NUM_ELEMENTS)
-        return jnp.matmul(occupancies.astype(table.dtype), table, precision=EXACT)
+        occupancies = occupancies.astype(table.dtype)
+        x = jnp.matmul(occupancies, table, precision=EXACT)
+        if config.scale_grad:
+            factor = rarity(occupancies, batch, config.scale_grad)[:, None]
+            x = jax.lax.stop_gradient(x - factor * x) + factor * x
+        return x
 
 
-def _head_layer(x: jax.Array, width: int, name: str) -> jax.Array:
-    """A dense layer with weights and biases uniform in +-1/sqrt(fan_in)."""
-    bound = 1 / math.sqrt(x.shape[-1])
+def rarity(occupancies: jax.Array, batch: Batch, largest: float) -> jax.Array:
+    """Factors [N] that raise the gradients of rare elements (scale_grad), at most `largest`.
 
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return nn.Dense(width, kernel_init=init, bias_init=init, precision=EXACT, name=name)(x)
+    Inverse of the mean share of the element in the crystals of the batch, divided by its mean over the atoms.
+    """
+    share = jnp.mean(_pool(occupancies, batch, "avr"), axis=0, where=(batch.crystal_sizes > 0)[:, None])
+    frequency = jnp.matmul(occupancies, share, precision=EXACT)
+    real = frequency > 0
+    inverse = jnp.where(real, 1 / jnp.where(real, frequency, 1), 0)
+    mean = jnp.sum(inverse) / jnp.maximum(jnp.sum(real), 1)
+    return jnp.minimum(inverse / jnp.where(mean > 0, mean, 1), largest)
 
 
 def _pool(x: jax.Array, batch: Batch, how: str) -> jax.Array:

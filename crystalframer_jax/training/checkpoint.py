@@ -15,7 +15,7 @@ from crystalframer_jax.errors import UserError
 from crystalframer_jax.training.state import TrainState
 
 FOLDER = "checkpoints"
-MODEL_FIELDS = ("params", "calibration", "swa_params")  # what prediction needs
+MODEL_FIELDS = ("params", "calibration", "batch_stats", "swa_params", "swa_batch_stats")  # what prediction needs
 
 
 class CheckpointError(UserError, RuntimeError):
@@ -51,6 +51,12 @@ class Checkpoints:
         )
         self.manager.save(int(state.step), args=items, metrics={"validation_error": validation_error})
 
+    def save_weights(self, step: int, model: dict[str, Any], meta: dict[str, Any]) -> None:
+        """Write MODEL_FIELDS and meta data without the state of a training, and return when they are on disk."""
+        items = ocp.args.Composite(model=ocp.args.StandardSave(model), meta=ocp.args.JsonSave(meta))
+        self.manager.save(step, args=items)
+        self.wait()
+
     def last(self) -> int | None:
         """Step of the newest checkpoint."""
         return self.manager.latest_step()
@@ -73,7 +79,7 @@ class Checkpoints:
         return TrainState(**restored["model"], **restored["training"]), restored["meta"]
 
     def restore_model(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
-        """params, calibration and swa_params of a step; `like` gives their shapes."""
+        """MODEL_FIELDS of a step; `like` gives their shapes."""
         return self._restore(step, ocp.args.Composite(model=ocp.args.StandardRestore(like)))["model"]
 
     def meta(self, step: int) -> dict[str, Any]:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from crystalframer_jax.config import ConfigError, cutoff_radius, model_config, target_names, validate
+from crystalframer_jax.config import ConfigError, model_config, neighbor_cutoff, target_names, validate
 from crystalframer_jax.data.loader import TrainingBatches
 from crystalframer_jax.data.registry import target_set
 from crystalframer_jax.data.splits import SPLITS
@@ -23,8 +24,15 @@ from crystalframer_jax.model.regressor import CrystalFramer
 from crystalframer_jax.training.checkpoint import FOLDER, MODEL_FIELDS, Checkpoints, on_this_device, read_json
 from crystalframer_jax.training.logging import MetricsLog, duration, progress_bar, read_metrics, say, table
 from crystalframer_jax.training.optimizer import learning_rate, make_optimizer
+from crystalframer_jax.training.pretrained import start_from
 from crystalframer_jax.training.state import TargetStatistics, TrainState, Tree
-from crystalframer_jax.training.step import initial_state, make_forward, make_train_step
+from crystalframer_jax.training.step import (
+    initial_state,
+    make_batch_statistics,
+    make_forward,
+    make_train_step,
+    working_precision,
+)
 
 
 class TrainingError(UserError, RuntimeError):
@@ -45,10 +53,11 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
         raise ConfigError("the workdir is empty; name the directory of the run")
     workdir = Path(workdir)
     names = target_names(config)
-    dataset = open_dataset(target_set(config.target_set), names, cutoff_radius(config), config.data_dir)
+    dataset = open_dataset(target_set(config.target_set), names, neighbor_cutoff(config), config.data_dir)
     with locked(workdir / "lock", f"{workdir}: another process is training there; wait for it or choose another"):
         _claim(config, workdir)
-        return Run(config, workdir, dataset).finish()
+        with working_precision(config):
+            return Run(config, workdir, dataset).finish()
 
 
 class Run:
@@ -60,12 +69,14 @@ class Run:
         self.statistics = tuple(
             TargetStatistics.of(target, train_labels[:, t]) for t, target in enumerate(dataset.targets)
         )
-        self.batches = TrainingBatches(dataset, config.batch_size, config.n_epochs, config.seed)
+        parts = model_config(config).parts
+        self.batches = TrainingBatches(dataset, config.batch_size, config.n_epochs, config.seed, parts)
         first_swa_epoch = config.n_epochs - config.swa_epochs
         swa_first_step = first_swa_epoch * self.batches.steps_per_epoch if config.swa_epochs else None
-        model, optimizer = CrystalFramer(model_config(config)), make_optimizer(config, swa_first_step)
+        self.model = model = CrystalFramer(model_config(config))
+        optimizer = make_optimizer(config, swa_first_step)
         key = jax.random.key(config.seed)
-        self.forward = make_forward(model)
+        self.forward, self.batch_statistics = make_forward(model), make_batch_statistics(model)
         self.step = make_train_step(model, optimizer, self.statistics, jax.random.fold_in(key, 1), swa_first_step)
         self.schedule = learning_rate(config, swa_first_step)
         self.initial_state = lambda: initial_state(model, optimizer, self.batches[0], jax.random.fold_in(key, 0))
@@ -90,6 +101,8 @@ class Run:
         last = self.checkpoints.last()
         if last is None:
             state = self.initial_state()
+            if self.config.pretrained_model:
+                state = start_from(state, self.config.pretrained_model, self.statistics)
             say(f"{self.dataset.name}: {splits}; {count_parameters(state.params):,} trainable parameters")
             shape, (atoms, neighbors) = self.batches.shapes[0], self.batches.fill_factors()
             say(
@@ -134,6 +147,8 @@ class Run:
                 "crystals_per_s": batches.steps_per_epoch * batches.batch_size / trained,
             }
             log.write(metrics)
+            if epoch == config.n_epochs - 1 and jax.tree.leaves(state.batch_stats) and int(state.swa_steps):
+                state = dataclasses.replace(state, swa_batch_stats=self._swa_batch_statistics(state))
             meta = self._meta(epoch, seconds, validation)
             self.checkpoints.save(state, meta, self._standardised(validation))
             say(self._epoch_line(metrics))
@@ -163,9 +178,24 @@ class Run:
         indices = self.dataset.splits[split]
         groups = groups_of(indices, self.batches.batch_size)
         predictions = predict_rows(
-            self.forward, weights, self.dataset.table, groups, self.statistics, self.batches.shapes
+            self.forward,
+            weights,
+            self.dataset.table,
+            groups,
+            self.statistics,
+            self.batches.shapes,
+            self.config.num_frame_samples,
         )
-        return mean_absolute_errors(predictions, self.dataset.labels[indices], self.statistics)
+        return mean_absolute_errors(predictions.mean, self.dataset.labels[indices], self.statistics)
+
+    def _swa_batch_statistics(self, state: TrainState) -> Tree:
+        """BatchNorm statistics of the averaged weights: means over the batches of the last epoch."""
+        weights = {"params": state.swa_params, "calibration": state.calibration, "batch_stats": state.batch_stats}
+        steps = range(len(self.batches) - self.batches.steps_per_epoch, len(self.batches))
+        total = jax.tree.map(jnp.zeros_like, state.batch_stats)
+        for step in steps:
+            total = jax.tree.map(jnp.add, total, self.batch_statistics(weights, self.batches[step]))
+        return jax.tree.map(lambda x: x / len(steps), total)
 
     def _standardised(self, errors: dict[str, float]) -> float:
         """Sum over targets of the MAE in standard deviations: what checkpoints compete in."""
@@ -186,9 +216,13 @@ class Run:
         if best not in (None, self.checkpoints.last()):
             like = {name: getattr(on_this_device(jax.eval_shape(lambda: state)), name) for name in MODEL_FIELDS}
             model = self.checkpoints.restore_model(best, like)
-            candidates["best"] = {"params": model["params"], "calibration": model["calibration"]}
+            candidates["best"] = {name: model[name] for name in ("params", "calibration", "batch_stats")}
         if int(state.swa_steps):
-            candidates["swa"] = {"params": state.swa_params, "calibration": state.calibration}
+            candidates["swa"] = {
+                "params": state.swa_params,
+                "calibration": state.calibration,
+                "batch_stats": state.swa_batch_stats,
+            }
         by_weights = {name: {s: self.errors(w, s) for s in ("val", "test")} for name, w in candidates.items()}
         selected = min(by_weights, key=lambda name: self._standardised(by_weights[name]["val"]))
         baseline = {
@@ -240,12 +274,18 @@ def count_parameters(params: Tree) -> int:
 
 
 def _weights(state: TrainState) -> Tree:
-    return {"params": state.params, "calibration": state.calibration}
+    return {"params": state.params, "calibration": state.calibration, "batch_stats": state.batch_stats}
 
 
 def _claim(config: ConfigDict, workdir: Path) -> None:
     """Write config.json into a new run directory; a run that exists must have been started with the same values."""
     file, values = workdir / "config.json", json.loads(config.to_json())
+    summary = workdir / "summary.json"
+    if summary.exists() and "imported_from" in read_json(summary):
+        raise ConfigError(
+            f"{workdir} holds imported weights; to train them further choose another --workdir and "
+            f"--config.pretrained_model={workdir}"
+        )
     values["targets"] = ",".join(target_names(config))
     if not file.exists() or not any((workdir / FOLDER).glob("[0-9]*")):  # nothing was trained that could be lost
         write_json(file, values)

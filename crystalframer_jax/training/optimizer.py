@@ -25,12 +25,12 @@ def learning_rate(config: ConfigDict, swa_first_step: int | None) -> Callable[[A
 
 
 def make_optimizer(config: ConfigDict, swa_first_step: int | None) -> optax.GradientTransformation:
-    """Clipping by global norm, Adam, decoupled weight decay (biases have their own), learning rate."""
+    """Clipping by global norm, Adam, decoupled weight decay (its own for biases and normalisations), learning rate."""
     parts = [
         clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         optax.scale_by_adam(b1=config.adam_betas[0], b2=config.adam_betas[1], eps=1e-8),
-        optax.add_decayed_weights(config.weight_decay, lambda params: _is_bias(params, False)),
-        optax.add_decayed_weights(config.bias_weight_decay, lambda params: _is_bias(params, True)),
+        optax.add_decayed_weights(config.weight_decay, lambda params: _is_bias_or_norm(params, False)),
+        optax.add_decayed_weights(config.bias_weight_decay, lambda params: _is_bias_or_norm(params, True)),
         optax.scale_by_learning_rate(learning_rate(config, swa_first_step)),
     ]
     return optax.chain(*parts)
@@ -46,6 +46,11 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def _is_bias(params: Any, wanted: bool) -> Any:
-    """A mask: whether "bias" being in a parameter's name equals `wanted`."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: ("bias" in jax.tree_util.keystr(path)) == wanted, params)
+def _is_bias_or_norm(params: Any, wanted: bool) -> Any:
+    """A mask: whether being a bias, or a parameter of a normalisation, equals `wanted`."""
+
+    def of(path: Any, _: Any) -> bool:
+        name = jax.tree_util.keystr(path)
+        return ("bias" in name or "norm" in name) == wanted
+
+    return jax.tree_util.tree_map_with_path(of, params)

@@ -21,8 +21,10 @@ class TrainState:
     step: jax.Array  # [] int32 optimizer steps taken
     params: Tree
     calibration: Tree  # of the Gaussian widths; set by the first batch
+    batch_stats: Tree  # running averages of BatchNorm
     opt_state: Tree
     swa_params: Tree  # equal average over the steps of the last epochs
+    swa_batch_stats: Tree  # of the averaged weights; zeros before the end of the training
     swa_steps: jax.Array  # [] int32 weights in that average
 
 
@@ -52,7 +54,7 @@ def standardise(labels: jax.Array, statistics: tuple[TargetStatistics, ...]) -> 
 
 
 def to_label_units(predictions: np.ndarray, statistics: tuple[TargetStatistics, ...]) -> np.ndarray:
-    """Model output [B, T] times std plus mean, float64."""
+    """Model output [..., T] times std plus mean, float64."""
     mean = np.array([s.mean for s in statistics])
     std = np.array([s.std for s in statistics])
     return np.asarray(predictions, np.float64) * std + mean

@@ -1,0 +1,92 @@
+"""The command lines of scripts/import_torch_checkpoint.py and scripts/export_torch_checkpoint.py."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+
+from crystalframer_jax.cli import WEIGHTS_HELP, reporting_errors
+from crystalframer_jax.errors import UserError
+
+
+def import_main(argv: Sequence[str] | None = None) -> int:
+    """Make a run directory of a checkpoint of the official implementation."""
+    parser = argparse.ArgumentParser(
+        prog="import_torch_checkpoint.py",
+        description="Make a run directory of a checkpoint of the official PyTorch implementation.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("file", metavar="FILE.ckpt", type=Path, help="Lightning checkpoint, or state dict (--config)")
+    parser.add_argument("--workdir", type=Path, required=True, help="run directory to write; must not hold a run")
+    parser.add_argument("--config", type=Path, metavar="FILE.json", help="official hyperparameters, if not in the file")
+    parser.add_argument("--target_set", default="", help="name of the data that the model was trained on")
+    parser.add_argument("--targets", type=_names, default=(), help="names instead of the official ones: a,b")
+    parser.add_argument("--units", type=_names, default=(), help="a unit for each target; default: of the target set")
+    arguments = parser.parse_args(argv)
+    logging.set_verbosity(logging.ERROR)  # Orbax warns that imported weights have no validation error
+    from crystalframer_jax.inference.exchange import import_checkpoint
+    from crystalframer_jax.training.logging import table
+
+    with reporting_errors():
+        official = None if arguments.config is None else read_official_json(arguments.config)
+        run = import_checkpoint(
+            arguments.file, arguments.workdir, official, arguments.target_set, arguments.targets, arguments.units
+        )
+        config = run.config
+        blocks = "block" if config.num_layers == 1 else "blocks"
+        frames = config.frame_method if config.value_pe_angle_real else "none (Crystalformer)"
+        print(f"{arguments.file} -> {arguments.workdir}")
+        print(
+            f"{run.parameters:,} parameters, {config.num_layers} {blocks}, frames {frames}, domain {config.domain}; "
+            f"epoch {run.epoch}, step {run.step}"
+        )
+        found = "last and averaged (swa)" if run.weights == "swa" else "last"
+        print(f"weights found: {found}; {run.weights} is used by default")
+        rows = [[s.name, s.unit, f"{s.mean:.6g}", f"{s.std:.6g}"] for s in run.targets]
+        print(table(["target", "unit", "mean", "standard deviation"], rows))
+        for note in run.notes:
+            print(f"note: {note}")
+        print(f"next: python scripts/predict.py {arguments.workdir} FILE.cif")
+        if config.target_set:
+            print(f"      python scripts/evaluate.py {arguments.workdir}")
+    return 0
+
+
+def export_main(argv: Sequence[str] | None = None) -> int:
+    """Write a run as a checkpoint that the official implementation can load."""
+    parser = argparse.ArgumentParser(
+        prog="export_torch_checkpoint.py",
+        description="Write a run as a checkpoint that the official PyTorch implementation can load.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", metavar="RUN", help="run directory, or one of its checkpoints (RUN/checkpoints/STEP)")
+    parser.add_argument("file", metavar="FILE.ckpt", type=Path, help="file to write")
+    parser.add_argument("--weights", choices=("best", "last", "swa"), help=WEIGHTS_HELP)
+    arguments = parser.parse_args(argv)
+    from crystalframer_jax.inference.exchange import export_checkpoint
+
+    with reporting_errors():
+        exported = export_checkpoint(arguments.run, arguments.file, arguments.weights)
+        print(f"{exported.weights} -> {arguments.file}: {exported.parameters:,} parameters")
+        for note in exported.notes:
+            print(f"note: {note}")
+    return 0
+
+
+def read_official_json(file: Path) -> dict[str, Any]:
+    """The hyperparameters of an official JSON file."""
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds a {type(content).__name__}, not hyperparameters by name")
+    return content
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """Names separated by commas."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())

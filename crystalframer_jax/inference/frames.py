@@ -1,0 +1,92 @@
+"""compute_frames: the frames of one structure, without a model."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from crystalframer_jax.batch import pack, shape_for
+from crystalframer_jax.config import BatchParts, ConfigError
+from crystalframer_jax.crystal import CrystalError
+from crystalframer_jax.data.table import make_table
+from crystalframer_jax.model.frames import METHODS, block_frames
+from crystalframer_jax.model.random_bits import keys_by_place, row_seeds
+from crystalframer_jax.neighbors import neighbor_rows
+from crystalframer_jax.structure_files import as_crystals
+
+_compiled = jax.jit(block_frames, static_argnums=(0, 5))
+
+
+def compute_frames(
+    structure: Any,
+    method: str = "max",
+    *,
+    q: np.ndarray | None = None,
+    k: np.ndarray | None = None,
+    a: np.ndarray | None = None,
+    cutoff_radius: float = 6.93,
+    tie_tolerance: float = 1e-4,
+    key: jax.Array | None = None,
+) -> np.ndarray:
+    """Frames of every atom of a structure, [N, H, 3, 3] float64 with rows e1, e2, e3; atoms in the order of the file.
+
+    Paper, section on frames; docs/model.md says where this differs from the official code.
+
+    Args:
+      structure: pymatgen Structure, ASE Atoms, Crystal or path of a structure file with one structure.
+      method: "max", "max_static", "weighted_pca", "pca" or "lattice".
+      q, k: queries and keys [N, H, d_k], which the dynamic methods (max, weighted_pca) weigh neighbours by. Without
+        them the weights depend on the distance only, and H = 1.
+      a: exponents [N, H] of the attention Gaussians, negative, 1/Å^2; without them -1 / (2 * 1.4^2), the mean width of
+        an untrained model.
+      cutoff_radius: of the neighbours, Å.
+      tie_tolerance: neighbours whose score is this close to the best are equally good: the first in canonical order
+        is taken or, given a random `key`, one at random.
+
+    Raises ConfigError for an unknown method or a cutoff that is not positive, CrystalError for a structure that cannot
+    be used, ValueError for arrays of the wrong shape.
+    """
+    if method not in METHODS:
+        raise ConfigError(f"method={method!r} does not exist; allowed: {', '.join(METHODS)}")
+    if not (np.isfinite(cutoff_radius) and cutoff_radius > 0):
+        raise ConfigError(f"cutoff_radius={cutoff_radius!r} must be a positive number of Å")
+    crystals = as_crystals(structure)
+    if len(crystals) != 1:
+        raise CrystalError(f"{structure}: {len(crystals)} structures; give one of them")
+    crystal = crystals[0]
+    q, k, a = _weights(crystal.num_atoms, q, k, a)
+    with jax.enable_x64(True):
+        table = make_table([crystal], [neighbor_rows(crystal, cutoff_radius)])
+        parts = BatchParts(lattice_vectors=method == "lattice", dtype="float64")
+        batch = pack(table, np.array([0]), [shape_for(table, np.array([0]), parts)])
+        place = np.flatnonzero(batch.species)
+        place = place[np.argsort(batch.atom_in_crystal[place])]  # of each atom in the batch
+        padded = [np.zeros((len(batch.species), *x.shape[1:])) for x in (q, k, a)]
+        for x, values in zip(padded, (q, k, a), strict=True):
+            x[place] = values
+        seeds = None
+        if key is not None:
+            keys = keys_by_place(key, len(batch.crystal_sizes))
+            seeds = row_seeds(keys, batch.crystal_of_atom, batch.atom_in_crystal, q.shape[1])
+        frames = _compiled(method, *padded, batch, tie_tolerance, seeds)
+        return np.asarray(frames)[place]
+
+
+def _weights(
+    num_atoms: int, q: np.ndarray | None, k: np.ndarray | None, a: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """q, k and a with what is missing filled in; ValueError if their shapes do not go together."""
+    if (q is None) != (k is None):
+        raise ValueError("give q and k together")
+    heads = np.shape(a)[-1] if a is not None else 1
+    q = np.zeros((num_atoms, heads, 1)) if q is None else np.asarray(q, np.float64)
+    k = np.zeros_like(q) if k is None else np.asarray(k, np.float64)
+    a = np.full(q.shape[:2], -0.5 / 1.4**2) if a is None else np.asarray(a, np.float64)
+    if q.ndim != 3 or q.shape != k.shape or a.shape != q.shape[:2] or len(q) != num_atoms:
+        raise ValueError(
+            f"q {q.shape} and k {k.shape} must be [{num_atoms}, H, d_k] and a {a.shape} [{num_atoms}, H]: "
+            f"the structure has {num_atoms} atoms"
+        )
+    if not (a < 0).all():
+        raise ValueError("a must be negative: attention falls off with distance")
+    return q, k, a

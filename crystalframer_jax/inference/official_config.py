@@ -1,0 +1,144 @@
+"""Hyperparameters of the official PyTorch implementation: read from its files, and written for it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from crystalframer_jax.config import (
+    NEUTRAL_VALUES,
+    TRAINING_KEYS,
+    WITHOUT_COUNTERPART,
+    ConfigError,
+    model_config,
+    target_names,
+    unknown_key_message,
+    validate,
+    validate_model,
+)
+from crystalframer_jax.configs import default
+from crystalframer_jax.data.registry import TARGET_SETS
+
+# Keys that the official training script reads or adds, beside those of its JSON files.
+SCRIPT_KEYS = ("param_file", "training_data", "momentum", "ddp")
+
+# Our keys that the official code does not have.
+OURS_ALONE = ("data_dir", "cutoff_radius", "tie_tolerance", "precision", "num_frame_samples", "bias_weight_decay")
+
+# Official keys without a counterpart here, with the values of the official JSON files.
+OFFICIAL_ALONE: dict[str, Any] = {
+    "experiment_name": "crystalframer_jax",
+    "save_path": "result/latticeformer",
+    "encoder_name": "latticeformer",
+    "minimum_range": True,
+    "use_cgcnn_feat": False,
+    "value_pe_dist_reci": 0,
+    "value_pe_wave_real": 0,
+    "value_pe_wave_reci": 0,
+    "freeze_bn_epochs": 0,
+    "train_filter_max": 0,
+    "train_filter_min": 0,
+    "train_percent_check": 1.0,
+    "val_percent_check": 1.0,
+    "model_checkpoint_save_top_k": 1,
+    "num_workers": 0,
+    "use_cuda_code": True,
+    "reproduciblity_state": 2,
+    "symm_break_noise": 1e-5,
+}
+
+ALIASES = {"norm_type": {"id": "no"}}  # official values with another name here
+NOT_TAKEN_OVER = ("targets", "target_set", "pretrained_model")  # they are looked after one by one
+JUDGED_TOGETHER = (("n_epochs", "swa_epochs"), ("optimizer", "adam_betas"), ("lr_sch", "sch_params"))
+
+
+def config_from_official(official: Mapping[str, Any]) -> tuple[ConfigDict, list[str]]:
+    """Our configuration from official hyperparameters, and those ("key=value") that it does not take over.
+
+    A trained model does not depend on how it was trained: a training setting that is not available here (an optimizer,
+    a schedule) keeps our default and is listed. A key that is not given has our default. `target_set` is empty unless
+    the name is known here.
+
+    Raises ConfigError, naming the key, if the model itself is not available here.
+    """
+    config = default.get_config()
+    for key, value in official.items():
+        if key not in config and key not in WITHOUT_COUNTERPART and key not in SCRIPT_KEYS:
+            raise ConfigError(unknown_key_message(key, list(config)))
+        if key in NEUTRAL_VALUES and value != NEUTRAL_VALUES[key]:
+            raise ConfigError(f"{key}={value!r} is not available: {WITHOUT_COUNTERPART[key]}")
+    given = {key: value for key, value in official.items() if key in config and key not in NOT_TAKEN_OVER}
+    for key, value in given.items():
+        if key not in TRAINING_KEYS:
+            _set(config, key, value)
+    targets = official.get("targets", "target")
+    config.targets = targets if isinstance(targets, str) else ",".join(map(str, targets))
+    validate_model(config)
+    name = official.get("target_set")
+    config.target_set = name if isinstance(name, str) and name in TARGET_SETS else ""
+    return _with_training_keys(config, {key: value for key, value in given.items() if key in TRAINING_KEYS})
+
+
+def _set(config: ConfigDict, key: str, value: Any) -> None:
+    """Set a key of ours to an official value."""
+    try:
+        config[key] = _as_ours(config, key, value)
+    except TypeError as error:
+        raise ConfigError(f"{key}={value!r} is of the wrong type; the default is {config[key]!r}") from error
+
+
+def _as_ours(config: ConfigDict, key: str, value: Any) -> Any:
+    """An official value as we write it."""
+    if isinstance(config[key], tuple):
+        return tuple(value) if isinstance(value, list | tuple) else (value,)
+    return ALIASES.get(key, {}).get(value, value) if isinstance(value, str) else value
+
+
+def _with_training_keys(config: ConfigDict, given: dict[str, Any]) -> tuple[ConfigDict, list[str]]:
+    """The configuration with the training settings that can be used here, and those that cannot ("key=value")."""
+    together = {key for group in JUDGED_TOGETHER for key in group}
+    groups = JUDGED_TOGETHER + tuple((key,) for key in given if key not in together)
+    left_out = []
+    for group in groups:
+        trial = config.copy_and_resolve_references()
+        try:
+            for key in group:
+                if key in given:
+                    _set(trial, key, given[key])
+            validate(trial)
+        except ConfigError:
+            kept = {key: config[key] for key in group if key in given}
+            left_out += [f"{key}={given[key]!r}" for key in kept if _as_ours(config, key, given[key]) != kept[key]]
+        else:
+            config = trial
+    return config, left_out
+
+
+def official_from_config(config: ConfigDict) -> dict[str, Any]:
+    """Every official hyperparameter, with the values of our configuration.
+
+    Raises ConfigError if the official code cannot run such a model.
+    """
+    _check_official_limits(config)
+    values = {key: config[key] for key in config if key not in OURS_ALONE}
+    official = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+    names = target_names(config)
+    official["targets"] = names[0] if len(names) == 1 else list(names)
+    official["target_set"] = config.target_set or None
+    official["pretrained_model"] = None
+    return official | OFFICIAL_ALONE
+
+
+def _check_official_limits(config: ConfigDict) -> None:
+    """Raise ConfigError for models that exist here and not in the official code."""
+    model = model_config(config)
+    usual = config.model_dim // config.head_num
+    if config.model_dim % config.head_num or (model.k_dim, model.v_dim) != (usual, usual):
+        raise ConfigError(
+            f"k_dim={config.k_dim}, v_dim={config.v_dim}: the official code works only with model_dim / head_num"
+        )
+    hidden = len(config.embedding_dim) - config.pre_pooling_op.startswith("w")
+    if hidden < 1:
+        raise ConfigError(
+            f"embedding_dim={tuple(config.embedding_dim)}: the official code needs a layer between pooling and output"
+        )

@@ -1,0 +1,188 @@
+"""Checkpoint files of the official PyTorch implementation (PyTorch Lightning), read without executing anything."""
+
+import argparse
+import dataclasses
+import importlib
+import os
+import pathlib
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from crystalframer_jax.errors import UserError
+
+Arrays = dict[str, np.ndarray]
+
+MODEL, AVERAGE, AVERAGED_STEPS = "model.", "swa_model.module.", "swa_model.n_averaged"
+SCALING = ("target_mean", "target_std")
+FIRST_SAFE_TORCH = (2, 6)  # before it, a file could execute code in spite of weights_only=True (CVE-2025-32434)
+
+# Classes that a file may hold beside tensors and plain Python values: they only store what they are given.
+HARMLESS = (argparse.Namespace, (pathlib.PurePosixPath, "pathlib.PosixPath"))
+
+
+class TorchFileError(UserError, ValueError):
+    """A file that is no checkpoint of the official implementation, or that cannot be read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OfficialCheckpoint:
+    """A checkpoint of the official implementation.
+
+    Attributes:
+      hyper_parameters: under their official names; empty in a file of parameters alone.
+      state: arrays under the official names, without the prefix "model.".
+      swa_state: the same of the averaged weights, or None if nothing was averaged yet.
+      target_mean, target_std: [T] of the training labels, or None.
+      epoch, step: where the training was.
+    """
+
+    hyper_parameters: dict[str, Any]
+    state: Arrays
+    swa_state: Arrays | None = None
+    target_mean: np.ndarray | None = None
+    target_std: np.ndarray | None = None
+    epoch: int = 0
+    step: int = 0
+
+
+def read_checkpoint(path: str | Path) -> OfficialCheckpoint:
+    """Read a Lightning checkpoint, or a file of a state dict alone (names with or without the prefix "model.").
+
+    Nothing in the file is executed. Raises TorchFileError if the file is missing, damaged, or holds anything else.
+    """
+    path = Path(path)
+    content = _load(path)
+    if not isinstance(content, Mapping):
+        raise TorchFileError(f"{path} holds a {type(content).__name__}, not a checkpoint or a state dict")
+    is_lightning = "state_dict" in content
+    state = _arrays(path, content["state_dict"] if is_lightning else content)
+    mean, std = (state.pop(name, None) for name in SCALING)
+    averaged_steps = state.pop(AVERAGED_STEPS, np.zeros(()))
+    average = {name.removeprefix(AVERAGE): state.pop(name) for name in list(state) if name.startswith(AVERAGE)}
+    hyper_parameters = content.get("hyper_parameters", {}) if is_lightning else {}
+    if isinstance(hyper_parameters, argparse.Namespace):
+        hyper_parameters = vars(hyper_parameters)
+    if not isinstance(hyper_parameters, Mapping):
+        raise TorchFileError(f"{path}: hyper_parameters are a {type(hyper_parameters).__name__}, not a dictionary")
+    return OfficialCheckpoint(
+        hyper_parameters=dict(hyper_parameters),
+        state={name.removeprefix(MODEL): value for name, value in state.items()},
+        swa_state=average if averaged_steps > 0 else None,
+        target_mean=mean,
+        target_std=std,
+        epoch=_number(path, content, "epoch") if is_lightning else 0,
+        step=_number(path, content, "global_step") if is_lightning else 0,
+    )
+
+
+def write_checkpoint(path: str | Path, checkpoint: OfficialCheckpoint) -> None:
+    """Write a Lightning checkpoint that the official `RegressionModel.load_from_checkpoint` accepts.
+
+    The file holds the model, its average where swa_epochs asks for one, and the statistics of the targets; nothing that
+    a training could go on from. It is complete or not there.
+    """
+    path, torch = Path(path), _torch()
+    state: dict[str, Any] = {MODEL + name: value for name, value in checkpoint.state.items()}
+    if checkpoint.hyper_parameters["swa_epochs"] > 0:
+        # Without an average the official model holds its initial weights there, zero steps in the average.
+        average = checkpoint.state if checkpoint.swa_state is None else checkpoint.swa_state
+        state[AVERAGED_STEPS] = np.int64(checkpoint.swa_state is not None)
+        state |= {AVERAGE + name: value for name, value in average.items()}
+    state |= {"target_std": checkpoint.target_std, "target_mean": checkpoint.target_mean}
+    content = {
+        "epoch": checkpoint.epoch,
+        "global_step": checkpoint.step,
+        "pytorch-lightning_version": "2.0.0",
+        "state_dict": {name: _tensor(torch, value) for name, value in state.items() if value is not None},
+        "hparams_name": None,
+        "hyper_parameters": checkpoint.hyper_parameters,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        torch.save(content, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _torch() -> Any:
+    """PyTorch, which is optional."""
+    try:
+        torch = importlib.import_module("torch")
+    except ImportError as error:
+        raise UserError('checkpoints of PyTorch need PyTorch: pip install ".[torch]"') from error
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if version < FIRST_SAFE_TORCH:
+        raise UserError(
+            f"PyTorch {torch.__version__} can be made to execute code by a checkpoint file; version "
+            f'{".".join(map(str, FIRST_SAFE_TORCH))} or newer is needed: pip install --upgrade ".[torch]"'
+        )
+    return torch
+
+
+def _load(path: Path) -> Any:
+    """The content of a file written by torch.save."""
+    if not path.is_file():
+        raise TorchFileError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
+    with path.open("rb") as stream:
+        start = stream.read(4)
+    if not start:
+        raise TorchFileError(f"{path} is empty")
+    if start != b"PK\x03\x04":
+        raise TorchFileError(f"{path} is not a PyTorch file: it does not begin like one of torch.save (1.6 or newer)")
+    if not zipfile.is_zipfile(path):
+        raise TorchFileError(f"{path} is damaged: its end is missing; copy it again")
+    torch = _torch()
+    classes, content = [], None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            torn = archive.testzip()  # PyTorch does not look at the checksums
+        if not torn:
+            with torch.serialization.safe_globals(HARMLESS):
+                classes = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+                content = None if classes else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # PyTorch raises many kinds for a damaged file
+        reason = str(error).split("\n")[0][:200]
+        raise TorchFileError(f"{path} is damaged or not a PyTorch file ({reason})") from error
+    if torn:
+        raise TorchFileError(f"{path} is damaged: the checksum of {torn} inside is wrong; copy it again")
+    if classes:
+        raise TorchFileError(
+            f"{path} asks for {', '.join(sorted(classes))}, which could execute code; nothing of the file was "
+            "executed. A checkpoint of the official implementation holds tensors and plain values only"
+        )
+    return content
+
+
+def _arrays(path: Path, state: Any) -> Arrays:
+    """Tensors by name as arrays: float32 and float64 as they are, other floats as float32."""
+    torch = _torch()
+    if not isinstance(state, Mapping):
+        raise TorchFileError(f"{path}: state_dict is a {type(state).__name__}, not a dictionary")
+    arrays = {}
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise TorchFileError(f"{path} holds {name!r}, a {type(value).__name__}; a state dict has tensors by name")
+        if value.is_floating_point() and value.dtype not in (torch.float32, torch.float64):
+            value = value.float()
+        arrays[name] = value.detach().numpy()
+    return arrays
+
+
+def _tensor(torch: Any, value: np.ndarray) -> Any:
+    """An array as a tensor of float32, or int64 for counts."""
+    kind = np.int64 if np.issubdtype(np.asarray(value).dtype, np.integer) else np.float32
+    return torch.from_numpy(np.array(value, kind))
+
+
+def _number(path: Path, content: Mapping[str, Any], key: str) -> int:
+    """A count of a Lightning checkpoint; 0 if it is not there."""
+    value = content.get(key, 0)
+    if not isinstance(value, int) or value < 0:
+        raise TorchFileError(f"{path}: {key}={value!r} is not a count")
+    return value

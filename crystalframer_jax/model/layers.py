@@ -1,0 +1,93 @@
+"""Dense layers and normalisations as the transformer blocks and the output layers use them (Flax Linen)."""
+
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from crystalframer_jax.config import ModelConfig
+from crystalframer_jax.model.basis import EXACT
+
+Initializer = Callable[..., jax.Array]  # (key, shape, dtype)
+ACTIVATIONS = {"relu": nn.relu, "gelu": lambda x: nn.gelu(x, approximate=False)}
+BATCH_NORM_MOMENTUM = 0.1  # share of the newest batch in the running averages
+EPSILON = 1e-5  # of all normalisations, as in PyTorch
+
+
+def dense(
+    config: ModelConfig,
+    x: jax.Array,
+    width: int,
+    name: str,
+    kernel_init: Initializer,
+    bias_init: Initializer = nn.initializers.zeros,
+) -> jax.Array:
+    """x W + b in the type of x; the product is computed in bfloat16 if config.precision says so."""
+    compute = jnp.bfloat16 if config.precision == "bfloat16" else None
+    layer = nn.Dense(
+        width,
+        dtype=compute,
+        param_dtype=config.dtype,
+        precision=EXACT,
+        kernel_init=kernel_init,
+        bias_init=bias_init,
+        name=name,
+    )
+    return layer(x).astype(x.dtype)
+
+
+def scaled_xavier(gain: float) -> Initializer:
+    """Xavier uniform initialisation times `gain`."""
+    return nn.initializers.variance_scaling(gain**2, "fan_avg", "uniform")
+
+
+def t_fixup_gain(config: ModelConfig) -> float:
+    """Factor of T-Fixup on the initial value, output and feed-forward weights (0.67 L^-1/4); 1 without T-Fixup."""
+    return 0.67 * config.num_layers**-0.25 if config.t_fixup_init else 1.0
+
+
+def head_layer(config: ModelConfig, x: jax.Array, width: int, name: str) -> jax.Array:
+    """A dense layer with initial weights and biases uniform in +-1/sqrt(fan_in)."""
+    bound = 1 / math.sqrt(x.shape[-1])
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return dense(config, x, width, name, init, init)
+
+
+def layer_norm(config: ModelConfig, x: jax.Array, name: str, affine: bool = True) -> jax.Array:
+    """Layer normalisation over the features; with trained scale and bias if `affine`."""
+    layer = nn.LayerNorm(
+        epsilon=EPSILON,
+        use_scale=affine,
+        use_bias=affine,
+        param_dtype=config.dtype,
+        use_fast_variance=False,
+        name=name,
+    )
+    return layer(x)
+
+
+def head_norm(config: ModelConfig, x: jax.Array, real: jax.Array, name: str, train: bool) -> jax.Array:
+    """The normalisation `norm_type` of the output layers.
+
+    bn: BatchNorm over the crystals (or atoms) that are `real` [...]; running averages in the
+    collection `batch_stats`. ln: LayerNorm. in: the same without trained parameters, which is what PyTorch's
+    InstanceNorm1d makes of [B, D].
+    """
+    if config.norm_type == "bn":
+        layer = nn.BatchNorm(
+            use_running_average=not train,
+            momentum=1 - BATCH_NORM_MOMENTUM,
+            epsilon=EPSILON,
+            param_dtype=config.dtype,
+            use_fast_variance=False,
+            name=name,
+        )
+        return layer(x, mask=real[:, None])
+    if config.norm_type in ("ln", "in"):
+        return layer_norm(config, x, name, affine=config.norm_type == "ln")
+    return x

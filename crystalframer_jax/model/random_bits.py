@@ -1,0 +1,33 @@
+"""Random numbers that are the same however a batch is padded or cut into blocks."""
+
+import jax
+import jax.numpy as jnp
+
+
+def row_seeds(keys: jax.Array, crystal_of_atom: jax.Array, atom_in_crystal: jax.Array, heads: int) -> jax.Array:
+    """A random uint32 for every atom and head, [N, H], from the key of its crystal and its number in the crystal.
+
+    keys: [B] random keys. How the batch is padded does not matter.
+    """
+
+    def of_atom(key: jax.Array, atom: jax.Array) -> jax.Array:
+        return jax.random.bits(jax.random.fold_in(key, atom), (heads,))
+
+    return jax.vmap(of_atom)(keys[crystal_of_atom], atom_in_crystal)
+
+
+def keys_by_place(key: jax.Array, number: int) -> jax.Array:
+    """Another key for every place in a batch, [number]."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(number))
+
+
+def fold_in_all(keys: jax.Array, number: int) -> jax.Array:
+    """Every one of the keys [B] folded with a number."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+
+
+def mix(bits: jax.Array) -> jax.Array:
+    """Scramble uint32 values (the finaliser of MurmurHash3): random-looking and much cheaper than a PRNG call."""
+    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
+    bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
+    return bits ^ (bits >> 16)

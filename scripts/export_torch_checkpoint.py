@@ -1,0 +1,11 @@
+"""Write a run as a checkpoint that the official PyTorch implementation can load.
+
+python scripts/export_torch_checkpoint.py RUN FILE.ckpt [--weights=last]
+"""
+
+import sys
+
+from crystalframer_jax.inference.exchange_cli import export_main
+
+if __name__ == "__main__":
+    sys.exit(export_main())

@@ -1,0 +1,11 @@
+"""Make a run directory of a checkpoint of the official PyTorch implementation.
+
+python scripts/import_torch_checkpoint.py FILE.ckpt --workdir=RUN [--target_set=NAME]
+"""
+
+import sys
+
+from crystalframer_jax.inference.exchange_cli import import_main
+
+if __name__ == "__main__":
+    sys.exit(import_main())

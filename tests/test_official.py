@@ -1,0 +1,318 @@
+"""Names, shapes and hyperparameters of the official implementation, in both directions."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from support import random_crystal, random_variables, small_config
+
+from crystalframer_jax import load_official
+from crystalframer_jax.config import ConfigError, ModelConfig, model_config, validate
+from crystalframer_jax.configs import default
+from crystalframer_jax.errors import UserError
+from crystalframer_jax.inference.official import (
+    OfficialStateError,
+    official_from_params,
+    official_from_variables,
+    variables_from_official,
+)
+from crystalframer_jax.inference.official_config import config_from_official, official_from_config
+
+GOLDEN = Path(__file__).parent / "golden"
+WITHOUT_FRAMES = {"value_pe_angle_real": 0, "frame_method": "no"}
+CONFIGS = {
+    "max": {},
+    "multihead": {"domain": "multihead", **WITHOUT_FRAMES},
+    "reci": {"domain": "reci", **WITHOUT_FRAMES},
+    "real-reci": {"domain": "real-reci", **WITHOUT_FRAMES},
+    "bn": {"norm_type": "bn", "pre_pooling_op": "w+bn+relu", "embedding_dim": (12, 10)},
+    "ln": {"norm_type": "ln", "pre_pooling_op": "w+bn+relu", "embedding_dim": (12, 10, 6)},
+    "in": {"norm_type": "in", "pre_pooling_op": "w+bn+relu", "embedding_dim": (12, 10)},
+    "layer norms": {"t_fixup_init": False},
+    "gauss_state x": {"gauss_state": "x"},
+    "not normalised": {"normalize_gauss": False},
+    "lightweight": {"value_pe_angle_real": 16, "value_pe_angle_wscale": 1.0, "value_pe_dist_coef": 1.5},
+    "two targets": {"targets": "a,b", "pre_pooling_op": "w+relu", "embedding_dim": (12, 10)},
+    "wider heads": {"k_dim": 5, "v_dim": 3},
+}
+
+
+def leaves(tree: dict) -> dict[str, np.ndarray]:
+    """Leaves by path."""
+    paths = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in paths}
+
+
+def assert_same(a: dict, b: dict) -> None:
+    """The same names, shapes, types and bits."""
+    a, b = leaves(a), leaves(b)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype and a[name].shape == b[name].shape, name
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def distinct_variables(config: ModelConfig, seed: int = 0) -> dict:
+    """Variables as Flax makes them, where no two numbers are equal and scales are positive."""
+    rng = np.random.default_rng(seed)
+    like = {"calibration": {}, "batch_stats": {}, **random_variables(config)}
+
+    def draw(path: tuple, leaf: np.ndarray) -> np.ndarray:
+        values = rng.normal(size=np.shape(leaf)).astype(np.float32)
+        return np.abs(values) if path[-1].key in ("scale", "var") else values
+
+    return jax.tree_util.tree_map_with_path(draw, like)
+
+
+@pytest.fixture(params=CONFIGS, name="config")
+def config_of_each_kind(request) -> ModelConfig:
+    return small_config(**CONFIGS[request.param])
+
+
+def golden(name: str) -> tuple[dict, dict]:
+    """Hyperparameters and state dict of a golden file, as the official code wrote them."""
+    file = np.load(GOLDEN / f"{name}.npz", allow_pickle=False)
+    state = {key.removeprefix("param/"): file[key] for key in file.files if key.startswith("param/")}
+    return json.loads(file["config_json"].tobytes()), state
+
+
+# Parameters
+
+
+def test_variables_come_back_with_the_same_bits(config):
+    variables = distinct_variables(config)
+    state = official_from_variables(variables, config)
+    assert_same(variables_from_official(state, config), variables)
+    assert_same(official_from_variables(variables_from_official(state, config), config), state)
+
+
+@pytest.mark.parametrize("name", ["max", "crystalformer_multihead", "crystalformer_real_reci", "max_bn"])
+def test_an_official_state_dict_comes_back(name):
+    """The golden files have the names and shapes of the official code."""
+    official, state = golden(name)
+    config = model_config(config_from_official(official)[0])
+    back = official_from_variables(variables_from_official(state, config), config)
+    assert {key: value.shape for key, value in back.items()} == {key: value.shape for key, value in state.items()}
+    for key, value in state.items():
+        assert back[key].dtype == value.dtype, key
+        if key.endswith("num_batches_tracked"):
+            assert back[key] == 0
+        elif key.endswith("pe_dist_proj") and "multihead" in name:
+            half = value.shape[1] // 2
+            np.testing.assert_array_equal(back[key][:, :half], value[:, :half])
+            assert not back[key][:, half:].any() and value[:, half:].any()
+        else:
+            np.testing.assert_array_equal(back[key], value, err_msg=key)
+
+
+@pytest.mark.parametrize(
+    ("name", "official", "ours"),
+    [
+        ("layer norms", "encoder.layers.1.norm1.weight", "params/block_1/norm1/scale"),
+        ("layer norms", "encoder.layers.0.norm2.bias", "params/block_0/norm2/bias"),
+        ("layer norms", "encoder.norm.weight", "params/norm/scale"),
+        ("layer norms", "encoder.norm.bias", "params/norm/bias"),
+        ("gauss_state x", "encoder.layers.1.self_attn.lattice_pos_weights", "params/block_1/attention/w_pos"),
+        ("ln", "proj_before_pooling.1.weight", "params/pre_pooling_norm/scale"),
+        ("ln", "mlp.1.bias", "params/dense_0_norm/bias"),
+        ("ln", "mlp.4.weight", "params/dense_1_norm/scale"),
+        ("bn", "proj_before_pooling.1.running_mean", "batch_stats/pre_pooling_norm/mean"),
+        ("bn", "proj_before_pooling.1.running_var", "batch_stats/pre_pooling_norm/var"),
+        ("bn", "mlp.1.running_mean", "batch_stats/dense_0_norm/mean"),
+        ("bn", "mlp.1.running_var", "batch_stats/dense_0_norm/var"),
+    ],
+)
+def test_where_parameters_of_normalisations_belong(name, official, ours):
+    """What the golden files of the repository do not cover; the names are those of torch.nn in the official model."""
+    config = small_config(**CONFIGS[name])
+    variables = distinct_variables(config)
+    np.testing.assert_array_equal(official_from_variables(variables, config)[official], leaves(variables)[ours])
+
+
+def test_parameters_without_trained_counterpart():
+    """Instance norm has none, and widths that are not normalised are not calibrated."""
+    for name, words in (("in", ("mlp.1.", "proj_before_pooling.1.")), ("max", ("norm",)), ("reci", ("pe_dist",))):
+        config = small_config(**CONFIGS[name])
+        state = official_from_variables(distinct_variables(config), config)
+        assert not [key for key in state if any(word in key for word in words)]
+    config = small_config(**CONFIGS["not normalised"])
+    state = official_from_variables(distinct_variables(config), config)
+    for block in range(2):
+        np.testing.assert_array_equal(state[f"encoder.layers.{block}.self_attn.gauss_scale"], [0, 0])
+        np.testing.assert_array_equal(state[f"encoder.layers.{block}.self_attn.atten_scale"], [0])
+
+
+def test_trained_parameters_alone():
+    """As gradients need them: no calibration, no running averages, no unused names."""
+    config = small_config(**CONFIGS["bn"])
+    variables = distinct_variables(config)
+    state = official_from_variables(variables, config)
+    trained = official_from_params(variables["params"], config)
+    endings = ("gauss_scale", "atten_scale", "running_mean", "running_var", "num_batches_tracked")
+    assert set(trained) == {name for name in state if not name.endswith(endings)}
+    for name, value in trained.items():
+        np.testing.assert_array_equal(value, state[name])
+
+
+def test_batch_norm_is_the_affine_map_of_its_running_averages():
+    """A model with BatchNorm predicts what the same model without predicts with the maps folded into its layers."""
+    official, state = golden("max_bn")
+    rng = np.random.default_rng(0)
+    official |= {"pre_pooling_op": "w+bn+relu", "embedding_dim": [8, 6], "cutoff_radius": 4.0}
+    for name, shape in (("proj_before_pooling.0", (8, 32)), ("mlp.0", (6, 8)), ("mlp.3", (1, 6))):
+        state[f"{name}.weight"], state[f"{name}.bias"] = rng.normal(size=shape) / 4, rng.normal(size=shape[0])
+    folded = {name: value for name, value in state.items() if not name.startswith("mlp.1.")}
+    for dense, norm, width in (("proj_before_pooling.0", "proj_before_pooling.1", 8), ("mlp.0", "mlp.1", 6)):
+        scale, bias, mean = rng.normal(size=(3, width))
+        variance = rng.uniform(0.5, 2, width)
+        endings = ("weight", "bias", "running_mean", "running_var")
+        for name, value in zip(endings, (scale, bias, mean, variance), strict=True):
+            state[f"{norm}.{name}"] = value
+        factor = scale / np.sqrt(variance + 1e-5)
+        folded[f"{dense}.weight"] = factor[:, None] * state[f"{dense}.weight"]
+        folded[f"{dense}.bias"] = factor * (state[f"{dense}.bias"] - mean) + bias
+    crystals = [random_crystal(rng, n) for n in (2, 4)]
+    expected = load_official(official | {"norm_type": "no"}, _float32(folded)).predict(crystals)
+    np.testing.assert_allclose(load_official(official, _float32(state)).predict(crystals), expected, rtol=0, atol=3e-6)
+    assert abs(expected[0, 0] - expected[1, 0]) > 1e-3
+
+
+def _float32(state: dict) -> dict:
+    return {name: np.asarray(value, np.float32) for name, value in state.items()}
+
+
+def test_a_model_that_was_never_trained_is_refused():
+    config = small_config()
+    state = official_from_variables(distinct_variables(config), config)
+    state["encoder.layers.1.self_attn.gauss_scale"] = np.zeros(2, np.float32)
+    with pytest.raises(OfficialStateError, match=r"never trained.*layers\.1\.self_attn\.gauss_scale") as error:
+        variables_from_official(state, config)
+    assert "layers.0." not in str(error.value)
+    free = small_config(normalize_gauss=False)
+    assert variables_from_official(state, free)["calibration"] == {}
+
+
+def test_all_that_does_not_fit_is_listed():
+    config = small_config(t_fixup_init=False)
+    state = official_from_variables(distinct_variables(config), config)
+    del state["encoder.norm.weight"], state["mlp.0.bias"]
+    state["encoder.layers.0.norm1.bias"] = np.zeros(15, np.float32)
+    state["model_xrd.weight"] = np.zeros(1, np.float32)
+    with pytest.raises(ValueError) as error:
+        variables_from_official(state, config)
+    assert isinstance(error.value, UserError)
+    problems = str(error.value).split(": ", 1)[1].split("; ")
+    assert sorted(problems) == [
+        "encoder.layers.0.norm1.bias has shape [15], expected [16]",
+        "missing encoder.norm.weight [16]",
+        "missing mlp.0.bias [16]",
+        "unexpected model_xrd.weight",
+    ]
+
+
+def test_variables_of_another_model_are_refused():
+    config = small_config()
+    variables = distinct_variables(small_config(t_fixup_init=False, embedding_dim=(17,)))
+    with pytest.raises(OfficialStateError) as error:
+        official_from_variables(variables, config)
+    for part in ("unexpected params/norm/scale", "params/dense_0/bias has shape [17], expected [16]"):
+        assert part in str(error.value)
+    with pytest.raises(OfficialStateError, match="missing calibration/block_0/attention/scale"):
+        official_from_variables({"params": distinct_variables(config)["params"]}, config)
+
+
+# Hyperparameters
+
+
+def test_every_official_hyperparameter_comes_back():
+    official, _ = golden("max")
+    config, left_out = config_from_official(official)
+    validate(config)
+    assert not left_out and config.target_set == ""
+    back = official_from_config(config)
+    named_here = ("experiment_name",)  # of a run, and of no meaning to the model
+    assert {key: back[key] for key in back if key not in named_here} == {
+        key: value for key, value in official.items() if key not in named_here
+    }
+    again, _ = config_from_official(back)
+    assert again.to_dict() == config.to_dict()
+
+
+def test_official_spellings():
+    official, _ = golden("max")
+    changes = {"norm_type": "id", "scale_real": 1.7, "scale_reci": [2], "targets": ["a", "b"], "param_file": "x.json"}
+    config, left_out = config_from_official(official | changes | {"target_set": "mp_flla_2015"})
+    assert not left_out and config.norm_type == "no"
+    assert (config.scale_real, config.scale_reci, config.targets) == ((1.7,), (2,), "a,b")
+    assert config.target_set == "mp_flla_2015"
+    assert config_from_official(official | {"target_set": "jarvis__nowhere"})[0].target_set == ""
+    assert official_from_config(config)["targets"] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "left_out"),
+    [
+        ({"lr_sch": "const", "lr": 0.1}, ["lr_sch='const'"]),
+        ({"optimizer": "sgd", "momentum": 0.9}, ["optimizer='sgd'"]),
+        ({"lr_sch": "multistep", "sch_params": [100, 200]}, ["lr_sch='multistep'", "sch_params=[100, 200]"]),
+        ({"normalize_targets": "no"}, ["normalize_targets='no'"]),
+        ({"n_epochs": 20, "swa_epochs": 20}, ["n_epochs=20", "swa_epochs=20"]),
+        ({"n_epochs": 20, "swa_epochs": 5}, []),
+        ({"seed": "abc"}, ["seed='abc'"]),
+    ],
+)
+def test_training_settings_that_are_not_available_do_not_keep_a_model_out(changes, left_out):
+    official, _ = golden("max")
+    config, found = config_from_official(official | changes)
+    validate(config)
+    assert found == left_out
+    if "lr" in changes:
+        assert config.lr == 0.1
+    if not left_out:
+        assert (config.n_epochs, config.swa_epochs) == (20, 5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"use_cgcnn_feat": True}, "use_cgcnn_feat=True is not available: the official code never defines"),
+        ({"value_pe_wave_real": 4}, "value_pe_wave_real=4 is not available"),
+        ({"value_pe_dist_reci": 64}, "value_pe_dist_reci=64 is not available"),
+        ({"gauss_state": "x-xn"}, "gauss_state='x-xn'"),
+        ({"frame_method": "max_wo_orthogonal"}, "frame_method='max_wo_orthogonal'"),
+        ({"model_dim": "wide"}, "model_dim='wide' is of the wrong type"),
+        ({"num_layer": 4}, "num_layer"),
+    ],
+)
+def test_models_that_are_not_available_are_refused(changes, words):
+    official, _ = golden("max")
+    with pytest.raises(ConfigError) as error:
+        config_from_official(official | changes)
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"k_dim": 5}, "k_dim=5"),
+        ({"v_dim": 5}, "v_dim=5"),
+        ({"embedding_dim": ()}, "embedding_dim=()"),
+        ({"pre_pooling_op": "w+relu"}, "embedding_dim=(128,)"),
+    ],
+)
+def test_models_that_the_official_code_cannot_hold_are_not_written_for_it(changes, word):
+    config = default.get_config()
+    config.update(changes)
+    with pytest.raises(ConfigError) as error:
+        official_from_config(config)
+    assert word in str(error.value)
+
+
+def test_scaling_that_does_not_fit_the_targets():
+    official, state = golden("max")
+    with pytest.raises(OfficialStateError, match="target_std"):
+        load_official(official, state | {"target_mean": np.zeros(1), "target_std": np.ones(3)})
+    with pytest.raises(OfficialStateError, match="target_mean"):
+        load_official(official, state | {"target_mean": np.array([np.nan]), "target_std": np.ones(1)})
