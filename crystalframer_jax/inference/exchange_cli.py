@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import logging
-
 from crystalframer_jax.cli import WEIGHTS_HELP, reporting_errors
 from crystalframer_jax.errors import UserError
 
@@ -26,7 +24,6 @@ def import_main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--targets", type=_names, default=(), help="names instead of the official ones: a,b")
     parser.add_argument("--units", type=_names, default=(), help="a unit for each target; default: of the target set")
     arguments = parser.parse_args(argv)
-    logging.set_verbosity(logging.ERROR)  # Orbax warns that imported weights have no validation error
     from crystalframer_jax.inference.exchange import import_checkpoint
     from crystalframer_jax.training.logging import table
 

@@ -77,6 +77,10 @@ class Predictor:
             if weights not in WEIGHTS:
                 raise CheckpointError(f"weights={weights!r} do not exist; allowed: {', '.join(WEIGHTS)}")
             step = step if step is not None else checkpoints.best() if weights == "best" else checkpoints.last()
+            if step is None and checkpoints.last() is not None:
+                raise CheckpointError(
+                    f"{workdir} has no validation errors to choose the best weights by; ask for last or swa"
+                )
             if step is None:
                 raise CheckpointError(f"{workdir} has no checkpoint yet; let the training finish an epoch")
             with working_precision(config):

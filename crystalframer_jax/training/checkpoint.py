@@ -54,8 +54,9 @@ class Checkpoints:
     def save_weights(self, step: int, model: dict[str, Any], meta: dict[str, Any]) -> None:
         """Write MODEL_FIELDS and meta data without the state of a training, and return when they are on disk."""
         items = ocp.args.Composite(model=ocp.args.StandardSave(model), meta=ocp.args.JsonSave(meta))
-        self.manager.save(step, args=items)
-        self.wait()
+        with _quiet():  # Orbax warns that there is no validation error
+            self.manager.save(step, args=items)
+            self.wait()
 
     def last(self) -> int | None:
         """Step of the newest checkpoint."""
@@ -107,7 +108,7 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep Orbax from warning that a folder opened for reading is read-only."""
+    """Keep Orbax from warning of what is meant so."""
     before = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
     try:
