@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
     config.pre_pooling_op = "no"  # no | relu | w+relu | w+bn+relu
     config.norm_type = "no"  # of the output layers: no | bn | ln | in
     config.dropout = 0.0
-    config.precision = "float32"  # float32 | float64 | bfloat16 (dense layers only)
+    config.precision = "float32"  # float32 | float64 | bfloat16 (dense layers of the blocks only)
     config.num_frame_samples = 1  # predictions average this many draws among tied frames; 1: no draw, the first
 
     # Width of the attention Gaussians

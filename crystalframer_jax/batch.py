@@ -14,6 +14,7 @@ from crystalframer_jax.config import NO_PARTS, BatchParts
 from crystalframer_jax.data.table import CrystalTable
 from crystalframer_jax.lattice import lattice_vectors
 
+SMALLEST_SCATTER = 1e-12  # Å^2, sum of the eigenvalues; less is rounding
 CELL_BLOCK = 8  # the length of cell rows is padded to a multiple of this
 ATOM_BLOCK = 32  # atoms are padded to multiples of this, the block size of the lattice sums
 
@@ -42,6 +43,15 @@ class CellRows(Rows):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Scatter:
+    """Principal axes of the atoms of each cell; computed in float64, because close eigenvalues magnify rounding."""
+
+    values: jax.Array  # [B, 3] eigenvalues of the scatter of the positions, ascending, relative to their sum
+    axes: jax.Array  # [B, 3, 3] eigenvectors (columns)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Batch:
     """N atoms (padding included) of B crystals with T targets."""
 
@@ -49,10 +59,10 @@ class Batch:
     occupancies: jax.Array | None  # [N, 98] share of each element, None if every site holds one atom
     crystal_of_atom: jax.Array  # [N] int32, B for padding
     atom_in_crystal: jax.Array  # [N] int32
-    positions: jax.Array  # [N, 3] from the centre of the atoms of the crystal, Å
     rows: Rows
     cells: CellRows | None  # if the model attends in reciprocal space
     lattice_vectors: jax.Array | None  # [B, K, 3] the short ones in canonical order, if the model has lattice frames
+    scatter: Scatter | None  # if the model has pca frames
     crystal_sizes: jax.Array  # [B] int32 number of atoms, 0 for padding
     targets: jax.Array  # [B, T] label units
     target_mask: jax.Array  # [B, T] bool
@@ -161,13 +171,13 @@ def pack(
     atom_in_crystal = np.arange(len(crystal)) - first_atom[crystal]
     return Batch(
         species=per_atom(_take(table.species, table.atom_offset, indices).astype(np.int32)),
-        occupancies=_occupancies(table, indices, place, num_atoms),
+        occupancies=_occupancies(table, indices, place, num_atoms, dtype),
         crystal_of_atom=per_atom(crystal.astype(np.int32), fill=shape.num_crystals),
         atom_in_crystal=per_atom(atom_in_crystal.astype(np.int32)),
-        positions=per_atom(_centred(_take(table.position, table.atom_offset, indices), sizes).astype(dtype)),
         rows=_rows(table, indices, crystal, counts, place, shape),
         cells=_cells(table, indices, crystal, place, shape) if shape.parts.cells else None,
         lattice_vectors=_lattice_vectors(table, indices, shape) if shape.parts.lattice_vectors else None,
+        scatter=_scatter(table, indices, shape) if shape.parts.scatter else None,
         crystal_sizes=padded_sizes.astype(np.int32),
         targets=all_targets.astype(dtype),
         target_mask=known,
@@ -185,7 +195,9 @@ def fill_factors(batch: Batch) -> tuple[float, float]:
 
 def row_levels(row_length: int) -> tuple[int, ...]:
     """Row lengths for which the lattice sums are compiled; a block of atoms uses the first that holds its rows."""
-    levels = (48, 64, 80, 96, 128, 192, 384)
+    levels = [48, 64, 80, 96, 128, 192, 384]
+    while levels[-1] < row_length:
+        levels.append(2 * levels[-1])
     return (*(level for level in levels if level < row_length), row_length)
 
 
@@ -264,15 +276,20 @@ def _lattice_vectors(table: CrystalTable, indices: np.ndarray, shape: BatchShape
     return np.pad(vectors, padding).astype(shape.parts.dtype)
 
 
-def _centred(position: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Positions [A, 3] relative to the mean position of their crystal."""
-    if not len(position):
-        return position
-    mean = np.add.reduceat(position, np.cumsum(sizes) - sizes) / sizes[:, None]
-    return position - np.repeat(mean, sizes, axis=0)
+def _scatter(table: CrystalTable, indices: np.ndarray, shape: BatchShape) -> Scatter:
+    """Zeros for padding; 0 eigenvalues for a single atom."""
+    values: Any = np.zeros((shape.num_crystals, 3))
+    axes: Any = np.zeros((shape.num_crystals, 3, 3))
+    for place, crystal in enumerate(indices):
+        position = table.position[table.atom_offset[crystal] : table.atom_offset[crystal + 1]]
+        centred = position - position.mean(axis=0)
+        values[place], axes[place] = np.linalg.eigh(centred.T @ centred)
+    total = values.sum(axis=1, keepdims=True)
+    values /= np.where(total > SMALLEST_SCATTER, total, np.inf)
+    return Scatter(values.astype(shape.parts.dtype), axes.astype(shape.parts.dtype))
 
 
-def _occupancies(table: CrystalTable, indices: np.ndarray, place: np.ndarray, num_atoms: int) -> Any:
+def _occupancies(table: CrystalTable, indices: np.ndarray, place: np.ndarray, num_atoms: int, dtype: str) -> Any:
     """Occupancies [N, 98] if any site of these crystals is shared, else None."""
     if not len(table.shared_site):
         return None
@@ -281,7 +298,7 @@ def _occupancies(table: CrystalTable, indices: np.ndarray, place: np.ndarray, nu
     shared = table.shared_site[at] == atoms
     if not shared.any():
         return None
-    occupancies = np.zeros((num_atoms, 98), np.float32)
+    occupancies = np.zeros((num_atoms, 98), dtype)
     occupancies[place, table.species[atoms] - 1] = 1
     occupancies[place[shared]] = table.shared_occupancy[at[shared]]
     return occupancies

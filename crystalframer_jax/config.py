@@ -128,6 +128,7 @@ class BatchParts:
 
     cells: bool = False  # the atoms of each cell, for attention in reciprocal space
     lattice_vectors: bool = False  # for lattice frames
+    scatter: bool = False  # for pca frames
     dtype: str = "float32"
 
 
@@ -190,6 +191,7 @@ class ModelConfig:
         return BatchParts(
             cells=self.domain != "real",
             lattice_vectors=self.uses_frames and self.frame_method == "lattice",
+            scatter=self.uses_frames and self.frame_method == "pca",
             dtype=self.dtype.name,
         )
 
@@ -318,7 +320,7 @@ def _validate_combinations(config: ConfigDict) -> None:
         if not 1 <= len(config[key]) <= config.num_layers or min(config[key]) <= 0:
             raise ConfigError(
                 f"{key}={tuple(config[key])} needs one positive length, or one for each of the "
-                f"{config.num_layers} blocks"
+                f"{config.num_layers} blocks (fewer take turns)"
             )
     if config.value_pe_dist_max == 0 and config.value_pe_dist_real:
         raise ConfigError("value_pe_dist_max=0: give Å (positive) or multiples of scale_real (negative)")

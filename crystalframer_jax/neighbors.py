@@ -8,11 +8,12 @@ import dataclasses
 
 import numpy as np
 
-from crystalframer_jax.crystal import Crystal
+from crystalframer_jax.crystal import Crystal, CrystalError
 
 SHELL_TOLERANCE = 1e-4  # Å; distances closer than this are one shell of neighbours
 COLLINEAR = 0.999  # |cos| from which two directions cannot span a frame
 SMALLEST_DISTANCE = 1e-3  # Å
+MOST_IN_BOX = 20_000_000  # neighbours; about 2 GB while they are sorted
 RADIUS_TOLERANCE = 1e-6  # Å; a shell at the cutoff is taken whole, whatever the rounding of its distances
 
 
@@ -55,9 +56,15 @@ def neighbor_rows(crystal: Crystal, cutoff: float | LatticeBox) -> NeighborRows:
     neighbours of an atom lie on one line, its row is enlarged (and the rows of its new neighbours with it) up to the
     nearest shell that spans a frame.
 
-    Raises ValueError if the cutoff is not a positive number.
+    Raises ValueError if the cutoff is not a positive number, CrystalError if a box holds too many neighbours.
     """
     if isinstance(cutoff, LatticeBox):
+        number = crystal.num_atoms**2 * len(cutoff.images)
+        if number > MOST_IN_BOX:
+            raise CrystalError(
+                f"{crystal.id}: {number:,} neighbors of {crystal.num_atoms} atoms in {len(cutoff.images)} cells "
+                f"(adaptive_cutoff_sigma=0) are more than {MOST_IN_BOX:,}; choose a radius"
+            )
         return _canonical(crystal, *_in_box(crystal, cutoff))
     if not (np.isfinite(cutoff) and cutoff > 0):
         raise ValueError(f"the cutoff radius {cutoff} Å must be a positive number")

@@ -13,7 +13,7 @@ from tiny import STEPS_PER_EPOCH, assert_equal_trees, open_tiny, tiny_config, ti
 from crystalframer_jax import Predictor
 from crystalframer_jax.config import ConfigError
 from crystalframer_jax.inference.evaluation import groups_of, mean_absolute_errors
-from crystalframer_jax.training.checkpoint import Checkpoints
+from crystalframer_jax.training.checkpoint import CheckpointError, Checkpoints
 from crystalframer_jax.training.loop import Run, train
 from crystalframer_jax.training.pretrained import start_from
 from crystalframer_jax.training.state import TargetStatistics
@@ -153,7 +153,7 @@ def test_fine_tuning_starts_from_the_predictions_of_the_old_run(runs, folder):
     config, workdir, _ = runs("BatchNorm, dropout, another pooling")
     run = new_run(config, folder / "tuned")
     other_units = tuple(dataclasses.replace(s, mean=s.mean + 3, std=2 * s.std) for s in run.statistics)
-    state = start_from(run.initial_state(), workdir, other_units)
+    state = start_from(run.initial_state(), workdir, config, other_units)
     old = Predictor.load(workdir)
     weights = {"params": state.params, "calibration": state.calibration, "batch_stats": state.batch_stats}
     new = Predictor(config, weights, other_units)
@@ -169,7 +169,7 @@ def test_fine_tuning_to_other_targets_keeps_all_but_the_output_layer(runs, folde
     config, workdir, _ = runs("bfloat16, layer norms, lattice frames, draws")
     run = new_run(config, folder / "other")
     fresh = run.initial_state()
-    state = start_from(fresh, workdir, (TargetStatistics("band_gap", "eV", 1.0, 1.0),))
+    state = start_from(fresh, workdir, config, (TargetStatistics("band_gap", "eV", 1.0, 1.0),))
     old = Predictor.load(workdir).variables["params"]
     assert_equal_trees(state.params["output"], fresh.params["output"])
     assert_equal_trees(state.params | {"output": 0}, old | {"output": 0})
@@ -187,7 +187,47 @@ def test_a_fine_tuned_run_says_where_it_came_from_and_differs_from_one_that_was_
 
 
 def test_another_model_cannot_be_fine_tuned(runs, folder):
+    """Also where all shapes are the same: these weights would compute something else."""
     _, workdir, _ = runs("BatchNorm, dropout, another pooling")
-    config = tiny_config(folder / "data", model_dim=8, pretrained_model=str(workdir))
-    with pytest.raises(ConfigError, match=r"another model.*params/.*\[.*\], here.*config\.json"):
+    changes = {**OPTIONS["BatchNorm, dropout, another pooling"], "frame_method": "pca", "cutoff_radius": 5.0}
+    config = tiny_config(folder / "data", pretrained_model=str(workdir), **changes)
+    with pytest.raises(ConfigError) as error:
         train(config, folder / "refused")
+    for part in ("another model", "frame_method 'max', here 'pca'", "cutoff 4.0, here 5.0", "config.json"):
+        assert part in str(error.value)
+
+
+def test_targets_are_matched_by_name_and_new_ones_start_at_random(runs, folder):
+    config, workdir, _ = runs("bfloat16, layer norms, lattice frames, draws")
+    run = new_run(config, folder / "more")
+    (old,) = run.statistics
+    targets = (TargetStatistics("gap", "eV", 1.0, 1.0), dataclasses.replace(old, mean=old.mean - 1, std=old.std / 2))
+    fresh = run.initial_state()
+    twice = jax.tree.map(lambda x: jax.numpy.concatenate([x, x], axis=-1), fresh.params["output"])
+    fresh = dataclasses.replace(fresh, params=fresh.params | {"output": twice})
+    output = start_from(fresh, workdir, config, targets).params["output"]
+    before = Predictor.load(workdir).variables["params"]["output"]
+    np.testing.assert_array_equal(output["kernel"][:, 0], twice["kernel"][:, 0])
+    np.testing.assert_allclose(output["kernel"][:, 1], 2 * before["kernel"][:, 0], rtol=1e-6)
+    np.testing.assert_allclose(output["bias"][1], 2 * before["bias"][0] + 2 / old.std, rtol=1e-5)
+
+
+def test_averaged_weights_without_batch_statistics_are_refused(runs, folder, monkeypatch):
+    """In the middle of the averaging, before the end of the training."""
+    config, _, _ = runs("BatchNorm, dropout, another pooling")
+    config = config.copy_and_resolve_references()
+    config.swa_epochs = 2
+    save = Checkpoints.save
+
+    def save_and_stop(self, state, *args):
+        save(self, state, *args)
+        if int(state.step) == 2 * STEPS_PER_EPOCH:
+            self.wait()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoints, "save", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, folder / "averaging")
+    Predictor.load(folder / "averaging", "last")
+    with pytest.raises(CheckpointError, match=r"no BatchNorm statistics.*ask for last or best"):
+        Predictor.load(folder / "averaging", "swa")

@@ -21,7 +21,7 @@ from crystalframer_jax.data.table import COLUMNS, CrystalTable, make_table
 from crystalframer_jax.files import locked
 from crystalframer_jax.neighbors import LatticeBox, NeighborRows, neighbor_rows
 
-FORMAT = 1  # to be raised when neighbour rows or columns change
+FORMAT = 2  # to be raised when neighbour rows or columns change
 MAX_BAD_SHARE = 0.01  # of records that cannot be used, before preparation stops
 
 

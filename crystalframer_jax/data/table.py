@@ -24,7 +24,7 @@ class CrystalTable:
     image: np.ndarray  # [E, 3] int16 lattice image of the neighbour
     reverse: np.ndarray  # [E] int32 place of the reverse neighbour, counted within its crystal
     shared_site: np.ndarray  # [S] int64 atoms (among the A) that are shared or partially occupied, ascending
-    shared_occupancy: np.ndarray  # [S, 98] float32 their occupancies
+    shared_occupancy: np.ndarray  # [S, 98] float64 their occupancies
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -61,7 +61,7 @@ def make_table(crystals: Sequence[Crystal], rows: Sequence[NeighborRows]) -> Cry
         image=_join([row.image for row in rows], np.int16, (3,)),
         reverse=_join([row.reverse for row in rows], np.int32),
         shared_site=_join(sites, np.int64),
-        shared_occupancy=_join([occupancy for _, occupancy in shared], np.float32, (98,)),
+        shared_occupancy=_join([occupancy for _, occupancy in shared], np.float64, (98,)),
     )
 
 

@@ -50,6 +50,8 @@ def compute_frames(
         raise ConfigError(f"method={method!r} does not exist; allowed: {', '.join(METHODS)}")
     if not (np.isfinite(cutoff_radius) and cutoff_radius > 0):
         raise ConfigError(f"cutoff_radius={cutoff_radius!r} must be a positive number of Å")
+    if not tie_tolerance >= 0:
+        raise ConfigError(f"tie_tolerance={tie_tolerance!r} must not be negative")
     crystals = as_crystals(structure)
     if len(crystals) != 1:
         raise CrystalError(f"{structure}: {len(crystals)} structures; give one of them")
@@ -57,7 +59,7 @@ def compute_frames(
     q, k, a = _weights(crystal.num_atoms, q, k, a)
     with jax.enable_x64(True):
         table = make_table([crystal], [neighbor_rows(crystal, cutoff_radius)])
-        parts = BatchParts(lattice_vectors=method == "lattice", dtype="float64")
+        parts = BatchParts(lattice_vectors=method == "lattice", scatter=method == "pca", dtype="float64")
         batch = pack(table, np.array([0]), [shape_for(table, np.array([0]), parts)])
         place = np.flatnonzero(batch.species)
         place = place[np.argsort(batch.atom_in_crystal[place])]  # of each atom in the batch
@@ -78,7 +80,9 @@ def _weights(
     """q, k and a with what is missing filled in; ValueError if their shapes do not go together."""
     if (q is None) != (k is None):
         raise ValueError("give q and k together")
-    heads = np.shape(a)[-1] if a is not None else 1
+    if a is not None and np.ndim(a) != 2:
+        raise ValueError(f"a has {np.ndim(a)} dimensions; it must be [{num_atoms}, H]")
+    heads = np.shape(a)[1] if a is not None else 1
     q = np.zeros((num_atoms, heads, 1)) if q is None else np.asarray(q, np.float64)
     k = np.zeros_like(q) if k is None else np.asarray(k, np.float64)
     a = np.full(q.shape[:2], -0.5 / 1.4**2) if a is None else np.asarray(a, np.float64)
@@ -89,4 +93,6 @@ def _weights(
         )
     if not (a < 0).all():
         raise ValueError("a must be negative: attention falls off with distance")
+    if not (np.isfinite(q).all() and np.isfinite(k).all() and np.isfinite(a).all()):
+        raise ValueError("q, k and a must be finite")
     return q, k, a

@@ -40,7 +40,9 @@ class Predictor:
     Attributes:
       targets: name, unit, mean and standard deviation of each target.
       cutoff: radius of the neighbour rows, Å.
-      origin: which weights these are, in words.
+      weights: which weights these are: "best", "last", "swa", or "given" as arrays.
+      step: optimizer step of their checkpoint, 0 if given.
+      origin: the same in words.
     """
 
     def __init__(self, config: ConfigDict, variables: Tree, targets: tuple[TargetStatistics, ...]):
@@ -48,9 +50,9 @@ class Predictor:
         self.variables = variables
         self.targets = targets
         self.cutoff = neighbor_cutoff(config)
-        self.origin = "given parameters"
+        self.weights, self.step, self.origin = "given", 0, "given parameters"
         model = model_config(config)
-        self.parts = model.parts
+        self.parts, self.uses_frames = model.parts, model.uses_frames
         self.forward = make_forward(CrystalFramer(model))
 
     @classmethod
@@ -62,7 +64,7 @@ class Predictor:
 
         Raises CheckpointError if there is no such model.
         """
-        workdir, step = Path(run_dir), None
+        workdir, step = Path(run_dir).expanduser(), None
         if workdir.parent.name == FOLDER and workdir.name.isdigit():
             workdir, step = workdir.parent.parent, int(workdir.name)
             if weights == "best":
@@ -88,11 +90,17 @@ class Predictor:
             targets = tuple(TargetStatistics(**target) for target in checkpoints.meta(step)["targets"])
         finally:
             checkpoints.close()
-        if weights == "swa" and not any(np.any(leaf) for leaf in jax.tree.leaves(model["swa_params"])):
+        if weights == "swa" and _all_zero(model["swa_params"]):
             raise CheckpointError(f"{workdir} has no averaged weights (swa_epochs=0, or not reached yet)")
+        if weights == "swa" and _all_zero(model["swa_batch_stats"]):
+            raise CheckpointError(
+                f"{workdir}: the averaged weights of step {step} have no BatchNorm statistics, which come at the "
+                "end of the training; ask for last or best"
+            )
         prefix = "swa_" if weights == "swa" else ""
         variables = {name: model[prefix + name] for name in ("params", "batch_stats")}
         predictor = cls(config, variables | {"calibration": model["calibration"]}, targets)
+        predictor.weights, predictor.step = weights, step
         predictor.origin = f"{weights} weights of {workdir}, step {step}"
         return predictor
 
@@ -136,11 +144,14 @@ class Predictor:
             )
 
     def draws(self, num_frame_samples: int | None) -> int:
-        """How many draws among equally good frames a prediction averages: as asked for, or as configured."""
+        """How many draws among equally good frames a prediction averages: as asked for, or as configured.
+
+        1 for models without frames.
+        """
         samples = self.config.num_frame_samples if num_frame_samples is None else num_frame_samples
         if samples < 1:
             raise ConfigError(f"num_frame_samples={samples} must be at least 1")
-        return samples
+        return samples if self.uses_frames else 1
 
 
 def read_config(workdir: Path) -> ConfigDict:
@@ -154,6 +165,12 @@ def read_config(workdir: Path) -> ConfigDict:
         except TypeError as error:
             raise CheckpointError(f"{workdir / 'config.json'}: {key}={value!r} is of the wrong type") from error
     return config
+
+
+def _all_zero(tree: Tree) -> bool:
+    """Whether there are arrays and nothing but zeros in them."""
+    leaves = jax.tree.leaves(tree)
+    return bool(leaves) and not any(np.any(leaf) for leaf in leaves)
 
 
 def _selected(workdir: Path) -> str:

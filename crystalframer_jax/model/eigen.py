@@ -47,28 +47,29 @@ def _rotate(matrix: jax.Array, axes: jax.Array, p: int, q: int) -> tuple[jax.Arr
     return matrix, turned(axes)
 
 
-def principal_axes(matrix: jax.Array, anchor: jax.Array, tolerance: float, signs: jax.Array | None) -> jax.Array:
+def principal_frames(
+    values: jax.Array, axes: jax.Array, anchor: jax.Array, tolerance: float, signs: jax.Array | None
+) -> jax.Array:
     """Right-handed frames of eigenvectors, ascending eigenvalues: [..., 3, 3] with rows e1, e2, e3.
 
-    Eigenvectors of equal eigenvalues, and the signs of all, are not determined by the matrix. `anchor` [..., 3, 3], any
-    frame (rows) that turns with the crystal, settles them, so that the result turns with the crystal too:
-    eigenvalues closer than `tolerance` times the trace count as equal, and in the space that they share the
-    principal axes of fixed weights of the axes of the anchor are taken. e1 and e2 get the signs `signs` [..., 2] (+-1),
-    or, without them, those that point towards a fixed direction of the anchor.
+    `values` [..., 3] and `axes` [..., 3, 3] (columns) are those of a matrix of trace 1 (or 0). Eigenvectors of equal
+    eigenvalues, and the signs of all, are not determined by the matrix. `anchor` [..., 3, 3], any frame (rows) that
+    turns with the crystal, settles them, so that the result turns with the crystal too: eigenvalues closer than
+    `tolerance` count as equal, and in the space that they share the principal axes of fixed weights of the axes of
+    the anchor are taken. e1 and e2 get the signs `signs` [..., 2] (+-1), or, without them, those that point towards a
+    fixed direction of the anchor.
     """
-    trace = jnp.trace(matrix, axis1=-2, axis2=-1)
-    values, axes = eigh3(matrix / jnp.where(trace > 0, trace, 1)[..., None, None])
     level = jnp.cumsum(jnp.diff(values, prepend=values[..., :1]) >= tolerance, axis=-1)
-    weights = jnp.asarray([1.0, 0.618, 0.283], matrix.dtype)  # of no crystallographic meaning
+    weights = jnp.asarray([1.0, 0.618, 0.283], axes.dtype)  # of no crystallographic meaning
     inside = jnp.einsum("...ax,...xi->...ai", anchor, axes, precision=EXACT)
     shared = jnp.einsum("...ai,...aj,a->...ij", inside, inside, weights, precision=EXACT)
     shared = jnp.where(level[..., :, None] == level[..., None, :], shared, 0)
-    _, rotation = eigh3(shared + 3 * level[..., None, :] * jnp.eye(3, dtype=matrix.dtype))
+    _, rotation = eigh3(shared + 3 * level[..., None, :] * jnp.eye(3, dtype=axes.dtype))
     axes = jnp.einsum("...xi,...ij->...jx", axes, rotation, precision=EXACT)
     e1, e2 = axes[..., 0, :], axes[..., 1, :]
     if signs is None:
-        direction = jnp.einsum("a,...ax->...x", jnp.asarray([1.0, 0.531, 0.277], matrix.dtype), anchor)
+        direction = jnp.einsum("a,...ax->...x", jnp.asarray([1.0, 0.531, 0.277], axes.dtype), anchor)
         toward = [jnp.sum(e * direction, axis=-1) for e in (e1, e2)]
         signs = jnp.where(jnp.stack(toward, -1) < 0, -1.0, 1.0)
     e1, e2 = e1 * signs[..., :1], e2 * signs[..., 1:]
-    return jnp.stack([e1, e2, jnp.cross(e1, e2)], axis=-2).astype(matrix.dtype)
+    return jnp.stack([e1, e2, jnp.cross(e1, e2)], axis=-2).astype(axes.dtype)

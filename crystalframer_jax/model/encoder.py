@@ -11,9 +11,11 @@ from crystalframer_jax.config import ModelConfig
 from crystalframer_jax.model.attention import ValueEncoding, framed_attention, reciprocal_attention
 from crystalframer_jax.model.basis import EXACT, AngleBasis, Bases, DistanceBasis
 from crystalframer_jax.model.frames import block_frames
-from crystalframer_jax.model.layers import ACTIVATIONS, Initializer, dense, layer_norm, scaled_xavier, t_fixup_gain
+from crystalframer_jax.model.layers import ACTIVATIONS, Initializer, block_layer, layer_norm, t_fixup_gain
 from crystalframer_jax.model.random_bits import fold_in_all, keys_by_place, row_seeds
 from crystalframer_jax.model.reciprocal import WaveVectors
+
+NO_SPREAD = 1e-5  # standard deviation of the width logits, relative to their mean, that is rounding only
 
 
 def value_bases(config: ModelConfig, block: int) -> Bases:
@@ -45,9 +47,9 @@ class SelfAttention(nn.Module):
         config = self.config
         heads, k_dim, v_dim = config.head_num, config.k_dim, config.v_dim
         gain = t_fixup_gain(config)
-        q = dense(config, x, heads * k_dim, "q", scaled_xavier(1.0)).reshape(-1, heads, k_dim)
-        k = dense(config, x, heads * k_dim, "k", scaled_xavier(1.0)).reshape(-1, heads, k_dim)
-        v = dense(config, x, heads * v_dim, "v", scaled_xavier(gain)).reshape(-1, heads, v_dim)
+        q = block_layer(config, x, heads * k_dim, "q", 1.0).reshape(-1, heads, k_dim)
+        k = block_layer(config, x, heads * k_dim, "k", 1.0).reshape(-1, heads, k_dim)
+        v = block_layer(config, x, heads * v_dim, "v", gain).reshape(-1, heads, v_dim)
         widths = self._width_logits(x, q, batch, calibrate)
 
         seeds = None
@@ -71,7 +73,7 @@ class SelfAttention(nn.Module):
             exponents.append(a)
         self.sow("intermediates", "a", jnp.concatenate(exponents, axis=1))
         output = jnp.concatenate(outputs, axis=1).reshape(-1, heads * v_dim)
-        return dense(config, output, config.model_dim, "out", scaled_xavier(gain))
+        return block_layer(config, output, config.model_dim, "out", gain)
 
     def _real(
         self,
@@ -137,7 +139,8 @@ class SelfAttention(nn.Module):
             number = jnp.sum(real) * logits.shape[1]
             mean = jnp.sum(logits, where=real) / number
             variance = jnp.sum((logits - mean) ** 2, where=real) / (number - 1)
-            scale.value, shift.value = variance**-0.5, -mean
+            varies = variance > (NO_SPREAD * mean) ** 2  # not so if one value is all there is
+            scale.value, shift.value = jnp.where(varies, variance, 1) ** -0.5, -mean
         return (logits + jax.lax.stop_gradient(shift.value)) * jax.lax.stop_gradient(scale.value)
 
     def _real_exponents(self, logits: jax.Array) -> jax.Array:
@@ -211,8 +214,8 @@ class EncoderBlock(nn.Module):
         def dropped(x: jax.Array) -> jax.Array:
             return nn.Dropout(config.dropout, deterministic=not train)(x)
 
-        init = scaled_xavier(t_fixup_gain(config))
+        gain = t_fixup_gain(config)
         attention = SelfAttention(config, self.block, name="attention")
         x = normed(x + dropped(attention(x, batch, frame_keys, calibrate, given_frames, train)), "norm1")
-        hidden = ACTIVATIONS[config.t_activation](dense(config, x, config.ff_dim, "linear1", init))
-        return normed(x + dropped(dense(config, dropped(hidden), config.model_dim, "linear2", init)), "norm2")
+        hidden = ACTIVATIONS[config.t_activation](block_layer(config, x, config.ff_dim, "linear1", gain))
+        return normed(x + dropped(block_layer(config, dropped(hidden), config.model_dim, "linear2", gain)), "norm2")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from crystalframer_jax.batch import Batch, Rows
 from crystalframer_jax.model.basis import EXACT
 from crystalframer_jax.model.blocks import attention_logits, map_blocks
-from crystalframer_jax.model.eigen import principal_axes
+from crystalframer_jax.model.eigen import eigh3, principal_frames
 from crystalframer_jax.model.random_bits import mix
 
 PARALLEL = 0.9999  # |cos| from which a neighbour cannot give the second axis
@@ -96,7 +96,10 @@ def weighted_pca_frames(
         weights = jnp.exp(logits - jnp.where(jnp.isfinite(largest), largest, 0))
         return jnp.einsum("nhm,nmx,nmy->nhxy", weights, unit, unit, precision=EXACT)
 
-    return _principal_frames(map_blocks(block, rows, q, a), rows, tie_tolerance, seeds)
+    matrix = map_blocks(block, rows, q, a)
+    trace = jnp.trace(matrix, axis1=-2, axis2=-1)
+    values, axes = eigh3(matrix / jnp.where(trace > 0, trace, 1)[..., None, None])
+    return _principal_frames(values, axes, rows, tie_tolerance, seeds)
 
 
 def pca_frames(batch: Batch, tie_tolerance: float, seeds: jax.Array | None = None) -> jax.Array:
@@ -104,10 +107,10 @@ def pca_frames(batch: Batch, tie_tolerance: float, seeds: jax.Array | None = Non
 
     They depend on the choice of the cell and of the atoms in it, as they do in the paper.
     """
-    crystals = batch.crystal_sizes.shape[0]
-    outer = batch.positions[:, :, None] * batch.positions[:, None, :]
-    scatter = jax.ops.segment_sum(outer, batch.crystal_of_atom, crystals)[batch.crystal_of_atom]
-    return _principal_frames(scatter[:, None], batch.rows, tie_tolerance, seeds)
+    if batch.scatter is None:
+        raise ValueError("pca frames need batches with scatter; see ModelConfig.parts")
+    values, axes = (jnp.asarray(x)[batch.crystal_of_atom][:, None] for x in (batch.scatter.values, batch.scatter.axes))
+    return _principal_frames(values, axes, batch.rows, tie_tolerance, seeds)
 
 
 def lattice_frames(batch: Batch, tie_tolerance: float, seeds: jax.Array | None = None) -> jax.Array:
@@ -118,7 +121,7 @@ def lattice_frames(batch: Batch, tie_tolerance: float, seeds: jax.Array | None =
     """
     if batch.lattice_vectors is None:
         raise ValueError("lattice frames need batches with lattice_vectors; see ModelConfig.parts")
-    vectors = batch.lattice_vectors[batch.crystal_of_atom]  # [N, K, 3]
+    vectors = jnp.asarray(batch.lattice_vectors)[batch.crystal_of_atom]  # [N, K, 3]
     length = jnp.linalg.norm(vectors, axis=-1)
     unit = vectors / jnp.where(length > 0, length, 1)[..., None]
     score = jnp.broadcast_to(
@@ -141,15 +144,18 @@ def lattice_frames(batch: Batch, tie_tolerance: float, seeds: jax.Array | None =
     return jnp.stack([e1, e2, e3], axis=-2) * hand[..., None, None].astype(e1.dtype)
 
 
-def _principal_frames(matrix: jax.Array, rows: Rows, tie_tolerance: float, seeds: jax.Array | None) -> jax.Array:
-    """Frames of the eigenvectors of matrix [N, H or 1, 3, 3]; what it leaves open, max_static frames settle."""
+def _principal_frames(
+    values: jax.Array, axes: jax.Array, rows: Rows, tie_tolerance: float, seeds: jax.Array | None
+) -> jax.Array:
+    """Frames of eigenvectors `axes` [N, H or 1, 3, 3]; what the eigenvalues leave open, max_static frames settle."""
     anchor = max_static_frames(rows, tie_tolerance, seeds)
     signs = None
     if seeds is not None:
         bits = mix(seeds ^ jnp.uint32(0x85EBCA6B))
-        signs = 1 - 2 * jnp.stack([bits & 1, (bits >> 1) & 1], axis=-1).astype(matrix.dtype)
-    matrix, anchor = jnp.broadcast_arrays(matrix, anchor)
-    return principal_axes(matrix, anchor, tie_tolerance, signs)
+        signs = 1 - 2 * jnp.stack([bits & 1, (bits >> 1) & 1], axis=-1).astype(axes.dtype)
+    axes, anchor = jnp.broadcast_arrays(axes, anchor)
+    values = jnp.broadcast_to(values, axes.shape[:-1])
+    return principal_frames(values, axes, anchor, tie_tolerance, signs)
 
 
 def _directions(rows: Rows) -> tuple[jax.Array, jax.Array]:

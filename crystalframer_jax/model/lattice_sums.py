@@ -143,7 +143,7 @@ def _weights(logits: jax.Array, log_sum: jax.Array) -> jax.Array:
 def _kept(rows: Rows, seeds: jax.Array, dropout: float, dtype: jnp.dtype) -> jax.Array:
     """0 with probability `dropout`, else 1 / (1 - dropout), for every head and pair of atoms i, j: [n, H, M]."""
     bits = mix(seeds[:, :, None] + rows.index[:, None, :].astype(jnp.uint32) * jnp.uint32(0x9E3779B9))
-    return (bits >= jnp.uint32(round(dropout * 2**32))).astype(dtype) / (1 - dropout)
+    return (bits >= jnp.uint32(min(round(dropout * 2**32), 2**32 - 1))).astype(dtype) / (1 - dropout)
 
 
 def _without_self(x: jax.Array, distance: jax.Array) -> jax.Array:

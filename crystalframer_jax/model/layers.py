@@ -6,6 +6,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from crystalframer_jax.config import ModelConfig
 from crystalframer_jax.model.basis import EXACT
@@ -16,26 +17,30 @@ BATCH_NORM_MOMENTUM = 0.1  # share of the newest batch in the running averages
 EPSILON = 1e-5  # of all normalisations, as in PyTorch
 
 
-def dense(
-    config: ModelConfig,
-    x: jax.Array,
-    width: int,
-    name: str,
-    kernel_init: Initializer,
-    bias_init: Initializer = nn.initializers.zeros,
-) -> jax.Array:
-    """x W + b in the type of x; the product is computed in bfloat16 if config.precision says so."""
-    compute = jnp.bfloat16 if config.precision == "bfloat16" else None
-    layer = nn.Dense(
-        width,
-        dtype=compute,
-        param_dtype=config.dtype,
-        precision=EXACT,
-        kernel_init=kernel_init,
-        bias_init=bias_init,
-        name=name,
-    )
-    return layer(x).astype(x.dtype)
+class Dense(nn.Module):
+    """x W + b in the type of x; the product alone may be computed from rounded x and W (`product_dtype`)."""
+
+    width: int
+    kernel_init: Initializer
+    bias_init: Initializer
+    param_dtype: np.dtype
+    product_dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> [..., width]."""
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.width), self.param_dtype)
+        bias = self.param("bias", self.bias_init, (self.width,), self.param_dtype)
+        left, right = x, kernel
+        if self.product_dtype is not None:
+            left, right = left.astype(self.product_dtype), right.astype(self.product_dtype)
+        return jnp.matmul(left, right, precision=EXACT, preferred_element_type=x.dtype) + bias
+
+
+def block_layer(config: ModelConfig, x: jax.Array, width: int, name: str, gain: float) -> jax.Array:
+    """A dense layer of a transformer block, in bfloat16 if `precision` says so; initially Xavier uniform * gain."""
+    product = jnp.dtype(jnp.bfloat16) if config.precision == "bfloat16" else None
+    return Dense(width, scaled_xavier(gain), nn.initializers.zeros, config.dtype, product, name=name)(x)
 
 
 def scaled_xavier(gain: float) -> Initializer:
@@ -49,13 +54,13 @@ def t_fixup_gain(config: ModelConfig) -> float:
 
 
 def head_layer(config: ModelConfig, x: jax.Array, width: int, name: str) -> jax.Array:
-    """A dense layer with initial weights and biases uniform in +-1/sqrt(fan_in)."""
+    """A dense layer before the output, or the output; initial weights and biases uniform in +-1/sqrt(fan_in)."""
     bound = 1 / math.sqrt(x.shape[-1])
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-    return dense(config, x, width, name, init, init)
+    return Dense(width, init, init, config.dtype, name=name)(x)
 
 
 def layer_norm(config: ModelConfig, x: jax.Array, name: str, affine: bool = True) -> jax.Array:

@@ -44,7 +44,7 @@ class CrystalFramer(nn.Module):
           train: dropout (needs an rng "dropout") and BatchNorm by this batch (needs `mutable=["batch_stats"]`).
         """
         config = self.config
-        x = self._embed(batch)
+        x = self._embed(batch, train)
         for block in range(config.num_layers):
             frames = None if given_frames is None else given_frames[block]
             layer = EncoderBlock(config, block, name=f"block_{block}")
@@ -65,7 +65,7 @@ class CrystalFramer(nn.Module):
             x = nn.relu(head_norm(config, x, batch.crystal_sizes > 0, f"dense_{i}_norm", train))
         return head_layer(config, x, config.num_targets, "output")
 
-    def _embed(self, batch: Batch) -> jax.Array:
+    def _embed(self, batch: Batch, train: bool) -> jax.Array:
         """Sum of the element embeddings weighted by occupancy, [N, D]."""
         config = self.config
         std = config.model_dim**-0.5
@@ -78,9 +78,9 @@ class CrystalFramer(nn.Module):
             occupancies = jax.nn.one_hot(batch.species - 1, NUM_ELEMENTS)
         occupancies = occupancies.astype(table.dtype)
         x = jnp.matmul(occupancies, table, precision=EXACT)
-        if config.scale_grad:
+        if config.scale_grad and train:
             factor = rarity(occupancies, batch, config.scale_grad)[:, None]
-            x = jax.lax.stop_gradient(x - factor * x) + factor * x
+            x = x + (factor - 1) * (x - jax.lax.stop_gradient(x))  # x itself, with a gradient times `factor`
         return x
 
 

@@ -102,8 +102,9 @@ class Run:
         if last is None:
             state = self.initial_state()
             if self.config.pretrained_model:
-                state = start_from(state, self.config.pretrained_model, self.statistics)
+                state = start_from(state, self.config.pretrained_model, self.config, self.statistics)
             say(f"{self.dataset.name}: {splits}; {count_parameters(state.params):,} trainable parameters")
+            say(describe(self.config))
             shape, (atoms, neighbors) = self.batches.shapes[0], self.batches.fill_factors()
             say(
                 f"batches of {shape.num_crystals} crystals in {shape.num_atoms} atom slots ({atoms:.0%} filled) with "
@@ -134,7 +135,7 @@ class Run:
                     bar.set_postfix(loss=f"{float(results[-2]['loss']):.3f}", refresh=False)
             losses, norms = (np.array([float(result[name]) for result in results]) for name in ("loss", "grad_norm"))
             trained = time.perf_counter() - start
-            validation = self.errors(_weights(state), "val")
+            validation = self.errors(_weights(state), "val", num_frame_samples=1)
             self._check_finite(epoch, losses + norms, validation)
             seconds += time.perf_counter() - start
             metrics = {
@@ -173,7 +174,7 @@ class Run:
         targets = [dataclasses.asdict(s) for s in self.statistics]
         return {"epoch": epoch, "seconds": seconds, "targets": targets, "val_mae": validation}
 
-    def errors(self, weights: Tree, split: str) -> dict[str, float]:
+    def errors(self, weights: Tree, split: str, num_frame_samples: int) -> dict[str, float]:
         """MAE of every target on a split, label units."""
         indices = self.dataset.splits[split]
         groups = groups_of(indices, self.batches.batch_size)
@@ -184,7 +185,7 @@ class Run:
             groups,
             self.statistics,
             self.batches.shapes,
-            self.config.num_frame_samples,
+            num_frame_samples,
         )
         return mean_absolute_errors(predictions.mean, self.dataset.labels[indices], self.statistics)
 
@@ -223,13 +224,14 @@ class Run:
                 "calibration": state.calibration,
                 "batch_stats": state.swa_batch_stats,
             }
-        by_weights = {name: {s: self.errors(w, s) for s in ("val", "test")} for name, w in candidates.items()}
+        samples = self.config.num_frame_samples if self.model.config.uses_frames else 1
+        by_weights = {name: {s: self.errors(w, s, samples) for s in ("val", "test")} for name, w in candidates.items()}
         selected = min(by_weights, key=lambda name: self._standardised(by_weights[name]["val"]))
         baseline = {
             split: mean_predictor_errors(self.dataset.labels[self.dataset.splits[split]], self.statistics)
             for split in SPLITS
         }
-        train_errors = self.errors(candidates[selected], "train")
+        train_errors = self.errors(candidates[selected], "train", samples)
         epochs = read_metrics(self.workdir)
         return {
             "test": {
@@ -265,6 +267,20 @@ def summary_text(summary: dict[str, Any]) -> str:
         f"{text}\n* selected: smallest validation error\n"
         f"{summary['epochs']} epochs in {duration(summary['seconds'])}, {summary['crystals_per_s']:.0f} crystals/s, "
         f"{summary['parameters']:,} trainable parameters"
+    )
+
+
+def describe(config: ConfigDict) -> str:
+    """What model a configuration is, in a line."""
+    frames = f"{config.frame_method} frames" if config.value_pe_angle_real else "no frames (Crystalformer)"
+    cutoff = neighbor_cutoff(config)
+    reach = (
+        f"within {cutoff:.2f} Å" if isinstance(cutoff, float) else f"in a box of {2 * cutoff.lattice_range + 1}^3 cells"
+    )
+    start = f", starting from {config.pretrained_model}" if config.pretrained_model else ""
+    return (
+        f"{config.num_layers} blocks of {config.head_num} heads, {frames}, domain {config.domain}, neighbors {reach}, "
+        f"{config.precision}{start}"
     )
 
 

@@ -5,54 +5,63 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
 
-from crystalframer_jax.config import ConfigError
+from crystalframer_jax.config import ConfigError, model_config, neighbor_cutoff
 from crystalframer_jax.inference.predictor import Predictor
 from crystalframer_jax.training.state import TargetStatistics, TrainState, Tree
 
+# What may differ between the two: it does not change what the weights compute, but for rounding and draws.
+MAY_DIFFER = ("num_targets", "dropout", "scale_grad", "precision", "tie_tolerance")
 
-def start_from(state: TrainState, run_dir: str | Path, statistics: tuple[TargetStatistics, ...]) -> TrainState:
+
+def start_from(
+    state: TrainState, run_dir: str | Path, config: ConfigDict, statistics: tuple[TargetStatistics, ...]
+) -> TrainState:
     """`state` with the weights, calibration and BatchNorm averages that prediction with `run_dir` uses.
 
-    The output layer is rescaled to the statistics of the new training labels, so that predictions in label units are
-    those of the old run; if the targets have other names, it keeps its random weights.
+    Targets that the old run predicts too (by name) keep their predictions in label units: their part of the output
+    layer is rescaled to `statistics`, those of the new training labels. Other targets keep their random output layer.
 
-    Raises ConfigError listing what does not fit if the two models differ, CheckpointError if there is no such run.
+    Raises ConfigError listing the hyperparameters that differ if the old run is another model than `config`,
+    CheckpointError if there is no such run.
     """
     predictor = Predictor.load(run_dir)
-    old: dict[str, Any] = jax.tree.map(jnp.asarray, dict(predictor.variables))
-    if [s.name for s in predictor.targets] == [s.name for s in statistics]:
-        old["params"] = old["params"] | {"output": _rescaled(old["params"]["output"], predictor.targets, statistics)}
-    else:
-        old["params"] = old["params"] | {"output": state.params["output"]}
-    new = {"params": state.params, "calibration": state.calibration, "batch_stats": state.batch_stats}
-    problems = _differences(old, new)
-    if problems:
+    differences = _differences(predictor.config, config)
+    if differences:
         raise ConfigError(
-            f"pretrained_model={str(run_dir)!r} is another model than this configuration ({'; '.join(problems)}); "
-            f"take its hyperparameters from {Path(run_dir) / 'config.json'}"
+            f"pretrained_model={str(run_dir)!r} is another model: {'; '.join(differences)}; use those of "
+            f"{Path(run_dir) / 'config.json'}"
         )
-    return dataclasses.replace(state, **jax.tree.map(lambda x, like: x.astype(like.dtype), old, new))
+    old: dict[str, Any] = jax.tree.map(np.asarray, dict(predictor.variables))
+    output = _output_layer(old["params"]["output"], predictor.targets, state.params["output"], statistics)
+    old["params"] = old["params"] | {"output": output}
+    new = {"params": state.params, "calibration": state.calibration, "batch_stats": state.batch_stats}
+    placed = jax.tree.map(lambda x, like: jax.device_put(np.asarray(x).astype(like.dtype)), old, new)
+    return dataclasses.replace(state, **placed)
 
 
-def _rescaled(layer: Tree, old: tuple[TargetStatistics, ...], new: tuple[TargetStatistics, ...]) -> Tree:
-    """The output layer that gives the same predictions in label units with the statistics `new`."""
-    ratio = jnp.array([o.std / n.std for o, n in zip(old, new, strict=True)])
-    shift = jnp.array([(o.mean - n.mean) / n.std for o, n in zip(old, new, strict=True)])
-    return {"kernel": layer["kernel"] * ratio, "bias": layer["bias"] * ratio + shift}
+def _output_layer(
+    old: Tree, old_targets: tuple[TargetStatistics, ...], new: Tree, new_targets: tuple[TargetStatistics, ...]
+) -> Tree:
+    """The new output layer with the columns of the old one, rescaled, for the targets that both have."""
+    kernel, bias = np.array(new["kernel"]), np.array(new["bias"])
+    column = {target.name: t for t, target in enumerate(old_targets)}
+    for t, target in enumerate(new_targets):
+        if target.name in column:
+            o = column[target.name]
+            before = old_targets[o]
+            kernel[:, t] = old["kernel"][:, o] * before.std / target.std
+            bias[t] = (old["bias"][o] * before.std + before.mean - target.mean) / target.std
+    return {"kernel": kernel, "bias": bias}
 
 
-def _differences(old: Tree, new: Tree) -> list[str]:
-    """What one tree has and the other has not, or in another shape; at most five lines."""
-    shapes = [
-        {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
-        for leaves in (jax.tree_util.tree_leaves_with_path(old), jax.tree_util.tree_leaves_with_path(new))
+def _differences(old: ConfigDict, new: ConfigDict) -> list[str]:
+    """The hyperparameters of the model in which two configurations differ: "key old, here new"."""
+    values = [{**dataclasses.asdict(model_config(config)), "cutoff": neighbor_cutoff(config)} for config in (old, new)]
+    return [
+        f"{key} {values[0][key]!r}, here {values[1][key]!r}"
+        for key in values[0]
+        if key not in MAY_DIFFER and values[0][key] != values[1][key]
     ]
-    names = sorted(set(shapes[0]) | set(shapes[1]))
-    lines = [
-        f"{name} {list(shapes[0].get(name, ())) or 'missing'}, here {list(shapes[1].get(name, ())) or 'missing'}"
-        for name in names
-        if shapes[0].get(name) != shapes[1].get(name)
-    ]
-    return lines[:5] + ([f"and {len(lines) - 5} more"] if len(lines) > 5 else [])
