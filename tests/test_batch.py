@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import atom_places, batch_of, primitive, random_crystal, random_variables, small_config
+from support import atom_places, batch_of, primitive, random_crystal, random_variables, real_crystals, small_config
 
 from crystalframer_jax.batch import (
     ATOM_BLOCK,
+    CELL_BLOCK,
     BatchShape,
     fill_factors,
     pack,
@@ -19,8 +20,10 @@ from crystalframer_jax.batch import (
     row_levels,
     shape_for,
 )
+from crystalframer_jax.config import NO_PARTS, BatchParts
 from crystalframer_jax.crystal import MAX_ATOMIC_NUMBER, Crystal
 from crystalframer_jax.data.table import CrystalTable, make_table
+from crystalframer_jax.lattice import lattice_vectors
 from crystalframer_jax.model.regressor import CrystalFramer
 from crystalframer_jax.neighbors import displacements, neighbor_rows
 
@@ -190,6 +193,201 @@ def test_without_targets_none_is_known():
     assert not batch.target_mask.any()
 
 
+# Parts that only some models need: cells, lattice vectors, scatter, float64
+
+ALL_PARTS = BatchParts(cells=True, lattice_vectors=True, scatter=True)
+
+
+def described_otherwise(crystal):
+    """The same crystal in a left-handed cell, with every atom in some other cell."""
+    shifts = np.random.default_rng(25).integers(-3, 4, (crystal.num_atoms, 3))
+    lattice = crystal.lattice[[1, 0, 2]]
+    return dataclasses.replace(crystal, positions=crystal.positions + shifts @ lattice, lattice=lattice)
+
+
+@functools.cache
+def other_crystals():
+    return [described_otherwise(crystals()[0]), *crystals()[1:]]
+
+
+def places_of_crystals(batch):
+    """Places of the atoms of crystals(), crystal by crystal."""
+    return np.split(atom_places(batch), np.cumsum([crystal.num_atoms for crystal in crystals()])[:-1])
+
+
+@pytest.mark.parametrize("asked", ["nothing", "cells", "lattice_vectors", "scatter"])
+def test_parts_that_no_model_asked_for_are_absent(asked):
+    parts = NO_PARTS if asked == "nothing" else BatchParts(**{asked: True})
+    batch = batch_of(crystals(), RADIUS, shapes=SMALL, parts=parts)
+    for part in ("cells", "lattice_vectors", "scatter"):
+        assert (getattr(batch, part) is not None) == (part == asked)
+    expected = batch_of(crystals(), RADIUS, shapes=SMALL, parts=ALL_PARTS)
+    jax.tree.map(np.testing.assert_array_equal, batch.rows, expected.rows)
+    np.testing.assert_array_equal(batch.species, expected.species)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_cells_are_the_atoms_of_the_crystal_in_their_order(dtype):
+    """Fractional differences of all pairs, reduced to at most half a cell, and the metric of the reciprocal lattice."""
+    batch = batch_of(other_crystals(), RADIUS, dtype, SHAPES["more atoms and crystals"], parts=ALL_PARTS)
+    cells = batch.cells
+    tolerance = 1e-14 if dtype == np.float64 else 1e-7
+    for crystal, place in zip(other_crystals(), places_of_crystals(batch), strict=True):
+        size = crystal.num_atoms
+        np.testing.assert_array_equal(cells.count[place], size)
+        np.testing.assert_array_equal(cells.index[place, :size], np.tile(place, (size, 1)))
+        vector = cells.vector[place, :size].astype(np.float64)
+        assert np.abs(vector).max() <= 0.5
+        np.testing.assert_array_equal(vector[np.arange(size), np.arange(size)], 0)
+        difference = crystal.positions[None, :] - crystal.positions[:, None]
+        images = np.linalg.solve(crystal.lattice.T, difference.reshape(-1, 3).T).T.reshape(size, size, 3) - vector
+        np.testing.assert_allclose(images, np.rint(images), rtol=0, atol=20 * tolerance)
+        reciprocal = 2 * np.pi * np.linalg.inv(crystal.lattice).T
+        np.testing.assert_allclose(cells.metric[place[0]], reciprocal @ reciprocal.T, rtol=0, atol=10 * tolerance)
+        assert (cells.metric[place] == cells.metric[place[0]]).all()
+
+
+def test_moved_atoms_have_the_same_cells():
+    """Where an atom stands in multiples of the cell is left out of the differences."""
+    crystal = crystals()[2]
+    shifts = np.random.default_rng(26).integers(-3, 4, (crystal.num_atoms, 3))
+    moved = dataclasses.replace(crystal, positions=crystal.positions + shifts @ crystal.lattice)
+    first, second = (batch_of([c], RADIUS, np.float64, parts=ALL_PARTS).cells for c in (crystal, moved))
+    np.testing.assert_allclose(second.vector, first.vector, rtol=0, atol=1e-13)
+    np.testing.assert_array_equal(second.metric, first.metric)
+
+
+def test_reverse_of_cells_points_back():
+    batch = batch_of(other_crystals(), RADIUS, np.float64, SHAPES["more atoms and crystals"], parts=ALL_PARTS)
+    cells = batch.cells
+    center, column = np.nonzero(np.arange(cells.index.shape[1]) < cells.count[:, None])
+    assert len(center) == sum(crystal.num_atoms**2 for crystal in crystals())
+    back, back_column = np.unravel_index(cells.reverse[center, column], cells.index.shape)
+    np.testing.assert_array_equal(back, cells.index[center, column])
+    np.testing.assert_array_equal(cells.index[back, back_column], center)
+    halves = np.abs(np.abs(cells.vector[center, column]) - 0.5) < 1e-9  # +1/2 and -1/2 are the same place
+    sums = cells.vector[back, back_column] + cells.vector[center, column]
+    np.testing.assert_allclose(np.where(halves, 0, sums), 0, atol=1e-13)
+
+
+def test_half_a_cell_is_reduced_too():
+    """Differences of 1/2, and those that rounding puts beyond, stay within [-1/2, 1/2]."""
+    cells = batch_of([primitive("rock salt"), primitive("perovskite")], RADIUS, np.float64, parts=ALL_PARTS).cells
+    assert np.abs(cells.vector).max() <= 0.5
+    np.testing.assert_allclose(np.unique(np.round(np.abs(cells.vector), 12)), [0, 0.5])
+
+
+def test_padding_of_cells():
+    batch = batch_of(crystals(), RADIUS, shapes=SHAPES["more atoms and crystals"], parts=ALL_PARTS)
+    assert batch.cells.index.shape == (128, 16)  # the largest of the four cells has 16 atoms
+    padding = batch.species == 0
+    for array in (batch.cells.count, batch.cells.metric, batch.cells.vector, batch.cells.index, batch.cells.reverse):
+        np.testing.assert_array_equal(array[padding], 0)
+    beyond = np.arange(16) >= batch.cells.count[:, None]
+    np.testing.assert_array_equal(batch.cells.vector[beyond], 0)
+
+
+def test_shapes_with_cells_hold_the_largest_cell():
+    table, indices = table_of(crystals()), np.arange(4)
+    shape = shape_for(table, indices, ALL_PARTS)
+    assert shape.parts == ALL_PARTS and shape.cell_length == 16
+    assert shape_for(table, np.array([1]), ALL_PARTS).cell_length == CELL_BLOCK
+    assert shape_for(table, indices).cell_length == 0
+    assert all(s.cell_length == 16 and s.parts == ALL_PARTS for s in plan_shapes(table, indices, 2, 48, ALL_PARTS))
+    short = dataclasses.replace(shape, cell_length=15)
+    with pytest.raises(ValueError, match="fit none"):
+        pack(table, indices, [short])
+    assert pack(table, indices, [short, shape]).cells.index.shape[1] == 16
+    assert pack(table, indices, [dataclasses.replace(short, parts=NO_PARTS)]).cells is None
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_scatter_is_that_of_the_atoms_as_given(dtype):
+    """Eigenvalues, relative to their sum, and eigenvectors of the centred positions, which are not reduced."""
+    scatter = batch_of(other_crystals(), RADIUS, dtype, SHAPES["more atoms and crystals"], parts=ALL_PARTS).scatter
+    assert scatter.values.shape == (9, 3) and scatter.axes.shape == (9, 3, 3)
+    for crystal, values, axes in zip(other_crystals(), scatter.values, scatter.axes, strict=False):
+        expected = np.cov(crystal.positions.T, ddof=0) if crystal.num_atoms > 1 else np.zeros((3, 3))
+        expected /= max(np.trace(expected), 1e-3)
+        tolerance = 1e-13 if dtype == np.float64 else 1e-6
+        np.testing.assert_allclose((axes * values) @ axes.T, expected, rtol=0, atol=tolerance)
+        np.testing.assert_allclose(axes.T @ axes, np.eye(3), rtol=0, atol=tolerance)
+        assert (np.diff(values) >= 0).all()
+    np.testing.assert_array_equal(scatter.values[1], 0)  # one atom
+    assert np.abs(scatter.values[[0, 2, 3]].sum(axis=1) - 1).max() < 1e-6
+    np.testing.assert_array_equal(scatter.values[4:], 0)
+    np.testing.assert_array_equal(scatter.axes[4:], 0)
+
+
+def test_scatter_of_far_positions_keeps_its_precision():
+    """The centre is subtracted in float64."""
+    crystal = crystals()[3]
+    far = dataclasses.replace(crystal, positions=crystal.positions + 1e6)
+    near, moved = (batch_of([c], RADIUS, parts=ALL_PARTS).scatter for c in (crystal, far))
+    np.testing.assert_allclose(moved.values, near.values, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(np.abs(moved.axes), np.abs(near.axes), rtol=0, atol=1e-6)
+
+
+def test_scatter_of_equal_places_is_none():
+    """One atom anywhere: what rounding leaves is no direction."""
+    crystal = dataclasses.replace(crystals()[1], positions=np.array([[1e3 + 1 / 3, -77.7, 0.1]]))
+    np.testing.assert_array_equal(batch_of([crystal], RADIUS, parts=ALL_PARTS).scatter.values, 0)
+
+
+def test_lattice_vectors_are_those_of_each_crystal():
+    batch = batch_of(other_crystals(), RADIUS, np.float64, SHAPES["more atoms and crystals"], parts=ALL_PARTS)
+    assert batch.lattice_vectors.shape == (9, 124, 3)
+    for crystal, vectors in zip(other_crystals(), batch.lattice_vectors, strict=False):
+        np.testing.assert_array_equal(vectors, lattice_vectors(crystal.lattice))
+        steps = vectors @ np.linalg.inv(crystal.lattice)
+        np.testing.assert_allclose(steps, np.rint(steps), atol=1e-9)
+    np.testing.assert_array_equal(batch.lattice_vectors[4:], 0)
+
+
+def shortest_vectors(lattice, number):
+    """Lengths of the shortest lattice vectors, by looking at all of a large box."""
+    steps = np.arange(-12, 13)
+    grid = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(-1, 3)
+    return np.sort(np.linalg.norm(grid @ lattice, axis=1))[1 : number + 1]
+
+
+@pytest.mark.parametrize("name", ["random", "mp-626708", "fcc", "hcp"])
+def test_the_shortest_lattice_vectors_come_first(name):
+    """Also of cells whose own vectors are almost parallel."""
+    if name == "random":
+        crystal = crystals()[0]
+    else:
+        crystal = real_crystals([name])[0] if name.startswith("mp") else primitive(name)
+    expected = shortest_vectors(crystal.lattice, 12)
+    for lattice in (crystal.lattice, np.array([[1, 3, -2], [0, 1, 4], [0, 0, 1]]) @ crystal.lattice):
+        lengths = np.linalg.norm(lattice_vectors(lattice), axis=1)
+        assert (np.diff(lengths) > -1e-4).all()
+        np.testing.assert_allclose(lengths[:12], expected, atol=1e-4)
+
+
+def test_batches_in_float64_are_not_rounded():
+    single, double = (batch_of(crystals(), RADIUS, d, SMALL, parts=ALL_PARTS) for d in (np.float32, np.float64))
+    targets = np.full((4, 1), 1 / 3)
+    pairs = [
+        (single.rows.vector, double.rows.vector),
+        (single.scatter.values, double.scatter.values),
+        (single.scatter.axes, double.scatter.axes),
+        (single.cells.vector, double.cells.vector),
+        (single.cells.metric, double.cells.metric),
+        (single.lattice_vectors, double.lattice_vectors),
+    ]
+    for rounded, exact in pairs:
+        assert rounded.dtype == np.float32 and exact.dtype == np.float64
+        np.testing.assert_array_equal(rounded, exact.astype(np.float32))
+        assert (rounded != exact).any()
+    assert batch_of(crystals(), RADIUS, np.float64, SMALL, targets).targets[0, 0] == 1 / 3
+    assert batch_of(crystals(), RADIUS, np.float32, SMALL, targets).targets[0, 0] == np.float32(1 / 3)
+    places = places_of_crystals(double)
+    for crystal, place in zip(crystals(), places, strict=True):
+        vectors = np.concatenate([double.rows.vector[p, : double.rows.count[p]] for p in place])
+        np.testing.assert_allclose(vectors, displacements(crystal, neighbor_rows(crystal, RADIUS)), rtol=0, atol=1e-13)
+
+
 # Disordered crystals
 
 
@@ -208,6 +406,15 @@ def test_occupancies_of_one_are_an_ordered_crystal():
     batch = batch_of([occupied(crystal, {}) for crystal in crystals()], RADIUS, shapes=SMALL)
     assert jax.tree.structure(batch) == jax.tree.structure(ordered)
     jax.tree.map(np.testing.assert_array_equal, batch, ordered)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_occupancies_have_the_type_of_the_batch(dtype):
+    shared = [occupied(crystals()[0], {2: {8: 0.25, 26: 0.5}}), *crystals()[1:]]
+    batch = batch_of(shared, RADIUS, dtype, SMALL)
+    assert batch.occupancies.dtype == dtype
+    row = batch.occupancies[atom_places(batch)[2]]
+    assert (row[7], row[25], row.sum()) == (0.25, 0.5, 0.75)
 
 
 def test_shared_sites_get_the_average_embedding():
@@ -305,10 +512,11 @@ def test_planned_shapes_hold_every_batch():
 
 
 def test_row_levels_end_with_the_row_length():
-    for length in (1, 32, 48, 49, 96, 128, 384, 500):
+    for length in (1, 32, 48, 49, 96, 128, 384, 500, 768, 769, 5000):
         levels = row_levels(length)
         assert levels[-1] == length
         assert (np.diff(levels) > 0).all()
+        assert (np.divide(levels[1:], levels[:-1]) <= 2).all()  # no block visits many more columns than it needs
 
 
 def test_fill_factors():

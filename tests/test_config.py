@@ -11,58 +11,67 @@ from crystalframer_jax.config import (
     ALLOWED_VALUES,
     NOT_NEGATIVE,
     POSITIVE,
+    TRAINING_KEYS,
     WITHOUT_COUNTERPART,
+    BatchParts,
     ConfigError,
     check_overrides,
     model_config,
     neighbor_cutoff,
     target_names,
     validate,
+    validate_model,
 )
 from crystalframer_jax.configs import default
 from crystalframer_jax.data.registry import target_set
+from crystalframer_jax.neighbors import LatticeBox
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
 
 # One value that is not available for each key of ALLOWED_VALUES, of the type of the key.
 REFUSED = {
-    "domain": "reci",
-    "frame_method": "pca",
+    "domain": "reci-multihead",
+    "frame_method": "max_wo_orthogonal",
     "t_activation": "tanh",
-    "t_fixup_init": False,
     "pooling": "sum",
     "pre_pooling_op": "w",
-    "norm_type": "bn",
-    "dropout": 0.1,
-    "use_cgcnn_feat": True,
-    "gauss_state": "1",
-    "normalize_gauss": False,
-    "value_pe_wave_real": 8,
+    "norm_type": "gn",
+    "gauss_state": "x-xn",
     "cos_abs": 2,
-    "optimizer": "adam",
-    "lr_sch": "const",
+    "precision": "float16",
+    "optimizer": "lion",
+    "lr_sch": "linear",
     "clip_grad": 1.0,
-    "loss_func": "MSE",
-    "normalize_targets": "no",
-    "scale_grad": 1.0,
+    "loss_func": "huber",
+    "normalize_targets": "min_max",
 }
+CRYSTALFORMER = {"value_pe_angle_real": 0}
 
 # Changes of the default configuration that do not go together, and words that the message must hold.
 IMPOSSIBLE = [
     ({"targets": ""}, ["targets"]),
     ({"targets": "e_form, e_form"}, ["targets", "different"]),
     ({"gauss_lb_real": 1.0}, ["gauss_lb_real", "below 1"]),
+    ({"gauss_lb_reci": 1.0}, ["gauss_lb_reci", "below 1"]),
+    ({"dropout": 1.0}, ["dropout", "below 1"]),
     ({"head_num": 7}, ["head_num=7", "model_dim=128"]),
     ({"head_num": 7, "k_dim": 16}, ["head_num=7", "model_dim=128"]),
-    ({"scale_real": (1.4, 1.4)}, ["scale_real", "4 blocks"]),
+    (
+        CRYSTALFORMER | {"domain": "multihead", "head_num": 5, "k_dim": 16, "v_dim": 16},
+        ["head_num=5", "even", "multihead"],
+    ),
+    ({"scale_real": (1.4,) * 5}, ["scale_real", "4 blocks"]),
     ({"scale_real": ()}, ["scale_real"]),
     ({"scale_real": (1.4, 1.4, 0.0, 1.4)}, ["scale_real", "positive"]),
-    ({"adaptive_cutoff_sigma": 3.5}, ["adaptive_cutoff_sigma", "negative", "cutoff_radius"]),
+    ({"scale_reci": (2.2,) * 5}, ["scale_reci", "4 blocks"]),
+    ({"scale_reci": ()}, ["scale_reci"]),
+    ({"scale_reci": (2.2, -2.2)}, ["scale_reci", "positive"]),
     ({"value_pe_dist_max": 0.0}, ["value_pe_dist_max"]),
     ({"value_pe_angle_real": 1}, ["value_pe_angle_real=1", "at least 2"]),
     ({"frame_method": "no"}, ["value_pe_angle_real=64", "frame_method"]),
     ({"pre_pooling_op": "w+relu", "embedding_dim": ()}, ["pre_pooling_op", "embedding_dim"]),
+    ({"pre_pooling_op": "w+bn+relu", "embedding_dim": ()}, ["pre_pooling_op", "embedding_dim"]),
     ({"swa_epochs": 2000}, ["swa_epochs=2000", "n_epochs=2000"]),
     ({"n_epochs": 20}, ["swa_epochs=50", "n_epochs=20"]),
     ({"sch_params": ()}, ["sch_params"]),
@@ -70,6 +79,12 @@ IMPOSSIBLE = [
     ({"adam_betas": (0.9,)}, ["adam_betas"]),
     ({"adam_betas": (0.9, 1.0)}, ["adam_betas"]),
     ({"embedding_dim": (128, 0)}, ["embedding_dim"]),
+]
+IMPOSSIBLE += [
+    ({"domain": domain, "frame_method": method}, [f"domain='{domain}'", "no frames", "value_pe_angle_real=0"])
+    for domain in ALLOWED_VALUES["domain"]
+    for method in ("max", "max_static", "weighted_pca", "pca", "lattice")
+    if domain != "real"
 ]
 
 
@@ -120,6 +135,29 @@ def test_official_keys_without_counterpart_say_what_replaces_them(key):
     assert refusal(config).startswith(key) and WITHOUT_COUNTERPART[key] in refusal(config)
 
 
+@pytest.mark.parametrize("value", [True, False])
+def test_the_undefined_atom_features_are_refused_with_the_reason(value):
+    config = default.get_config()
+    config.use_cgcnn_feat = value
+    assert "use_cgcnn_feat" in refusal(config) and "never defines these atom features" in refusal(config)
+
+
+@pytest.mark.parametrize(
+    ("misspelt", "meant"),
+    [
+        ("scale_recip", "scale_reci"),
+        ("normalise_gauss", "normalize_gauss"),
+        ("latice_range", "lattice_range"),
+        ("frame_metod", "frame_method"),
+        ("num_frame_sample", "num_frame_samples"),
+    ],
+)
+def test_the_nearest_name_is_the_one_that_was_meant(misspelt, meant):
+    config = default.get_config()
+    config[misspelt] = config[meant]
+    assert f"did you mean '{meant}'?" in refusal(config)
+
+
 def test_a_missing_key_is_refused():
     config = default.get_config()
     del config.tie_tolerance
@@ -133,8 +171,8 @@ def test_a_value_is_listed_here_for_every_key_with_allowed_values():
 @pytest.mark.parametrize("key", sorted(ALLOWED_VALUES))
 def test_values_that_are_not_available_are_refused_with_the_allowed_ones(key):
     for value in ALLOWED_VALUES[key]:
-        extra = {"value_pe_angle_real": 0} if value == "no" and key == "frame_method" else {}
-        validate(changed(**{key: value}, **extra))
+        without_frames = (key == "frame_method" and value == "no") or (key == "domain" and value != "real")
+        validate(changed(**{key: value}, **(CRYSTALFORMER if without_frames else {})))
     message = refusal(changed(**{key: REFUSED[key]}))
     assert f"{key}={REFUSED[key]!r}" in message
     for value in ALLOWED_VALUES[key]:
@@ -152,9 +190,33 @@ def test_numbers_that_must_not_be_negative(key):
     assert f"{key}=-1" in refusal(changed(**{key: -1})) and "negative" in refusal(changed(**{key: -1}))
 
 
-@pytest.mark.parametrize("key", ["lr", "weight_decay", "cutoff_radius"])
-def test_nan_is_refused(key):
-    assert f"{key}=nan" in refusal(changed(**{key: float("nan")}))
+@pytest.mark.parametrize("key", ["lr", "weight_decay", "cutoff_radius", "adaptive_cutoff_sigma", "dropout"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_infinity_are_refused(key, value):
+    assert f"{key}={value}" in refusal(changed(**{key: value}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("t_fixup_init", 1),
+        ("normalize_gauss", "yes"),
+        ("num_layers", 4.0),
+        ("lattice_range", True),
+        ("cos_abs", True),
+        ("domain", 3),
+        ("dropout", "0.1"),
+        ("scale_reci", 2.2),
+        ("scale_real", (1.4, "1.4")),
+        ("embedding_dim", (128.0,)),
+        ("precision", ("float32",)),
+    ],
+)
+def test_values_of_another_type_are_refused(key, value):
+    config = default.get_config()
+    with config.ignore_type():
+        config[key] = value
+    assert f"{key}={value!r} is of the wrong type; the default is {default.get_config()[key]!r}" in refusal(config)
 
 
 @pytest.mark.parametrize(("changes", "words"), IMPOSSIBLE, ids=[str(changes) for changes, _ in IMPOSSIBLE])
@@ -168,19 +230,39 @@ def test_impossible_combinations_are_refused(changes, words):
     "changes",
     [
         {"head_num": 7, "k_dim": 16, "v_dim": 16},
+        CRYSTALFORMER | {"domain": "multihead", "head_num": 6, "k_dim": 16, "v_dim": 16},
+        CRYSTALFORMER | {"domain": "real-reci", "head_num": 5, "k_dim": 16, "v_dim": 16},
         {"scale_real": (1.4, 1.5, 1.6, 1.7)},
+        {"scale_real": (1.4, 1.5), "scale_reci": (2.2, 2.0, 1.8)},
+        {"adaptive_cutoff_sigma": 3.5},
+        {"adaptive_cutoff_sigma": 0.0},
         {"adaptive_cutoff_sigma": 3.5, "cutoff_radius": 7.0},
         {"value_pe_dist_max": 0.0, "value_pe_dist_real": 0},
         {"frame_method": "no", "value_pe_angle_real": 0},
         {"n_epochs": 20, "swa_epochs": 19},
         {"n_epochs": 20, "swa_epochs": 0},
         {"embedding_dim": ()},
+        {"pre_pooling_op": "relu", "embedding_dim": ()},
         {"targets": "e_form, e_above_hull"},
+        {"dropout": 0.99, "gauss_lb_reci": 0.99},
+        {"t_fixup_init": False, "normalize_gauss": False, "scale_grad": 5.0},
     ],
     ids=str,
 )
 def test_neighbours_of_the_impossible_combinations_are_accepted(changes):
     validate(changed(**changes))
+
+
+def test_a_trained_model_does_not_depend_on_how_it_was_trained():
+    """validate_model judges the model alone, and whatever is not judged there is judged by validate."""
+    training = {"optimizer": "lion", "swa_epochs": 5000, "lr": -1.0, "batch_size": 0, "loss_func": "huber"}
+    for key, value in training.items():
+        config = changed(**{key: value})
+        assert key in TRAINING_KEYS
+        validate_model(config)
+        assert f"{key}={value!r}" in refusal(config)
+    with pytest.raises(ConfigError, match="domain='real-real'"):
+        validate_model(changed(domain="real-real"))
 
 
 def test_targets_are_names_separated_by_commas():
@@ -200,8 +282,8 @@ def test_misspelt_overrides_of_the_command_line_are_refused():
     check_overrides(["-config.n_epochs=3"])
     with pytest.raises(ConfigError, match=r"'n_epoch'.*'n_epochs'"):
         check_overrides(["scripts/train.py", "--config.n_epoch=3"])
-    with pytest.raises(ConfigError, match="lattice_range has no counterpart"):
-        check_overrides(["--config.lattice_range=2"])
+    with pytest.raises(ConfigError, match="minimum_range has no counterpart"):
+        check_overrides(["--config.minimum_range=True"])
 
 
 def test_every_official_hyperparameter_is_known():
@@ -218,6 +300,9 @@ def test_the_defaults_that_the_paper_states():
     stated = {"num_layers": 4, "model_dim": 128, "head_num": 8, "ff_dim": 512, "batch_size": 256, "n_epochs": 2000}
     stated |= {"lr": 5e-4, "adam_betas": (0.9, 0.98), "sch_params": (4000.0,), "weight_decay": 1e-5, "clip_norm": 1.0}
     stated |= {"bias_weight_decay": 0.01, "swa_epochs": 50, "value_pe_dist_real": 64, "value_pe_angle_real": 64}
+    stated |= {"scale_real": (1.4,), "gauss_lb_real": 0.5, "positive_func_beta": 0.1, "adaptive_cutoff_sigma": -3.5}
+    stated |= {"scale_reci": (2.2,), "gauss_lb_reci": 0.5, "lattice_range": 2, "value_pe_angle_wscale": 4.0}
+    stated |= {"frame_method": "max", "domain": "real", "dropout": 0.0, "t_fixup_init": True, "norm_type": "no"}
     assert {key: config[key] for key in stated} == stated
 
 
@@ -229,6 +314,18 @@ def test_the_radius_is_that_of_the_widest_gaussian_or_the_one_given():
     assert neighbor_cutoff(changed(cutoff_radius=8)) == 8.0
 
 
+def test_the_sign_of_adaptive_cutoff_sigma_makes_no_difference():
+    for sigma in (3.5, 5.0):
+        assert neighbor_cutoff(changed(adaptive_cutoff_sigma=sigma)) == pytest.approx(sigma * 1.4 / 0.5**0.5)
+        assert neighbor_cutoff(changed(adaptive_cutoff_sigma=-sigma)) == pytest.approx(sigma * 1.4 / 0.5**0.5)
+
+
+def test_without_adaptive_cutoff_the_neighbours_are_a_box_of_images():
+    assert neighbor_cutoff(changed(adaptive_cutoff_sigma=0.0)) == LatticeBox(2)
+    assert neighbor_cutoff(changed(adaptive_cutoff_sigma=0.0, lattice_range=1)) == LatticeBox(1)
+    assert neighbor_cutoff(changed(adaptive_cutoff_sigma=0.0, cutoff_radius=6.5)) == 6.5
+
+
 def test_the_model_part_of_a_configuration():
     model = model_config(changed(scale_real=[1.4, 1.5, 1.6, 1.7], embedding_dim=[64, 32], targets="a,b"))
     assert (model.k_dim, model.v_dim) == (16, 16)
@@ -237,3 +334,48 @@ def test_the_model_part_of_a_configuration():
     model = model_config(changed(k_dim=24, value_pe_angle_real=0, frame_method="no"))
     assert (model.k_dim, model.v_dim, model.scale_of_block(3)) == (24, 16, 1.4)
     assert not model.uses_frames
+
+
+def test_the_domains_of_an_interleaving_take_turns():
+    def domains(domain):
+        model = model_config(changed(domain=domain, **CRYSTALFORMER))
+        return [model.domain_of_block(block) for block in range(4)]
+
+    for domain in ("real", "reci", "RECI", "multihead"):
+        assert domains(domain) == [domain] * 4
+    assert domains("real-reci") == ["real", "reci", "real", "reci"]
+    assert domains("RECI-real") == ["RECI", "real", "RECI", "real"]
+
+
+def test_several_scales_take_turns():
+    model = model_config(changed(scale_real=(1.4, 1.5), scale_reci=(2.2, 2.0, 1.8)))
+    assert [model.scale_of_block(block) for block in range(4)] == [1.4, 1.5, 1.4, 1.5]
+    assert [model.reciprocal_scale_of_block(block) for block in range(4)] == [2.2, 2.0, 1.8, 2.2]
+    model = model_config(changed())
+    assert [model.reciprocal_scale_of_block(block) for block in range(4)] == [2.2] * 4
+
+
+@pytest.mark.parametrize("domain", ALLOWED_VALUES["domain"])
+def test_reciprocal_domains_need_the_atoms_of_each_cell(domain):
+    parts = model_config(changed(domain=domain, **CRYSTALFORMER)).parts
+    assert parts == BatchParts(cells=domain != "real", lattice_vectors=False, scatter=False, dtype="float32")
+
+
+@pytest.mark.parametrize("method", ALLOWED_VALUES["frame_method"])
+def test_lattice_and_pca_frames_need_parts_of_their_own(method):
+    angles = 0 if method == "no" else 64
+    model = model_config(changed(frame_method=method, value_pe_angle_real=angles))
+    assert model.parts == BatchParts(
+        cells=False, lattice_vectors=method == "lattice", scatter=method == "pca", dtype="float32"
+    )
+    assert model.uses_frames == (method != "no")
+    without_angles = model_config(changed(frame_method=method, value_pe_angle_real=0))
+    assert without_angles.parts == BatchParts() and not without_angles.uses_frames
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("float32", "float32"), ("float64", "float64"), ("bfloat16", "float32")]
+)
+def test_batches_have_the_type_of_the_lattice_sums(precision, dtype):
+    model = model_config(changed(precision=precision))
+    assert model.parts.dtype == model.dtype.name == dtype

@@ -2,7 +2,7 @@
 
 The gradient is written by hand. It is compared with the one that JAX derives of a dense re-implementation, which
 evaluates every Gaussian directly and knows neither blocks, factorised Gaussians nor reverse neighbors, and with finite
-differences of the lattice sums themselves.
+differences of the lattice sums themselves. Dropout is checked last.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from support import atom_places, batch_of, random_crystal, random_rotation
 from crystalframer_jax.batch import BatchShape
 from crystalframer_jax.model.attention import ValueEncoding, framed_attention
 from crystalframer_jax.model.basis import AngleBasis, Bases, DistanceBasis
-from crystalframer_jax.model.lattice_sums import lattice_sums
+from crystalframer_jax.model.lattice_sums import SumOptions, lattice_sums
 
 HEADS, K_DIM, V_DIM = 2, 6, 5
 SIZES = (1, 12, 24)  # atoms: more than one block of 32 atoms, and padding atoms
@@ -74,28 +74,32 @@ def frames_for(bases, inputs):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def sums_and_gradients(bases, q, k, v, a, rows, frames, cotangents):
+def sums_and_gradients(options, q, k, v, a, rows, frames, seeds, cotangents):
     """lattice_sums, and the gradients of <sums, cotangents> with respect to q, k, v, a."""
-    sums, pullback = jax.vjp(lambda q, k, v, a: lattice_sums(bases, q, k, v, a, rows, frames), q, k, v, a)
+    sums, pullback = jax.vjp(lambda *qkva: lattice_sums(options, *qkva, rows, frames, seeds), q, k, v, a)
     return sums, pullback(cotangents)
 
 
-def evaluate(bases, inputs, **changes):
+def evaluate(bases, inputs, dropout=0.0, seeds=None, **changes):
     """sums_and_gradients of the inputs, some of them changed, for the random cotangents that belong to the bases."""
     inputs = SimpleNamespace(**(vars(inputs) | changes))
     arrays = inputs.q, inputs.k, inputs.v, inputs.a, inputs.rows
-    return sums_and_gradients(bases, *arrays, frames_for(bases, inputs), cotangents_of(bases, inputs))
+    options, cotangents = SumOptions(bases, dropout=dropout), cotangents_of(bases, inputs)
+    return sums_and_gradients(options, *arrays, frames_for(bases, inputs), seeds, cotangents)
 
 
 def cotangents_of(bases, inputs):
     rng = np.random.default_rng(7)
     distances, angles = bases.sizes
-    shapes = (V_DIM,), (distances,), (3, angles)
+    shapes = (inputs.v.shape[-1],), (distances,), (3, angles)
     return tuple(rng.normal(size=(*inputs.a.shape, *shape)).astype(inputs.a.dtype) for shape in shapes)
 
 
-def dense_sums(bases, q, k, v, a, rows, frames):
-    """The definition, written without any of the means that make the library fast."""
+def dense_sums(bases, q, k, v, a, rows, frames, kept=None):
+    """The definition, written without any of the means that make the library fast.
+
+    kept [N, H, N]: factors of the weights of pairs of atoms after the softmax, for dropout.
+    """
     distance = jnp.linalg.norm(rows.vector, axis=-1)
     is_neighbor = jnp.arange(rows.vector.shape[1]) < rows.count[:, None]
     is_other = is_neighbor & (distance > 0)
@@ -103,6 +107,8 @@ def dense_sums(bases, q, k, v, a, rows, frames):
     logits += a[..., None] * distance[:, None] ** 2
     # Not -inf: the derivative of a softmax over nothing would be NaN.
     weights = jax.nn.softmax(jnp.where(is_neighbor[:, None], logits, -1e30), axis=-1) * is_neighbor[:, None]
+    if kept is not None:
+        weights = weights * jnp.take_along_axis(kept, rows.index[:, None, :], axis=-1)
     values = jnp.einsum("nhm,nmhd->nhd", weights, v[rows.index])
     distance_sum, angle_sum = jnp.zeros((*a.shape, 0)), jnp.zeros((*a.shape, 3, 0))
     if bases.distance:
@@ -186,11 +192,11 @@ def test_gradients_equal_those_of_dense_sums(name, x64):
             assert relative_error(actual[real], expected[real]) < 1e-10
 
 
-def test_gradients_equal_finite_differences(x64):
+def assert_gradients_equal_finite_differences(inputs, **dropout):
     """Along random directions of q, k, v and a, one after the other."""
-    inputs, bases = make_inputs(np.float64), BASES["both"]
+    bases = BASES["both"]
     cotangents = cotangents_of(bases, inputs)
-    _, gradients = evaluate(bases, inputs)
+    _, gradients = evaluate(bases, inputs, **dropout)
     rng = np.random.default_rng(8)
     step = 1e-5
     for name, gradient in zip("qkva", gradients, strict=True):
@@ -199,10 +205,14 @@ def test_gradients_equal_finite_differences(x64):
             direction = rng.normal(size=value.shape)
             ends = []
             for sign in (1, -1):
-                sums, _ = evaluate(bases, inputs, **{name: value + sign * step * direction})
+                sums, _ = evaluate(bases, inputs, **dropout, **{name: value + sign * step * direction})
                 ends.append(sum(np.sum(s * c) for s, c in zip(sums, cotangents, strict=True)))
             difference = (ends[0] - ends[1]) / (2 * step)
             assert abs(difference - np.sum(gradient * direction)) < 1e-7 * np.linalg.norm(gradient)
+
+
+def test_gradients_equal_finite_differences(x64):
+    assert_gradients_equal_finite_differences(make_inputs(np.float64))
 
 
 def test_gradients_in_float32():
@@ -256,7 +266,7 @@ def test_positions_and_frames_get_no_gradient():
     @functools.partial(jax.grad, argnums=(0, 1))
     def gradients(vector, frames):
         rows = dataclasses.replace(inputs.rows, vector=vector)
-        sums = lattice_sums(bases, inputs.q, inputs.k, inputs.v, inputs.a, rows, frames)
+        sums = lattice_sums(SumOptions(bases), inputs.q, inputs.k, inputs.v, inputs.a, rows, frames)
         return sum(jnp.sum(s) for s in sums)
 
     of_positions, of_frames = gradients(inputs.rows.vector, inputs.frames)
@@ -303,3 +313,138 @@ def test_frames_and_angle_basis_go_together(name, with_frames):
     frames = inputs.frames if with_frames else None
     with pytest.raises(ValueError, match="frames"):
         framed_attention(inputs.q, inputs.k, inputs.v, inputs.a, inputs.rows, frames, encoding(name, np.float32))
+
+
+# Dropout: pairs of atoms (i, j) are dropped from the sums of a head, after the softmax
+
+DROPOUT = 0.3
+NUMBER_OF_DRAWS = 100
+
+
+def seeds_of(draw):
+    """Random seeds [N, H] of lattice_sums."""
+    return np.random.default_rng((11, draw)).integers(0, 2**32, (SHAPE.num_atoms, HEADS), dtype=np.uint32)
+
+
+@functools.cache
+def kept_factors(draws):
+    """What the weights of all pairs (i, j) were multiplied with, [draws, N, H, N], and which pairs have a weight.
+
+    v_j is the unit vector of atom j here, so that the sum over p v_j is the sum of the weights of all images of j.
+    """
+    inputs = make_inputs(np.float64)
+    v = np.repeat(np.eye(SHAPE.num_atoms)[:, None], HEADS, axis=1)
+    arrays = inputs.q, inputs.k, v, inputs.a, inputs.rows, None
+
+    @jax.jit
+    def weights(seeds):
+        return lattice_sums(SumOptions(BASES["neither"], dropout=DROPOUT), *arrays, seeds)[0]
+
+    every = np.asarray(weights(None))
+    connected = every > 1e-25
+    dropped = np.stack([weights(seeds_of(draw)) for draw in range(draws)])
+    return np.where(connected, dropped, 0) / np.where(connected, every, 1), connected
+
+
+def test_all_images_of_an_atom_are_dropped_together_or_kept_and_scaled(x64):
+    factors, connected = kept_factors(NUMBER_OF_DRAWS)
+    rows = make_inputs(np.float64).rows
+    images = np.zeros(connected.shape[::2], int)
+    for atom, count in enumerate(rows.count):
+        np.add.at(images[atom], rows.index[atom, :count], 1)
+    assert (connected == (images > 0)[:, None]).mean() > 0.999
+    assert (images > 1).sum() > 500  # pairs of which a part could be dropped
+    factors = factors[:, connected]
+    kept = factors > 0
+    np.testing.assert_allclose(factors[kept], 1 / (1 - DROPOUT), rtol=1e-9)
+    np.testing.assert_array_equal(factors[~kept], 0)
+
+
+def test_the_share_of_dropped_pairs_is_the_dropout(x64):
+    factors, connected = kept_factors(NUMBER_OF_DRAWS)
+    dropped = factors[:, connected] == 0
+    error = (DROPOUT * (1 - DROPOUT) / dropped.size) ** 0.5
+    assert abs(dropped.mean() - DROPOUT) < 4 * error < 0.01
+    of_pair = (DROPOUT * (1 - DROPOUT) / NUMBER_OF_DRAWS) ** 0.5  # every pair has its turn
+    assert np.abs(dropped.mean(axis=0) - DROPOUT).max() < 5 * of_pair
+
+
+def test_pairs_heads_and_directions_are_dropped_independently(x64):
+    """The shares at which two of them are dropped at once are products."""
+    factors, connected = kept_factors(NUMBER_OF_DRAWS)
+    dropped, connected = factors == 0, connected.all(axis=1)
+    i, j = np.nonzero(connected & ~np.eye(SHAPE.num_atoms, dtype=bool))
+    other = np.roll(j, 1)
+    neighbors = i == np.roll(i, 1)  # j and other are of the same row
+    partners = {
+        "other head": (dropped[:, i, 0, j], dropped[:, i, 1, j]),
+        "back": (dropped[:, i, 0, j], dropped[:, j, 0, i]),
+        "other atom j": (dropped[:, i, 0, j][:, neighbors], dropped[:, i, 0, other][:, neighbors]),
+        "other draw": (dropped[:-1, i, 0, j], dropped[1:, i, 0, j]),
+    }
+    for name, (first, second) in partners.items():
+        error = (DROPOUT**2 * (1 - DROPOUT**2) / first.size) ** 0.5
+        assert abs((first & second).mean() - DROPOUT**2) < 5 * error < 0.01, name
+
+
+def test_sums_and_gradients_with_dropout_equal_those_of_dense_sums(x64):
+    """All three sums lose the same pairs, and the softmax is that of all neighbors."""
+    inputs, bases = make_inputs(np.float64), BASES["both"]
+    kept = kept_factors(NUMBER_OF_DRAWS)[0][0]
+    real = inputs.rows.count > 0
+
+    @jax.jit
+    def dense(*qkva):
+        frames = frames_for(bases, inputs)
+        sums, pullback = jax.vjp(lambda *x: dense_sums(bases, *x, inputs.rows, frames, kept), *qkva)
+        return sums, pullback(cotangents_of(bases, inputs))
+
+    actual = jax.tree.leaves(evaluate(bases, inputs, DROPOUT, seeds_of(0)))
+    undropped = jax.tree.leaves(evaluate(bases, inputs))
+    expected = jax.tree.leaves(dense(inputs.q, inputs.k, inputs.v, inputs.a))
+    for with_dropout, dense_value, without in zip(actual, expected, undropped, strict=True):
+        if dense_value.size:
+            assert relative_error(with_dropout[real], dense_value[real]) < 1e-10
+            assert relative_error(without[real], dense_value[real]) > 0.1
+        np.testing.assert_array_equal(with_dropout[~real], 0)
+
+
+def test_gradients_with_dropout_equal_finite_differences(x64):
+    assert_gradients_equal_finite_differences(make_inputs(np.float64), dropout=DROPOUT, seeds=seeds_of(0))
+
+
+def test_mean_over_many_draws_approaches_the_sums_without_dropout(x64):
+    inputs, bases, draws = make_inputs(np.float64), BASES["both"], 400
+    arrays = inputs.q, inputs.k, inputs.v, inputs.a, inputs.rows, inputs.frames
+    options = SumOptions(bases, dropout=DROPOUT)
+    all_sums = jax.jit(lambda seeds: jax.lax.map(lambda one: lattice_sums(options, *arrays, one), seeds))(
+        np.stack([seeds_of(draw) for draw in range(draws)])
+    )
+    real = inputs.rows.count > 0
+    for drawn, expected in zip(all_sums, evaluate(bases, inputs)[0], strict=True):
+        drawn, expected = np.asarray(drawn)[:, real], np.asarray(expected)[real]
+        varies = drawn.std(axis=0) > 1e-3
+        assert varies.mean() > 0.3  # far distances never count
+        deviations = (drawn.mean(axis=0) - expected)[varies] / (drawn.std(axis=0)[varies] / draws**0.5)
+        assert np.abs(deviations).max() < 5
+        assert np.sqrt(np.mean(deviations**2)) < 1.1
+
+
+def test_without_seeds_nothing_is_dropped():
+    inputs = make_inputs(np.float32)
+    arrays = inputs.q, inputs.k, inputs.v, inputs.a, inputs.rows, None
+    expected = lattice_sums(SumOptions(BASES["neither"]), *arrays)
+    for dropout, seeds in ((DROPOUT, None), (0.0, seeds_of(0))):
+        actual = lattice_sums(SumOptions(BASES["neither"], dropout=dropout), *arrays, seeds)
+        jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def test_attention_passes_dropout_on(x64):
+    """framed_attention drops what lattice_sums drops with the same seeds."""
+    inputs, params = make_inputs(np.float64), encoding("both", np.float64)
+    arrays = inputs.q, inputs.k, inputs.v, inputs.a, inputs.rows, inputs.frames
+    actual = framed_attention(*arrays, params, dropout=DROPOUT, seeds=seeds_of(0))
+    values, distance_sum, angle_sum = evaluate(BASES["both"], inputs, DROPOUT, seeds_of(0))[0]
+    expected = values + 1.5 * np.einsum("hvd,nhd->nhv", params.w_dist, distance_sum)
+    expected += 0.7 * np.einsum("ahvd,nhad->nhv", params.w_angle, angle_sum)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-12)

@@ -1,13 +1,14 @@
 """Neighbour rows against a double loop over atoms and images, and their order, symmetry and enlargement."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
 from support import SYMMETRIC, primitive, random_crystal, random_rotation, real_crystals, rotated
 
-from crystalframer_jax.crystal import Crystal
-from crystalframer_jax.neighbors import COLLINEAR, SHELL_TOLERANCE, displacements, neighbor_rows
+from crystalframer_jax.crystal import Crystal, CrystalError
+from crystalframer_jax.neighbors import COLLINEAR, SHELL_TOLERANCE, LatticeBox, displacements, neighbor_rows
 
 RADIUS = 6.93  # Å, the default of the model
 
@@ -110,12 +111,14 @@ def assert_reverse_points_back(rows):
 
 @pytest.mark.parametrize("name", CRYSTALS)
 def test_rows_are_in_canonical_order(name):
-    """The atom itself first, then shell after shell, and inside a shell by (j, n1, n2, n3)."""
     crystal = CRYSTALS[name]
-    rows = neighbor_rows(crystal, RADIUS)
-    distances = brute_force_edges(crystal, RADIUS)
+    assert_canonical_order(neighbor_rows(crystal, RADIUS), brute_force_edges(crystal, RADIUS))
+
+
+def assert_canonical_order(rows, distances):
+    """The atom itself first, then shell after shell, and inside a shell by (j, n1, n2, n3)."""
     edges = edges_of(rows)
-    for i in range(crystal.num_atoms):
+    for i in range(len(rows.count)):
         of_atom = [edges[e] for e in row(rows, i)]
         assert of_atom[0] == (i, i, 0, 0, 0)
         by_distance = sorted(of_atom, key=lambda edge: distances[edge])
@@ -124,11 +127,11 @@ def test_rows_are_in_canonical_order(name):
         assert of_atom == sorted(of_atom, key=lambda edge: (shell[edge], edge))
 
 
-def assert_same_rows_when_turned(crystal):
-    rows = neighbor_rows(crystal, RADIUS)
+def assert_same_rows_when_turned(crystal, cutoff=RADIUS):
+    rows = neighbor_rows(crystal, cutoff)
     rng = np.random.default_rng(0)
     for _ in range(5):
-        turned = neighbor_rows(rotated(crystal, random_rotation(rng)), RADIUS)
+        turned = neighbor_rows(rotated(crystal, random_rotation(rng)), cutoff)
         for field in dataclasses.fields(rows):
             np.testing.assert_array_equal(getattr(turned, field.name), getattr(rows, field.name))
 
@@ -212,3 +215,70 @@ def test_only_rows_that_need_it_are_enlarged():
 def test_impossible_cutoff_is_an_error(cutoff):
     with pytest.raises(ValueError, match="cutoff"):
         neighbor_rows(LONE_ATOM, cutoff)
+
+
+# In place of a radius: a box of lattice images
+
+
+def box_edges(crystal, lattice_range):
+    """Distances of all (i, j, n1, n2, n3) with n in the box."""
+    p, steps = crystal.positions, range(-lattice_range, lattice_range + 1)
+    return {
+        (i, j, *n): np.linalg.norm(p[j] - p[i] + np.array(n) @ crystal.lattice)
+        for i in range(len(p))
+        for j in range(len(p))
+        for n in itertools.product(steps, steps, steps)
+    }
+
+
+BOXED = {"1": ["left-handed", "atoms outside", "rock salt", "perovskite", "skewed"], "2": ["one atom, skewed", "hcp"]}
+
+
+@pytest.mark.parametrize(("lattice_range", "name"), [(int(r), name) for r, names in BOXED.items() for name in names])
+def test_rows_of_a_box_are_all_its_images_in_canonical_order(lattice_range, name):
+    """Of the positions as given, for every pair of atoms, however far apart."""
+    crystal = CRYSTALS[name]
+    rows = neighbor_rows(crystal, LatticeBox(lattice_range))
+    expected, edges = box_edges(crystal, lattice_range), edges_of(rows)
+    assert len(edges) == crystal.num_atoms**2 * (2 * lattice_range + 1) ** 3 == len(expected)
+    assert set(edges) == set(expected)
+    np.testing.assert_array_equal(rows.count, crystal.num_atoms * (2 * lattice_range + 1) ** 3)
+    assert_canonical_order(rows, expected)
+    assert_reverse_points_back(rows)
+    lengths = np.linalg.norm(displacements(crystal, rows), axis=1)
+    np.testing.assert_allclose(lengths, [expected[edge] for edge in edges], atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["perovskite", "hcp", "left-handed"])
+def test_rows_of_a_box_do_not_change_when_the_crystal_turns(name):
+    assert_same_rows_when_turned(CRYSTALS[name], LatticeBox(1))
+
+
+def test_rows_of_a_box_follow_the_cell_and_the_atoms_in_it():
+    """Unlike those of a radius, which are the same neighbors in every description."""
+    crystal = CRYSTALS["left-handed"]
+    for other in (with_atoms_outside(crystal), skewed(crystal)):
+        for cutoff, same in ((RADIUS, True), (LatticeBox(1), False)):
+            lengths = [
+                np.sort(np.linalg.norm(displacements(c, neighbor_rows(c, cutoff)), axis=1)) for c in (crystal, other)
+            ]
+            assert (lengths[0].shape == lengths[1].shape and np.allclose(*lengths, atol=1e-6)) == same
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_rows_of_a_box_are_not_enlarged(name):
+    crystal = SPARSE[name]
+    assert set(edges_of(neighbor_rows(crystal, LatticeBox(1)))) == set(box_edges(crystal, 1))
+
+
+def test_images_of_a_box():
+    images = LatticeBox(2).images
+    assert images.shape == (125, 3)
+    assert set(map(tuple, images.tolist())) == set(itertools.product(range(-2, 3), repeat=3))
+
+
+def test_boxes_that_would_fill_the_memory_are_refused():
+    """The square of the number of atoms times the number of cells; the message names the crystal and the way out."""
+    crystal = Crystal(np.full(900, 6), 40 * np.random.default_rng(4).random((900, 3)), 40 * np.eye(3), id="large")
+    with pytest.raises(CrystalError, match=r"large: 21,870,000 neighbors of 900 atoms in 27 cells.*choose a radius"):
+        neighbor_rows(crystal, LatticeBox(1))

@@ -68,7 +68,8 @@ def principal_frames(
     axes = jnp.einsum("...xi,...ij->...jx", axes, rotation, precision=EXACT)
     e1, e2 = axes[..., 0, :], axes[..., 1, :]
     if signs is None:
-        direction = jnp.einsum("a,...ax->...x", jnp.asarray([1.0, 0.531, 0.277], axes.dtype), anchor)
+        weights = jnp.asarray([1.0, 0.531, 0.277], axes.dtype)
+        direction = jnp.einsum("a,...ax->...x", weights, anchor, precision=EXACT)
         toward = [jnp.sum(e * direction, axis=-1) for e in (e1, e2)]
         signs = jnp.where(jnp.stack(toward, -1) < 0, -1.0, 1.0)
     e1, e2 = e1 * signs[..., :1], e2 * signs[..., 1:]

@@ -160,8 +160,9 @@ class SelfAttention(nn.Module):
         return span * nn.elu(self.config.positive_func_beta * logits / span) + 1
 
     def _encoding_weights(self, name: str, shape: tuple[int, ...]) -> jax.Array:
-        """[axes, H, d_v, D]: Xavier uniform with gain D^-1/2, each axis as a [H * d_v, D] matrix."""
-        _, heads, v_dim, size = shape
+        """[axes, heads, d_v, D]: Xavier uniform with gain D^-1/2, each axis as a [H * d_v, D] matrix of all H heads."""
+        *_, v_dim, size = shape
+        heads = self.config.head_num
 
         def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
             bound = size**-0.5 * math.sqrt(6 / (heads * v_dim + size))

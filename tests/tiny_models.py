@@ -1,0 +1,69 @@
+"""Crystals without symmetry and models smaller still than those of support.py, for tests that compile many."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from support import batch_of, random_crystal, small_config
+
+from crystalframer_jax.batch import BatchShape
+from crystalframer_jax.config import ALLOWED_VALUES, BatchParts
+from crystalframer_jax.model.regressor import CrystalFramer
+
+RADIUS = 5.0  # Å: rows below 48, the shortest length that is compiled
+SHAPE = BatchShape(16, 48, 4)
+LARGER = BatchShape(32, 48, 6)
+CRYSTALFORMER = {"value_pe_angle_real": 0, "frame_method": "no"}
+FRAME_METHODS = [method for method in ALLOWED_VALUES["frame_method"] if method != "no"]
+
+
+def tiny_config(**changes):
+    """A smaller model still, and a smooth one."""
+    sizes = {"model_dim": 8, "ff_dim": 8, "embedding_dim": (8,), "value_pe_dist_real": 4, "value_pe_angle_real": 4}
+    return small_config(**(sizes | {"t_activation": "gelu"} | changes))
+
+
+@functools.cache
+def crystals():
+    """Three crystals without symmetry, of 4, 3 and 5 atoms."""
+    rng = np.random.default_rng(41)
+    return [random_crystal(rng, size, 20.0) for size in (4, 3, 5)]
+
+
+@functools.cache
+def batch(dtype=np.float32, shape=SHAPE):
+    """The crystals with everything that any model needs, and padding."""
+    return batch_of(crystals(), RADIUS, dtype, shape, parts=BatchParts(cells=True, lattice_vectors=True, scatter=True))
+
+
+def named_leaves(tree):
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
+
+
+WEIGHTS = ((1.0,), (-0.7,), (0.5,), (0.0,))  # of the crystals; the last is padding
+
+
+def evaluate(config, variables, batch, train=False, given_frames=None):
+    """Predictions, the gradients of their weighted sum by the parameters, and the frames."""
+    return evaluate_compiled(config, variables, batch, train, given_frames)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def evaluate_compiled(config, variables, batch, train, given_frames):
+    def weighted(params):
+        predictions, state = CrystalFramer(config).apply(
+            {**variables, "params": params},
+            batch,
+            given_frames=given_frames,
+            train=train,
+            rngs={"dropout": jax.random.key(5)},
+            mutable=["intermediates", "batch_stats"],
+        )
+        blocks = [state["intermediates"][f"block_{block}"]["attention"] for block in range(config.num_layers)]
+        frames = [block["frames"][0] if "frames" in block else None for block in blocks]
+        return jnp.sum(jnp.asarray(WEIGHTS, predictions.dtype) * predictions), (predictions, frames)
+
+    gradients, (predictions, frames) = jax.grad(weighted, has_aux=True)(variables["params"])
+    return predictions, gradients, frames
