@@ -1,5 +1,6 @@
-"""Names, shapes and hyperparameters of the official implementation, in both directions."""
+"""Parameters of the official implementation, by name and shape, in both directions."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,8 +10,7 @@ import pytest
 from support import random_crystal, random_variables, small_config
 
 from crystalframer_jax import load_official
-from crystalframer_jax.config import ConfigError, ModelConfig, model_config, validate
-from crystalframer_jax.configs import default
+from crystalframer_jax.config import ModelConfig, model_config
 from crystalframer_jax.errors import UserError
 from crystalframer_jax.inference.official import (
     OfficialStateError,
@@ -18,7 +18,7 @@ from crystalframer_jax.inference.official import (
     official_from_variables,
     variables_from_official,
 )
-from crystalframer_jax.inference.official_config import config_from_official, official_from_config
+from crystalframer_jax.inference.official_config import config_from_official
 
 GOLDEN = Path(__file__).parent / "golden"
 WITHOUT_FRAMES = {"value_pe_angle_real": 0, "frame_method": "no"}
@@ -212,107 +212,85 @@ def test_all_that_does_not_fit_is_listed():
     ]
 
 
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (np.full(16, np.nan, np.float32), "has values that are not finite in float32"),
+        (np.full(16, 1e39), "has values that are not finite in float32"),
+        (np.ones(16, np.complex64), "is complex64, not floating-point"),
+        (np.ones(16, np.int64), "is int64, not floating-point"),
+        (np.ones(16, bool), "is bool, not floating-point"),
+    ],
+    ids=["nan", "too large", "complex", "integer", "boolean"],
+)
+def test_numbers_that_no_model_has_are_refused_by_name(value, words):
+    config = small_config()
+    state = official_from_variables(distinct_variables(config), config)
+    with pytest.raises(OfficialStateError) as error:
+        variables_from_official(state | {"mlp.0.bias": value}, config)
+    assert str(error.value).endswith(f": mlp.0.bias {words}")
+
+
+def test_errors_are_short_whatever_the_hyperparameters_ask_for():
+    """And nothing of that size is allocated."""
+    config = small_config()
+    state = official_from_variables(distinct_variables(config), config)
+    with pytest.raises(OfficialStateError, match=r"^the state dict has 2 blocks, num_layers=10000$"):
+        variables_from_official(state, dataclasses.replace(config, num_layers=10_000))
+    with pytest.raises(OfficialStateError, match="has 0 blocks, num_layers=2"):
+        variables_from_official({}, config)
+    with pytest.raises(OfficialStateError) as error:
+        variables_from_official(state | {f"model_xrd.{i}" + 1000 * "x": np.zeros(1) for i in range(25)}, config)
+    assert str(error.value).endswith("; and 15 more") and len(str(error.value)) < 3000
+    for changes in (
+        {"model_dim": 2**40, "k_dim": 2**39, "v_dim": 2**39},
+        {"model_dim": 10**25, "k_dim": 10**25, "v_dim": 10**25},
+        {"value_pe_dist_real": 2**35, "value_pe_angle_real": 2**35},
+        {"ff_dim": 2**35},
+        {"num_targets": 2**40},
+    ):
+        with pytest.raises(OfficialStateError, match="expected") as error:
+            variables_from_official(state, dataclasses.replace(config, **changes))
+        assert len(str(error.value)) < 3000
+
+
 def test_variables_of_another_model_are_refused():
     config = small_config()
-    variables = distinct_variables(small_config(t_fixup_init=False, embedding_dim=(17,)))
+    variables = distinct_variables(small_config(norm_type="bn", embedding_dim=(17,)))
     with pytest.raises(OfficialStateError) as error:
         official_from_variables(variables, config)
-    for part in ("unexpected params/norm/scale", "params/dense_0/bias has shape [17], expected [16]"):
+    for part in ("unexpected params/dense_0_norm/scale", "params/dense_0/bias has shape [17], expected [16]"):
         assert part in str(error.value)
     with pytest.raises(OfficialStateError, match="missing calibration/block_0/attention/scale"):
         official_from_variables({"params": distinct_variables(config)["params"]}, config)
 
 
-# Hyperparameters
-
-
-def test_every_official_hyperparameter_comes_back():
-    official, _ = golden("max")
-    config, left_out = config_from_official(official)
-    validate(config)
-    assert not left_out and config.target_set == ""
-    back = official_from_config(config)
-    named_here = ("experiment_name",)  # of a run, and of no meaning to the model
-    assert {key: back[key] for key in back if key not in named_here} == {
-        key: value for key, value in official.items() if key not in named_here
-    }
-    again, _ = config_from_official(back)
-    assert again.to_dict() == config.to_dict()
-
-
-def test_official_spellings():
-    official, _ = golden("max")
-    changes = {"norm_type": "id", "scale_real": 1.7, "scale_reci": [2], "targets": ["a", "b"], "param_file": "x.json"}
-    config, left_out = config_from_official(official | changes | {"target_set": "mp_flla_2015"})
-    assert not left_out and config.norm_type == "no"
-    assert (config.scale_real, config.scale_reci, config.targets) == ((1.7,), (2,), "a,b")
-    assert config.target_set == "mp_flla_2015"
-    assert config_from_official(official | {"target_set": "jarvis__nowhere"})[0].target_set == ""
-    assert official_from_config(config)["targets"] == ["a", "b"]
+# Scaling of the targets
 
 
 @pytest.mark.parametrize(
-    ("changes", "left_out"),
+    ("mean", "std", "words"),
     [
-        ({"lr_sch": "const", "lr": 0.1}, ["lr_sch='const'"]),
-        ({"optimizer": "sgd", "momentum": 0.9}, ["optimizer='sgd'"]),
-        ({"lr_sch": "multistep", "sch_params": [100, 200]}, ["lr_sch='multistep'", "sch_params=[100, 200]"]),
-        ({"normalize_targets": "no"}, ["normalize_targets='no'"]),
-        ({"n_epochs": 20, "swa_epochs": 20}, ["n_epochs=20", "swa_epochs=20"]),
-        ({"n_epochs": 20, "swa_epochs": 5}, []),
-        ({"seed": "abc"}, ["seed='abc'"]),
+        (np.zeros(1), np.ones(3), "target_std has 3 numbers for 1 targets"),
+        (np.array([np.nan]), np.ones(1), "target_mean = nan: finite"),
+        (np.zeros(1, np.complex64), np.ones(1), "target_mean = 0j: finite"),
+        (np.zeros(1), np.zeros(1), "target_std = 0.0 must be positive"),
+        (np.zeros(1), -np.ones(1), "target_std = -1.0 must be positive"),
+        (np.zeros(1), np.array([np.inf]), "target_std = inf: finite"),
+        (np.zeros(1), np.ones(10**5), "target_std has 100000 numbers"),
     ],
 )
-def test_training_settings_that_are_not_available_do_not_keep_a_model_out(changes, left_out):
-    official, _ = golden("max")
-    config, found = config_from_official(official | changes)
-    validate(config)
-    assert found == left_out
-    if "lr" in changes:
-        assert config.lr == 0.1
-    if not left_out:
-        assert (config.n_epochs, config.swa_epochs) == (20, 5)
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"use_cgcnn_feat": True}, "use_cgcnn_feat=True is not available: the official code never defines"),
-        ({"value_pe_wave_real": 4}, "value_pe_wave_real=4 is not available"),
-        ({"value_pe_dist_reci": 64}, "value_pe_dist_reci=64 is not available"),
-        ({"gauss_state": "x-xn"}, "gauss_state='x-xn'"),
-        ({"frame_method": "max_wo_orthogonal"}, "frame_method='max_wo_orthogonal'"),
-        ({"model_dim": "wide"}, "model_dim='wide' is of the wrong type"),
-        ({"num_layer": 4}, "num_layer"),
-    ],
-)
-def test_models_that_are_not_available_are_refused(changes, words):
-    official, _ = golden("max")
-    with pytest.raises(ConfigError) as error:
-        config_from_official(official | changes)
+def test_scaling_that_does_not_fit_the_targets(mean, std, words):
+    official, state = golden("max")
+    with pytest.raises(OfficialStateError) as error:
+        load_official(official, state | {"target_mean": mean, "target_std": std})
     assert words in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("changes", "word"),
-    [
-        ({"k_dim": 5}, "k_dim=5"),
-        ({"v_dim": 5}, "v_dim=5"),
-        ({"embedding_dim": ()}, "embedding_dim=()"),
-        ({"pre_pooling_op": "w+relu"}, "embedding_dim=(128,)"),
-    ],
-)
-def test_models_that_the_official_code_cannot_hold_are_not_written_for_it(changes, word):
-    config = default.get_config()
-    config.update(changes)
-    with pytest.raises(ConfigError) as error:
-        official_from_config(config)
-    assert word in str(error.value)
-
-
-def test_scaling_that_does_not_fit_the_targets():
+@pytest.mark.parametrize("present", [(), ("target_mean",), ("target_std",)])
+def test_without_both_mean_and_standard_deviation_the_output_is_raw(present):
     official, state = golden("max")
-    with pytest.raises(OfficialStateError, match="target_std"):
-        load_official(official, state | {"target_mean": np.zeros(1), "target_std": np.ones(3)})
-    with pytest.raises(OfficialStateError, match="target_mean"):
-        load_official(official, state | {"target_mean": np.array([np.nan]), "target_std": np.ones(1)})
+    (target,) = load_official(official, state | {name: np.full(1, 3.0) for name in present}).targets
+    assert (target.unit, target.mean, target.std) == ("raw output", 0.0, 1.0)
+    (target,) = load_official(official, state | {"target_mean": np.full(1, 3.0), "target_std": np.full(1, 2.0)}).targets
+    assert (target.unit, target.mean, target.std) == ("label units", 3.0, 2.0)

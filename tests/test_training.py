@@ -55,14 +55,21 @@ def finished(folder):
 
 
 def official_names_as_parameters() -> dict:
-    """Parameters that are 1 where the official name holds "bias", and 0 elsewhere."""
-    golden = np.load(TESTS / "golden" / "max.npz")
+    """Parameters that are 1 where the official code decays by its own rate, and 0 elsewhere.
+
+    These are the parameters with "bias" in their official name, and those of normalisations (here BatchNorm, mlp.1).
+    """
+    golden = np.load(TESTS / "golden" / "max_bn.npz")
     state = {name.removeprefix("param/"): golden[name] for name in golden if name.startswith("param/")}
-    marked = {name: np.full(value.shape, float("bias" in name), np.float32) for name, value in state.items()}
+    marked = {
+        name: np.full(value.shape, float("bias" in name or "mlp.1." in name), np.float32)
+        for name, value in state.items()
+    }
+    marked |= {name: np.array([1.0, 0.0], np.float32) for name in marked if name.endswith("gauss_scale")}
     return load_official(json.loads(golden["config_json"].tobytes()), marked).variables["params"]
 
 
-def test_biases_decay_by_their_own_rate():
+def test_biases_and_normalisations_decay_by_their_own_rate():
     config = default.get_config()
     config.update(lr=0.1, sch_params=(4.0,), weight_decay=0.03, bias_weight_decay=0.2)
     is_bias = official_names_as_parameters()

@@ -1,6 +1,8 @@
 """Models of the official PyTorch implementation: its names and shapes of parameters, in both directions."""
 
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +16,9 @@ from crystalframer_jax.training.state import TargetStatistics
 
 Tree = dict[str, Any]
 Arrays = dict[str, np.ndarray]
-UNKNOWN_UNIT = "label units"
+UNKNOWN_UNIT, RAW_UNIT = "label units", "raw output"
+MAX_PROBLEMS, MAX_PROBLEM_CHARACTERS = 10, 200  # that are listed in an error
+MAX_ELEMENTS = 2**40  # of an array; larger ones are asked for by senseless hyperparameters only
 
 
 class OfficialStateError(UserError, ValueError):
@@ -26,10 +30,15 @@ def variables_from_official(state: Mapping[str, np.ndarray], config: ModelConfig
 
     `state`: arrays under the official names, without the prefix "model."; weights [out, in].
 
-    Raises OfficialStateError listing every name that is missing, unexpected or has another shape than the model asks
-    for, and if the widths of the attention Gaussians were never calibrated, which the first training batch does.
+    Raises OfficialStateError listing the names that are missing, unexpected, not of finite floating-point numbers or of
+    another shape than the model asks for, and if the widths of the attention Gaussians were never calibrated, which
+    the first training batch does.
     """
-    reader = _Reader(state)
+    blocks = len({match[1] for match in (re.match(r"encoder\.layers\.(\d+)\.", name) for name in state) if match})
+    if blocks != config.num_layers:  # said first: each block has two dozen names
+        word = "block" if blocks == 1 else "blocks"
+        raise OfficialStateError(f"the state dict has {blocks} {word}, num_layers={config.num_layers}")
+    reader = _Reader(state, config.dtype)
     variables = _variables(reader, config)
     reader.finish()
     return variables
@@ -50,7 +59,11 @@ def official_from_params(params: Tree, config: ModelConfig) -> Arrays:
     """The trained parameters alone, or whatever has their structure (gradients), by official name and shape."""
     numbers = _Numbers()
     places = _variables(numbers, config)["params"]
-    return {name: value for name, value in numbers.put(places, params).items() if numbers.holds(name, places)}
+    is_trained = np.zeros(numbers.total, bool)
+    for place in jax.tree.leaves(places):
+        is_trained[place] = True
+    arrays = numbers.put(places, params)
+    return {name: value for name, value in arrays.items() if is_trained[numbers.numbers[name]].any()}
 
 
 class _Names:
@@ -63,6 +76,10 @@ class _Names:
     def unused(self, name: str, shape: tuple[int, ...]) -> None:
         """Note a name that the official code stores and that has no effect."""
         raise NotImplementedError
+
+    def concatenate(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        """Arrays one after the other along the first axis."""
+        return np.concatenate(arrays)
 
     def calibration(self, name: str) -> Tree:
         """Scale and shift of the Gaussian widths of a block."""
@@ -88,22 +105,44 @@ class _Names:
 
 
 class _Reader(_Names):
-    """Takes arrays out of a state dict, and collects what is wrong."""
+    """Takes arrays out of a state dict, and collects what is wrong.
 
-    def __init__(self, state: Mapping[str, np.ndarray]):
+    In place of what is wrong it hands out a zero that only looks like an array: the shapes are those that the
+    hyperparameters ask for, which may be any.
+    """
+
+    def __init__(self, state: Mapping[str, np.ndarray], dtype: np.dtype):
         self.left = dict(state)
+        self.dtype = dtype
         self.problems: list[str] = []
         self.uncalibrated: list[str] = []
 
     def take(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         if name not in self.left:
-            self.problems.append(f"missing {name} {list(shape)}")
-            return np.zeros(shape, np.float32)
-        value = np.asarray(self.left.pop(name))
+            problem = f"missing {name} {list(shape)}"
+        else:
+            value = np.asarray(self.left.pop(name))
+            problem = self._problem(name, value, shape)
+            if not problem:
+                return value
+        self.problems.append(problem)
+        if math.prod(shape) > MAX_ELEMENTS:
+            self.left.clear()  # nobody looked for the others yet
+            self.finish()
+        return np.broadcast_to(np.float32(0), shape)
+
+    def _problem(self, name: str, value: np.ndarray, shape: tuple[int, ...]) -> str:
+        """What is wrong with an array, if anything."""
         if value.shape != shape:
-            self.problems.append(f"{name} has shape {list(value.shape)}, expected {list(shape)}")
-            return np.zeros(shape, np.float32)
-        return value
+            return f"{name} has shape {list(value.shape)}, expected {list(shape)}"
+        if not jax.dtypes.issubdtype(value.dtype, np.floating):
+            return f"{name} is {value.dtype}, not floating-point"
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(value.astype(self.dtype, copy=False)).all()
+        return "" if finite else f"{name} has values that are not finite in {self.dtype}"
+
+    def concatenate(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        return arrays[0] if self.problems else super().concatenate(arrays)
 
     def unused(self, name: str, shape: tuple[int, ...]) -> None:
         self.left.pop(name, None)
@@ -118,10 +157,10 @@ class _Reader(_Names):
     def finish(self) -> None:
         problems = self.problems + [f"unexpected {name}" for name in self.left]
         if problems:
-            raise OfficialStateError("the official parameters do not fit the configuration: " + "; ".join(problems))
+            raise OfficialStateError(f"the official parameters do not fit the configuration: {_listed(problems)}")
         if self.uncalibrated:
             raise OfficialStateError(
-                f"the official model was never trained: {', '.join(self.uncalibrated)} not set, which the first "
+                f"the official model was never trained: {_listed(self.uncalibrated)} not set, which the first "
                 "training batch does"
             )
 
@@ -142,11 +181,6 @@ class _Numbers(_Names):
     def unused(self, name: str, shape: tuple[int, ...]) -> None:
         self.take(name, shape)
 
-    def holds(self, name: str, places: Tree) -> bool:
-        """Whether a leaf of the tree `places` is (a part of) that array."""
-        first, size = self.numbers[name].ravel()[0], self.numbers[name].size
-        return any(np.any((leaf >= first) & (leaf < first + size)) for leaf in jax.tree.leaves(places))
-
     def put(self, places: Tree, values: Tree) -> Arrays:
         """Arrays by name with the leaves of `values` where `places` says, and zero elsewhere."""
         where, what = _leaves(places), _leaves(values)
@@ -156,7 +190,7 @@ class _Numbers(_Names):
             if where[name].shape != what[name].shape:
                 problems.append(f"{name} has shape {list(what[name].shape)}, expected {list(where[name].shape)}")
         if problems:
-            raise OfficialStateError("the variables do not fit the configuration: " + "; ".join(sorted(problems)))
+            raise OfficialStateError(f"the variables do not fit the configuration: {_listed(sorted(problems))}")
         flat = np.zeros(self.total, np.result_type(*what.values()))
         for name, place in where.items():
             flat[place] = what[name]
@@ -165,6 +199,13 @@ class _Numbers(_Names):
             name: value.astype(np.int64) if name.endswith("num_batches_tracked") else value
             for name, value in arrays.items()
         }
+
+
+def _listed(problems: Sequence[str]) -> str:
+    """The first problems, and how many more there are."""
+    shown = [problem[:MAX_PROBLEM_CHARACTERS] for problem in problems[:MAX_PROBLEMS]]
+    more = len(problems) - len(shown)
+    return "; ".join(shown) + (f"; and {more} more" if more else "")
 
 
 def _leaves(tree: Tree) -> Arrays:
@@ -229,7 +270,7 @@ def _attention(names: _Names, prefix: str, config: ModelConfig, domain: str) -> 
     for name, parts, stored_heads, size in encodings:
         if size:
             shape = (1, stored_heads, config.v_dim, size)
-            tree[name] = np.concatenate([names.take(prefix + part, shape)[:, :real_heads] for part in parts])
+            tree[name] = names.concatenate([names.take(prefix + part, shape)[:, :real_heads] for part in parts])
     return tree
 
 
@@ -261,9 +302,9 @@ def _head(names: _Names, config: ModelConfig) -> tuple[Tree, Tree]:
 def load_official(config: Mapping[str, Any], state: Mapping[str, np.ndarray]) -> Predictor:
     """A Predictor from official hyperparameters and an official state dict (arrays by name).
 
-    `target_mean` and `target_std` in the state give predictions in label units; without them predictions are the raw
-    output of the model. Raises ConfigError for settings that are not available, OfficialStateError (a ValueError) for
-    names or shapes of the state that do not fit.
+    `target_mean` and `target_std` in the state give predictions in label units; without both predictions are the raw
+    output of the model. Raises ConfigError for settings that are not available and hyperparameters of the model that
+    are missing, OfficialStateError (a ValueError) for names, shapes or numbers of the state that do not fit.
     """
     ours, _ = config_from_official(config)
     state = dict(state)
@@ -274,18 +315,28 @@ def load_official(config: Mapping[str, Any], state: Mapping[str, np.ndarray]) ->
 
 def target_statistics(
     names: tuple[str, ...],
-    mean: np.ndarray | float | None,
-    std: np.ndarray | float | None,
-    units: tuple[str, ...] | None = None,
+    mean: np.ndarray | Sequence[float] | float | None,
+    std: np.ndarray | Sequence[float] | float | None,
+    units: tuple[str, ...] = (),
 ) -> tuple[TargetStatistics, ...]:
-    """Mean and standard deviation [T], or one for all targets, by target; 0 and 1 where there are none."""
+    """Mean and standard deviation [T], or one for all targets, by target.
+
+    Without both they are 0 and 1, and the unit is "raw output" whatever `units` says.
+    """
+    if mean is None or std is None:
+        return tuple(TargetStatistics(name, RAW_UNIT, 0.0, 1.0) for name in names)
+    means, stds = (_one_for_each(names, *given) for given in (("target_mean", mean), ("target_std", std)))
+    if not min(stds) > 0:
+        raise OfficialStateError(f"target_std = {_listed([str(value) for value in stds])} must be positive")
     units = units or (UNKNOWN_UNIT,) * len(names)
-    columns = []
-    for name, values in (("target_mean", 0.0 if mean is None else mean), ("target_std", 1.0 if std is None else std)):
-        flat = np.asarray(values, np.float64).ravel()
-        if flat.size not in (1, len(names)) or not np.isfinite(flat).all():
-            raise OfficialStateError(
-                f"{name} = {flat.tolist()} does not fit the targets {', '.join(names)}: one number for each is needed"
-            )
-        columns.append(np.broadcast_to(flat, len(names)).tolist())
-    return tuple(TargetStatistics(*values) for values in zip(names, units, *columns, strict=True))
+    return tuple(TargetStatistics(*values) for values in zip(names, units, means, stds, strict=True))
+
+
+def _one_for_each(names: tuple[str, ...], key: str, values: Any) -> list[float]:
+    """A finite number for each target."""
+    flat = np.ravel(np.asarray(values))
+    if flat.size not in (1, len(names)):
+        raise OfficialStateError(f"{key} has {flat.size} numbers for {len(names)} targets; one for each is needed")
+    if flat.dtype.kind not in "fiu" or not np.isfinite(flat).all():
+        raise OfficialStateError(f"{key} = {_listed([str(value) for value in flat])}: finite numbers are needed")
+    return np.broadcast_to(flat.astype(np.float64), len(names)).tolist()

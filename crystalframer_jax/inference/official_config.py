@@ -1,5 +1,7 @@
 """Hyperparameters of the official PyTorch implementation: read from its files, and written for it."""
 
+import os
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,16 +27,13 @@ SCRIPT_KEYS = ("param_file", "training_data", "momentum", "ddp")
 # Our keys that the official code does not have.
 OURS_ALONE = ("data_dir", "cutoff_radius", "tie_tolerance", "precision", "num_frame_samples", "bias_weight_decay")
 
-# Official keys without a counterpart here, with the values of the official JSON files.
+# The values with which the official keys of WITHOUT_COUNTERPART are written for the official code, which asks for them
+# and has no defaults: those of its JSON files. NEUTRAL_VALUES has the others: those are also asked for on reading.
 OFFICIAL_ALONE: dict[str, Any] = {
     "experiment_name": "crystalframer_jax",
     "save_path": "result/latticeformer",
     "encoder_name": "latticeformer",
     "minimum_range": True,
-    "use_cgcnn_feat": False,
-    "value_pe_dist_reci": 0,
-    "value_pe_wave_real": 0,
-    "value_pe_wave_reci": 0,
     "freeze_bn_epochs": 0,
     "train_filter_max": 0,
     "train_filter_min": 0,
@@ -49,34 +48,62 @@ OFFICIAL_ALONE: dict[str, Any] = {
 
 ALIASES = {"norm_type": {"id": "no"}}  # official values with another name here
 NOT_TAKEN_OVER = ("targets", "target_set", "pretrained_model")  # they are looked after one by one
+MAX_CHARACTERS, MAX_INTEGER = 4000, 2**53  # of a hyperparameter that makes sense
 JUDGED_TOGETHER = (("n_epochs", "swa_epochs"), ("optimizer", "adam_betas"), ("lr_sch", "sch_params"))
 
 
 def config_from_official(official: Mapping[str, Any]) -> tuple[ConfigDict, list[str]]:
     """Our configuration from official hyperparameters, and those ("key=value") that it does not take over.
 
-    A trained model does not depend on how it was trained: a training setting that is not available here (an optimizer,
-    a schedule) keeps our default and is listed. A key that is not given has our default. `target_set` is empty unless
-    the name is known here.
+    A trained model does not depend on how it was trained: a training setting that is missing or not available here (an
+    optimizer, a schedule) keeps our default; those not available are listed. `target_set` is empty unless the name is
+    known here.
 
-    Raises ConfigError, naming the key, if the model itself is not available here.
+    Raises ConfigError, naming the key, if the model itself is not available here, or if a hyperparameter of the model
+    is missing: the official defaults are others than ours, and another cos_abs or pooling would go unnoticed.
     """
     config = default.get_config()
     for key, value in official.items():
+        _check_plain(key, value)
         if key not in config and key not in WITHOUT_COUNTERPART and key not in SCRIPT_KEYS:
             raise ConfigError(unknown_key_message(key, list(config)))
         if key in NEUTRAL_VALUES and value != NEUTRAL_VALUES[key]:
             raise ConfigError(f"{key}={value!r} is not available: {WITHOUT_COUNTERPART[key]}")
+    missing = [key for key in config if key not in (*TRAINING_KEYS, *OURS_ALONE) and official.get(key) is None]
+    if missing:
+        raise ConfigError(
+            f"hyperparameters of the model are missing: {', '.join(missing)}; give them with --config=FILE.json"
+        )
     given = {key: value for key, value in official.items() if key in config and key not in NOT_TAKEN_OVER}
     for key, value in given.items():
         if key not in TRAINING_KEYS:
             _set(config, key, value)
-    targets = official.get("targets", "target")
-    config.targets = targets if isinstance(targets, str) else ",".join(map(str, targets))
+    config.targets = _targets(official["targets"])
     validate_model(config)
     name = official.get("target_set")
     config.target_set = name if isinstance(name, str) and name in TARGET_SETS else ""
     return _with_training_keys(config, {key: value for key, value in given.items() if key in TRAINING_KEYS})
+
+
+def _check_plain(key: Any, value: Any) -> None:
+    """Raise ConfigError if a hyperparameter is not a name with a value, or a list of them, of sensible size."""
+    if not isinstance(key, str) or len(key) > MAX_CHARACTERS:
+        raise ConfigError(f"the hyperparameter {reprlib.repr(key)} is a {type(key).__name__}, not a name")
+    values = value if isinstance(value, list | tuple) else (value,)
+    is_plain = all(
+        v is None or isinstance(v, float | str | os.PathLike) or (isinstance(v, int) and abs(v) <= MAX_INTEGER)
+        for v in values
+    )
+    if not is_plain or sum(len(str(v)) + 2 for v in values) > MAX_CHARACTERS:
+        raise ConfigError(f"{key[:100]}={reprlib.repr(value)} is not a number, a text or a list of them, or too long")
+
+
+def _targets(targets: Any) -> str:
+    """The official targets, a name or a list of names, as we write them."""
+    names = targets if isinstance(targets, list | tuple) else [targets]
+    if not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"targets={targets!r} is neither a name nor a list of names")
+    return ",".join(names)
 
 
 def _set(config: ConfigDict, key: str, value: Any) -> None:
@@ -108,7 +135,9 @@ def _with_training_keys(config: ConfigDict, given: dict[str, Any]) -> tuple[Conf
             validate(trial)
         except ConfigError:
             kept = {key: config[key] for key in group if key in given}
-            left_out += [f"{key}={given[key]!r}" for key in kept if _as_ours(config, key, given[key]) != kept[key]]
+            left_out += [
+                f"{key}={reprlib.repr(given[key])}" for key in kept if _as_ours(config, key, given[key]) != kept[key]
+            ]
         else:
             config = trial
     return config, left_out
@@ -126,7 +155,7 @@ def official_from_config(config: ConfigDict) -> dict[str, Any]:
     official["targets"] = names[0] if len(names) == 1 else list(names)
     official["target_set"] = config.target_set or None
     official["pretrained_model"] = None
-    return official | OFFICIAL_ALONE
+    return official | NEUTRAL_VALUES | OFFICIAL_ALONE
 
 
 def _check_official_limits(config: ConfigDict) -> None:

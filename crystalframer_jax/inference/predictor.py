@@ -90,9 +90,9 @@ class Predictor:
             targets = tuple(TargetStatistics(**target) for target in checkpoints.meta(step)["targets"])
         finally:
             checkpoints.close()
-        if weights == "swa" and _all_zero(model["swa_params"]):
+        if weights == "swa" and all_zero(model["swa_params"]):
             raise CheckpointError(f"{workdir} has no averaged weights (swa_epochs=0, or not reached yet)")
-        if weights == "swa" and _all_zero(model["swa_batch_stats"]):
+        if weights == "swa" and all_zero(model["swa_batch_stats"]):
             raise CheckpointError(
                 f"{workdir}: the averaged weights of step {step} have no BatchNorm statistics, which come at the "
                 "end of the training; ask for last or best"
@@ -167,7 +167,7 @@ def read_config(workdir: Path) -> ConfigDict:
     return config
 
 
-def _all_zero(tree: Tree) -> bool:
+def all_zero(tree: Tree) -> bool:
     """Whether there are arrays and nothing but zeros in them."""
     leaves = jax.tree.leaves(tree)
     return bool(leaves) and not any(np.any(leaf) for leaf in leaves)

@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import os
 import pathlib
+import reprlib
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ Arrays = dict[str, np.ndarray]
 
 MODEL, AVERAGE, AVERAGED_STEPS = "model.", "swa_model.module.", "swa_model.n_averaged"
 SCALING = ("target_mean", "target_std")
+MAX_COUNT = 2**53
 FIRST_SAFE_TORCH = (2, 6)  # before it, a file could execute code in spite of weights_only=True (CVE-2025-32434)
 
 # Classes that a file may hold beside tensors and plain Python values: they only store what they are given.
@@ -52,7 +54,8 @@ class OfficialCheckpoint:
 def read_checkpoint(path: str | Path) -> OfficialCheckpoint:
     """Read a Lightning checkpoint, or a file of a state dict alone (names with or without the prefix "model.").
 
-    Nothing in the file is executed. Raises TorchFileError if the file is missing, damaged, or holds anything else.
+    Nothing in the file is executed, and no more memory is taken than the file is large. Raises TorchFileError if the
+    file is missing, damaged, or holds anything else.
     """
     path = Path(path)
     content = _load(path)
@@ -61,8 +64,12 @@ def read_checkpoint(path: str | Path) -> OfficialCheckpoint:
     is_lightning = "state_dict" in content
     state = _arrays(path, content["state_dict"] if is_lightning else content)
     mean, std = (state.pop(name, None) for name in SCALING)
-    averaged_steps = state.pop(AVERAGED_STEPS, np.zeros(()))
     average = {name.removeprefix(AVERAGE): state.pop(name) for name in list(state) if name.startswith(AVERAGE)}
+    averaged_steps = _averaged_steps(path, state.pop(AVERAGED_STEPS, None), bool(average))
+    model = {name.removeprefix(MODEL): value for name, value in state.items()}
+    if len(model) != len(state):
+        name = next(name for name in state if MODEL + name in state)
+        raise TorchFileError(f"{path} holds both {_short(name)} and {_short(MODEL + name)}; one of them is the model")
     hyper_parameters = content.get("hyper_parameters", {}) if is_lightning else {}
     if isinstance(hyper_parameters, argparse.Namespace):
         hyper_parameters = vars(hyper_parameters)
@@ -70,7 +77,7 @@ def read_checkpoint(path: str | Path) -> OfficialCheckpoint:
         raise TorchFileError(f"{path}: hyper_parameters are a {type(hyper_parameters).__name__}, not a dictionary")
     return OfficialCheckpoint(
         hyper_parameters=dict(hyper_parameters),
-        state={name.removeprefix(MODEL): value for name, value in state.items()},
+        state=model,
         swa_state=average if averaged_steps > 0 else None,
         target_mean=mean,
         target_std=std,
@@ -138,40 +145,72 @@ def _load(path: Path) -> Any:
     if not zipfile.is_zipfile(path):
         raise TorchFileError(f"{path} is damaged: its end is missing; copy it again")
     torch = _torch()
-    classes, content = [], None
     try:
-        with zipfile.ZipFile(path) as archive:
-            torn = archive.testzip()  # PyTorch does not look at the checksums
-        if not torn:
-            with torch.serialization.safe_globals(HARMLESS):
-                classes = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-                content = None if classes else torch.load(path, map_location="cpu", weights_only=True)
+        _check_archive(path)
+        with torch.serialization.safe_globals(HARMLESS):
+            classes = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            if not classes:
+                return torch.load(path, map_location="cpu", weights_only=True)
+    except TorchFileError:
+        raise
     except Exception as error:  # PyTorch raises many kinds for a damaged file
         reason = str(error).split("\n")[0][:200]
         raise TorchFileError(f"{path} is damaged or not a PyTorch file ({reason})") from error
+    raise TorchFileError(
+        f"{path} asks for {_short(', '.join(sorted(classes)))}, which could execute code; nothing of the file was "
+        "executed. A checkpoint of the official implementation holds tensors and plain values only"
+    )
+
+
+def _check_archive(path: Path) -> None:
+    """Raise TorchFileError if reading the archive would take more memory than its size on disk, or if it is torn."""
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            raise TorchFileError(f"{path} is a compressed archive; torch.save does not compress")
+        if sum(member.file_size for member in members) > path.stat().st_size:
+            raise TorchFileError(f"{path} is damaged: the files inside claim to be larger than the archive")
+        torn = archive.testzip()  # PyTorch does not look at the checksums
     if torn:
-        raise TorchFileError(f"{path} is damaged: the checksum of {torn} inside is wrong; copy it again")
-    if classes:
-        raise TorchFileError(
-            f"{path} asks for {', '.join(sorted(classes))}, which could execute code; nothing of the file was "
-            "executed. A checkpoint of the official implementation holds tensors and plain values only"
-        )
-    return content
+        raise TorchFileError(f"{path} is damaged: the checksum of {_short(torn)} inside is wrong; copy it again")
 
 
 def _arrays(path: Path, state: Any) -> Arrays:
-    """Tensors by name as arrays: float32 and float64 as they are, other floats as float32."""
+    """Tensors by name as arrays: 16 and 8 bit floats as float32, everything else as it is."""
     torch = _torch()
     if not isinstance(state, Mapping):
         raise TorchFileError(f"{path}: state_dict is a {type(state).__name__}, not a dictionary")
     arrays = {}
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            raise TorchFileError(f"{path} holds {name!r}, a {type(value).__name__}; a state dict has tensors by name")
-        if value.is_floating_point() and value.dtype not in (torch.float32, torch.float64):
-            value = value.float()
-        arrays[name] = value.detach().numpy()
+            key = _short(name) if isinstance(name, str) else reprlib.repr(name)
+            raise TorchFileError(f"{path} holds {key}, a {type(value).__name__}; a state dict has tensors by name")
+        try:
+            if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                raise TypeError("more values than are stored")
+            if value.is_floating_point() and value.dtype not in (torch.float32, torch.float64):
+                value = value.float()
+            arrays[name] = value.detach().numpy()
+        except (RuntimeError, TypeError) as error:  # sparse, quantized and other special tensors
+            reason = f"{value.dtype}, {value.layout}: {str(error).split('.')[0][:100]}"
+            raise TorchFileError(f"{path}: {_short(name)} is not an ordinary tensor ({reason})") from error
     return arrays
+
+
+def _averaged_steps(path: Path, value: np.ndarray | None, has_average: bool) -> int:
+    """How many steps the average is over."""
+    if value is None and not has_average:
+        return 0
+    if value is None:
+        raise TorchFileError(f"{path} has averaged weights without {AVERAGED_STEPS}, the number of their steps")
+    if value.shape != () or value.dtype.kind not in "iu" or value < 0:
+        raise TorchFileError(f"{path}: {AVERAGED_STEPS} is {value.dtype} {list(value.shape)}, not a count")
+    return int(value)
+
+
+def _short(text: str) -> str:
+    """A text of a file, as much as fits a line."""
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _tensor(torch: Any, value: np.ndarray) -> Any:
@@ -183,6 +222,6 @@ def _tensor(torch: Any, value: np.ndarray) -> Any:
 def _number(path: Path, content: Mapping[str, Any], key: str) -> int:
     """A count of a Lightning checkpoint; 0 if it is not there."""
     value = content.get(key, 0)
-    if not isinstance(value, int) or value < 0:
-        raise TorchFileError(f"{path}: {key}={value!r} is not a count")
+    if not isinstance(value, int) or not 0 <= value <= MAX_COUNT:
+        raise TorchFileError(f"{path}: {key}={reprlib.repr(value)} is not a count")
     return value
