@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import platformdirs
 
-from crystalframer_jax.config import neighbor_cutoff, target_names
+from crystalframer_jax.config import ConfigError, neighbor_cutoff, target_names
 from crystalframer_jax.crystal import Crystal, CrystalError
 from crystalframer_jax.errors import UserError
 from crystalframer_jax.structure_files import read_crystals
@@ -133,6 +133,11 @@ def evaluate_main(argv: Sequence[str] | None = None) -> int:
     with reporting_errors():
         predictor = Predictor.load(arguments.run, arguments.weights)
         config, statistics = predictor.config, predictor.targets
+        if not config.target_set:
+            raise ConfigError(
+                f"{arguments.run} was imported without a dataset known here, so there is nothing to evaluate it on; "
+                "predict structure files, or import it again with --target_set and --targets"
+            )
         names = target_names(config)
         dataset = open_dataset(target_set(config.target_set), names, neighbor_cutoff(config), config.data_dir)
         indices = dataset.splits[arguments.split]
