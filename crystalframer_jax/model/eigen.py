@@ -56,8 +56,7 @@ def principal_frames(
     eigenvalues, and the signs of all, are not determined by the matrix. `anchor` [..., 3, 3], any frame (rows) that
     turns with the crystal, settles them, so that the result turns with the crystal too: eigenvalues closer than
     `tolerance` count as equal, and in the space that they share the principal axes of fixed weights of the axes of
-    the anchor are taken. e1 and e2 get the signs `signs` [..., 2] (+-1), or, without them, those that point towards a
-    fixed direction of the anchor.
+    the anchor are taken. e1 and e2 point towards a fixed direction of the anchor, times `signs` [..., 2] (+-1).
     """
     level = jnp.cumsum(jnp.diff(values, prepend=values[..., :1]) >= tolerance, axis=-1)
     weights = jnp.asarray([1.0, 0.618, 0.283], axes.dtype)  # of no crystallographic meaning
@@ -67,10 +66,10 @@ def principal_frames(
     _, rotation = eigh3(shared + 3 * level[..., None, :] * jnp.eye(3, dtype=axes.dtype))
     axes = jnp.einsum("...xi,...ij->...jx", axes, rotation, precision=EXACT)
     e1, e2 = axes[..., 0, :], axes[..., 1, :]
-    if signs is None:
-        weights = jnp.asarray([1.0, 0.531, 0.277], axes.dtype)
-        direction = jnp.einsum("a,...ax->...x", weights, anchor, precision=EXACT)
-        toward = [jnp.sum(e * direction, axis=-1) for e in (e1, e2)]
-        signs = jnp.where(jnp.stack(toward, -1) < 0, -1.0, 1.0)
+    weights = jnp.asarray([1.0, 0.531, 0.277], axes.dtype)
+    direction = jnp.einsum("a,...ax->...x", weights, anchor, precision=EXACT)
+    toward = jnp.stack([jnp.sum(e * direction, axis=-1) for e in (e1, e2)], -1)
+    toward = jnp.where(toward < 0, -1.0, 1.0)  # those of the eigenvectors do not turn with the crystal
+    signs = toward if signs is None else toward * signs
     e1, e2 = e1 * signs[..., :1], e2 * signs[..., 1:]
     return jnp.stack([e1, e2, jnp.cross(e1, e2)], axis=-2).astype(axes.dtype)
