@@ -10,4 +10,4 @@ source scripts/environment.sh
 ruff check .
 ruff format --check .
 mypy
-python -m pytest "$@"
+python -m pytest -n 2 --dist loadfile "$@"  # most of the time is spent compiling, on one core

@@ -17,3 +17,10 @@ def x64():
     """Switches float64 on for one test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs_of_one_file_only():
+    """Drops compiled programs after each file: a process with thousands of them runs out of memory maps and crashes."""
+    yield
+    jax.clear_caches()
