@@ -145,8 +145,9 @@ def test_official_parameters_after_training(trajectory, weights):
 
     Key biases have no effect on the output, so what they do is rounding noise.
     """
-    config = load_official(json.loads(trajectory.golden["config_json"].tobytes()), trajectory.official("init/")).config
-    expected = variables_from_official(trajectory.official(f"{weights}/"), model_config(config))["params"]
+    state = trajectory.official(f"{weights}/")
+    config = load_official(json.loads(trajectory.golden["config_json"].tobytes()), state).config
+    expected = variables_from_official(state, model_config(config))["params"]
     found = trajectory.state.params if weights == "final" else trajectory.state.swa_params
     for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
         name = jax.tree_util.keystr(path)
