@@ -101,6 +101,8 @@ def _pool(x: jax.Array, batch: Batch, how: str) -> jax.Array:
     """Mean ("avr") or maximum ("max") over the atoms of each crystal, [B, D]; 0 for padding crystals."""
     crystals = batch.crystal_sizes.shape[0]
     if how == "max":
+        # The gradient finds the largest by comparison: without the barrier XLA may compute x twice, rounded otherwise.
+        x = jax.lax.optimization_barrier(x)
         pooled = jax.ops.segment_max(x, batch.crystal_of_atom, crystals)
         return jnp.where(batch.crystal_sizes[:, None] > 0, pooled, 0)
     total = jax.ops.segment_sum(x, batch.crystal_of_atom, crystals)
