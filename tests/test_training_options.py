@@ -66,6 +66,22 @@ def runs(folder):
     return run
 
 
+def train_two_epochs(config, workdir: Path, monkeypatch) -> None:
+    """Train until the checkpoint of the second epoch is on disk, and be interrupted there."""
+    save = Checkpoints.save
+
+    def save_and_stop(self, state, *args):
+        save(self, state, *args)
+        if int(state.step) == 2 * STEPS_PER_EPOCH:
+            self.wait()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, workdir)
+
+
 def errors_on_test(predictor: Predictor, dataset) -> dict[str, float]:
     indices = dataset.splits["test"]
     predictions = predictor.predict_table(dataset.table, groups_of(indices, 16), predictor.parts)
@@ -87,18 +103,7 @@ def test_a_loaded_run_makes_the_errors_of_its_summary(runs, name):
 def test_an_interrupted_run_ends_as_one_that_was_not(runs, name, folder, monkeypatch):
     config, expected, _ = runs(name)
     workdir = folder / f"interrupted-{name[:4]}"
-    save = Checkpoints.save
-
-    def save_and_stop(self, state, *args):
-        save(self, state, *args)
-        if int(state.step) == 2 * STEPS_PER_EPOCH:
-            self.wait()
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "save", save_and_stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(config, workdir)
+    train_two_epochs(config, workdir, monkeypatch)
     train(config, workdir)
     for weights in ("last", "swa"):
         assert_equal_trees(Predictor.load(workdir, weights).variables, Predictor.load(expected, weights).variables)
@@ -217,17 +222,7 @@ def test_averaged_weights_without_batch_statistics_are_refused(runs, folder, mon
     config, _, _ = runs("BatchNorm, dropout, another pooling")
     config = config.copy_and_resolve_references()
     config.swa_epochs = 2
-    save = Checkpoints.save
-
-    def save_and_stop(self, state, *args):
-        save(self, state, *args)
-        if int(state.step) == 2 * STEPS_PER_EPOCH:
-            self.wait()
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Checkpoints, "save", save_and_stop)
-    with pytest.raises(KeyboardInterrupt):
-        train(config, folder / "averaging")
+    train_two_epochs(config, folder / "averaging", monkeypatch)
     Predictor.load(folder / "averaging", "last")
     with pytest.raises(CheckpointError, match=r"no BatchNorm statistics.*ask for last or best"):
         Predictor.load(folder / "averaging", "swa")
