@@ -60,21 +60,40 @@ def get_config() -> ConfigDict:
     config.cos_abs = 0
 
     # Training
-    config.pretrained_model = ""  # a run directory whose weights training starts from
     config.seed = 123
     config.n_epochs = 2000
     config.batch_size = 256
-    config.optimizer = "adamw"
+    config.loss_func = "L1"  # L1 | MSE | Smooth_L1
+    config.normalize_targets = "scale_bias"  # scale_bias | scale | bias | no
+    config.train_filter_min = 0  # fewest and most atoms of a crystal to train on; 0: no limit
+    config.train_filter_max = 0
+    config.train_percent_check = 1.0  # share of the batches of an epoch to train on
+    config.val_percent_check = 1.0  # share of the validation batches
+    config.pretrained_model = ""  # a run directory whose weights training starts from
+    config.reinit_layers = ""  # layers that start at random all the same: "output,dense_0"
+    config.frozen_layers = ""  # layers that are not trained: "embedding,block_0"
+
+    # Optimizer
+    config.optimizer = "adamw"  # adamw | adam | sgd
     config.lr = 5e-4
+    # const | inverse_sqrt_nowarmup | inverse_sqrt_nowarmup_dmodel | inverse_sqrt_warmup | inverse_sqrt_warmup_lrmax |
+    # multistep | cosine
     config.lr_sch = "inverse_sqrt_nowarmup"
-    config.sch_params = (4000.0,)
+    config.sch_params = (4000.0,)  # steps: of the decay, of the warm-up, or of each drop (multistep)
     config.adam_betas = (0.9, 0.98)
+    config.momentum = 0.9  # of sgd
     config.weight_decay = 1e-5
-    config.bias_weight_decay = 0.01  # decay of biases; the published numbers were made with 0.01
-    config.clip_norm = 1.0  # 0: no clipping
-    config.clip_grad = 0.0
-    config.loss_func = "L1"
-    config.normalize_targets = "scale_bias"
-    config.swa_epochs = 50  # epochs at the end whose weights are averaged; 0: none
+    config.bias_weight_decay = 0.01  # of biases, adamw only; the published numbers were made with 0.01
+    config.clip_norm = 1.0  # of the whole gradient; 0: no clipping
+    config.clip_grad = 0.0  # of each of its components; 0: no clipping
     config.scale_grad = 0.0  # largest factor by which gradients of rare elements are raised; 0: none
+
+    # Averages of weights, checkpoints
+    config.swa_epochs = 50  # epochs at the end whose weights are averaged; 0: none
+    config.ema_decay = 0.0  # of an exponential moving average of the weights, such as 0.999; 0: none
+    config.freeze_bn_epochs = 0  # epochs at the end in which BatchNorm keeps its statistics
+    config.model_checkpoint_save_top_k = 1  # how many checkpoints with the smallest validation loss are kept
+    config.keep_last_checkpoints = 2  # how many of the newest are kept
+    config.checkpoint_minutes = 10.0  # longest time between checkpoints, also within an epoch
+    config.ensemble_size = 1  # models to train, with the seeds seed, seed + 1, ...
     return config

@@ -7,17 +7,13 @@ Two blocks with the paper's lightweight angle encoding, on the bundled Materials
 
 from ml_collections import ConfigDict
 
-from crystalframer_jax.configs import default
+from crystalframer_jax.configs import default, variants
 
 
 def get_config() -> ConfigDict:
     """Two lightweight blocks, 12 epochs."""
-    config = default.get_config()
+    config = variants.with_variant(default.get_config(), "lightweight")
     config.num_layers = 2
-    config.value_pe_angle_real = 16
-    config.value_pe_angle_wscale = 1.0
-    config.value_pe_dist_coef = 1.5
-    config.value_pe_angle_coef = 6.0
     config.batch_size = 64
     config.n_epochs = 12
     config.swa_epochs = 3

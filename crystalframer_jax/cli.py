@@ -2,7 +2,7 @@
 
 import argparse
 import contextlib
-import csv
+import math
 import os
 import sys
 import warnings
@@ -12,11 +12,26 @@ from pathlib import Path
 import numpy as np
 import platformdirs
 
-from crystalframer_jax.config import ConfigError, neighbor_cutoff, target_names
+from crystalframer_jax.config import ConfigError, target_names
 from crystalframer_jax.crystal import Crystal, CrystalError
+from crystalframer_jax.data.registry import target_set
+from crystalframer_jax.data.store import Dataset, open_dataset
 from crystalframer_jax.errors import UserError
+from crystalframer_jax.inference.ensemble import Ensemble, load_model, plot_calibration
+from crystalframer_jax.inference.evaluation import (
+    Predictions,
+    batches_of,
+    mean_predictor_errors,
+    regression_metrics,
+    write_csv,
+    write_predictions,
+)
+from crystalframer_jax.inference.predictor import WEIGHTS, Predictor
 from crystalframer_jax.structure_files import read_crystals
+from crystalframer_jax.training.logging import table
+from crystalframer_jax.training.state import TargetStatistics
 
+RUN_HELP = "run directory, of one model or of an ensemble, or a checkpoint (RUN/checkpoints/STEP)"
 SAMPLES_HELP = "average K draws among equally good frames and show their spread; default: as configured for the run"
 WEIGHTS_HELP = "default: those that the finished run selected by validation error, else best"
 
@@ -42,47 +57,45 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+def model_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """The arguments of every command that predicts: the run, its weights, draws of frames."""
+    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
+    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
+    parser.add_argument("--weights", choices=WEIGHTS, help=WEIGHTS_HELP)
+    parser.add_argument("--num_frame_samples", type=int, metavar="K", help=SAMPLES_HELP)
+    return parser
+
+
 def predict_main(argv: Sequence[str] | None = None) -> int:
     """Predict files; returns 1 if any of them could not be used (the others are predicted all the same)."""
-    parser = argparse.ArgumentParser(
-        prog="predict.py", description="Predict structure files with a trained model.", allow_abbrev=False
-    )
-    parser.add_argument("run", metavar="RUN", help="run directory, or one of its checkpoints (RUN/checkpoints/STEP)")
+    parser = model_parser("predict.py", "Predict structure files with a trained model or an ensemble.")
     parser.add_argument("files", metavar="FILE", nargs="+", help="CIF, POSCAR/CONTCAR or extended XYZ")
     parser.add_argument("--output", type=Path, help="write the predictions to this CSV file")
-    parser.add_argument(
-        "--weights",
-        choices=("best", "last", "swa"),
-        help=WEIGHTS_HELP,
-    )
-    parser.add_argument("--num_frame_samples", type=int, metavar="K", help=SAMPLES_HELP)
     arguments = parser.parse_args(argv)
     use_compilation_cache()
-    from crystalframer_jax.inference.predictor import Predictor
-    from crystalframer_jax.training.logging import table
-
     with reporting_errors():
-        predictor = Predictor.load(arguments.run, arguments.weights)
+        model = load_model(arguments.run, arguments.weights)
         crystals, errors = read_all(arguments.files)
         if crystals:
             progress = len(crystals) > 100 and sys.stderr.isatty()
-            predictions, spread = predictor.predict_with_spread(crystals, arguments.num_frame_samples, progress)
-            header = ["structure", "formula", "atoms", *(f"{t.name} ({t.unit})" for t in predictor.targets)]
-            values = predictions
-            if predictor.draws(arguments.num_frame_samples) > 1:
-                header += [f"{t.name} spread ({t.unit})" for t in predictor.targets]
-                values = np.concatenate([predictions, spread], axis=1)
+            predictions = model.predict_with_spread(crystals, arguments.num_frame_samples, progress)
+            header = ["structure", "formula", "atoms", *(f"{t.name} ({t.unit})" for t in model.targets)]
+            values = predictions.mean
+            if over := model.spread_over(arguments.num_frame_samples):
+                header += [f"{t.name} std over {over} ({t.unit})" for t in model.targets]
+                values = np.concatenate(predictions, axis=1)
             rows = [
-                [crystal.id, crystal.formula, crystal.num_atoms, *map(float, line)]
-                for crystal, line in zip(crystals, values, strict=True)
+                [crystal.id, crystal.formula, crystal.num_atoms, *line]
+                for crystal, line in zip(crystals, values.tolist(), strict=True)
             ]
             print(table(header, rows))
-            finite = np.isfinite(predictions).all(axis=1)
+            finite = np.isfinite(predictions.mean).all(axis=1)
             errors += [f"{crystals[i].id}: the prediction is not finite" for i in np.flatnonzero(~finite)]
         for error in errors:
             print(f"error: {error}", file=sys.stderr)
         if crystals and arguments.output:
             write_csv(arguments.output, header, rows)
+            print(f"wrote {arguments.output}")
     return 1 if errors else 0
 
 
@@ -104,72 +117,83 @@ def read_all(files: Sequence[str]) -> tuple[list[Crystal], list[str]]:
 
 
 def evaluate_main(argv: Sequence[str] | None = None) -> int:
-    """Print the errors of a trained model on a split of its dataset."""
-    parser = argparse.ArgumentParser(
-        prog="evaluate.py", description="Errors of a trained model on a split of its dataset.", allow_abbrev=False
-    )
-    parser.add_argument("run", metavar="RUN", help="run directory, or one of its checkpoints (RUN/checkpoints/STEP)")
+    """Print the errors of a trained model or an ensemble on a split of its dataset."""
+    parser = model_parser("evaluate.py", "Errors of a trained model or an ensemble on a split of its dataset.")
     parser.add_argument("--split", choices=("train", "val", "test"), default="test")
-    parser.add_argument(
-        "--weights",
-        choices=("best", "last", "swa"),
-        help=WEIGHTS_HELP,
-    )
-    parser.add_argument("--num_frame_samples", type=int, metavar="K", help=SAMPLES_HELP)
     parser.add_argument("--output", type=Path, help="write id, labels and predictions to this CSV file")
+    parser.add_argument(
+        "--plot",
+        type=_png,
+        metavar="FILE.png",
+        help="draw predictions against labels or, of an ensemble, errors against standard deviations (a figure for "
+        "each target, its name added to FILE)",
+    )
     arguments = parser.parse_args(argv)
     use_compilation_cache()
-    from crystalframer_jax.data.loader import batch_shapes
-    from crystalframer_jax.data.registry import target_set
-    from crystalframer_jax.data.store import open_dataset
-    from crystalframer_jax.inference.evaluation import (
-        groups_of,
-        mean_absolute_errors,
-        mean_predictor_errors,
-    )
-    from crystalframer_jax.inference.predictor import Predictor
-    from crystalframer_jax.training.logging import table
-
     with reporting_errors():
-        predictor = Predictor.load(arguments.run, arguments.weights)
-        config, statistics = predictor.config, predictor.targets
-        if not config.target_set:
-            raise ConfigError(
-                f"{arguments.run} was imported without a dataset known here, so there is nothing to evaluate it on; "
-                "predict structure files, or import it again with --target_set and --targets"
-            )
-        names = target_names(config)
-        dataset = open_dataset(target_set(config.target_set), names, neighbor_cutoff(config), config.data_dir)
+        model = load_model(arguments.run, arguments.weights)
+        dataset = dataset_of(model, arguments.run)
         indices = dataset.splits[arguments.split]
-        groups = groups_of(indices, config.batch_size)
-        shapes = batch_shapes(dataset, config.batch_size, predictor.parts)
-        predictions, spread = predictor.predict_table(dataset.table, groups, shapes, arguments.num_frame_samples)
-        labels = dataset.labels[indices]
-        errors = mean_absolute_errors(predictions, labels, statistics)
-        baseline = mean_predictor_errors(labels, statistics)
-        print(predictor.origin)
-        header = [f"{config.target_set}, {arguments.split}", "unit", "crystals", "MAE", "mean predictor"]
-        rows = [[s.name, s.unit, len(indices), errors[s.name], baseline[s.name]] for s in statistics]
-        kinds, values = ["label", "prediction"], [labels, predictions]
-        draws = predictor.draws(arguments.num_frame_samples)
-        if draws > 1:
-            header.append(f"mean spread of {draws} draws")
-            rows = [[*row, value] for row, value in zip(rows, spread.mean(axis=0).tolist(), strict=True)]
-            kinds, values = [*kinds, "spread"], [*values, spread]
-        print(table(header, rows))
+        batches = batches_of(dataset, indices, model.config.batch_size, model.parts)
+        predictions = model.predict_table(dataset.table, *batches, arguments.num_frame_samples)
+        over = model.spread_over(arguments.num_frame_samples)
+        print(model.origin)
+        print(error_table(model.targets, dataset, arguments.split, predictions, over))
         if arguments.output:
-            columns = [f"{s.name} {kind} ({s.unit})" for kind in kinds for s in statistics]
-            lines = np.concatenate(values, axis=1).tolist()
-            ids = dataset.table.ids[indices]
-            write_csv(arguments.output, ["id", *columns], [[i, *line] for i, line in zip(ids, lines, strict=True)])
+            ids, labels = dataset.table.ids[indices], dataset.labels[indices]
+            spread = predictions.spread if over else None
+            write_predictions(arguments.output, ids, labels, predictions.mean, model.targets, spread)
+            print(f"wrote {arguments.output}")
+        if arguments.plot:
+            for file in plot_errors(arguments.plot, model, dataset, arguments.split, predictions):
+                print(f"wrote {file}")
     return 0
 
 
-def write_csv(file: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Write a table as CSV, creating its folder, and say so."""
+def dataset_of(model: Predictor | Ensemble, run: str) -> Dataset:
+    """The dataset that a model was trained on; ConfigError if it is not known here."""
+    config = model.config
+    if not config.target_set:
+        raise ConfigError(
+            f"{run} was imported without a dataset known here, so there is nothing to evaluate it on; "
+            "predict structure files, or import it again with --target_set and --targets"
+        )
+    return open_dataset(target_set(config.target_set), target_names(config), model.cutoff, config.data_dir)
+
+
+def error_table(
+    targets: tuple[TargetStatistics, ...], dataset: Dataset, split: str, predictions: Predictions, over: str
+) -> str:
+    """Errors of predictions for a split, a line for each target; `over` says what their spread is over, if any."""
+    labels = dataset.labels[dataset.splits[split]]
+    metrics = regression_metrics(predictions.mean, labels, targets)
+    baseline = mean_predictor_errors(labels, targets, dataset.labels[dataset.splits["train"]])
+    header = [f"{dataset.name}, {split}", "unit", "crystals", "MAE", "RMSE", "R2", "mean predictor"]
+    header += [f"mean std over {over}"] if over else []
+    rows = []
+    for s, spread in zip(targets, predictions.spread.mean(axis=0).tolist(), strict=True):
+        errors = [math.nan if value is None else value for value in metrics[s.name].values()]
+        rows.append([s.name, s.unit, len(labels), *errors, baseline[s.name], *([spread] if over else [])])
+    return table(header, rows)
+
+
+def plot_errors(
+    file: Path, model: Predictor | Ensemble, dataset: Dataset, split: str, predictions: Predictions
+) -> list[Path]:
+    """Parity of a single model, calibration of an ensemble; returns the files written."""
+    from crystalframer_jax.training import plots  # imports matplotlib
+
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(header)
-        writer.writerows(rows)
-    print(f"wrote {file}")
+    labels = dataset.labels[dataset.splits[split]]
+    if isinstance(model, Ensemble):
+        return plot_calibration(file, labels, predictions, model.targets)[0]
+    names, units = [s.name for s in model.targets], [s.unit for s in model.targets]
+    plots.parity(labels, predictions.mean, names, units, file, split)
+    return [file]
+
+
+def _png(text: str) -> Path:
+    """The name of a figure."""
+    if not text.lower().endswith(".png"):
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in .png")
+    return Path(text)

@@ -30,11 +30,18 @@ ALLOWED_VALUES: dict[str, tuple] = {
     "gauss_state": ("q", "q-headdim", "q-kdim", "x", "x-norm", "x-xavier", "x-xn2", "1"),
     "cos_abs": (0, 1),
     "precision": ("float32", "float64", "bfloat16"),
-    "optimizer": ("adamw",),
-    "lr_sch": ("inverse_sqrt_nowarmup",),
-    "clip_grad": (0.0,),
-    "loss_func": ("L1",),
-    "normalize_targets": ("scale_bias",),
+    "optimizer": ("adamw", "adam", "sgd"),
+    "lr_sch": (
+        "const",
+        "inverse_sqrt_nowarmup",
+        "inverse_sqrt_nowarmup_dmodel",
+        "inverse_sqrt_warmup",
+        "inverse_sqrt_warmup_lrmax",
+        "multistep",
+        "cosine",
+    ),
+    "loss_func": ("L1", "MSE", "Smooth_L1"),
+    "normalize_targets": ("scale_bias", "scale", "bias", "no"),
 }
 
 # Official hyperparameters without a counterpart: what takes their place.
@@ -48,12 +55,6 @@ WITHOUT_COUNTERPART: dict[str, str] = {
     "value_pe_wave_real": "the official CUDA code ignores wave encodings",
     "value_pe_wave_reci": "the official CUDA code ignores wave encodings",
     "value_pe_dist_reci": "reciprocal attention has no distances to encode",
-    "freeze_bn_epochs": "BatchNorm statistics are updated to the end",
-    "train_filter_max": "all labelled crystals are used",
-    "train_filter_min": "all labelled crystals are used",
-    "train_percent_check": "all labelled crystals are used",
-    "val_percent_check": "all labelled crystals are used",
-    "model_checkpoint_save_top_k": "the best and the last checkpoint are kept",
     "num_workers": "batches are prepared in a background thread",
     "use_cuda_code": "the device is chosen by JAX",
     "reproduciblity_state": "runs are always reproducible (seed)",
@@ -70,24 +71,60 @@ NEUTRAL_VALUES: dict[str, Any] = {
 
 # Hyperparameters that a trained model does not depend on.
 TRAINING_KEYS = (
+    "target_set",
     "seed",
     "n_epochs",
     "batch_size",
+    "loss_func",
+    "normalize_targets",
+    "train_filter_min",
+    "train_filter_max",
+    "train_percent_check",
+    "val_percent_check",
+    "pretrained_model",
+    "reinit_layers",
+    "frozen_layers",
     "optimizer",
     "lr",
     "lr_sch",
     "sch_params",
     "adam_betas",
+    "momentum",
     "weight_decay",
     "bias_weight_decay",
     "clip_norm",
     "clip_grad",
-    "loss_func",
-    "normalize_targets",
     "swa_epochs",
-    "pretrained_model",
-    "target_set",
+    "ema_decay",
+    "freeze_bn_epochs",
+    "model_checkpoint_save_top_k",
+    "keep_last_checkpoints",
+    "checkpoint_minutes",
+    "ensemble_size",
 )
+
+# Those that may change when a run is continued, if asked for by name.
+RESUMABLE_KEYS = (
+    "n_epochs",
+    "frozen_layers",
+    "lr",
+    "lr_sch",
+    "sch_params",
+    "adam_betas",
+    "momentum",
+    "weight_decay",
+    "bias_weight_decay",
+    "clip_norm",
+    "clip_grad",
+    "scale_grad",
+    "dropout",
+    "swa_epochs",
+    "freeze_bn_epochs",
+    "num_frame_samples",
+)
+
+# Those that may change unasked: they have no influence on the result.
+UNIMPORTANT_KEYS = ("data_dir", "keep_last_checkpoints", "model_checkpoint_save_top_k", "checkpoint_minutes")
 
 POSITIVE = (
     "num_layers",
@@ -97,6 +134,12 @@ POSITIVE = (
     "batch_size",
     "n_epochs",
     "lr",
+    "train_percent_check",
+    "val_percent_check",
+    "model_checkpoint_save_top_k",
+    "keep_last_checkpoints",
+    "checkpoint_minutes",
+    "ensemble_size",
     "gauss_lb_real",
     "gauss_lb_reci",
     "lattice_range",
@@ -117,7 +160,13 @@ NOT_NEGATIVE = (
     "weight_decay",
     "bias_weight_decay",
     "clip_norm",
+    "clip_grad",
+    "momentum",
+    "train_filter_min",
+    "train_filter_max",
     "swa_epochs",
+    "ema_decay",
+    "freeze_bn_epochs",
     "seed",
 )
 
@@ -241,10 +290,29 @@ def validate(config: ConfigDict) -> None:
         raise ConfigError(
             f"swa_epochs={config.swa_epochs} must be smaller than n_epochs={config.n_epochs}; 0 switches averaging off"
         )
-    if len(config.sch_params) != 1 or config.sch_params[0] <= 0:
-        raise ConfigError(f"sch_params={tuple(config.sch_params)}: lr_sch={config.lr_sch!r} needs one positive number")
+    if config.lr_sch == "multistep":
+        if not config.sch_params or min(config.sch_params) <= 0:
+            raise ConfigError(f"sch_params={tuple(config.sch_params)}: lr_sch='multistep' needs the steps of its drops")
+    elif config.lr_sch != "const" and (len(config.sch_params) != 1 or config.sch_params[0] < 0):
+        raise ConfigError(f"sch_params={tuple(config.sch_params)}: lr_sch={config.lr_sch!r} needs one number of steps")
+    elif config.lr_sch.startswith("inverse_sqrt") and not config.sch_params[0] > 0:
+        raise ConfigError(f"sch_params={tuple(config.sch_params)}: lr_sch={config.lr_sch!r} needs a positive number")
+    if config.reinit_layers and not config.pretrained_model:
+        raise ConfigError(
+            f"reinit_layers={config.reinit_layers!r} needs a pretrained_model; all layers start at random"
+        )
     if len(config.adam_betas) != 2 or not all(0 <= beta < 1 for beta in config.adam_betas):
         raise ConfigError(f"adam_betas={tuple(config.adam_betas)} must be two numbers from 0 to below 1")
+    for key in ("ema_decay", "momentum"):
+        if config[key] >= 1:
+            raise ConfigError(f"{key}={config[key]} must be below 1")
+    for key in ("train_percent_check", "val_percent_check"):
+        if config[key] > 1:
+            raise ConfigError(f"{key}={config[key]} is a share: at most 1")
+    if 0 < config.train_filter_max < config.train_filter_min:
+        raise ConfigError(
+            f"train_filter_max={config.train_filter_max} is below train_filter_min={config.train_filter_min}"
+        )
 
 
 def validate_model(config: ConfigDict) -> None:

@@ -22,10 +22,14 @@ def write_json(file: Path, content: Any) -> None:
 def locked(file: Path, if_busy: str | None = None) -> Iterator[None]:
     """Hold a lock file; while another process has it, wait, or raise UserError with the text `if_busy`.
 
-    The lock ends with the process, whatever ends it.
+    The lock ends with the process, whatever ends it. Raises UserError if the folder cannot be written.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a") as stream:
+    with contextlib.ExitStack() as stack:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            stream = stack.enter_context(file.open("a"))
+        except OSError as error:
+            raise UserError(f"{file.parent} cannot be written ({error.strerror}); choose another folder") from error
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | (fcntl.LOCK_NB if if_busy else 0))
         except BlockingIOError as error:

@@ -1,6 +1,6 @@
-"""Errors of a trained model on the splits of its dataset.
+"""Errors of a trained model or an ensemble on the splits of its dataset.
 
-python scripts/evaluate.py RUN [--split=test] [--weights=best] [--output=predictions.csv]
+python scripts/evaluate.py RUN [--split=test] [--weights=best] [--output=predictions.csv] [--plot=parity.png]
 """
 
 import sys

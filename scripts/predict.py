@@ -1,4 +1,4 @@
-"""Predict structure files (CIF, POSCAR, extended XYZ) with a trained model.
+"""Predict structure files (CIF, POSCAR, extended XYZ) with a trained model or an ensemble.
 
 python scripts/predict.py RUN FILE... [--output=predictions.csv]
 """

@@ -1,9 +1,12 @@
 """Train a model, or continue a training that was interrupted (the same command).
 
 python scripts/train.py --config=configs/quickstart.py --workdir=runs/quickstart [--config.lr=1e-3 ...]
+
+SIGTERM, SIGUSR1, Ctrl-C and the end of --max_minutes save the training and end it with exit status 0.
 """
 
 import sys
+import time
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -12,8 +15,21 @@ from ml_collections import config_flags
 from crystalframer_jax.cli import reporting_errors, use_compilation_cache
 from crystalframer_jax.config import ConfigError, check_overrides
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "File of hyperparameters, such as configs/quickstart.py.")
+START = time.monotonic()
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "File of hyperparameters, such as configs/quickstart.py, or FILE:VARIANT."
+)
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, summary.")
+RESUME_WITH_CHANGES = flags.DEFINE_list(
+    "resume_with_changes", [], "Hyperparameters, separated by commas, that may differ from those of the run so far."
+)
+SKIP_NONFINITE = flags.DEFINE_integer(
+    "skip_nonfinite", 0, "How many steps may be skipped because their loss or gradient is not finite.", lower_bound=0
+)
+MAX_MINUTES = flags.DEFINE_float(
+    "max_minutes", None, "Save and stop so many minutes after the start, at the latest.", lower_bound=0
+)
+WANDB = flags.DEFINE_string("wandb", "", "Weights & Biases project to log to as well (pip install '.[wandb]').")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -23,10 +39,16 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a checkpoint otherwise
     use_compilation_cache()
-    from crystalframer_jax.training.loop import train
+    from crystalframer_jax.training.interruption import Interruption, TrainingInterrupted
+    from crystalframer_jax.training.loop import Options, train
 
-    with reporting_errors(if_interrupted="; the same command continues from the last finished epoch"):
-        train(CONFIG.value, WORKDIR.value)
+    options = Options(RESUME_WITH_CHANGES.value, SKIP_NONFINITE.value, WANDB.value)
+    interruption = Interruption(MAX_MINUTES.value, START)
+    with reporting_errors(if_interrupted=" at once; the same command continues from the last checkpoint"):
+        try:
+            train(CONFIG.value, WORKDIR.value, options, interruption)
+        except TrainingInterrupted as interrupted:
+            print(interrupted, flush=True)
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -35,12 +57,14 @@ def parse(argv: list[str]) -> list[str]:
         check_overrides(argv)
         for argument in argv:
             name, _, file = argument.partition("=")
+            file = file.partition(":")[0]  # what follows names a variant
             if name in ("--config", "-config") and not Path(file).is_file():
                 raise ConfigError(f"--config={file}: there is no such file; see the folder configs/")
-    try:
-        return flags.FLAGS(argv)
-    except (flags.Error, OSError) as error:
-        sys.exit("error: " + " ".join(str(error).split()))
+        try:
+            return flags.FLAGS(argv)
+        except (flags.Error, OSError) as error:
+            text = str(error).rpartition("ConfigError: ")[2]  # of a configuration file, without its traceback
+            sys.exit("error: " + " ".join(text.split()))
 
 
 if __name__ == "__main__":

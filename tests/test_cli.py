@@ -110,10 +110,12 @@ def test_training_tells_every_epoch_and_ends_with_a_table(run):
         assert line.startswith(f"epoch {number}/3  loss {metrics['loss']:.4f}  val MAE e_form {error} eV/atom  lr ")
     selected = run.summary["selected_weights"]
     ((_, *cells),) = table_rows(output, f"e_form (eV/atom), {selected} weights *")
-    errors = run.summary["mae"][selected]
-    assert cells == [f"{errors[split]['e_form']:.4f}" for split in ("train", "val", "test")]
+    numbers = [run.summary["mae"][selected][split]["e_form"] for split in ("train", "val", "test")]
+    numbers += [run.summary[metric][selected]["test"]["e_form"] for metric in ("rmse", "r2")]
+    assert cells == [f"{number:.4f}" for number in numbers]
     ((_, *cells),) = table_rows(output, "e_form (eV/atom), mean predictor")
-    assert cells == [f"{run.summary['mean_predictor_mae'][s]['e_form']:.4f}" for s in ("train", "val", "test")]
+    baseline = [f"{run.summary['mean_predictor_mae'][s]['e_form']:.4f}" for s in ("train", "val", "test")]
+    assert cells == [*baseline, "-", "-"]
 
 
 def test_ctrl_c_ends_a_training_without_a_traceback(run, environment, tmp_path):
@@ -258,18 +260,20 @@ def test_evaluation_repeats_the_errors_of_the_summary(run, environment, tmp_path
     assert process.returncode == 0 and process.stderr == ""
     error = run.summary["mae"][run.summary["selected_weights"]][split]["e_form"]
     baseline = run.summary["mean_predictor_mae"][split]["e_form"]
-    header = [f"mp_flla_2015, {split}", "unit", "crystals", "MAE", "mean predictor"]
-    assert table_rows(process.stdout, header[0]) == [header]
-    assert table_rows(process.stdout, "e_form") == [["e_form", "eV/atom", "393", f"{error:.4f}", f"{baseline:.4f}"]]
-
     csv_header, *lines = read_csv(output)
-    assert csv_header == ["id", "e_form label (eV/atom)", "e_form prediction (eV/atom)"]
+    assert csv_header == ["id", "target", "prediction"]
     records = raw_records()
     rows = literal_split(np.ones(len(records), bool))[{"val": 1, "test": 2}[split]]
     assert [line[0] for line in lines] == [records[row]["id"] for row in rows]
     labels, predictions = np.array([line[1:] for line in lines], float).T
     assert labels.tolist() == [records[row]["formation_energy_per_atom"] for row in rows]
     assert np.abs(labels - predictions).mean() == pytest.approx(error, rel=1e-6)
+
+    header = [f"mp_flla_2015, {split}", "unit", "crystals", "MAE", "RMSE", "R2", "mean predictor"]
+    assert table_rows(process.stdout, header[0]) == [header]
+    squared = np.mean((labels - predictions) ** 2)
+    numbers = [f"{x:.4f}" for x in (error, np.sqrt(squared), 1 - squared / labels.var(), baseline)]
+    assert table_rows(process.stdout, "e_form") == [["e_form", "eV/atom", "393", *numbers]]
 
 
 # Text

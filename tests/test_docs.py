@@ -1,23 +1,34 @@
 """The documentation names what is there: every hyperparameter, every file, every script."""
 
+import ast
 import json
 import re
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from support import random_variables, small_config
 
-from crystalframer_jax.config import WITHOUT_COUNTERPART
+from crystalframer_jax.config import ALLOWED_VALUES, WITHOUT_COUNTERPART
 from crystalframer_jax.configs import default
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
+HYPERPARAMETERS = (ROOT / "docs" / "hyperparameters.md").read_text()
+
+
+def rows_of_table():
+    """[(keys, default, text)] of the rows about hyperparameters in docs/hyperparameters.md."""
+    rows = re.findall(r"^\| (`.*?) \| (.*?) \| (.*) \|$", HYPERPARAMETERS, re.MULTILINE)
+    return [(re.findall(r"`(\w+)`", cell), value, text) for cell, value, text in rows]
+
+
 def keys_of_table():
     """{key: last cell of its row} of docs/hyperparameters.md."""
-    rows = re.findall(r"^\| (`.*?) \|.*?\| (.*) \|$", (ROOT / "docs" / "hyperparameters.md").read_text(), re.MULTILINE)
-    return {key: text for cell, text in rows for key in re.findall(r"`(\w+)`", cell)}
+    return {key: text for keys, _, text in rows_of_table() for key in keys}
 
 
 def test_the_table_of_hyperparameters_has_every_official_key():
@@ -31,6 +42,45 @@ def test_the_table_of_hyperparameters_has_every_key_of_this_library_and_no_other
     assert set(table) == set(known) | set(WITHOUT_COUNTERPART)
     for key, text in table.items():
         assert text.startswith("refused") == (key in WITHOUT_COUNTERPART), key
+
+
+def test_the_table_of_hyperparameters_has_the_defaults():
+    """One for each key of a row, or one for all of them."""
+    known = default.get_config()
+    for keys, cell, _ in rows_of_table():
+        if keys[0] in WITHOUT_COUNTERPART:
+            assert cell == "-", keys
+            continue
+        given = [literal(value) for value in re.split(r", (?![^(]*\))", cell)]
+        given = given * len(keys) if len(given) == 1 else given
+        assert given == [known[key] for key in keys], keys
+
+
+def literal(text):
+    """A number, tuple or truth value, else the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+@pytest.mark.parametrize("key", ["lr_sch", "normalize_targets"])
+def test_values_that_have_a_table_of_their_own_are_all_in_it(key):
+    table = HYPERPARAMETERS.split(f"| value of `{key}` |")[1].split("\n\n")[0]
+    assert sorted(re.findall(r"^\| (\w+) \|", table, re.MULTILINE)) == sorted(ALLOWED_VALUES[key])
+
+
+@pytest.mark.parametrize("key", ["domain", "frame_method", "pooling", "pre_pooling_op", "optimizer", "loss_func"])
+def test_values_are_named_beside_their_key(key):
+    assert set(ALLOWED_VALUES[key]) <= set(re.findall(r"`(.*?)`", keys_of_table()[key]))
+
+
+def test_the_layers_named_are_layers_of_the_model():
+    sentence = re.search(r"name layers as in the tree of parameters: (.*?);", HYPERPARAMETERS, re.DOTALL)
+    paths = jax.tree_util.tree_leaves_with_path(random_variables(small_config())["params"])
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
+    for layer in re.findall(r"`(.*?)`", sentence[1]):
+        assert any(f"{name}/".startswith(f"{layer}/") for name in names), layer
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

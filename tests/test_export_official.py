@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from official_files import lightning, saved, tiny_file, tiny_official, tiny_states, torch
 from test_official import assert_same
@@ -16,8 +16,10 @@ from crystalframer_jax import Predictor
 from crystalframer_jax.errors import UserError
 from crystalframer_jax.inference.exchange import export_checkpoint, import_checkpoint
 from crystalframer_jax.inference.exchange_cli import export_main
+from crystalframer_jax.inference.predictor import stored_fields
 from crystalframer_jax.inference.torch_checkpoint import read_checkpoint
-from crystalframer_jax.training.checkpoint import MODEL_FIELDS, CheckpointError, Checkpoints
+from crystalframer_jax.training.checkpoint import CheckpointError, Checkpoints
+from crystalframer_jax.training.state import TrainState
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -89,11 +91,12 @@ def test_a_run_without_an_average(tmp_path, official, states):
 
 def add_checkpoint(run: Path, step: int, changes: dict, error: float | None = None) -> None:
     """One more checkpoint, as training writes it: the first one with other fields."""
-    model = {name: Predictor.load(run, "last").variables[name.removeprefix("swa_")] for name in MODEL_FIELDS}
-    checkpoints = Checkpoints(run, writable=True)
+    predictor = Predictor.load(run, "last")
+    model = stored_fields(predictor.config, predictor.variables)
+    rest = {"step": jnp.int32(step), "opt_state": {}, "swa_steps": jnp.int32(0), "skipped_steps": jnp.int32(0)}
+    checkpoints = Checkpoints(run, writable=True, keep_last=3)
     meta = checkpoints.meta(123) | {"epoch": step}
-    items = ocp.args.Composite(model=ocp.args.StandardSave(model | changes), meta=ocp.args.JsonSave(meta))
-    checkpoints.manager.save(step, args=items, metrics=None if error is None else {"validation_error": error})
+    checkpoints.save(TrainState(**model | changes, **rest), meta, error)
     checkpoints.close()
 
 
@@ -123,7 +126,7 @@ def test_a_damaged_checkpoint_is_not_hidden(two_checkpoints, tmp_path):
     for file in (two_checkpoints / "checkpoints" / "300" / "model").rglob("*"):
         if file.is_file():
             file.write_bytes(b"")
-    with pytest.raises(CheckpointError, match="300 is missing, damaged"):
+    with pytest.raises(CheckpointError, match="300 cannot be used: model/"):
         export_checkpoint(two_checkpoints, tmp_path / "best.ckpt", "best")
     assert not (tmp_path / "best.ckpt").exists()
 

@@ -204,11 +204,11 @@ def test_names_and_units_of_targets_can_be_given(tmp_path, official, states):
 
 
 def test_what_is_not_taken_over_is_said(tmp_path, official, states, capsys):
-    changes = {"lr_sch": "const", "frame_method": "max_static"}
+    changes = {"model_checkpoint_save_top_k": -1, "frame_method": "max_static"}
     file = saved(tmp_path, lightning(official | changes, states[0], None))
     assert import_main([str(file), f"--workdir={tmp_path / 'run'}"]) == 0
     output = capsys.readouterr().out
-    for words in ("lr_sch='const'", "frame_method=max_static: here as published", "epoch 7, step 123"):
+    for words in ("model_checkpoint_save_top_k=-1", "frame_method=max_static: here as published", "epoch 7, step 123"):
         assert words in output
     validate(read_config(tmp_path / "run"))
 

@@ -15,6 +15,7 @@ from crystalframer_jax.config import (
 from crystalframer_jax.configs import default
 from crystalframer_jax.inference.official_config import (
     OFFICIAL_ALONE,
+    OURS_ALONE,
     config_from_official,
     official_from_config,
 )
@@ -45,27 +46,81 @@ def test_official_spellings():
     assert official_from_config(config)["targets"] == ["a", "b"]
 
 
-@pytest.mark.parametrize(
-    ("changes", "left_out"),
-    [
-        ({"lr_sch": "const", "lr": 0.1}, ["lr_sch='const'"]),
-        ({"optimizer": "sgd", "momentum": 0.9}, ["optimizer='sgd'"]),
-        ({"lr_sch": "multistep", "sch_params": [100, 200]}, ["lr_sch='multistep'", "sch_params=[100, 200]"]),
-        ({"normalize_targets": "no"}, ["normalize_targets='no'"]),
-        ({"n_epochs": 20, "swa_epochs": 20}, ["n_epochs=20", "swa_epochs=20"]),
-        ({"n_epochs": 20, "swa_epochs": 5}, []),
-        ({"seed": "abc"}, ["seed='abc'"]),
-    ],
-)
-def test_training_settings_that_are_not_available_do_not_keep_a_model_out(changes, left_out):
+# Training settings of the official code, as its files give them.
+AVAILABLE = [
+    *({"optimizer": name} for name in ("adamw", "adam")),
+    {"optimizer": "sgd", "momentum": 0.7, "lr": 0.1},
+    *(
+        {"lr_sch": f"inverse_sqrt_{name}", "sch_params": [100.0]}
+        for name in ("nowarmup", "nowarmup_dmodel", "warmup", "warmup_lrmax")
+    ),
+    {"lr_sch": "const", "sch_params": []},
+    {"lr_sch": "multistep", "sch_params": [100.0, 200.0]},
+    *({"loss_func": name} for name in ("L1", "MSE", "Smooth_L1")),
+    *({"normalize_targets": name} for name in ("scale_bias", "scale", "bias", "no")),
+    {"clip_norm": 0.0, "clip_grad": 0.5, "weight_decay": 0.0, "adam_betas": [0.8, 0.9], "seed": 0},
+    {"n_epochs": 20, "swa_epochs": 5, "freeze_bn_epochs": 7},
+    {"train_filter_min": 60, "train_filter_max": 200},
+    {"train_filter_max": 200},
+    {"train_percent_check": 0.5, "val_percent_check": 0.25, "model_checkpoint_save_top_k": 3},
+]
+
+
+@pytest.mark.parametrize("changes", AVAILABLE, ids=str)
+def test_training_settings_are_taken_over_in_both_directions(changes):
     official, _ = golden("max")
-    config, found = config_from_official(official | changes)
+    config, left_out = config_from_official(official | changes)
     validate(config)
-    assert found == left_out
-    if "lr" in changes:
-        assert config.lr == 0.1
-    if not left_out:
-        assert (config.n_epochs, config.swa_epochs) == (20, 5)
+    assert not left_out
+    for key, value in changes.items():
+        assert config[key] == (tuple(value) if isinstance(value, list) else value)
+    back = official_from_config(config)
+    assert {key: back[key] for key in changes} == changes
+    assert config_from_official(back)[0].to_dict() == config.to_dict()
+
+
+def test_momentum_is_written_for_sgd_alone():
+    """The JSON files of the official code do not have it; its script reads it for sgd."""
+    official, _ = golden("max")
+    config, left_out = config_from_official(official | {"optimizer": "adam", "momentum": 0.7})
+    assert not left_out and config.momentum == 0.7
+    assert "momentum" not in official_from_config(config)
+    config.optimizer = "sgd"
+    assert official_from_config(config)["momentum"] == 0.7
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": "lion"},
+        {"optimizer": "lion", "adam_betas": [0.95, 0.98]},
+        {"lr_sch": "linear", "sch_params": [100.0]},
+        {"lr_sch": "multistep", "sch_params": []},
+        {"lr_sch": "inverse_sqrt_warmup", "sch_params": [100.0, 200.0]},
+        {"loss_func": "huber"},
+        {"normalize_targets": "min_max"},
+        {"momentum": 1.0},
+        {"clip_grad": -1.0},
+        {"adam_betas": [0.9, 1.0]},
+        {"n_epochs": 20, "swa_epochs": 20},
+        {"freeze_bn_epochs": -1},
+        {"train_filter_min": 200, "train_filter_max": 60},
+        {"train_percent_check": 1.5},
+        {"val_percent_check": 0.0},
+        {"model_checkpoint_save_top_k": 0},
+        {"model_checkpoint_save_top_k": -1},
+        {"seed": "abc"},
+    ],
+    ids=str,
+)
+def test_training_settings_that_are_not_available_do_not_keep_a_model_out(changes):
+    official, _ = golden("max")
+    config, left_out = config_from_official(official | {"lr": 0.1} | changes)
+    validate(config)
+    assert left_out == [f"{key}={value!r}" for key, value in changes.items()]
+    for key in changes:
+        assert config[key] == default.get_config()[key]
+    assert config.lr == 0.1, "the others are taken over"
 
 
 def test_hyperparameters_of_the_model_are_not_guessed():
@@ -84,6 +139,8 @@ def test_hyperparameters_of_the_model_are_not_guessed():
 
 def test_every_official_key_has_its_value_in_one_place():
     assert not OFFICIAL_ALONE.keys() & NEUTRAL_VALUES.keys()
+    assert not OFFICIAL_ALONE.keys() & default.get_config().keys()
+    assert default.get_config().keys() - golden("max")[0].keys() == {*OURS_ALONE, "momentum"}
     exported = official_from_config(default.get_config()).keys()
     assert exported == golden("max")[0].keys()
     assert (OFFICIAL_ALONE | NEUTRAL_VALUES).keys() >= exported & WITHOUT_COUNTERPART.keys()

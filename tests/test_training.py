@@ -1,13 +1,11 @@
-"""Training: optimizer and loss by their formulas, and runs that are interrupted or fail."""
+"""Training runs: what they leave, what they refuse, and what they do when numbers are not finite."""
 
+import csv
 import dataclasses
 import json
-import os
 import re
-import signal
+import shutil
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,22 +15,19 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from test_data import raw_records
-from tiny import STEPS_PER_EPOCH, assert_equal_trees, open_tiny, tiny_config, tiny_runs
+from tiny import assert_equal_trees, assert_same_run, open_tiny, stored_state, tiny_config, tiny_runs
 
 from crystalframer_jax.config import ConfigError
-from crystalframer_jax.configs import default
 from crystalframer_jax.data.registry import Target
 from crystalframer_jax.errors import UserError
 from crystalframer_jax.files import locked
-from crystalframer_jax.inference.official import load_official
 from crystalframer_jax.inference.predictor import Predictor
 from crystalframer_jax.training import loop
 from crystalframer_jax.training.checkpoint import CheckpointError, Checkpoints
 from crystalframer_jax.training.logging import MetricsLog, read_metrics
-from crystalframer_jax.training.loop import Run, TrainingError, train
-from crystalframer_jax.training.optimizer import clip_by_global_norm, make_optimizer
-from crystalframer_jax.training.state import TargetStatistics, TrainState, standardise, to_label_units
-from crystalframer_jax.training.step import l1_loss
+from crystalframer_jax.training.loop import Options, Run, TrainingError, train
+from crystalframer_jax.training.state import TargetStatistics, standardise, to_label_units
+from crystalframer_jax.training.step import make_train_step
 
 TESTS = Path(__file__).parent
 
@@ -44,6 +39,19 @@ def folder(tmp_path_factory) -> Iterator[Path]:
         yield tmp_path_factory.mktemp("training")
 
 
+def changed(config: ConfigDict, **changes) -> ConfigDict:
+    config = config.copy_and_resolve_references()
+    config.update(changes)
+    return config
+
+
+def new_run(config: ConfigDict, workdir: Path) -> Run:
+    """A run that has not started."""
+    run = Run(config, workdir, open_tiny(config))
+    run.checkpoints.close()
+    return run
+
+
 @pytest.fixture(scope="module")
 def finished(folder):
     """(configuration, directory, summary) of a run that nothing disturbed."""
@@ -51,90 +59,17 @@ def finished(folder):
     return config, folder / "finished", train(config, folder / "finished")
 
 
-# Optimizer
-
-
-def official_names_as_parameters() -> dict:
-    """Parameters that are 1 where the official code decays by its own rate, and 0 elsewhere.
-
-    These are the parameters with "bias" in their official name, and those of normalisations (here BatchNorm, mlp.1).
-    """
-    golden = np.load(TESTS / "golden" / "max_bn.npz")
-    state = {name.removeprefix("param/"): golden[name] for name in golden if name.startswith("param/")}
-    marked = {
-        name: np.full(value.shape, float("bias" in name or "mlp.1." in name), np.float32)
-        for name, value in state.items()
-    }
-    marked |= {name: np.array([1.0, 0.0], np.float32) for name in marked if name.endswith("gauss_scale")}
-    return load_official(json.loads(golden["config_json"].tobytes()), marked).variables["params"]
-
-
-def test_biases_and_normalisations_decay_by_their_own_rate():
-    config = default.get_config()
-    config.update(lr=0.1, sch_params=(4.0,), weight_decay=0.03, bias_weight_decay=0.2)
-    is_bias = official_names_as_parameters()
-    params = jax.tree.map(jnp.ones_like, is_bias)
-    optimizer = make_optimizer(config, swa_first_step=2)
-    state = optimizer.init(params)
-    update = jax.jit(optimizer.update)
-    rates = 0.1 * np.sqrt(4 / (4 + np.array([0, 1, 2, 2])))  # the schedule stands still from step 2 on
-    for rate in rates:
-        updates, state = update(jax.tree.map(jnp.zeros_like, params), state, params)
-        for (path, found), marks in zip(
-            jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(is_bias), strict=True
-        ):
-            expected = np.where(marks == 1, -0.2 * rate, -0.03 * rate)
-            np.testing.assert_allclose(found, expected, rtol=1e-6, err_msg=jax.tree_util.keystr(path))
-
-
-@pytest.mark.parametrize(("norm", "factor"), [(0.5, 1.0), (1.0, 1 / (1 + 1e-6)), (5.0, 1 / (5 + 1e-6))])
-def test_gradients_are_clipped_by_their_global_norm(x64, norm, factor):
-    gradients = {"a": jnp.array([0.6 * norm]), "b": {"c": jnp.array([[0.0, 0.8 * norm]])}}
-    clip = clip_by_global_norm(1.0)
-    clipped, _ = clip.update(gradients, clip.init(gradients))
-    jax.tree.map(lambda c, g: np.testing.assert_allclose(c, factor * g, rtol=1e-12), clipped, gradients)
-
-
-@pytest.mark.parametrize(("clip_norm", "scale"), [(1.0, 1 / (5 + 1e-6)), (0.0, 1.0)])
-def test_adam_sees_clipped_gradients_unless_clip_norm_is_zero(x64, clip_norm, scale):
-    """Two steps of AdamW by its formula, with gradients g and g / 100."""
-    config = default.get_config()
-    config.update(clip_norm=clip_norm, lr=0.1, weight_decay=0.0, sch_params=(1e12,), adam_betas=(0.9, 0.98))
-    optimizer = make_optimizer(config, None)
-    params = {"kernel": jnp.zeros(2)}
-    state = optimizer.init(params)
-    gradient = np.array([3.0, -4.0])
-    _, state = optimizer.update({"kernel": jnp.array(gradient)}, state, params)
-    update, _ = optimizer.update({"kernel": jnp.array(gradient / 100)}, state, params)
-    first, second = scale * gradient, gradient / 100
-    mean = (0.9 * 0.1 * first + 0.1 * second) / (1 - 0.9**2)
-    square = (0.98 * 0.02 * first**2 + 0.02 * second**2) / (1 - 0.98**2)
-    np.testing.assert_allclose(update["kernel"], -0.1 * mean / (np.sqrt(square) + 1e-8), rtol=1e-9)
-
-
-# Loss and statistics
-
-
-def test_l1_loss_sums_known_targets_and_averages_crystals():
-    predictions = jnp.array([[1.0, 2.0], [3.0, 4.0], [99.0, 99.0]])
-    targets = jnp.array([[0.0, 4.0], [3.5, jnp.nan], [0.0, 0.0]])
-    known = jnp.array([[True, True], [True, False], [False, False]])
-    assert float(l1_loss(predictions, targets, known, jnp.array(2))) == (1 + 2 + 0.5) / 2
-    gradient = jax.grad(l1_loss)(predictions, targets, known, jnp.array(2))
-    np.testing.assert_array_equal(gradient, [[0.5, -0.5], [-0.5, 0], [0, 0]])
-
-
-@pytest.mark.parametrize(("targets", "known"), [((3,), (3, 1)), ((3, 1), (3,)), ((1, 3), (3, 1)), ((3, 2), (3, 2))])
-def test_l1_loss_refuses_to_broadcast(targets, known):
-    with pytest.raises(ValueError, match="shapes differ"):
-        l1_loss(jnp.zeros((3, 1)), jnp.zeros(targets), jnp.ones(known, bool), jnp.array(3))
+# Statistics
 
 
 def test_statistics_are_mean_and_population_deviation_of_known_labels():
     target = Target("gap", "band_gap", "eV")
-    statistics = TargetStatistics.of(target, np.array([1.0, np.nan, 4.0, 1.0]))
-    assert (statistics.name, statistics.unit) == ("gap", "eV")
-    assert (statistics.mean, statistics.std) == (2.0, pytest.approx(2**0.5))
+    labels = np.array([1.0, np.nan, 4.0, 1.0])
+    expected = {"scale_bias": (2, 2**0.5), "bias": (2, 1), "scale": (0, 6**0.5), "no": (0, 1)}
+    for how, (mean, std) in expected.items():
+        statistics = TargetStatistics.of(target, labels, how)
+        assert (statistics.name, statistics.unit) == ("gap", "eV")
+        assert (statistics.mean, statistics.std) == (pytest.approx(mean), pytest.approx(std)), how
     for labels in ([1.0, 1.0], [np.nan], []):
         with pytest.raises(ValueError, match="gap"):
             TargetStatistics.of(target, np.array(labels))
@@ -165,6 +100,34 @@ def test_what_a_run_leaves(finished, folder):
     by_val = {name: errors["val"]["e_form"] for name, errors in summary["mae"].items()}
     assert summary["selected_weights"] == min(by_val, key=by_val.get) and {"last", "swa"} <= by_val.keys()
     assert by_val["last"] == metrics[-1]["val_mae"]["e_form"]
+    losses = [line["val_loss"] for line in metrics]
+    assert summary["score_history"] == pytest.approx(
+        {"val": losses[-1], "min": min(losses), "avr50": np.mean(losses), "mean_min10": np.mean(losses)}
+        | {"min_avr50": min(np.mean(losses[:n]) for n in (1, 2, 3))}
+    )
+    for plot in ("parity_test.png", "learning_curve.png"):
+        assert (workdir / plot).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_predictions_of_a_run_make_its_errors(finished):
+    config, workdir, summary = finished
+    dataset = open_tiny(config)
+    rows = list(csv.DictReader((workdir / "predictions_test.csv").open()))
+    assert [row["id"] for row in rows] == list(dataset.table.ids[dataset.splits["test"]])
+    target, prediction = (np.array([float(row[name]) for row in rows]) for name in ("target", "prediction"))
+    np.testing.assert_array_equal(target, dataset.labels[dataset.splits["test"], 0])
+    errors = summary["test"]["e_form"]
+    assert errors["mae"] == pytest.approx(np.abs(prediction - target).mean())
+    assert errors["rmse"] == pytest.approx(np.sqrt(np.mean((prediction - target) ** 2)))
+    assert errors["r2"] == pytest.approx(1 - np.sum((prediction - target) ** 2) / np.sum((target - target.mean()) ** 2))
+
+
+def test_what_a_run_says_of_its_environment(finished):
+    _, workdir, _ = finished
+    (first, *_) = map(json.loads, (workdir / "environment.jsonl").read_text().splitlines())
+    assert first["versions"]["jax"] == jax.__version__ and "cpu" in first["device"]
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=TESTS, capture_output=True, text=True).stdout.strip()
+    assert first["git_commit"].removesuffix("+changes") == commit
 
 
 def test_the_mean_predictor_of_the_summary(finished):
@@ -177,107 +140,90 @@ def test_the_mean_predictor_of_the_summary(finished):
     assert summary["test"]["e_form"]["mean_predictor_mae"] == summary["mean_predictor_mae"]["test"]["e_form"]
 
 
-def stored_state(config: ConfigDict, workdir: Path) -> tuple[TrainState, dict]:
-    """The training state of the last checkpoint of a run, and its meta data."""
-    run = Run(config, workdir, open_tiny(config))
+def step_counts(checkpoints: Checkpoints) -> tuple:
     try:
-        return run.checkpoints.restore_state(run.checkpoints.last(), run.initial_state())
+        return checkpoints.last(), checkpoints.best()
     finally:
-        run.checkpoints.close()
+        checkpoints.close()
 
 
-def assert_same_run(config: ConfigDict, workdir: Path, expected: Path) -> None:
-    """All that two runs leave is equal, except for times."""
-    for line, other in zip(read_metrics(workdir), read_metrics(expected), strict=True):
-        assert line | {"crystals_per_s": 0} == other | {"crystals_per_s": 0}
-    times = {"seconds": 0, "crystals_per_s": 0}
-    summaries = [json.loads((run / "summary.json").read_text()) for run in (workdir, expected)]
-    assert summaries[0] | times == summaries[1] | times
-    (state, meta), (other, other_meta) = stored_state(config, workdir), stored_state(config, expected)
-    assert_equal_trees(state, other)
-    assert meta | {"seconds": 0} == other_meta | {"seconds": 0}
-    assert int(state.step) == 9 and int(state.swa_steps) == 3
-    assert any(np.any(leaf) for leaf in jax.tree.leaves(state.swa_params))
+def nan_at(monkeypatch, step: int) -> None:
+    """Let the loss of one step be NaN in every run that is made from now on."""
+    make = loop.make_loss
+
+    def make_nan(*args):
+        loss = make(*args)
+
+        def loss_with_nan(params, state, *args):
+            value, rest = loss(params, state, *args)
+            return value * jnp.where(state.step == step, jnp.nan, 1), rest
+
+        return loss_with_nan
+
+    monkeypatch.setattr(loop, "make_loss", make_nan)
 
 
-def train_and_die(folder: str, workdir: str, fatal_step: int) -> None:
-    """For a process of its own: train until the optimizer step `fatal_step`, then die as by kill -9.
-
-    In the middle of an epoch it waits first for the checkpoint of the epoch before; at the start of an epoch that
-    checkpoint is still being written.
-    """
-    make = loop.make_train_step
-
-    def make_fatal(*args):
-        step = make(*args)
-
-        def train_step(state, batch):
-            if int(state.step) == fatal_step:
-                before = fatal_step - fatal_step % STEPS_PER_EPOCH
-                while fatal_step != before and not (Path(workdir) / "checkpoints" / str(before)).is_dir():
-                    time.sleep(0.01)
-                os.kill(os.getpid(), signal.SIGKILL)
-            return step(state, batch)
-
-        return train_step
-
-    loop.make_train_step = make_fatal
-    compiled = Path(folder).parent / "compiled"
-    with tiny_runs(compiled):
-        train(tiny_config(Path(folder) / "data"), workdir)
-
-
-def die_in_training(folder: Path, workdir: Path, fatal_step: int) -> None:
-    call = f"import test_training; test_training.train_and_die({str(folder)!r}, {str(workdir)!r}, {fatal_step})"
-    killed = subprocess.run([sys.executable, "-c", call], cwd=TESTS, capture_output=True, text=True, timeout=300)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-
-
-def test_a_killed_run_ends_as_one_that_was_not(finished, folder):
+@pytest.mark.parametrize("step", [3, 4, 5])
+def test_a_loss_that_is_not_finite_stops_the_run(finished, folder, monkeypatch, step):
+    """At every place of the second epoch; the run goes on from the checkpoint of the first as if nothing had been."""
     config, expected, _ = finished
-    workdir = folder / "killed"
-    die_in_training(folder, workdir, fatal_step=4)
-    assert [line["epoch"] for line in read_metrics(workdir)] == [0] and (workdir / "checkpoints" / "3").is_dir()
-    die_in_training(folder, workdir, fatal_step=6)
-    assert not (workdir / "summary.json").exists()
-    with (workdir / "metrics.jsonl").open("a") as stream:
-        stream.write('{"epoch": 2, "st')  # a torn line
+    workdir = folder / f"nan-{step}"
+    with monkeypatch.context() as patch:
+        nan_at(patch, step)
+        with pytest.raises(TrainingError, match=rf"not finite at step {step} \(epoch 2\).*--skip_nonfinite"):
+            train(config, workdir)
+    assert step_counts(Checkpoints(workdir)) == (3, 3)
+    report = json.loads((workdir / f"nonfinite_step_{step}.json").read_text())
+    run = new_run(config, folder / "unused")
+    ids = run.dataset.table.ids[run.batches.rows(step)]
+    assert [crystal["id"] for crystal in report["crystals"]] == list(ids) and len(ids) == 16
+    assert report["last_good_checkpoint"] == 3 and (report["step"], report["loss"]) == (step, "nan")
+    assert all(np.isfinite(crystal["loss"]) for crystal in report["crystals"])  # the NaN was put into their mean
+    assert report["norms"]["output"]["gradient"] == "nan" and report["norms"]["output"]["parameters"] > 0
+    labels = run.dataset.labels[run.batches.rows(step), 0]
+    assert [crystal["e_form"] for crystal in report["crystals"]] == list(labels)
     train(config, workdir)
     assert_same_run(config, workdir, expected)
 
 
-def disturbed(monkeypatch, at_step: int, factor: float) -> None:
-    """Let all parameters be multiplied by a factor after one step of every run that is made from now on."""
-    make = loop.make_train_step
-
-    def make_disturbed(*args):
-        step = make(*args)
-
-        def train_step(state, batch):
-            is_disturbed = int(state.step) == at_step
-            state, result = step(state, batch)
-            if is_disturbed:
-                state = dataclasses.replace(state, params=jax.tree.map(lambda x: x * factor, state.params))
-            return state, result
-
-        return train_step
-
-    monkeypatch.setattr(loop, "make_train_step", make_disturbed)
-
-
-# NaN parameters give a NaN loss in the next step: in the middle of the second epoch, or not before the third
-@pytest.mark.parametrize("fatal_step", [3, 5], ids=["mid-epoch", "last step of an epoch"])
-@pytest.mark.filterwarnings("ignore:Mean of empty slice")
-def test_a_diverged_run_stops_and_keeps_the_last_good_checkpoint(finished, folder, monkeypatch, fatal_step):
-    config, expected, _ = finished
-    workdir = folder / f"diverged-{fatal_step}"
+def test_skipped_steps_change_nothing_but_the_count(finished, folder, monkeypatch):
+    config, _, _ = finished
     with monkeypatch.context() as patch:
-        disturbed(patch, fatal_step, factor=np.nan)
-        with pytest.raises(TrainingError, match="not finite"):
+        nan_at(patch, 4)
+        run = new_run(config, folder / "unused")
+        before = run.initial_state()
+        skipping = make_train_step(run.recipe, run.loss, 1)
+        state = jax.tree.map(lambda x: x + jnp.asarray(4, x.dtype) if x.ndim == 0 else x + 0, before)
+        state, result = skipping(dataclasses.replace(state, skipped_steps=jnp.array(0)), run.batches[4])
+    assert not result["finite"] and (int(state.step), int(state.skipped_steps)) == (5, 1)
+    assert_equal_trees(state.params, before.params)
+    assert_equal_trees(state.swa_params, before.swa_params)
+
+
+def test_skipping_is_counted_and_limited(finished, folder, monkeypatch, capsys):
+    config, _, _ = finished
+    nan_at(monkeypatch, 4)
+    summary = train(config, folder / "skipping", Options(skip_nonfinite=1))
+    assert [line["skipped_steps"] for line in read_metrics(folder / "skipping")] == [0, 1, 1]
+    assert summary["skipped_steps"] == 1 and summary["steps"] == 9
+    output = capsys.readouterr().out
+    assert "epoch 2: skipped a step with loss nan" in output and "1 steps that were not finite were skipped" in output
+
+
+@pytest.mark.filterwarnings("ignore:Mean of empty slice")
+def test_predictions_that_are_not_finite_stop_the_run(finished, folder, monkeypatch):
+    config, expected, _ = finished
+    predict = Run._predict
+
+    def broken(self, weights, rows, num_frame_samples):
+        predictions = predict(self, weights, rows, num_frame_samples)
+        return np.where(np.arange(len(rows))[:, None] == 1, np.nan, predictions)
+
+    workdir = folder / "invalid"
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_predict", broken)
+        with pytest.raises(TrainingError, match=r"validation loss is not finite after epoch 1 \(1 of 6 predictions"):
             train(config, workdir)
-    checkpoints = Checkpoints(workdir)
-    assert (checkpoints.last(), checkpoints.best()) == (3, 3)
-    checkpoints.close()
     train(config, workdir)
     assert_same_run(config, workdir, expected)
 
@@ -305,13 +251,50 @@ def test_a_run_without_a_checkpoint_may_start_again_with_other_hyperparameters(t
 def test_a_run_with_other_hyperparameters_is_refused_and_left_alone(finished):
     config, workdir, _ = finished
     files = {path: path.read_bytes() for path in workdir.iterdir() if path.is_file()}
-    other = config.copy_and_resolve_references()
-    other.update(lr=1e-3, head_num=1)
     with pytest.raises(ConfigError) as error:
-        train(other, workdir)
+        train(changed(config, lr=1e-3, head_num=1), workdir)
     for part in (str(workdir), "lr 0.002 -> 0.001", "head_num 2 -> 1", "--workdir"):
         assert part in str(error.value)
     assert {path: path.read_bytes() for path in workdir.iterdir() if path.is_file()} == files
+
+
+@pytest.mark.parametrize(
+    ("allowed", "words"),
+    [
+        ([], "(lr 0.002 -> 0.001, n_epochs 3 -> 4); choose another --workdir, or go on with them by --resume_with_"),
+        (["lr"], "n_epochs 3 -> 4"),
+        (["lr", "n_epoch"], "there is no hyperparameter n_epoch"),
+    ],
+)
+def test_changes_must_all_be_listed(finished, allowed, words):
+    config, workdir, _ = finished
+    with pytest.raises(ConfigError) as error:
+        train(changed(config, lr=1e-3, n_epochs=4), workdir, Options(resume_with_changes=allowed))
+    assert words in str(error.value)
+
+
+def test_the_model_and_the_data_of_a_run_cannot_change(finished):
+    config, workdir, _ = finished
+    for key, value in {"head_num": 1, "batch_size": 8, "ema_decay": 0.9, "loss_func": "MSE"}.items():
+        with pytest.raises(ConfigError, match=rf"{key} cannot change within a run.*pretrained_model={workdir}"):
+            train(changed(config, **{key: value}), workdir, Options(resume_with_changes=[key]))
+
+
+def test_a_finished_run_goes_on_with_more_epochs_and_another_rate(finished, folder):
+    """Its average of weights starts anew, where the longer training says."""
+    config, workdir, _ = finished
+    longer = changed(config, n_epochs=5, lr=1e-3, checkpoint_minutes=1.0)
+    shutil.copytree(workdir, folder / "longer")
+    summary = train(longer, folder / "longer", Options(resume_with_changes=["lr", "n_epochs"]))
+    metrics = read_metrics(folder / "longer")
+    assert metrics[:3] == read_metrics(workdir) and [line["step"] for line in metrics] == [3, 6, 9, 12, 15]
+    np.testing.assert_allclose(metrics[3]["lr"], 1e-3 * (20 / (20 + 11)) ** 0.5, rtol=1e-6)
+    assert (summary["epochs"], summary["steps"]) == (5, 15)
+    state, _ = stored_state(longer, folder / "longer")
+    assert int(state.swa_steps) == 3
+    (change,) = map(json.loads, (folder / "longer" / "config_changes.jsonl").read_text().splitlines())
+    assert change["changes"] == {"checkpoint_minutes": [10.0, 1.0], "lr": [0.002, 0.001], "n_epochs": [3, 5]}
+    assert json.loads((folder / "longer" / "config.json").read_text())["n_epochs"] == 5
 
 
 def test_a_directory_where_another_process_trains_is_refused(finished):
@@ -369,9 +352,8 @@ def test_checkpoints_compete_in_the_sum_of_standardised_errors(two_targets):
     std = [target.std for target in Predictor.load(workdir).targets]
     errors = [line["val_mae"] for line in read_metrics(workdir)]
     totals = [error["e_above_hull"] / std[0] + error["e_form"] / std[1] for error in errors]
-    checkpoints = Checkpoints(workdir)
-    assert checkpoints.best() == 1 + int(np.argmin(totals))
-    checkpoints.close()
+    assert step_counts(Checkpoints(workdir))[1] == 1 + int(np.argmin(totals))
+    np.testing.assert_allclose([line["val_loss"] for line in read_metrics(workdir)], totals, rtol=1e-5)
 
 
 def test_the_metrics_of_a_resumed_run_continue_after_the_epochs_it_keeps(tmp_path):

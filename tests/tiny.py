@@ -1,6 +1,9 @@
 """Tiny training runs, for the tests of training and of prediction."""
 
 import contextlib
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +18,10 @@ from crystalframer_jax.config import neighbor_cutoff, target_names
 from crystalframer_jax.configs import default
 from crystalframer_jax.data.registry import TARGET_SETS, target_set
 from crystalframer_jax.data.store import open_dataset
+from crystalframer_jax.training.checkpoint import Checkpoints
+from crystalframer_jax.training.logging import read_metrics
+from crystalframer_jax.training.loop import Run
+from crystalframer_jax.training.state import TrainState
 
 
 @contextlib.contextmanager
@@ -61,3 +68,46 @@ def assert_equal_trees(a, b) -> None:
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=jax.tree_util.keystr(path))
+
+
+def start_training(config: ConfigDict, workdir: Path, *flags: str, seconds_per_step: float = 0.0) -> subprocess.Popen:
+    """scripts/train.py in a process of its own; compiled programs are kept beside `config.data_dir`."""
+    folder = Path(config.data_dir).parent
+    file = folder / f"{workdir.name}_config.py"
+    file.write_text(
+        "from ml_collections import ConfigDict\n\n\n"
+        f"def get_config():\n    return ConfigDict({config.to_dict()!r}, convert_dict=False)\n"
+    )
+    arguments = [str(folder.parent / "compiled"), str(seconds_per_step), f"--config={file}", f"--workdir={workdir}"]
+    return subprocess.Popen(
+        [sys.executable, Path(__file__).parent / "train_tiny.py", *arguments, *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def stored_state(config: ConfigDict, workdir: Path) -> tuple[TrainState, dict]:
+    """The training state of the last checkpoint of a run, and its meta data."""
+    run = Run(config, workdir, open_tiny(config))
+    run.checkpoints.close()
+    checkpoints = Checkpoints(workdir)
+    try:
+        return checkpoints.restore_state(checkpoints.last(), run.initial_state())
+    finally:
+        checkpoints.close()
+
+
+def assert_same_run(config: ConfigDict, workdir: Path, expected: Path) -> None:
+    """All that two runs leave is equal to the bit, except for times."""
+    for line, other in zip(read_metrics(workdir), read_metrics(expected), strict=True):
+        assert line | {"crystals_per_s": 0} == other | {"crystals_per_s": 0}
+    times = {"seconds": 0, "crystals_per_s": 0}
+    summaries = [json.loads((run / "summary.json").read_text()) for run in (workdir, expected)]
+    assert summaries[0] | times == summaries[1] | times
+    assert (workdir / "predictions_test.csv").read_bytes() == (expected / "predictions_test.csv").read_bytes()
+    (state, meta), (other, other_meta) = stored_state(config, workdir), stored_state(config, expected)
+    assert_equal_trees(state, other)
+    assert meta | {"seconds": 0} == other_meta | {"seconds": 0}
+    assert int(state.step) == 9 and int(state.swa_steps) == 3
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(state.swa_params))

@@ -6,18 +6,31 @@ import grain
 import numpy as np
 
 from crystalframer_jax.batch import Batch, BatchShape, fill_factors, pack, plan_shapes
-from crystalframer_jax.config import NO_PARTS, BatchParts
+from crystalframer_jax.config import NO_PARTS, BatchParts, ConfigError
 from crystalframer_jax.data.store import Dataset
 
 
 class TrainingBatches:
-    """All batches of a training run by step number; every epoch is shuffled, its incomplete last batch dropped."""
+    """All batches of a training run by step number; every epoch is shuffled, its incomplete last batch dropped.
 
-    def __init__(self, dataset: Dataset, batch_size: int, n_epochs: int, seed: int, parts: BatchParts = NO_PARTS):
+    `atoms` are the fewest and most atoms (0: no limit) of a crystal to train on, `share` is that of the batches of an
+    epoch which are used. Raises ConfigError if no crystal is left.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        n_epochs: int,
+        seed: int,
+        parts: BatchParts = NO_PARTS,
+        atoms: tuple[int, int] = (0, 0),
+        share: float = 1.0,
+    ):
         self.dataset = dataset
-        self.indices = dataset.splits["train"]
+        self.indices = _of_size(dataset, dataset.splits["train"], *atoms)
         self.batch_size = min(batch_size, len(self.indices))
-        self.steps_per_epoch = len(self.indices) // self.batch_size
+        self.steps_per_epoch = max(1, int(share * (len(self.indices) // self.batch_size)))
         self.n_epochs = n_epochs
         self.seed = seed
         self.shapes = batch_shapes(dataset, self.batch_size, parts)
@@ -34,11 +47,19 @@ class TrainingBatches:
             self._order = known
         return known[1]
 
+    def rows(self, step: int) -> np.ndarray:
+        """The crystals of a step, rows of the table."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        return self.order(epoch)[position * self.batch_size : (position + 1) * self.batch_size]
+
     def __getitem__(self, step: int) -> Batch:
         """The batch of a step (numpy arrays)."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        chosen = self.order(epoch)[position * self.batch_size : (position + 1) * self.batch_size]
+        chosen = self.rows(step)
         return pack(self.dataset.table, chosen, self.shapes, self.dataset.labels[chosen])
+
+    def steps_of_last_epoch(self) -> range:
+        """The steps of the last epoch."""
+        return range(len(self) - self.steps_per_epoch, len(self))
 
     def fill_factors(self, batches: int = 8) -> tuple[float, float]:
         """Shares of atom slots and of neighbour columns that hold real data, means over the first batches."""
@@ -50,6 +71,18 @@ class TrainingBatches:
         """The batches from a step on, prepared ahead by a background thread."""
         steps = grain.MapDataset.source(self)[first_step:]
         return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+
+
+def _of_size(dataset: Dataset, rows: np.ndarray, fewest: int, most: int) -> np.ndarray:
+    """Those rows of the table whose crystals have from `fewest` to `most` atoms."""
+    sizes = dataset.table.num_atoms[rows]
+    chosen = rows[(sizes >= fewest) & ((sizes <= most) | (most <= 0))]
+    if not len(chosen):
+        raise ConfigError(
+            f"train_filter_min={fewest}, train_filter_max={most}: none of the {len(rows)} training crystals has "
+            f"as many atoms (they have {sizes.min(initial=0)} to {sizes.max(initial=0)})"
+        )
+    return chosen
 
 
 def batch_shapes(dataset: Dataset, batch_size: int, parts: BatchParts = NO_PARTS) -> list[BatchShape]:

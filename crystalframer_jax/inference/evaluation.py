@@ -1,13 +1,18 @@
 """Predictions for many crystals, and the errors they make."""
 
+import csv
+import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from crystalframer_jax.batch import BatchShape, pack, shape_for
-from crystalframer_jax.config import NO_PARTS, BatchParts
+from crystalframer_jax.config import NO_PARTS, BatchParts, ConfigError, model_config
+from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.data.table import CrystalTable
 from crystalframer_jax.training.state import TargetStatistics, to_label_units
 from crystalframer_jax.training.step import Forward
@@ -19,8 +24,24 @@ MAX_BATCH_CRYSTALS = 128
 class Predictions(NamedTuple):
     """Predictions in label units, in the order of the crystals."""
 
-    mean: np.ndarray  # [C, T] over the draws of frames
-    spread: np.ndarray  # [C, T] standard deviation over the draws; 0 without draws
+    mean: np.ndarray  # [C, T] over the draws of frames, or the models of an ensemble
+    spread: np.ndarray  # [C, T] standard deviation over them; 0 if there is one
+
+    @classmethod
+    def over(cls, samples: np.ndarray) -> "Predictions":
+        """Mean and standard deviation (of a sample: divisor S - 1) over the first axis of [S, C, T]."""
+        return cls(samples.mean(axis=0), samples.std(axis=0, ddof=min(1, len(samples) - 1)))
+
+
+def frame_draws(config: ConfigDict, num_frame_samples: int | None = None) -> int:
+    """How many draws among equally good frames a prediction averages: as asked for, or (None) as configured.
+
+    1 for models without frames. Raises ConfigError for less than 1.
+    """
+    samples = config.num_frame_samples if num_frame_samples is None else num_frame_samples
+    if samples < 1:
+        raise ConfigError(f"num_frame_samples={samples} must be at least 1")
+    return samples if model_config(config).uses_frames else 1
 
 
 def predict_rows(
@@ -47,13 +68,21 @@ def predict_rows(
         batch = jax.device_put(pack(table, group, fitting, num_targets=len(statistics)))
         draws = [np.asarray(forward(variables, batch, key), np.float64)[: len(group)] for key in keys]
         results.append(np.stack(draws))
-    samples = to_label_units(np.concatenate(results, axis=1), statistics)
-    return Predictions(samples.mean(axis=0), samples.std(axis=0, ddof=min(1, len(keys) - 1)))
+    return Predictions.over(to_label_units(np.concatenate(results, axis=1), statistics))
 
 
 def groups_of(indices: np.ndarray, size: int) -> list[np.ndarray]:
     """Consecutive groups of at most `size`."""
     return [indices[start : start + size] for start in range(0, len(indices), size)]
+
+
+def batches_of(
+    dataset: Dataset, indices: np.ndarray, batch_size: int, parts: BatchParts
+) -> tuple[list[np.ndarray], list[BatchShape]]:
+    """Groups of `batch_size` rows of a dataset, and the shapes that training packs them into."""
+    from crystalframer_jax.data.loader import batch_shapes  # imports Grain, which predicting structures does not need
+
+    return groups_of(indices, batch_size), batch_shapes(dataset, batch_size, parts)
 
 
 def groups_by_atoms(table: CrystalTable) -> list[np.ndarray]:
@@ -76,13 +105,89 @@ def mean_absolute_errors(
 
     A prediction that is not finite makes the error not finite.
     """
-    if predictions.shape != labels.shape:
-        raise ValueError(f"predictions {predictions.shape} and labels {labels.shape} differ in shape")
+    _check_shapes(predictions, labels)
     known = np.isfinite(labels)
     errors = np.abs(predictions - labels)
     return {s.name: float(errors[known[:, t], t].mean()) for t, s in enumerate(statistics)}
 
 
-def mean_predictor_errors(labels: np.ndarray, statistics: tuple[TargetStatistics, ...]) -> dict[str, float]:
-    """MAE of predicting the mean of the training labels for every crystal, labels [C, T]."""
-    return mean_absolute_errors(np.broadcast_to([s.mean for s in statistics], labels.shape), labels, statistics)
+def mean_predictor_errors(
+    labels: np.ndarray, statistics: tuple[TargetStatistics, ...], train_labels: np.ndarray | None = None
+) -> dict[str, float]:
+    """MAE of predicting the mean of the training labels for every crystal, labels [C, T].
+
+    Without training labels [C, T] their mean is taken from the statistics (which hold it unless `normalize_targets`
+    leaves the targets where they are).
+    """
+    mean = [s.mean for s in statistics] if train_labels is None else np.nanmean(train_labels, axis=0)
+    return mean_absolute_errors(np.broadcast_to(mean, labels.shape), labels, statistics)
+
+
+def regression_metrics(
+    predictions: np.ndarray, labels: np.ndarray, statistics: tuple[TargetStatistics, ...]
+) -> dict[str, dict[str, float | None]]:
+    """{target: {"mae", "rmse", "r2"}} over its known (finite) labels, label units; predictions and labels [C, T].
+
+    R^2 = 1 - sum (prediction - label)^2 / sum (label - mean label)^2: 1 is perfect, 0 as good as the mean of these
+    labels. It is None where they do not vary, and everything is None where none is known. A prediction that is not
+    finite makes the metrics not finite.
+    """
+    _check_shapes(predictions, labels)
+    return {s.name: _metrics(predictions[:, t], labels[:, t]) for t, s in enumerate(statistics)}
+
+
+def _metrics(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:
+    """The metrics of one target, [C]."""
+    known = np.isfinite(labels)
+    if not known.any():
+        return {"mae": None, "rmse": None, "r2": None}
+    values = np.asarray(labels[known], np.float64)
+    errors = np.asarray(predictions[known], np.float64) - values
+    r2 = None
+    if np.ptp(values) > 0:
+        r2 = float(1 - np.sum(errors**2) / np.sum((values - values.mean()) ** 2))
+    return {"mae": float(np.abs(errors).mean()), "rmse": float(np.sqrt(np.mean(errors**2))), "r2": r2}
+
+
+def _check_shapes(predictions: np.ndarray, labels: np.ndarray) -> None:
+    if predictions.shape != labels.shape:
+        raise ValueError(f"predictions {predictions.shape} and labels {labels.shape} differ in shape")
+
+
+def write_predictions(
+    file: str | Path,
+    ids: Sequence[str] | np.ndarray,
+    labels: np.ndarray,
+    predictions: np.ndarray,
+    statistics: tuple[TargetStatistics, ...],
+    spread: np.ndarray | None = None,
+) -> None:
+    """Write labels and predictions [C, T] as CSV: id,target,prediction, with several targets
+    id,target_A,prediction_A,target_B,prediction_B, and after them the spreads, if given: spread or spread_A,spread_B.
+
+    The units are those of the labels. Numbers have all their digits; an unknown label is an empty cell.
+    """
+    _check_shapes(predictions, labels)
+    ends = [f"_{s.name}" for s in statistics] if len(statistics) > 1 else [""]
+    header = ["id", *(f"{kind}{end}" for end in ends for kind in ("target", "prediction"))]
+    columns = [np.where(np.isfinite(labels), labels.astype(object), ""), predictions.astype(object)]
+    rows = np.stack(columns, axis=2).reshape(len(labels), 2 * len(statistics))
+    if spread is not None:
+        header += [f"spread{end}" for end in ends]
+        rows = np.concatenate([rows, spread.astype(object)], axis=1)
+    write_csv(file, header, [[str(id), *row] for id, row in zip(ids, rows.tolist(), strict=True)])
+
+
+def write_csv(file: str | Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a table as CSV, creating its folder; a reader sees the old file or all of the new one."""
+    file = Path(file).expanduser().resolve()  # the file that a link stands for is replaced, not the link
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.writer(stream, lineterminator="\n")
+            writer.writerow(header)
+            writer.writerows(rows)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -27,14 +27,14 @@ from crystalframer_jax.inference.official import (
     variables_from_official,
 )
 from crystalframer_jax.inference.official_config import config_from_official, official_from_config
-from crystalframer_jax.inference.predictor import Predictor, all_zero
+from crystalframer_jax.inference.predictor import Predictor, all_zero, stored_fields
 from crystalframer_jax.inference.torch_checkpoint import (
     Arrays,
     OfficialCheckpoint,
     read_checkpoint,
     write_checkpoint,
 )
-from crystalframer_jax.training.checkpoint import FOLDER, MODEL_FIELDS, Checkpoints, on_this_device
+from crystalframer_jax.training.checkpoint import FOLDER, Checkpoints, on_this_device
 from crystalframer_jax.training.state import TargetStatistics
 from crystalframer_jax.training.step import working_precision
 
@@ -248,7 +248,8 @@ def _model_fields(file: Path, checkpoint: OfficialCheckpoint, model: ModelConfig
             raise OfficialStateError(
                 f"{file}: gauss_scale of the averaged weights is not that of the last; they are of two trainings"
             )
-    return last | {"swa_params": average["params"], "swa_batch_stats": average["batch_stats"]}
+    averages = {"swa_params": average["params"], "swa_batch_stats": average["batch_stats"]}
+    return last | averages | {"ema_params": {}, "ema_batch_stats": {}}  # the official code has none
 
 
 def _variables(origin: str, state: Arrays, model: ModelConfig) -> dict[str, Tree]:
@@ -320,7 +321,7 @@ def _epoch_and_average(run: Path, predictor: Predictor) -> tuple[int, Tree | Non
         last = checkpoints.last() if predictor.weights == "best" else None
         step = predictor.step if last is None else last
         with working_precision(predictor.config):
-            like = {name: predictor.variables[name.removeprefix("swa_")] for name in MODEL_FIELDS}
+            like = stored_fields(predictor.config, predictor.variables)
             fields = checkpoints.restore_model(step, on_this_device(like))
     finally:
         checkpoints.close()

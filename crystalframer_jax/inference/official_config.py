@@ -22,10 +22,23 @@ from crystalframer_jax.configs import default
 from crystalframer_jax.data.registry import TARGET_SETS
 
 # Keys that the official training script reads or adds, beside those of its JSON files.
-SCRIPT_KEYS = ("param_file", "training_data", "momentum", "ddp")
+SCRIPT_KEYS = ("param_file", "training_data", "ddp")
 
 # Our keys that the official code does not have.
-OURS_ALONE = ("data_dir", "cutoff_radius", "tie_tolerance", "precision", "num_frame_samples", "bias_weight_decay")
+OURS_ALONE = (
+    "data_dir",
+    "cutoff_radius",
+    "tie_tolerance",
+    "precision",
+    "num_frame_samples",
+    "bias_weight_decay",
+    "reinit_layers",
+    "frozen_layers",
+    "ema_decay",
+    "keep_last_checkpoints",
+    "checkpoint_minutes",
+    "ensemble_size",
+)
 
 # The values with which the official keys of WITHOUT_COUNTERPART are written for the official code, which asks for them
 # and has no defaults: those of its JSON files. NEUTRAL_VALUES has the others: those are also asked for on reading.
@@ -34,12 +47,6 @@ OFFICIAL_ALONE: dict[str, Any] = {
     "save_path": "result/latticeformer",
     "encoder_name": "latticeformer",
     "minimum_range": True,
-    "freeze_bn_epochs": 0,
-    "train_filter_max": 0,
-    "train_filter_min": 0,
-    "train_percent_check": 1.0,
-    "val_percent_check": 1.0,
-    "model_checkpoint_save_top_k": 1,
     "num_workers": 0,
     "use_cuda_code": True,
     "reproduciblity_state": 2,
@@ -49,15 +56,21 @@ OFFICIAL_ALONE: dict[str, Any] = {
 ALIASES = {"norm_type": {"id": "no"}}  # official values with another name here
 NOT_TAKEN_OVER = ("targets", "target_set", "pretrained_model")  # they are looked after one by one
 MAX_CHARACTERS, MAX_INTEGER = 4000, 2**53  # of a hyperparameter that makes sense
-JUDGED_TOGETHER = (("n_epochs", "swa_epochs"), ("optimizer", "adam_betas"), ("lr_sch", "sch_params"))
+# Training settings of which all keep our defaults if one is not available or they do not go together.
+JUDGED_TOGETHER = (
+    ("n_epochs", "swa_epochs"),
+    ("optimizer", "adam_betas"),
+    ("lr_sch", "sch_params"),
+    ("train_filter_min", "train_filter_max"),
+)
 
 
 def config_from_official(official: Mapping[str, Any]) -> tuple[ConfigDict, list[str]]:
     """Our configuration from official hyperparameters, and those ("key=value") that it does not take over.
 
-    A trained model does not depend on how it was trained: a training setting that is missing or not available here (an
-    optimizer, a schedule) keeps our default; those not available are listed. `target_set` is empty unless the name is
-    known here.
+    A trained model does not depend on how it was trained: a training setting that is missing or not available here (a
+    schedule without steps, no best checkpoint) keeps our default; those not available are listed. `target_set` is empty
+    unless the name is known here.
 
     Raises ConfigError, naming the key, if the model itself is not available here, or if a hyperparameter of the model
     is missing: the official defaults are others than ours, and another cos_abs or pooling would go unnoticed.
@@ -149,7 +162,8 @@ def official_from_config(config: ConfigDict) -> dict[str, Any]:
     Raises ConfigError if the official code cannot run such a model.
     """
     _check_official_limits(config)
-    values = {key: config[key] for key in config if key not in OURS_ALONE}
+    left_out = OURS_ALONE if config.optimizer == "sgd" else (*OURS_ALONE, "momentum")  # read for sgd alone
+    values = {key: config[key] for key in config if key not in left_out}
     official = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
     names = target_names(config)
     official["targets"] = names[0] if len(names) == 1 else list(names)

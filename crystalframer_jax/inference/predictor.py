@@ -1,5 +1,6 @@
 """Predictor: a trained model, ready to predict structures."""
 
+import functools
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,13 +13,13 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from crystalframer_jax.batch import BatchShape, pack, shape_for
-from crystalframer_jax.config import BatchParts, ConfigError, model_config, neighbor_cutoff
+from crystalframer_jax.config import BatchParts, ModelConfig, model_config, neighbor_cutoff
 from crystalframer_jax.configs import default
 from crystalframer_jax.crystal import Crystal
 from crystalframer_jax.data.table import CrystalTable, make_table
-from crystalframer_jax.inference.evaluation import Predictions, groups_by_atoms, predict_rows
+from crystalframer_jax.inference.evaluation import Predictions, frame_draws, groups_by_atoms, predict_rows
 from crystalframer_jax.model.regressor import CrystalFramer
-from crystalframer_jax.neighbors import neighbor_rows
+from crystalframer_jax.neighbors import LatticeBox, neighbor_rows
 from crystalframer_jax.structure_files import as_crystals
 from crystalframer_jax.training.checkpoint import (
     FOLDER,
@@ -29,9 +30,10 @@ from crystalframer_jax.training.checkpoint import (
     read_json,
 )
 from crystalframer_jax.training.state import TargetStatistics, Tree
-from crystalframer_jax.training.step import make_forward, working_precision
+from crystalframer_jax.training.step import Forward, make_forward, working_precision
 
-WEIGHTS = ("best", "last", "swa")
+AVERAGES = {"swa": "swa_epochs", "ema": "ema_decay"}  # averaged weights, and what switches them on
+WEIGHTS = ("best", "last", *AVERAGES)
 
 
 class Predictor:
@@ -40,7 +42,7 @@ class Predictor:
     Attributes:
       targets: name, unit, mean and standard deviation of each target.
       cutoff: radius of the neighbour rows, Å.
-      weights: which weights these are: "best", "last", "swa", or "given" as arrays.
+      weights: which weights these are: "best", "last", "swa", "ema", or "given" as arrays.
       step: optimizer step of their checkpoint, 0 if given.
       origin: the same in words.
     """
@@ -51,16 +53,15 @@ class Predictor:
         self.targets = targets
         self.cutoff = neighbor_cutoff(config)
         self.weights, self.step, self.origin = "given", 0, "given parameters"
-        model = model_config(config)
-        self.parts, self.uses_frames = model.parts, model.uses_frames
-        self.forward = make_forward(CrystalFramer(model))
+        self.parts = model_config(config).parts
+        self.forward = _forward_of(model_config(config))
 
     @classmethod
     def load(cls, run_dir: str | Path, weights: str | None = None) -> "Predictor":
         """The model of a run directory, or of one of its checkpoints (RUN/checkpoints/STEP).
 
-        `weights`: "best" (smallest validation error), "last" or "swa" (average over the last epochs). Without it,
-        those that the finished run selected by validation error, or the best so far.
+        `weights`: "best" (smallest validation loss), "last", "swa" (average over the last epochs) or "ema" (exponential
+        moving average). Without it, those that the finished run selected by validation loss, or the best so far.
 
         Raises CheckpointError if there is no such model.
         """
@@ -69,7 +70,7 @@ class Predictor:
             workdir, step = workdir.parent.parent, int(workdir.name)
             if weights == "best":
                 raise CheckpointError(
-                    f"{run_dir} is one checkpoint: give weights 'last' or 'swa', or its run directory"
+                    f"{run_dir} is one checkpoint: give weights 'last', 'swa' or 'ema', or its run directory"
                 )
             weights = weights or "last"
         config = read_config(workdir)
@@ -90,15 +91,16 @@ class Predictor:
             targets = tuple(TargetStatistics(**target) for target in checkpoints.meta(step)["targets"])
         finally:
             checkpoints.close()
-        if weights == "swa" and all_zero(model["swa_params"]):
-            raise CheckpointError(f"{workdir} has no averaged weights (swa_epochs=0, or not reached yet)")
-        if weights == "swa" and all_zero(model["swa_batch_stats"]):
+        prefix = f"{weights}_" if weights in AVERAGES else ""
+        variables = {name: model[prefix + name] for name in ("params", "batch_stats")}
+        if prefix and (not variables["params"] or all_zero(variables["params"])):
+            key = AVERAGES[weights]
+            raise CheckpointError(f"{workdir} has no {weights} weights ({key}={config[key]}, or not reached yet)")
+        if prefix and all_zero(variables["batch_stats"]):
             raise CheckpointError(
-                f"{workdir}: the averaged weights of step {step} have no BatchNorm statistics, which come at the "
+                f"{workdir}: the {weights} weights of step {step} have no BatchNorm statistics, which come at the "
                 "end of the training; ask for last or best"
             )
-        prefix = "swa_" if weights == "swa" else ""
-        variables = {name: model[prefix + name] for name in ("params", "batch_stats")}
         predictor = cls(config, variables | {"calibration": model["calibration"]}, targets)
         predictor.weights, predictor.step = weights, step
         predictor.origin = f"{weights} weights of {workdir}, step {step}"
@@ -120,13 +122,7 @@ class Predictor:
         self, structures: Iterable[Any] | Any, num_frame_samples: int | None = None, progress: bool = False
     ) -> Predictions:
         """As `predict`, with the standard deviation over the draws of frames: mean and spread, both [B, T]."""
-        is_one = isinstance(structures, str | os.PathLike | Crystal) or any(
-            hasattr(structures, name)
-            for name in ("lattice", "cell", "species_and_occu")  # pymatgen, ASE
-        )
-        items: Iterable[Any] = [structures] if is_one else structures
-        crystals: list[Crystal] = [crystal for item in items for crystal in as_crystals(item)]
-        table = make_table(crystals, [neighbor_rows(crystal, self.cutoff) for crystal in crystals])
+        table = table_of(crystals_of(structures), self.cutoff)
         groups = tqdm(groups_by_atoms(table), desc="predicting", unit=" batches", disable=not progress)
         return self.predict_table(table, groups, self.parts, num_frame_samples)
 
@@ -144,14 +140,34 @@ class Predictor:
             )
 
     def draws(self, num_frame_samples: int | None) -> int:
-        """How many draws among equally good frames a prediction averages: as asked for, or as configured.
+        """How many draws among equally good frames a prediction averages, see `frame_draws`."""
+        return frame_draws(self.config, num_frame_samples)
 
-        1 for models without frames.
-        """
-        samples = self.config.num_frame_samples if num_frame_samples is None else num_frame_samples
-        if samples < 1:
-            raise ConfigError(f"num_frame_samples={samples} must be at least 1")
-        return samples if self.uses_frames else 1
+    def spread_over(self, num_frame_samples: int | None = None) -> str:
+        """What the spread of predictions is over, such as "16 draws"; empty without draws, where it is 0."""
+        draws = self.draws(num_frame_samples)
+        return f"{draws} draws" if draws > 1 else ""
+
+
+def crystals_of(structures: Iterable[Any] | Any) -> list[Crystal]:
+    """The crystals of what `Predictor.predict` takes: one structure or path of a file, or several."""
+    is_one = isinstance(structures, str | os.PathLike | Crystal) or any(
+        hasattr(structures, name)
+        for name in ("lattice", "cell", "species_and_occu")  # pymatgen, ASE
+    )
+    items: Iterable[Any] = [structures] if is_one else structures
+    return [crystal for item in items for crystal in as_crystals(item)]
+
+
+def table_of(crystals: Sequence[Crystal], cutoff: float | LatticeBox) -> CrystalTable:
+    """Crystals with their neighbour rows."""
+    return make_table(crystals, [neighbor_rows(crystal, cutoff) for crystal in crystals])
+
+
+@functools.lru_cache(maxsize=8)
+def _forward_of(model: ModelConfig) -> Forward:
+    """The forward pass of a model, compiled once for all predictors of the same hyperparameters."""
+    return make_forward(CrystalFramer(model))
 
 
 def read_config(workdir: Path) -> ConfigDict:
@@ -182,9 +198,14 @@ def _selected(workdir: Path) -> str:
 def _abstract_model(config: ConfigDict) -> dict[str, Tree]:
     """Shapes of the model's part of a checkpoint."""
     model, parts = CrystalFramer(model_config(config)), model_config(config).parts
-    atom = Crystal(np.array([1]), np.zeros((1, 3)), 3 * np.eye(3))
-    table = make_table([atom], [neighbor_rows(atom, 4.0)])
+    table = table_of([Crystal(np.array([1]), np.zeros((1, 3)), 3 * np.eye(3))], 4.0)
     batch = pack(table, np.array([0]), [shape_for(table, np.array([0]), parts)])
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jax.tree.map(jnp.asarray, batch)))
-    fields = {name: variables.get(name.removeprefix("swa_"), {}) for name in MODEL_FIELDS}
-    return on_this_device(fields)
+    return on_this_device(stored_fields(config, variables))
+
+
+def stored_fields(config: ConfigDict, variables: Tree) -> dict[str, Tree]:
+    """MODEL_FIELDS as a checkpoint of a run with this model has them; averages look like what they average."""
+    absent = () if config.ema_decay else ("ema_params", "ema_batch_stats")
+    likes = {name: name.removeprefix("swa_").removeprefix("ema_") for name in MODEL_FIELDS}
+    return {name: {} if name in absent else variables.get(like, {}) for name, like in likes.items()}

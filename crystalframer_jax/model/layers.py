@@ -76,16 +76,16 @@ def layer_norm(config: ModelConfig, x: jax.Array, name: str, affine: bool = True
     return layer(x)
 
 
-def head_norm(config: ModelConfig, x: jax.Array, real: jax.Array, name: str, train: bool) -> jax.Array:
+def head_norm(config: ModelConfig, x: jax.Array, real: jax.Array, name: str, by_batch: bool) -> jax.Array:
     """The normalisation `norm_type` of the output layers.
 
-    bn: BatchNorm over the crystals (or atoms) that are `real` [...]; running averages in the
-    collection `batch_stats`. ln: LayerNorm. in: the same without trained parameters, which is what PyTorch's
+    bn: BatchNorm, over the crystals (or atoms) that are `real` [...] if `by_batch`, else by the running averages in
+    the collection `batch_stats`. ln: LayerNorm. in: the same without trained parameters, which is what PyTorch's
     InstanceNorm1d makes of [B, D].
     """
     if config.norm_type == "bn":
         layer = nn.BatchNorm(
-            use_running_average=not train,
+            use_running_average=not by_batch,
             momentum=1 - BATCH_NORM_MOMENTUM,
             epsilon=EPSILON,
             param_dtype=config.dtype,

@@ -33,6 +33,7 @@ class CrystalFramer(nn.Module):
         calibrate: bool = False,
         given_frames: Sequence[jax.Array] | None = None,
         train: bool = False,
+        freeze_norm: bool = False,
     ) -> jax.Array:
         """Standardised predictions [B, T]; 0-atom padding crystals get meaningless finite numbers.
 
@@ -42,8 +43,9 @@ class CrystalFramer(nn.Module):
           calibrate: measure and store the calibration on this batch; needs `mutable=["calibration"]`.
           given_frames: frames [N, H, 3, 3] of every block, instead of computing them.
           train: dropout (needs an rng "dropout") and BatchNorm by this batch (needs `mutable=["batch_stats"]`).
+          freeze_norm: BatchNorm by its running averages all the same.
         """
-        config = self.config
+        config, by_batch = self.config, train and not freeze_norm
         x = self._embed(batch, train)
         for block in range(config.num_layers):
             frames = None if given_frames is None else given_frames[block]
@@ -56,13 +58,13 @@ class CrystalFramer(nn.Module):
         if config.pre_pooling_op.startswith("w"):
             x = head_layer(config, x, widths.pop(0), "pre_pooling")
         if config.pre_pooling_op == "w+bn+relu":
-            x = head_norm(config, x, batch.species > 0, "pre_pooling_norm", train)
+            x = head_norm(config, x, batch.species > 0, "pre_pooling_norm", by_batch)
         if config.pre_pooling_op.endswith("relu"):
             x = nn.relu(x)
         x = _pool(x, batch, config.pooling)
         for i, width in enumerate(widths):
             x = head_layer(config, x, width, f"dense_{i}")
-            x = nn.relu(head_norm(config, x, batch.crystal_sizes > 0, f"dense_{i}_norm", train))
+            x = nn.relu(head_norm(config, x, batch.crystal_sizes > 0, f"dense_{i}_norm", by_batch))
         return head_layer(config, x, config.num_targets, "output")
 
     def _embed(self, batch: Batch, train: bool) -> jax.Array:

@@ -10,11 +10,16 @@ from typing import Any
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from crystalframer_jax.errors import UserError
+
 
 class MetricsLog:
-    """One JSON line and TensorBoard scalars per epoch; a resumed run continues after the epochs it keeps."""
+    """One JSON line, TensorBoard scalars and, if asked for, a Weights & Biases record per epoch.
 
-    def __init__(self, workdir: Path, first_epoch: int, first_step: int):
+    A resumed run continues after the epochs it keeps.
+    """
+
+    def __init__(self, workdir: Path, first_epoch: int, first_step: int, wandb_project: str = "", config: Any = None):
         self.file = workdir / "metrics.jsonl"
         kept = [line for line in _lines(self.file) if line["epoch"] < first_epoch]
         if self.file.exists():
@@ -22,20 +27,44 @@ class MetricsLog:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
             os.replace(temporary, self.file)
         self.writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step, write_to_disk=True)
+        self.wandb = _start_wandb(workdir, wandb_project, config) if wandb_project else None
 
     def write(self, metrics: dict[str, Any]) -> None:
         """Append the metrics of an epoch: numbers, or dictionaries of numbers."""
         with self.file.open("a") as stream:
             stream.write(json.dumps(metrics, allow_nan=False) + "\n")
+        flat = {}
         for name, value in metrics.items():
-            values = value.items() if isinstance(value, dict) else [(None, value)]
-            for part, number in values:
-                self.writer.add_scalar(name if part is None else f"{name}/{part}", number, metrics["step"])
+            flat.update(
+                {f"{name}/{part}": v for part, v in value.items()} if isinstance(value, dict) else {name: value}
+            )
+        for name, number in flat.items():
+            self.writer.add_scalar(name, number, metrics["step"])
         self.writer.flush()
+        if self.wandb:
+            self.wandb.log(flat, step=metrics["step"])
 
     def close(self) -> None:
         """Finish writing."""
         self.writer.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def _start_wandb(workdir: Path, project: str, config: Any) -> Any:
+    """The Weights & Biases run of a run directory, continued if there is one."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            "--wandb needs the package wandb: pip install 'crystalframer-jax[wandb]', or leave it out"
+        ) from error
+    file = workdir / "wandb_id.txt"
+    if not file.exists():
+        file.write_text(wandb.util.generate_id())
+    return wandb.init(
+        project=project, name=workdir.name, id=file.read_text(), resume="allow", dir=str(workdir), config=config
+    )
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
@@ -54,17 +83,45 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     return _lines(workdir / "metrics.jsonl")
 
 
-def progress_bar(total: int, done: int, batch_size: int) -> tqdm:
-    """A bar over the crystals of the whole run; silent where the output is no terminal."""
-    return tqdm(
-        total=total * batch_size,
-        initial=done * batch_size,
-        desc="training",
-        unit=" crystals",
-        unit_scale=True,
-        dynamic_ncols=True,
-        disable=None,
-    )
+class Progress:
+    """Two bars, of the epochs of the run and of the crystals of an epoch; silent where the output is no terminal."""
+
+    def __init__(self, n_epochs: int, first_epoch: int, steps_per_epoch: int, batch_size: int):
+        self.epochs = tqdm(
+            total=n_epochs, initial=first_epoch, desc="training", unit=" epochs", dynamic_ncols=True, disable=None
+        )
+        self.steps = tqdm(
+            total=steps_per_epoch * batch_size,
+            unit=" crystals",
+            unit_scale=True,
+            position=1,
+            leave=False,
+            dynamic_ncols=True,
+            disable=None,
+        )
+        self.batch_size = batch_size
+        self.shown = not self.epochs.disable
+
+    def start_epoch(self, epoch: int, steps_done: int) -> None:
+        """Set the bar of the epoch (counted from 0) to the steps that are done already."""
+        self.steps.reset()
+        self.steps.set_description(f"epoch {epoch + 1}", refresh=False)
+        self.steps.update(steps_done * self.batch_size)
+
+    def step(self, loss: float | None) -> None:
+        """One batch more; `loss` is that of one of the last batches."""
+        if loss is not None:
+            self.steps.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        self.steps.update(self.batch_size)
+
+    def end_epoch(self) -> None:
+        """One epoch more."""
+        self.epochs.update()
+
+    def close(self) -> None:
+        """Remove the bar of the epoch and leave that of the run."""
+        self.steps.close()
+        self.epochs.close()
 
 
 def say(text: str) -> None:

@@ -1,9 +1,9 @@
-"""The training run: data, epochs, validation, checkpoints, resume, and the table at the end."""
+"""The training run: data, epochs, validation, checkpoints, resume, and what is left at the end."""
 
 import dataclasses
-import json
-import math
+import errno
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,188 +19,336 @@ from crystalframer_jax.data.splits import SPLITS
 from crystalframer_jax.data.store import Dataset, open_dataset
 from crystalframer_jax.errors import UserError
 from crystalframer_jax.files import locked, write_json
-from crystalframer_jax.inference.evaluation import groups_of, mean_absolute_errors, mean_predictor_errors, predict_rows
+from crystalframer_jax.inference.ensemble import Ensemble, ensemble_summary, ensemble_text
+from crystalframer_jax.inference.evaluation import frame_draws, groups_of, mean_absolute_errors, predict_rows
 from crystalframer_jax.model.regressor import CrystalFramer
-from crystalframer_jax.training.checkpoint import FOLDER, MODEL_FIELDS, Checkpoints, on_this_device, read_json
-from crystalframer_jax.training.logging import MetricsLog, duration, progress_bar, read_metrics, say, table
-from crystalframer_jax.training.optimizer import learning_rate, make_optimizer
+from crystalframer_jax.training import plots
+from crystalframer_jax.training.averages import averages_in, batch_statistics_of_averages, weights_of
+from crystalframer_jax.training.checkpoint import FOLDER, MODEL_FIELDS, Checkpoints, on_this_device
+from crystalframer_jax.training.interruption import Interruption, TrainingInterrupted
+from crystalframer_jax.training.layer_names import layer_mask
+from crystalframer_jax.training.logging import MetricsLog, Progress, read_metrics, say
+from crystalframer_jax.training.nonfinite import batch_report
 from crystalframer_jax.training.pretrained import start_from
+from crystalframer_jax.training.report import (
+    count_parameters,
+    describe,
+    evaluate_candidates,
+    mean_loss,
+    score_history,
+    summary_text,
+)
+from crystalframer_jax.training.run_directory import as_json, claim, record_environment
 from crystalframer_jax.training.state import TargetStatistics, TrainState, Tree
 from crystalframer_jax.training.step import (
     initial_state,
-    make_batch_statistics,
     make_forward,
+    make_loss,
+    make_recipe,
     make_train_step,
     working_precision,
 )
+
+LAG = 2  # steps whose results are not looked at yet: the device is still busy with them
 
 
 class TrainingError(UserError, RuntimeError):
     """Training cannot go on; the message says where and why."""
 
 
-def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to run a training, as far as its result does not depend on it.
+
+    Attributes:
+      resume_with_changes: hyperparameters that may differ from those the run was started with.
+      skip_nonfinite: how many steps without a finite loss and gradient may be skipped.
+      wandb_project: Weights & Biases project to log to; empty: none.
+    """
+
+    resume_with_changes: Sequence[str] = ()
+    skip_nonfinite: int = 0
+    wandb_project: str = ""
+
+
+def train(
+    config: ConfigDict,
+    workdir: str | Path,
+    options: Options | None = None,
+    interruption: Interruption | None = None,
+) -> dict[str, Any]:
     """Train a model as `config` says, in the run directory `workdir`, and return the summary of the run.
 
     The same call continues a run that was interrupted, from its last checkpoint; batches, random draws and results
     are those of a run that was not interrupted.
 
-    Raises ConfigError for a configuration that cannot be run or differs from that of the run directory, and
-    TrainingError if the loss is not finite.
+    Raises ConfigError for a configuration that cannot be run or differs from that of the run directory, TrainingError
+    if the loss is not finite or the disk is full, and TrainingInterrupted after having saved what there is if a signal
+    or the time limit of `interruption` ends the run.
     """
     validate(config)
     if not str(workdir):
         raise ConfigError("the workdir is empty; name the directory of the run")
-    workdir = Path(workdir)
-    names = target_names(config)
-    dataset = open_dataset(target_set(config.target_set), names, neighbor_cutoff(config), config.data_dir)
-    with locked(workdir / "lock", f"{workdir}: another process is training there; wait for it or choose another"):
-        _claim(config, workdir)
-        with working_precision(config):
-            return Run(config, workdir, dataset).finish()
+    workdir, options, interruption = Path(workdir), options or Options(), interruption or Interruption()
+    if config.ensemble_size > 1:
+        return _train_ensemble(config, workdir, options, interruption)
+    with interruption.listening():
+        dataset = _open_dataset(config)
+        with locked(workdir / "lock", f"{workdir}: another process is training there; wait for it or choose another"):
+            claim(config, workdir, options.resume_with_changes)
+            record_environment(workdir)
+            with working_precision(config):
+                return Run(config, workdir, dataset, options, interruption).finish()
+
+
+def _train_ensemble(config: ConfigDict, workdir: Path, options: Options, interruption: Interruption) -> dict[str, Any]:
+    """Train the members of an ensemble one after the other in WORKDIR/member_N, with seeds that count up."""
+    if (workdir / FOLDER).exists():
+        raise ConfigError(f"{workdir} holds a run with one model; choose another --workdir for an ensemble")
+    with interruption.listening():
+        for number in range(config.ensemble_size):
+            say(f"\nmember {number + 1} of {config.ensemble_size}")
+            member = config.copy_and_resolve_references()
+            member.update(ensemble_size=1, seed=config.seed + number)
+            train(member, workdir / f"member_{number}", options, interruption)
+        write_json(workdir / "config.json", as_json(config))
+        summary = ensemble_summary(Ensemble.load(workdir), _open_dataset(config), workdir)
+    write_json(workdir / "summary.json", summary)
+    say("\n" + ensemble_text(summary))
+    return summary
+
+
+def _open_dataset(config: ConfigDict) -> Dataset:
+    return open_dataset(target_set(config.target_set), target_names(config), neighbor_cutoff(config), config.data_dir)
 
 
 class Run:
     """A training run in its directory."""
 
-    def __init__(self, config: ConfigDict, workdir: Path, dataset: Dataset):
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: Path,
+        dataset: Dataset,
+        options: Options | None = None,
+        interruption: Interruption | None = None,
+    ):
         self.config, self.workdir, self.dataset = config, workdir, dataset
-        train_labels = dataset.labels[dataset.splits["train"]]
-        self.statistics = tuple(
-            TargetStatistics.of(target, train_labels[:, t]) for t, target in enumerate(dataset.targets)
+        self.options, self.interruption = options or Options(), interruption or Interruption()
+        model = CrystalFramer(model_config(config))
+        self.batches = TrainingBatches(
+            dataset,
+            config.batch_size,
+            config.n_epochs,
+            config.seed,
+            model.config.parts,
+            (config.train_filter_min, config.train_filter_max),
+            config.train_percent_check,
         )
-        parts = model_config(config).parts
-        self.batches = TrainingBatches(dataset, config.batch_size, config.n_epochs, config.seed, parts)
-        first_swa_epoch = config.n_epochs - config.swa_epochs
-        swa_first_step = first_swa_epoch * self.batches.steps_per_epoch if config.swa_epochs else None
-        self.model = model = CrystalFramer(model_config(config))
-        optimizer = make_optimizer(config, swa_first_step)
+        self.statistics = tuple(
+            TargetStatistics.of(target, dataset.labels[self.batches.indices, t], config.normalize_targets)
+            for t, target in enumerate(dataset.targets)
+        )
+        self.model, self.recipe = model, make_recipe(config, self.batches.steps_per_epoch)
         key = jax.random.key(config.seed)
-        self.forward, self.batch_statistics = make_forward(model), make_batch_statistics(model)
-        self.step = make_train_step(model, optimizer, self.statistics, jax.random.fold_in(key, 1), swa_first_step)
-        self.schedule = learning_rate(config, swa_first_step)
-        self.initial_state = lambda: initial_state(model, optimizer, self.batches[0], jax.random.fold_in(key, 0))
-        self.checkpoints = Checkpoints(workdir, writable=True)
+        self.forward = make_forward(model)
+        self.loss = make_loss(model, self.recipe, self.statistics, jax.random.fold_in(key, 1))
+        self.step = make_train_step(self.recipe, self.loss, self.options.skip_nonfinite)
+        self.initial_state = lambda: initial_state(model, self.recipe, self.batches[0], jax.random.fold_in(key, 0))
+        self.checkpoints = Checkpoints(
+            workdir,
+            writable=True,
+            keep_best=config.model_checkpoint_save_top_k,
+            keep_last=config.keep_last_checkpoints,
+        )
 
     def finish(self) -> dict[str, Any]:
         """Train the epochs that are left, evaluate, write summary.json and print it."""
-        state, meta = self._start()
-        first_epoch = meta["epoch"] + 1
-        if first_epoch < self.config.n_epochs:
-            state, meta = self._epochs(state, first_epoch, meta["seconds"])
-        self.checkpoints.wait()
-        summary = self._summary(state, meta)
-        self.checkpoints.close()
-        write_json(self.workdir / "summary.json", summary)
+        try:
+            state, meta = self._start()
+            if meta["epoch"] + 1 < self.config.n_epochs:
+                with self.interruption.stepping():
+                    state, meta = self._epochs(state, meta)
+            self.checkpoints.wait()
+            summary = self._summary(state, meta)
+            write_json(self.workdir / "summary.json", summary)
+        except TrainingInterrupted as request:
+            self.checkpoints.wait()
+            last = self.checkpoints.last()
+            saved = f"saved at step {last:,}" if last else "nothing was trained yet"
+            raise TrainingInterrupted(f"{request}, {saved}; the same command continues {self.workdir}") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise TrainingError(
+                f"the disk of {self.workdir} is full; what was saved before is intact: make room, and the same command "
+                "continues"
+            ) from error
+        finally:
+            self.checkpoints.close()
         say("\n" + summary_text(summary))
         return summary
 
     def _start(self) -> tuple[TrainState, dict[str, Any]]:
         """The state to go on from, and the meta data of its checkpoint."""
         splits = ", ".join(f"{len(self.dataset.splits[name]):,} {name}" for name in SPLITS)
-        last = self.checkpoints.last()
-        if last is None:
-            state = self.initial_state()
-            if self.config.pretrained_model:
-                state = start_from(state, self.config.pretrained_model, self.config, self.statistics)
-            say(f"{self.dataset.name}: {splits}; {count_parameters(state.params):,} trainable parameters")
-            say(describe(self.config))
-            shape, (atoms, neighbors) = self.batches.shapes[0], self.batches.fill_factors()
-            say(
-                f"batches of {shape.num_crystals} crystals in {shape.num_atoms} atom slots ({atoms:.0%} filled) with "
-                f"up to {shape.row_length} neighbors ({neighbors:.0%} filled)"
-            )
-            return state, {"epoch": -1, "seconds": 0.0}
         like = jax.eval_shape(self.initial_state)
-        state, meta = self.checkpoints.restore_state(last, on_this_device(like))
-        say(f"{self.dataset.name}: {splits}; continuing {self.workdir} after epoch {meta['epoch'] + 1}")
-        return state, meta
-
-    def _epochs(self, state: TrainState, first_epoch: int, seconds: float) -> tuple[TrainState, dict[str, Any]]:
-        """Train from `first_epoch` to the end; every epoch ends with validation and a checkpoint."""
-        config, batches = self.config, self.batches
-        first_step = first_epoch * batches.steps_per_epoch
-        log = MetricsLog(self.workdir, first_epoch, first_step)
-        bar = progress_bar(len(batches), first_step, batches.batch_size)
-        source = batches.iterate(first_step)
-        meta: dict[str, Any] = {}
-        for epoch in range(first_epoch, config.n_epochs):
-            start = time.perf_counter()
-            results = []
-            for _ in range(batches.steps_per_epoch):
-                state, result = self.step(state, next(source))
-                results.append(result)
-                bar.update(batches.batch_size)
-                if not bar.disable and len(results) > 1:  # of the step before: this one may still be running
-                    bar.set_postfix(loss=f"{float(results[-2]['loss']):.3f}", refresh=False)
-            losses, norms = (np.array([float(result[name]) for result in results]) for name in ("loss", "grad_norm"))
-            trained = time.perf_counter() - start
-            validation = self.errors(_weights(state), "val", num_frame_samples=1)
-            self._check_finite(epoch, losses + norms, validation)
-            seconds += time.perf_counter() - start
-            metrics = {
-                "epoch": epoch,
-                "step": int(state.step),
-                "loss": float(losses.mean()),
-                "grad_norm": float(norms.mean()),
-                "val_mae": validation,
-                "lr": float(self.schedule(state.step - 1)),
-                "crystals_per_s": batches.steps_per_epoch * batches.batch_size / trained,
-            }
-            log.write(metrics)
-            if epoch == config.n_epochs - 1 and jax.tree.leaves(state.batch_stats) and int(state.swa_steps):
-                state = dataclasses.replace(state, swa_batch_stats=self._swa_batch_statistics(state))
-            meta = self._meta(epoch, seconds, validation)
-            self.checkpoints.save(state, meta, self._standardised(validation))
-            say(self._epoch_line(metrics))
-        bar.close()
-        log.close()
-        return state, meta
-
-    def _check_finite(self, epoch: int, steps: np.ndarray, validation: dict[str, float]) -> None:
-        """Raise TrainingError, with the last good checkpoint safe on disk, unless all of an epoch is finite."""
-        where = ""
-        if not np.isfinite(steps).all():
-            step = epoch * self.batches.steps_per_epoch + int(np.flatnonzero(~np.isfinite(steps))[0])
-            where = f"the loss or its gradient is not finite at step {step} (epoch {epoch + 1})"
-        elif not np.isfinite(list(validation.values())).all():
-            where = f"the validation error is not finite after epoch {epoch + 1}"
-        if where:
-            self.checkpoints.wait()
-            raise TrainingError(f"{where}; the checkpoint before it is kept, start again with a smaller lr")
-
-    def _meta(self, epoch: int, seconds: float, validation: dict[str, float]) -> dict[str, Any]:
-        """What a checkpoint tells beside its arrays."""
-        targets = [dataclasses.asdict(s) for s in self.statistics]
-        return {"epoch": epoch, "seconds": seconds, "targets": targets, "val_mae": validation}
-
-    def errors(self, weights: Tree, split: str, num_frame_samples: int) -> dict[str, float]:
-        """MAE of every target on a split, label units."""
-        indices = self.dataset.splits[split]
-        groups = groups_of(indices, self.batches.batch_size)
-        predictions = predict_rows(
-            self.forward,
-            weights,
-            self.dataset.table,
-            groups,
-            self.statistics,
-            self.batches.shapes,
-            num_frame_samples,
+        frozen, _ = (
+            layer_mask(like.params, self.config[key], key) for key in ("frozen_layers", "reinit_layers")
+        )  # a misspelt layer is an error before anything is done
+        found = self.checkpoints.restore_latest(on_this_device(like))
+        if found is not None:
+            state, meta = found
+            step = int(state.step)
+            say(
+                f"{self.dataset.name}: {splits}; continuing {self.workdir} after step {step:,} of {len(self.batches):,}"
+            )
+            return state, meta
+        state = self.initial_state()
+        if self.config.pretrained_model:
+            state = start_from(state, self.config, self.statistics)
+        trained = jax.tree.map(lambda p, is_frozen: jnp.zeros(0) if is_frozen else p, state.params, frozen)
+        say(f"{self.dataset.name}: {splits}; {count_parameters(trained):,} trainable parameters")
+        say(describe(self.config))
+        shape, (atoms, neighbors) = self.batches.shapes[0], self.batches.fill_factors()
+        say(
+            f"batches of {shape.num_crystals} crystals in {shape.num_atoms} atom slots ({atoms:.0%} filled) with "
+            f"up to {shape.row_length} neighbors ({neighbors:.0%} filled)"
         )
-        return mean_absolute_errors(predictions.mean, self.dataset.labels[indices], self.statistics)
+        return state, {"epoch": -1, "seconds": 0.0, "results": []}
 
-    def _swa_batch_statistics(self, state: TrainState) -> Tree:
-        """BatchNorm statistics of the averaged weights: means over the batches of the last epoch."""
-        weights = {"params": state.swa_params, "calibration": state.calibration, "batch_stats": state.batch_stats}
-        steps = range(len(self.batches) - self.batches.steps_per_epoch, len(self.batches))
-        total = jax.tree.map(jnp.zeros_like, state.batch_stats)
-        for step in steps:
-            total = jax.tree.map(jnp.add, total, self.batch_statistics(weights, self.batches[step]))
-        return jax.tree.map(lambda x: x / len(steps), total)
+    def _epochs(self, state: TrainState, meta: dict[str, Any]) -> tuple[TrainState, dict[str, Any]]:
+        """Train to the end; every epoch ends with validation and a checkpoint."""
+        config, batches = self.config, self.batches
+        first_epoch = meta["epoch"] + 1
+        log = MetricsLog(
+            self.workdir,
+            first_epoch,
+            first_epoch * batches.steps_per_epoch,
+            self.options.wandb_project,
+            as_json(config),
+        )
+        progress = Progress(config.n_epochs, first_epoch, batches.steps_per_epoch, batches.batch_size)
+        source = batches.iterate(int(state.step))
+        try:
+            for epoch in range(first_epoch, config.n_epochs):
+                done = meta["results"] if epoch == first_epoch else []
+                state, metrics, seconds = self._epoch(state, epoch, source, list(done), meta["seconds"], progress)
+                if epoch == config.n_epochs - 1 and jax.tree.leaves(state.batch_stats):
+                    fields = batch_statistics_of_averages(self.model, state, batches)
+                    state = dataclasses.replace(state, **fields)
+                log.write(metrics)
+                meta = self._meta(epoch, seconds, [], metrics["val_mae"])
+                self.checkpoints.save(state, meta, metrics["val_loss"])
+                progress.end_epoch()
+                say(self._epoch_line(metrics))
+                if epoch < config.n_epochs - 1 and (reason := self.interruption.reason()):
+                    raise TrainingInterrupted(f"stopped by {reason} after epoch {epoch + 1}")
+        finally:
+            progress.close()
+            log.close()
+        return state, meta
 
-    def _standardised(self, errors: dict[str, float]) -> float:
-        """Sum over targets of the MAE in standard deviations: what checkpoints compete in."""
-        return sum(errors[s.name] / s.std for s in self.statistics)
+    def _epoch(
+        self, state: TrainState, epoch: int, source: Any, results: list, seconds: float, progress: Progress
+    ) -> tuple[TrainState, dict[str, Any], float]:
+        """The steps of an epoch that are left, and its validation: the state, its metrics and the seconds so far.
+
+        `results` are [loss, gradient norm] of the steps that are done, without those that were skipped.
+        """
+        config, batches = self.config, self.batches
+        start = saved = time.perf_counter()
+        first = int(state.step) - epoch * batches.steps_per_epoch
+        freeze_norm = epoch >= config.n_epochs - config.freeze_bn_epochs
+        progress.start_epoch(epoch, first)
+        pending: list[dict[str, jax.Array]] = []
+        for position in range(first, batches.steps_per_epoch):
+            state, result = self.step(state, next(source), freeze_norm=freeze_norm)
+            pending.append(result)
+            reason = self.interruption.reason()
+            now = time.perf_counter()
+            is_last = position == batches.steps_per_epoch - 1
+            is_due = not is_last and (reason or now - saved > 60 * config.checkpoint_minutes)
+            while len(pending) > (0 if is_due or is_last else LAG):
+                self._take(pending.pop(0), results, state, epoch)
+            progress.step(results[-1][0] if results else None)
+            if is_due:
+                meta = self._meta(epoch - 1, seconds + now - start, results, {})
+                self.checkpoints.save(state, meta, None)
+                saved = time.perf_counter()
+                if reason:
+                    raise TrainingInterrupted(f"stopped by {reason} in epoch {epoch + 1}")
+        trained = time.perf_counter() - start
+        if not results:
+            raise TrainingError(f"all steps of epoch {epoch + 1} were skipped; try a smaller lr")
+        val_loss, val_mae = self._validate(state, epoch)
+        losses, norms = np.array(results).reshape(-1, 2).T
+        metrics = {
+            "epoch": epoch,
+            "step": int(state.step),
+            "loss": float(losses.mean()),
+            "grad_norm": float(norms.mean()),
+            "val_loss": val_loss,
+            "val_mae": val_mae,
+            "lr": float(self.recipe.learning_rate(state.step - 1)),
+            "skipped_steps": int(state.skipped_steps),
+            "crystals_per_s": (batches.steps_per_epoch - first) * batches.batch_size / trained,
+        }
+        return state, metrics, seconds + time.perf_counter() - start
+
+    def _take(self, result: dict[str, jax.Array], results: list, state: TrainState, epoch: int) -> None:
+        """Add the results of a step; TrainingError, with a report of its batch, if it must not be skipped."""
+        loss, norm, finite = jax.device_get([result[name] for name in ("loss", "grad_norm", "finite")])
+        if finite:
+            results.append([float(loss), float(norm)])
+            return
+        allowed, skipped = self.options.skip_nonfinite, int(state.skipped_steps)
+        if skipped <= allowed:
+            say(f"epoch {epoch + 1}: skipped a step with loss {loss}, gradient {norm} ({skipped} of {allowed} allowed)")
+            return
+        step = int(state.step) - 1  # the state stands still since then
+        self.checkpoints.wait()
+        last = self.checkpoints.last()
+        freeze_norm = epoch >= self.config.n_epochs - self.config.freeze_bn_epochs
+        report = {"epoch": epoch, "last_good_checkpoint": last, "loss": str(loss), "grad_norm": str(norm)}
+        report |= batch_report(self.loss, self.statistics, state, self.batches, step, freeze_norm)
+        file = self.workdir / f"nonfinite_step_{step}.json"
+        write_json(file, report)
+        raise TrainingError(
+            f"the loss or its gradient is not finite at step {step} (epoch {epoch + 1}); {file} tells about its batch, "
+            f"{'the last checkpoint is kept' if last else 'nothing was saved yet'}. Try a smaller lr (in a run that "
+            "has a checkpoint: --config.lr=... --resume_with_changes=lr) or let such steps be skipped "
+            "(--skip_nonfinite=10)"
+        )
+
+    def _validate(self, state: TrainState, epoch: int) -> tuple[float, dict[str, float]]:
+        """Validation loss, and MAE of every target in label units; TrainingError if the loss is not finite."""
+        share, size = self.config.val_percent_check, self.batches.batch_size
+        rows = self.dataset.splits["val"]
+        rows = rows[: size * max(1, int(share * -(-len(rows) // size)))]
+        predictions = self._predict(weights_of(state), rows, num_frame_samples=1)
+        labels = self.dataset.labels[rows]
+        loss = mean_loss(self.config.loss_func, predictions, labels, self.statistics)
+        if not np.isfinite(loss):
+            bad = self.dataset.table.ids[rows[~np.isfinite(predictions).all(axis=1)]]
+            self.checkpoints.wait()
+            raise TrainingError(
+                f"the validation loss is not finite after epoch {epoch + 1} ({len(bad)} of {len(rows)} predictions are "
+                f"not, {', '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}); the checkpoint before it is kept, try a "
+                "smaller lr"
+            )
+        return loss, mean_absolute_errors(predictions, labels, self.statistics)
+
+    def _predict(self, weights: Tree, rows: np.ndarray, num_frame_samples: int) -> np.ndarray:
+        """Predictions [C, T] in label units for rows of the table."""
+        groups = groups_of(rows, self.batches.batch_size)
+        table, shapes = self.dataset.table, self.batches.shapes
+        return predict_rows(self.forward, weights, table, groups, self.statistics, shapes, num_frame_samples).mean
+
+    def _meta(self, epoch: int, seconds: float, results: list, val_mae: dict[str, float]) -> dict[str, Any]:
+        """What a checkpoint tells beside its arrays: the last finished epoch, the results of steps since then."""
+        targets = [dataclasses.asdict(s) for s in self.statistics]
+        return {"epoch": epoch, "seconds": seconds, "results": results, "targets": targets, "val_mae": val_mae}
 
     def _epoch_line(self, metrics: dict[str, Any]) -> str:
         errors = ", ".join(f"{s.name} {metrics['val_mae'][s.name]:.4f} {s.unit}" for s in self.statistics)
@@ -211,104 +359,36 @@ class Run:
         )
 
     def _summary(self, state: TrainState, meta: dict[str, Any]) -> dict[str, Any]:
-        """Errors of the last, best and averaged weights; those with the smallest validation error are selected."""
-        candidates = {"last": _weights(state)}
-        best = self.checkpoints.best()
-        if best not in (None, self.checkpoints.last()):
-            like = {name: getattr(on_this_device(jax.eval_shape(lambda: state)), name) for name in MODEL_FIELDS}
-            model = self.checkpoints.restore_model(best, like)
-            candidates["best"] = {name: model[name] for name in ("params", "calibration", "batch_stats")}
-        if int(state.swa_steps):
-            candidates["swa"] = {
-                "params": state.swa_params,
-                "calibration": state.calibration,
-                "batch_stats": state.swa_batch_stats,
-            }
-        samples = self.config.num_frame_samples if self.model.config.uses_frames else 1
-        by_weights = {name: {s: self.errors(w, s, samples) for s in ("val", "test")} for name, w in candidates.items()}
-        selected = min(by_weights, key=lambda name: self._standardised(by_weights[name]["val"]))
-        baseline = {
-            split: mean_predictor_errors(self.dataset.labels[self.dataset.splits[split]], self.statistics)
-            for split in SPLITS
-        }
-        train_errors = self.errors(candidates[selected], "train", samples)
+        """The errors of the last, best and averaged weights, with the files and figures that go with them."""
         epochs = read_metrics(self.workdir)
-        return {
-            "test": {
-                s.name: {
-                    "mae": by_weights[selected]["test"][s.name],
-                    "mean_predictor_mae": baseline["test"][s.name],
-                    "unit": s.unit,
-                }
-                for s in self.statistics
-            },
-            "selected_weights": selected,
-            "mae": {**by_weights, selected: {"train": train_errors, **by_weights[selected]}},
-            "mean_predictor_mae": baseline,
-            "units": {s.name: s.unit for s in self.statistics},
+        first_swa_epoch = self.config.n_epochs - self.config.swa_epochs if self.config.swa_epochs else None
+        plots.learning_curve(epochs, self.workdir / "learning_curve.png", first_swa_epoch)
+        samples = frame_draws(self.config)
+
+        def predict(weights: Tree, split: str) -> np.ndarray:
+            if reason := self.interruption.reason():
+                raise TrainingInterrupted(f"stopped by {reason} before the errors on {split} crystals")
+            return self._predict(weights, self.dataset.splits[split], samples)
+
+        errors = evaluate_candidates(
+            self._candidates(state), predict, self.dataset, self.statistics, self.config.loss_func, self.workdir
+        )
+        return errors | {
+            "score_history": score_history([line["val_loss"] for line in epochs]),
             "epochs": self.config.n_epochs,
+            "steps": int(state.step),
+            "skipped_steps": int(state.skipped_steps),
             "seconds": meta["seconds"],
             "crystals_per_s": float(np.median([line["crystals_per_s"] for line in epochs])),
             "parameters": count_parameters(state.params),
         }
 
-
-def summary_text(summary: dict[str, Any]) -> str:
-    """The table at the end of a run."""
-    rows = []
-    for target, unit in summary["units"].items():
-        for name, errors in summary["mae"].items():
-            label = f"{target} ({unit}), {name} weights" + (" *" if name == summary["selected_weights"] else "")
-            rows.append([label, *(errors.get(split, {}).get(target, math.nan) for split in SPLITS)])
-        baseline = summary["mean_predictor_mae"]
-        rows.append([f"{target} ({unit}), mean predictor", *(baseline[split][target] for split in SPLITS)])
-    text = table(["MAE", *SPLITS], rows)
-    return (
-        f"{text}\n* selected: smallest validation error\n"
-        f"{summary['epochs']} epochs in {duration(summary['seconds'])}, {summary['crystals_per_s']:.0f} crystals/s, "
-        f"{summary['parameters']:,} trainable parameters"
-    )
-
-
-def describe(config: ConfigDict) -> str:
-    """What model a configuration is, in a line."""
-    frames = f"{config.frame_method} frames" if config.value_pe_angle_real else "no frames (Crystalformer)"
-    cutoff = neighbor_cutoff(config)
-    reach = (
-        f"within {cutoff:.2f} Å" if isinstance(cutoff, float) else f"in a box of {2 * cutoff.lattice_range + 1}^3 cells"
-    )
-    start = f", starting from {config.pretrained_model}" if config.pretrained_model else ""
-    return (
-        f"{config.num_layers} blocks of {config.head_num} heads, {frames}, domain {config.domain}, neighbors {reach}, "
-        f"{config.precision}{start}"
-    )
-
-
-def count_parameters(params: Tree) -> int:
-    """Number of trainable parameters."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
-def _weights(state: TrainState) -> Tree:
-    return {"params": state.params, "calibration": state.calibration, "batch_stats": state.batch_stats}
-
-
-def _claim(config: ConfigDict, workdir: Path) -> None:
-    """Write config.json into a new run directory; a run that exists must have been started with the same values."""
-    file, values = workdir / "config.json", json.loads(config.to_json())
-    summary = workdir / "summary.json"
-    if summary.exists() and "imported_from" in read_json(summary):
-        raise ConfigError(
-            f"{workdir} holds imported weights; to train them further choose another --workdir and "
-            f"--config.pretrained_model={workdir}"
-        )
-    values["targets"] = ",".join(target_names(config))
-    if not file.exists() or not any((workdir / FOLDER).glob("[0-9]*")):  # nothing was trained that could be lost
-        write_json(file, values)
-        return
-    before = read_json(file)
-    keys = {*values, *before} - {"data_dir"}  # where the data are kept does not change the run
-    changed = [key for key in sorted(keys) if values.get(key) != before.get(key)]
-    if changed:
-        changes = ", ".join(f"{key} {before.get(key)!r} -> {values.get(key)!r}" for key in changed)
-        raise ConfigError(f"{workdir} holds a run with other hyperparameters ({changes}); choose another --workdir")
+    def _candidates(self, state: TrainState) -> dict[str, Tree]:
+        """The weights of which one is selected: last, best and, if there are any, averages."""
+        candidates = {"last": weights_of(state)}
+        best = self.checkpoints.best()
+        if best not in (None, self.checkpoints.last()):
+            like = on_this_device({name: getattr(state, name) for name in MODEL_FIELDS})
+            model = self.checkpoints.restore_model(best, like)
+            candidates["best"] = {name: model[name] for name in ("params", "calibration", "batch_stats")}
+        return candidates | {name: weights_of(state, name) for name in averages_in(state)}

@@ -1,5 +1,6 @@
-"""The official optimizer: AdamW with its own decay for biases, gradient clipping, inverse square root schedule."""
+"""The official optimizers and learning rate schedules."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,36 +9,87 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from crystalframer_jax.config import ConfigError
 
-def inverse_sqrt_nowarmup(lr: float, decay_steps: float, hold_from: int | None) -> Callable[[Any], jax.Array]:
-    """lr(t) = lr sqrt(T / (T + t)) at step t = 0, 1, ...; from step `hold_from` on it stands still."""
+Schedule = Callable[[Any], jax.Array]  # learning rate of an optimizer step 0, 1, ...
+
+
+def learning_rate(config: ConfigDict, total_steps: int, hold_from: int | None = None) -> Schedule:
+    """The schedule `lr_sch`; it stands still from step `hold_from` on (while weights are averaged).
+
+    With t the step, T = sch_params[0] and D = model_dim, the schedules of the official code are
+
+        const                         lr
+        inverse_sqrt_nowarmup         lr sqrt(T / (T + t))
+        inverse_sqrt_nowarmup_dmodel  lr sqrt(T / (T + t)) / sqrt(D)
+        inverse_sqrt_warmup           min(1 / sqrt(t + 1), (t + 1) / T^1.5) / sqrt(D)
+        inverse_sqrt_warmup_lrmax     lr sqrt(T) min(1 / sqrt(t + 1), (t + 1) / T^1.5)
+        multistep                     lr 0.1^n at and after n of the steps sch_params
+
+    and beside them `cosine`: T steps of linear warm-up, then lr (1 + cos(pi x)) / 2 with x from 0 to 1 at
+    `total_steps`. Raises ConfigError if the warm-up of `cosine` is longer than the training.
+    """
+    lr, name, width = config.lr, config.lr_sch, config.model_dim
+    first = config.sch_params[0] if config.sch_params else 0
+    if name == "cosine" and first >= total_steps:
+        raise ConfigError(
+            f"sch_params={tuple(config.sch_params)}: the warm-up of lr_sch='cosine' must be shorter than the training, "
+            f"{total_steps:,} steps"
+        )
+
+    def inverse_sqrt(t: jax.Array) -> jax.Array:
+        return jnp.sqrt(first / (first + t))
+
+    def warmup(t: jax.Array) -> jax.Array:
+        return jnp.minimum((t + 1) ** -0.5, (t + 1) * first**-1.5)
+
+    def cosine(t: jax.Array) -> jax.Array:
+        share = jnp.clip((t - first) / (total_steps - first), 0, 1)
+        return jnp.where(t < first, (t + 1) / (first + 1), (1 + jnp.cos(jnp.pi * share)) / 2)
+
+    def drops(t: jax.Array) -> jax.Array:
+        return 0.1 ** jnp.searchsorted(jnp.array(sorted(config.sch_params)), t, side="right")
+
+    formulas: dict[str, Callable[[jax.Array], jax.Array]] = {
+        "const": lambda t: lr * jnp.ones_like(t),
+        "inverse_sqrt_nowarmup": lambda t: lr * inverse_sqrt(t),
+        "inverse_sqrt_nowarmup_dmodel": lambda t: lr * width**-0.5 * inverse_sqrt(t),
+        "inverse_sqrt_warmup": lambda t: width**-0.5 * warmup(t),
+        "inverse_sqrt_warmup_lrmax": lambda t: lr * math.sqrt(first) * warmup(t),
+        "multistep": lambda t: lr * drops(t),
+        "cosine": lambda t: lr * cosine(t),
+    }
 
     def schedule(step: Any) -> jax.Array:
         held = step if hold_from is None else jnp.minimum(step, hold_from)
-        return lr * jnp.sqrt(decay_steps / (decay_steps + held))
+        return formulas[name](jnp.asarray(held, jnp.result_type(float)))
 
     return schedule
 
 
-def learning_rate(config: ConfigDict, swa_first_step: int | None) -> Callable[[Any], jax.Array]:
-    """The schedule of a configuration; while weights are averaged it stands still."""
-    return inverse_sqrt_nowarmup(config.lr, config.sch_params[0], swa_first_step)
+def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    """Directions of the updates, to be multiplied by -lr: clipping, weight decay, and adamw, adam or sgd.
 
-
-def make_optimizer(config: ConfigDict, swa_first_step: int | None) -> optax.GradientTransformation:
-    """Clipping by global norm, Adam, decoupled weight decay (its own for biases and normalisations), learning rate."""
-    parts = [
+    Weight decay is decoupled from the gradient in adamw, which decays biases and the parameters of normalisations by
+    a rate of their own, and added to the gradient in adam and sgd, which leave those alone. That is what PyTorch makes
+    of the official settings.
+    """
+    clip = [
         clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
-        optax.scale_by_adam(b1=config.adam_betas[0], b2=config.adam_betas[1], eps=1e-8),
-        optax.add_decayed_weights(config.weight_decay, lambda params: _is_bias_or_norm(params, False)),
-        optax.add_decayed_weights(config.bias_weight_decay, lambda params: _is_bias_or_norm(params, True)),
-        optax.scale_by_learning_rate(learning_rate(config, swa_first_step)),
+        optax.clip(config.clip_grad) if config.clip_grad else optax.identity(),
     ]
-    return optax.chain(*parts)
+    decay = optax.add_decayed_weights(config.weight_decay, lambda params: _is_bias_or_norm(params, False))
+    if config.optimizer == "sgd":
+        return optax.chain(*clip, decay, optax.trace(config.momentum))
+    adam = optax.scale_by_adam(b1=config.adam_betas[0], b2=config.adam_betas[1], eps=1e-8)
+    if config.optimizer == "adam":
+        return optax.chain(*clip, decay, adam)
+    of_biases = optax.add_decayed_weights(config.bias_weight_decay, lambda params: _is_bias_or_norm(params, True))
+    return optax.chain(*clip, adam, decay, of_biases)
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """Scale gradients by min(1, max_norm / (norm + 1e-6)), as the official code does."""
+    """Scale gradients by min(1, max_norm / (norm + 1e-6)), as PyTorch does."""
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         factor = jnp.minimum(1.0, max_norm / (optax.global_norm(updates) + 1e-6))

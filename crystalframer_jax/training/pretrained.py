@@ -10,33 +10,37 @@ from ml_collections import ConfigDict
 
 from crystalframer_jax.config import ConfigError, model_config, neighbor_cutoff
 from crystalframer_jax.inference.predictor import Predictor
+from crystalframer_jax.training.layer_names import layer_mask
 from crystalframer_jax.training.state import TargetStatistics, TrainState, Tree
 
 # What may differ between the two: it does not change what the weights compute, but for rounding and draws.
 MAY_DIFFER = ("num_targets", "dropout", "scale_grad", "precision", "tie_tolerance")
 
 
-def start_from(
-    state: TrainState, run_dir: str | Path, config: ConfigDict, statistics: tuple[TargetStatistics, ...]
-) -> TrainState:
-    """`state` with the weights, calibration and BatchNorm averages that prediction with `run_dir` uses.
+def start_from(state: TrainState, config: ConfigDict, statistics: tuple[TargetStatistics, ...]) -> TrainState:
+    """`state` with the weights, calibration and BatchNorm averages that prediction with `pretrained_model` uses.
 
     Targets that the old run predicts too (by name) keep their predictions in label units: their part of the output
-    layer is rescaled to `statistics`, those of the new training labels. Other targets keep their random output layer.
+    layer is rescaled to `statistics`, those of the new training labels. Other targets, and the layers of
+    `reinit_layers`, keep their random weights.
 
     Raises ConfigError listing the hyperparameters that differ if the old run is another model than `config`,
     CheckpointError if there is no such run.
     """
+    run_dir = config.pretrained_model
     predictor = Predictor.load(run_dir)
     differences = _differences(predictor.config, config)
     if differences:
         raise ConfigError(
-            f"pretrained_model={str(run_dir)!r} is another model: {'; '.join(differences)}; use those of "
+            f"pretrained_model={run_dir!r} is another model: {'; '.join(differences)}; use those of "
             f"{Path(run_dir) / 'config.json'}"
         )
     old: dict[str, Any] = jax.tree.map(np.asarray, dict(predictor.variables))
     output = _output_layer(old["params"]["output"], predictor.targets, state.params["output"], statistics)
-    old["params"] = old["params"] | {"output": output}
+    is_random = layer_mask(state.params, config.reinit_layers, "reinit_layers")
+    old["params"] = jax.tree.map(
+        lambda x, fresh, random: fresh if random else x, old["params"] | {"output": output}, state.params, is_random
+    )
     new = {"params": state.params, "calibration": state.calibration, "batch_stats": state.batch_stats}
     placed = jax.tree.map(lambda x, like: jax.device_put(np.asarray(x).astype(like.dtype)), old, new)
     return dataclasses.replace(state, **placed)

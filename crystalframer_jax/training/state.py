@@ -26,11 +26,14 @@ class TrainState:
     swa_params: Tree  # equal average over the steps of the last epochs
     swa_batch_stats: Tree  # of the averaged weights; zeros before the end of the training
     swa_steps: jax.Array  # [] int32 weights in that average
+    ema_params: Tree  # exponential moving average; empty without ema_decay
+    ema_batch_stats: Tree  # of the averaged weights; zeros before the end of the training
+    skipped_steps: jax.Array  # [] int32 steps whose loss or gradient was not finite
 
 
 @dataclasses.dataclass(frozen=True)
 class TargetStatistics:
-    """A target with the mean and population standard deviation of its training labels, in label units."""
+    """A target with what standardises its labels: mean and population standard deviation, in label units."""
 
     name: str
     unit: str
@@ -38,12 +41,18 @@ class TargetStatistics:
     std: float
 
     @classmethod
-    def of(cls, target: Target, labels: np.ndarray) -> "TargetStatistics":
-        """Statistics of the known training labels [C]; ConfigError if they do not vary."""
+    def of(cls, target: Target, labels: np.ndarray, normalize_targets: str = "scale_bias") -> "TargetStatistics":
+        """Statistics of the known training labels [C]; ConfigError if they do not vary.
+
+        As `normalize_targets` says, mean and standard deviation ("scale_bias"), the mean alone with 1 ("bias"), 0 with
+        the root mean square ("scale"), or 0 and 1 ("no").
+        """
         known = labels[np.isfinite(labels)]
         if not known.size or known.std() == 0:
             raise ConfigError(f"targets={target.name!r}: {known.size} training labels that do not vary")
-        return cls(target.name, target.unit, float(known.mean()), float(known.std()))
+        mean = known.mean() if "bias" in normalize_targets else 0.0
+        std = np.sqrt(np.mean((known - mean) ** 2)) if "scale" in normalize_targets else 1.0
+        return cls(target.name, target.unit, float(mean), float(std))
 
 
 def standardise(labels: jax.Array, statistics: tuple[TargetStatistics, ...]) -> jax.Array:

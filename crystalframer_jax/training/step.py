@@ -11,13 +11,42 @@ import optax
 from ml_collections import ConfigDict
 
 from crystalframer_jax.batch import Batch
-from crystalframer_jax.model.layers import BATCH_NORM_MOMENTUM
 from crystalframer_jax.model.random_bits import keys_by_place
 from crystalframer_jax.model.regressor import CrystalFramer
+from crystalframer_jax.training.averages import averaged
+from crystalframer_jax.training.layer_names import layer_mask
+from crystalframer_jax.training.loss import loss_per_crystal
+from crystalframer_jax.training.optimizer import Schedule, learning_rate, make_optimizer
 from crystalframer_jax.training.state import TargetStatistics, TrainState, Tree, standardise
 
 Forward = Callable[..., jax.Array]
-StepFunction = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+LossFunction = Callable[..., tuple[jax.Array, Any]]
+StepFunction = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What a training step does with the gradient of which loss."""
+
+    loss: str  # a key of loss.LOSSES
+    optimizer: optax.GradientTransformation  # directions, to be multiplied by -learning_rate
+    learning_rate: Schedule
+    swa_first_step: int | None = None  # from here on the weights enter an equal average
+    ema_decay: float = 0.0  # of the exponential moving average; 0: none
+    frozen_layers: str = ""  # layers that are not trained
+
+
+def make_recipe(config: ConfigDict, steps_per_epoch: int) -> Recipe:
+    """The recipe of a configuration."""
+    swa_first_step = (config.n_epochs - config.swa_epochs) * steps_per_epoch if config.swa_epochs else None
+    return Recipe(
+        loss=config.loss_func,
+        optimizer=make_optimizer(config),
+        learning_rate=learning_rate(config, config.n_epochs * steps_per_epoch, swa_first_step),
+        swa_first_step=swa_first_step,
+        ema_decay=config.ema_decay,
+        frozen_layers=config.frozen_layers,
+    )
 
 
 def working_precision(config: ConfigDict) -> contextlib.AbstractContextManager:
@@ -25,83 +54,101 @@ def working_precision(config: ConfigDict) -> contextlib.AbstractContextManager:
     return jax.enable_x64(True) if config.precision == "float64" else contextlib.nullcontext()
 
 
-def l1_loss(predictions: jax.Array, targets: jax.Array, known: jax.Array, crystals: jax.Array) -> jax.Array:
-    """Mean over the crystals of the sum over known targets of |prediction - target|; all [B, T] but `crystals` []."""
-    if not predictions.shape == targets.shape == known.shape:
-        raise ValueError(f"shapes differ: {predictions.shape}, {targets.shape}, {known.shape}")
-    return jnp.sum(jnp.where(known, jnp.abs(predictions - targets), 0)) / crystals
-
-
-def initial_state(
-    model: CrystalFramer, optimizer: optax.GradientTransformation, batch: Batch, key: jax.Array
-) -> TrainState:
+def initial_state(model: CrystalFramer, recipe: Recipe, batch: Batch, key: jax.Array) -> TrainState:
     """Random weights, with the Gaussian widths calibrated on `batch`, the first of the training."""
 
     @jax.jit
     def build(batch: Batch, key: jax.Array) -> TrainState:
         variables = model.init(key, batch)
         _, calibrated = model.apply(variables, batch, calibrate=True, mutable=["calibration"])
-        params, batch_stats = variables["params"], variables.get("batch_stats", {})
-        zero = jnp.zeros((), jnp.int32)
-        return TrainState(
-            step=zero,
-            params=params,
-            calibration=calibrated.get("calibration", {}),
-            batch_stats=batch_stats,
-            opt_state=optimizer.init(params),
-            swa_params=jax.tree.map(jnp.zeros_like, params),
-            swa_batch_stats=jax.tree.map(jnp.zeros_like, batch_stats),
-            swa_steps=zero,
-        )
+        batch_stats = jax.tree.map(lambda x: x.astype(model.config.dtype), variables.get("batch_stats", {}))
+        return new_state(recipe, variables["params"], calibrated.get("calibration", {}), batch_stats)
 
     return build(batch, key)
 
 
-def make_train_step(
-    model: CrystalFramer,
-    optimizer: optax.GradientTransformation,
-    statistics: tuple[TargetStatistics, ...],
-    key: jax.Array,
-    swa_first_step: int | None,
-) -> StepFunction:
-    """step(state, batch) -> (state, {"loss", "grad_norm"}); the state passed in is consumed.
+def new_state(recipe: Recipe, params: Tree, calibration: Tree, batch_stats: Tree) -> TrainState:
+    """The state of a training that starts from these weights."""
 
-    Frames (among ties) and dropout are drawn from `key` folded with the step. From `swa_first_step` on, the weights
-    after each step enter an equal average.
+    def zeros(tree: Tree) -> Tree:
+        return jax.tree.map(jnp.zeros_like, tree)
+
+    def count() -> jax.Array:  # each an array of its own: training steps consume them
+        return jnp.zeros((), jnp.int32)
+
+    return TrainState(
+        step=count(),
+        params=params,
+        calibration=calibration,
+        batch_stats=batch_stats,
+        opt_state=recipe.optimizer.init(params),
+        swa_params=zeros(params),
+        swa_batch_stats=zeros(batch_stats),
+        swa_steps=count(),
+        ema_params=zeros(params) if recipe.ema_decay else {},
+        ema_batch_stats=zeros(batch_stats) if recipe.ema_decay else {},
+        skipped_steps=count(),
+    )
+
+
+def make_loss(
+    model: CrystalFramer, recipe: Recipe, statistics: tuple[TargetStatistics, ...], key: jax.Array
+) -> LossFunction:
+    """loss(params, state, batch, freeze_norm) -> (mean loss, (loss of each crystal [B], new batch_stats)).
+
+    Frames (among ties) and dropout are drawn from `key` folded with the step.
     """
 
-    def loss_of(params: Tree, state: TrainState, batch: Batch) -> tuple[jax.Array, Tree]:
+    def loss(params: Tree, state: TrainState, batch: Batch, freeze_norm: bool) -> tuple[jax.Array, Any]:
         frame_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
         frame_keys = keys_by_place(frame_key, batch.crystal_sizes.shape[0])
         variables = {"params": params, "calibration": state.calibration, "batch_stats": state.batch_stats}
         predictions, changed = model.apply(
-            variables, batch, frame_keys, train=True, rngs={"dropout": dropout_key}, mutable=["batch_stats"]
+            variables,
+            batch,
+            frame_keys,
+            train=True,
+            freeze_norm=freeze_norm,
+            rngs={"dropout": dropout_key},
+            mutable=["batch_stats"],
         )
         targets = standardise(batch.targets, statistics)
-        loss = l1_loss(predictions, targets, batch.target_mask, jnp.sum(batch.crystal_sizes > 0))
-        return loss, changed.get("batch_stats", {})
+        losses = loss_per_crystal(recipe.loss, predictions, targets, batch.target_mask)
+        batch_stats = state.batch_stats | changed.get("batch_stats", {})
+        return jnp.sum(losses) / jnp.sum(batch.crystal_sizes > 0), (losses, batch_stats)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        (loss, batch_stats), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params, state, batch)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        swa_params, swa_steps = state.swa_params, state.swa_steps
-        if swa_first_step is not None:
-            swa_steps = swa_steps + (state.step >= swa_first_step)
-            share = jnp.where(state.step >= swa_first_step, 1 / jnp.maximum(swa_steps, 1), 0)
-            swa_params = jax.tree.map(lambda mean, new: mean + share * (new - mean), swa_params, params)
-        new_state = dataclasses.replace(
-            state,
-            step=state.step + 1,
-            params=params,
-            batch_stats=batch_stats,
-            opt_state=opt_state,
-            swa_params=swa_params,
-            swa_steps=swa_steps,
+    return loss
+
+
+def make_train_step(recipe: Recipe, loss: LossFunction, skip_nonfinite: int = 0) -> StepFunction:
+    """step(state, batch, freeze_norm=False) -> (state, {"loss", "grad_norm", "finite"}); `state` is consumed.
+
+    With `freeze_norm` BatchNorm keeps its statistics. A step whose loss or gradient is not finite leaves all weights
+    as they are and is counted; after more than `skip_nonfinite` of them nothing changes any more.
+    """
+    gradient_of = jax.value_and_grad(loss, has_aux=True)
+
+    def step(state: TrainState, batch: Batch, freeze_norm: bool = False) -> tuple[TrainState, dict[str, jax.Array]]:
+        is_frozen = layer_mask(state.params, recipe.frozen_layers, "frozen_layers")
+        (value, (_, batch_stats)), gradient = gradient_of(state.params, state, batch, freeze_norm)
+        gradient = jax.tree.map(lambda g, frozen: jnp.zeros_like(g) if frozen else g, gradient, is_frozen)
+        grad_norm = optax.global_norm(gradient)
+        updates, opt_state = recipe.optimizer.update(gradient, state.opt_state, state.params)
+        rate = recipe.learning_rate(state.step)
+        params = jax.tree.map(
+            lambda p, u, frozen: p if frozen else p - jnp.asarray(rate, p.dtype) * u, state.params, updates, is_frozen
         )
-        return new_state, {"loss": loss, "grad_norm": optax.global_norm(gradient)}
+        averages = averaged(state, params, recipe.swa_first_step, recipe.ema_decay)
+        new = dataclasses.replace(state, params=params, batch_stats=batch_stats, opt_state=opt_state, **averages)
+        finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
+        running = state.skipped_steps <= skip_nonfinite
+        kept = jax.tree.map(lambda n, o: jnp.where(finite & running, n, o), new, state)
+        counted = dataclasses.replace(
+            kept, step=state.step + running, skipped_steps=state.skipped_steps + (running & ~finite)
+        )
+        return counted, {"loss": value, "grad_norm": grad_norm, "finite": finite}
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, static_argnames="freeze_norm")
 
 
 def make_forward(model: CrystalFramer) -> Forward:
@@ -116,20 +163,3 @@ def make_forward(model: CrystalFramer) -> Forward:
         return model.apply(variables, batch, keys)
 
     return jax.jit(forward)
-
-
-def make_batch_statistics(model: CrystalFramer) -> Callable[[Tree, Batch], Tree]:
-    """statistics(variables, batch) -> the means and variances that BatchNorm sees in this batch (batch_stats)."""
-
-    def statistics(variables: Tree, batch: Batch) -> Tree:
-        start = jax.tree.map(jnp.zeros_like, variables["batch_stats"])
-        _, changed = model.apply(
-            {**variables, "batch_stats": start},
-            batch,
-            train=True,
-            rngs={"dropout": jax.random.key(0)},
-            mutable=["batch_stats"],
-        )
-        return jax.tree.map(lambda x: x / BATCH_NORM_MOMENTUM, changed["batch_stats"])
-
-    return jax.jit(statistics)

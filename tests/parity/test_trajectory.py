@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from tiny import assert_equal_trees
 
@@ -17,9 +18,9 @@ from crystalframer_jax.data.table import make_table
 from crystalframer_jax.inference.official import load_official, variables_from_official
 from crystalframer_jax.model.regressor import CrystalFramer
 from crystalframer_jax.neighbors import neighbor_rows
-from crystalframer_jax.training.optimizer import learning_rate, make_optimizer
+from crystalframer_jax.training.optimizer import Schedule
 from crystalframer_jax.training.state import TrainState, to_label_units
-from crystalframer_jax.training.step import make_train_step
+from crystalframer_jax.training.step import make_loss, make_recipe, make_train_step, new_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Trajectory:
     """What the package makes of the official initial parameters and batches."""
 
     golden: dict[str, np.ndarray]
-    schedule: list[float]
+    learning_rate: Schedule
     calibration: dict
     loss: np.ndarray
     grad_norm: np.ndarray
@@ -52,6 +53,7 @@ def trajectory() -> Trajectory:
     config, swa_first_step = predictor.config, int(golden["swa_first_step"])
     config.update({key: official[key] for key in ("lr", "weight_decay", "clip_norm")})
     config.update({key: tuple(official[key]) for key in ("sch_params", "adam_betas")})
+    config.update(n_epochs=30, swa_epochs=30 - swa_first_step)  # epochs of one step, so that both count the same
 
     ends = np.cumsum(golden["sizes"])
     atoms = [slice(end - size, end) for end, size in zip(ends, golden["sizes"], strict=True)]
@@ -64,21 +66,12 @@ def trajectory() -> Trajectory:
     shape = max((shape_for(table, chosen) for chosen in order), key=lambda shape: shape.num_atoms)
     batches = [pack(table, chosen, [shape], labels[chosen]) for chosen in order]
 
-    model, optimizer = CrystalFramer(model_config(config)), make_optimizer(config, swa_first_step)
+    model, recipe = CrystalFramer(model_config(config)), make_recipe(config, steps_per_epoch=1)
     calibrate = jax.jit(lambda v, batch: model.apply(v, batch, calibrate=True, mutable=["calibration"])[1])
     calibration = jax.tree.map(np.asarray, calibrate(predictor.variables, batches[0])["calibration"])
     params = jax.tree.map(jnp.asarray, predictor.variables["params"])
-    state = TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        calibration=jax.tree.map(jnp.asarray, calibration),
-        batch_stats={},
-        opt_state=optimizer.init(params),
-        swa_params=jax.tree.map(jnp.zeros_like, params),
-        swa_batch_stats={},
-        swa_steps=jnp.zeros((), jnp.int32),
-    )
-    step = make_train_step(model, optimizer, predictor.targets, jax.random.key(0), swa_first_step)
+    state = new_state(recipe, params, jax.tree.map(jnp.asarray, calibration), {})
+    step = make_train_step(recipe, make_loss(model, recipe, predictor.targets, jax.random.key(0)))
     results, after = [], []
     for batch in batches:
         state, result = step(state, batch)
@@ -94,7 +87,7 @@ def trajectory() -> Trajectory:
         predictions[name] = to_label_units(np.concatenate(parts), predictor.targets)
     return Trajectory(
         golden=golden,
-        schedule=[float(learning_rate(config, swa_first_step)(t)) for t in range(30)],
+        learning_rate=recipe.learning_rate,
         calibration=calibration,
         loss=np.array([float(result["loss"]) for result in results]),
         grad_norm=np.array([float(result["grad_norm"]) for result in results]),
@@ -108,21 +101,26 @@ def test_official_calibration(trajectory):
     for block in range(2):
         expected = trajectory.golden[f"calibrated/encoder.layers.{block}.self_attn.gauss_scale"]
         found = trajectory.calibration[f"block_{block}"]["attention"]
-        np.testing.assert_allclose([found["scale"], found["shift"]], expected, rtol=1e-5)
+        np.testing.assert_allclose([found["scale"], found["shift"]], expected, rtol=1e-6, atol=1e-8)
     assert_equal_trees(trajectory.state.calibration, trajectory.calibration)  # training leaves it alone
 
 
-def test_official_learning_rates_decay_and_then_stand_still(trajectory):
-    np.testing.assert_allclose(trajectory.schedule, trajectory.golden["lr"], rtol=1e-6)
+def test_official_learning_rates_decay_and_then_stand_still(trajectory, x64):
+    """To the last bit in float64, the type of the official schedule."""
+    found = np.array([float(trajectory.learning_rate(step)) for step in range(30)])
+    np.testing.assert_array_equal(found, trajectory.golden["lr"])
     first = int(trajectory.golden["swa_first_step"])
-    assert len(set(trajectory.schedule[: first + 1])) == first + 1 and len(set(trajectory.schedule[first:])) == 1
+    assert len(set(found[: first + 1])) == first + 1 and len(set(found[first:])) == 1
 
 
 def test_official_losses_and_gradient_norms(trajectory):
-    """The official run adds noise to its distances; measured differences are 8e-5, 5e-4 and 3e-4."""
+    """The first five steps agree to rounding. Then rounding grows with every step: the gradient norms of the same ten
+    steps in float32 and in float64 differ from each other by 2e-4, as either does from the official ones.
+    """
     np.testing.assert_allclose(trajectory.loss[:10], trajectory.golden["loss"][:10], rtol=0, atol=1e-4)
     np.testing.assert_allclose(trajectory.loss, trajectory.golden["loss"], rtol=0, atol=1e-3)
-    np.testing.assert_allclose(trajectory.grad_norm[:10], trajectory.golden["grad_norm"][:10], rtol=1e-3)
+    np.testing.assert_allclose(trajectory.grad_norm[:5], trajectory.golden["grad_norm"][:5], rtol=1e-4)
+    np.testing.assert_allclose(trajectory.grad_norm[:10], trajectory.golden["grad_norm"][:10], rtol=3e-4)
 
 
 def test_weights_are_averaged_equally_from_the_official_step_on(trajectory):
@@ -141,15 +139,18 @@ def test_official_predictions_after_training(trajectory, weights):
 
 @pytest.mark.parametrize("weights", ["final", "swa"])
 def test_official_parameters_after_training(trajectory, weights):
-    """Each parameter to 2 % of its norm (measured: 0.9 %); one step of training moves some by 10 %.
-
-    Key biases have no effect on the output, so what they do is rounding noise.
+    """All together to 1e-3 of their norm (measured: 7e-4 and 5e-4; one step moves them by 5e-3), and each to 2 % of
+    its own. Key biases have no effect on the output, so what they do is rounding noise.
     """
     state = trajectory.official(f"{weights}/")
     config = load_official(json.loads(trajectory.golden["config_json"].tobytes()), state).config
     expected = variables_from_official(state, model_config(config))["params"]
     found = trajectory.state.params if weights == "final" else trajectory.state.swa_params
-    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
+    difference = jax.tree.map(jnp.subtract, found, expected)
+    assert optax.global_norm(difference) < 1e-3 * optax.global_norm(expected)
+    for (path, change), y in zip(
+        jax.tree_util.tree_leaves_with_path(difference), jax.tree.leaves(expected), strict=True
+    ):
         name = jax.tree_util.keystr(path)
         if "['k']['bias']" not in name:
-            assert np.linalg.norm(x - y) < 0.02 * np.linalg.norm(y), name
+            assert np.linalg.norm(change) < 0.02 * np.linalg.norm(y), name

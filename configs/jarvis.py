@@ -1,0 +1,48 @@
+"""JARVIS-DFT 3D 2021, the first benchmark of the paper: five targets, each with a model of its own.
+
+    python scripts/train.py --config=configs/jarvis.py --workdir=runs/jarvis/default/formation_energy
+    scripts/reproduce.sh jarvis
+
+The second command trains all targets, one after the other. Another target is chosen by two flags:
+--config.target_set=jarvis__dft_3d_2021-ehull --config.targets=ehull.
+
+Variants: configs/jarvis.py:lightweight, configs/jarvis.py:crystalformer (configs/variants.py).
+
+Published test MAE, 4 blocks:
+
+| target_set                      | target           | unit    | train/val/test  | default | crystalformer |
+|---------------------------------|------------------|---------|-----------------|---------|---------------|
+| jarvis__dft_3d_2021             | formation_energy | eV/atom | 44578/5572/5572 |  0.0263 |        0.0306 |
+| jarvis__dft_3d_2021             | total_energy     | eV/atom | 44578/5572/5572 |  0.0279 |        0.0320 |
+| jarvis__dft_3d_2021             | opt_bandgap      | eV      | 44578/5572/5572 |  0.117  |        0.128  |
+| jarvis__dft_3d_2021-mbj_bandgap | mbj_bandgap      | eV      | 14537/1817/1817 |  0.242  |        0.274  |
+| jarvis__dft_3d_2021-ehull       | ehull            | eV      | 44296/5537/5537 |  0.0471 |        0.0463 |
+
+Source: the JARVIS table of Ito et al., ICLR 2025 (arXiv:2503.02209), as on https://omron-sinicx.github.io/crystalframer
+(default: max frames). The 800 epochs of Crystalformer are those of params/latticeformer/default_jarvis.json in the
+official project.
+"""
+
+from ml_collections import ConfigDict
+
+from crystalframer_jax.configs import default, variants
+from crystalframer_jax.configs.variants import Benchmark
+
+BENCHMARKS = (
+    Benchmark("jarvis__dft_3d_2021", "formation_energy", "eV/atom", {"default": 0.0263, "crystalformer": 0.0306}),
+    Benchmark("jarvis__dft_3d_2021", "total_energy", "eV/atom", {"default": 0.0279, "crystalformer": 0.0320}),
+    Benchmark("jarvis__dft_3d_2021", "opt_bandgap", "eV", {"default": 0.117, "crystalformer": 0.128}),
+    Benchmark("jarvis__dft_3d_2021-mbj_bandgap", "mbj_bandgap", "eV", {"default": 0.242, "crystalformer": 0.274}),
+    Benchmark("jarvis__dft_3d_2021-ehull", "ehull", "eV", {"default": 0.0471, "crystalformer": 0.0463}),
+)
+
+
+def get_config(variant: str = "default") -> ConfigDict:
+    """The paper's setting for JARVIS, which is that of configs/default.py; formation energies."""
+    config = variants.with_variant(default.get_config(), variant)
+    config.target_set = "jarvis__dft_3d_2021"
+    config.targets = "formation_energy"
+    config.batch_size = 256
+    config.n_epochs = 800 if variant == "crystalformer" else 2000
+    config.swa_epochs = 50
+    return config

@@ -1,0 +1,274 @@
+"""Deep ensembles: several trainings of a model, their mean prediction and how far they disagree."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from crystalframer_jax.batch import BatchShape
+from crystalframer_jax.config import BatchParts, ConfigError
+from crystalframer_jax.data.store import Dataset
+from crystalframer_jax.data.table import CrystalTable
+from crystalframer_jax.inference.evaluation import (
+    Predictions,
+    batches_of,
+    groups_by_atoms,
+    mean_absolute_errors,
+    mean_predictor_errors,
+    regression_metrics,
+    write_predictions,
+)
+from crystalframer_jax.inference.predictor import Predictor, crystals_of, table_of
+from crystalframer_jax.neighbors import LatticeBox
+from crystalframer_jax.training.checkpoint import CheckpointError, read_json
+from crystalframer_jax.training.logging import table as text_table
+from crystalframer_jax.training.state import TargetStatistics
+
+
+class Ensemble:
+    """Predicts with several models: the mean over them, and their standard deviation as its uncertainty.
+
+    The standard deviation is that of a sample, with the divisor M - 1 for M models (0 for one model). Where frames are
+    drawn, each model averages its draws first. Lakshminarayanan et al., NeurIPS 2017.
+
+    Attributes:
+      members: the models.
+      names: of their run directories, or numbers.
+      targets: name and unit of each target, which all members share; mean and standard deviation of the first member.
+      config: of the first member.
+      parts: what a batch that serves all members holds.
+      origin: where they come from, in words.
+    """
+
+    def __init__(self, members: Sequence[Predictor], names: Sequence[str] = ()):
+        """Raise ConfigError if there are no members, or some that predict other targets or in other units."""
+        if not members:
+            raise ConfigError("an ensemble needs at least one model")
+        self.members = tuple(members)
+        self.names = tuple(names) or tuple(str(number) for number in range(len(members)))
+        self.targets, self.config = members[0].targets, members[0].config
+        for number, member in enumerate(self.members):
+            if _outputs(member) != _outputs(self.members[0]):
+                raise ConfigError(
+                    f"{self._describe(0)} predicts {_outputs(self.members[0])}, {self._describe(number)} "
+                    f"{_outputs(member)}: the models of an ensemble must predict the same"
+                )
+        parts = [member.parts for member in self.members]
+        self.parts = BatchParts(
+            cells=any(p.cells for p in parts),
+            lattice_vectors=any(p.lattice_vectors for p in parts),
+            scatter=any(p.scatter for p in parts),
+            dtype="float64" if any(p.dtype == "float64" for p in parts) else "float32",
+        )
+        self.origin = f"ensemble of {self.spread_over()}"
+
+    @classmethod
+    def load(cls, run_dir: str | Path, weights: str | None = None) -> "Ensemble":
+        """The ensemble of a run directory with member_0, member_1, ...; `weights` as for `Predictor.load`.
+
+        Raises CheckpointError, naming it, for a member that is missing or not trained to its end.
+        """
+        folder = Path(run_dir).expanduser()
+        names = member_names(folder)
+        for name in names:
+            if not (folder / name / "summary.json").is_file():
+                raise CheckpointError(
+                    f"{folder / name} is not trained to its end; the training command of the ensemble continues it"
+                )
+        ensemble = cls([Predictor.load(folder / name, weights) for name in names], names)
+        used = ", ".join(sorted({member.weights for member in ensemble.members}))
+        ensemble.origin = f"{used} weights of the {ensemble.spread_over()} in {folder}"
+        return ensemble
+
+    @property
+    def cutoff(self) -> float | LatticeBox:
+        """Radius of the neighbour rows that serve all members, Å; ConfigError if they have different ones."""
+        for number, member in enumerate(self.members):
+            if member.cutoff != self.members[0].cutoff:
+                raise ConfigError(
+                    f"{self._describe(0)} has the cutoff {self.members[0].cutoff}, {self._describe(number)} "
+                    f"{member.cutoff}: no table of neighbours serves both; predict structures, or evaluate them one by "
+                    "one"
+                )
+        return self.members[0].cutoff
+
+    def predict(
+        self, structures: Iterable[Any] | Any, num_frame_samples: int | None = None, progress: bool = False
+    ) -> np.ndarray:
+        """Mean predictions of the members [B, T] in label units; arguments and errors as for `Predictor.predict`."""
+        return self.predict_with_spread(structures, num_frame_samples, progress).mean
+
+    def predict_with_spread(
+        self, structures: Iterable[Any] | Any, num_frame_samples: int | None = None, progress: bool = False
+    ) -> Predictions:
+        """As `predict`, with the standard deviation over the members: mean and spread, both [B, T]."""
+        crystals = crystals_of(structures)
+        tables = {cutoff: table_of(crystals, cutoff) for cutoff in {member.cutoff for member in self.members}}
+        samples = []
+        for name, member in zip(self.names, self.members, strict=True):
+            table = tables[member.cutoff]
+            groups = tqdm(groups_by_atoms(table), desc=f"model {name}", unit=" batches", disable=not progress)
+            samples.append(member.predict_table(table, groups, member.parts, num_frame_samples).mean)
+        return Predictions.over(np.stack(samples))
+
+    def predict_table(
+        self,
+        table: CrystalTable,
+        groups: Iterable[np.ndarray],
+        shapes: Sequence[BatchShape] | BatchParts,
+        num_frame_samples: int | None = None,
+    ) -> Predictions:
+        """Mean and spread for groups of rows of a table whose neighbour rows have the cutoff of all members."""
+        return Predictions.over(self.predict_members(table, groups, shapes, num_frame_samples))
+
+    def predict_members(
+        self,
+        table: CrystalTable,
+        groups: Iterable[np.ndarray],
+        shapes: Sequence[BatchShape] | BatchParts,
+        num_frame_samples: int | None = None,
+    ) -> np.ndarray:
+        """Predictions of every member [M, C, T] for groups of rows of a table with the cutoff of all of them."""
+        _ = self.cutoff  # raises if there is none
+        groups = list(groups)
+        samples = []
+        for member in self.members:
+            fitting: Sequence[BatchShape] | BatchParts = member.parts
+            if not isinstance(shapes, BatchParts):
+                fitting = [dataclasses.replace(shape, parts=member.parts) for shape in shapes]
+            samples.append(member.predict_table(table, groups, fitting, num_frame_samples).mean)
+        return np.stack(samples)
+
+    def spread_over(self, num_frame_samples: int | None = None) -> str:
+        """What the spread of predictions is over: "3 models"."""
+        return f"{len(self.members)} model{'s' if len(self.members) > 1 else ''}"
+
+    def _describe(self, number: int) -> str:
+        """A member, for a message."""
+        return f"member {self.names[number].removeprefix('member_')} ({self.members[number].origin})"
+
+
+def _outputs(member: Predictor) -> str:
+    """Names and units of the targets of a model."""
+    return ", ".join(f"{s.name} ({s.unit})" for s in member.targets)
+
+
+def is_ensemble(folder: Path) -> bool:
+    """Whether a run directory holds members."""
+    return bool(_members(folder))
+
+
+def member_names(folder: Path) -> list[str]:
+    """member_0, member_1, ...: as many as config.json says, or up to the last that is there."""
+    found, file = _members(folder), folder / "config.json"
+    planned = read_json(file).get("ensemble_size", 1) if file.is_file() else 0
+    if not found:
+        raise CheckpointError(f"{folder} holds no member_0; is it the run directory of an ensemble?")
+    return [f"member_{number}" for number in range(max(planned, max(found) + 1))]
+
+
+def _members(folder: Path) -> list[int]:
+    """Numbers of the members in a folder."""
+    matches = [re.fullmatch(r"member_(\d+)", path.name) for path in folder.glob("member_*") if path.is_dir()]
+    return [int(match[1]) for match in matches if match]
+
+
+def load_model(run_dir: str | Path, weights: str | None = None) -> Predictor | Ensemble:
+    """The ensemble or the single model of a run directory, or the model of RUN/checkpoints/STEP."""
+    return (Ensemble if is_ensemble(Path(run_dir).expanduser()) else Predictor).load(run_dir, weights)
+
+
+# Evaluation
+
+
+def plot_calibration(
+    file: Path, labels: np.ndarray, predictions: Predictions, targets: tuple[TargetStatistics, ...]
+) -> tuple[list[Path], dict[str, Any]]:
+    """Plot how errors compare with the spread: FILE, or one FILE_TARGET for each of several targets.
+
+    Labels are [C, T]. Returns the files and, by target, the numbers of `training.plots.calibration`.
+    """
+    from crystalframer_jax.training import plots  # imports matplotlib
+
+    files: list[Path] = []
+    found: dict[str, Any] = {}
+    for t, s in enumerate(targets):
+        files.append(file.with_stem(f"{file.stem}_{s.name}") if len(targets) > 1 else file)
+        found[s.name] = plots.calibration(
+            labels[:, t], predictions.mean[:, t], predictions.spread[:, t], s.name, s.unit, files[-1]
+        )
+    return files, found
+
+
+def ensemble_summary(ensemble: Ensemble, dataset: Dataset, folder: str | Path) -> dict[str, Any]:
+    """Errors of an ensemble and of its members on the validation and test crystals of a dataset, as plain JSON.
+
+    Besides the errors (`regression_metrics`) it has the mean standard deviation and, on the test crystals, the area
+    between the calibration curve and the diagonal. Writes predictions_test.csv (with the spread), parity_test.png and
+    calibration_test.png (with several targets calibration_test_TARGET.png) into `folder`, which must exist.
+    """
+    targets = ensemble.targets
+    train_labels = dataset.labels[dataset.splits["train"]]
+    members: list[dict[str, Any]] = [
+        {"run": name, "weights": member.weights} for name, member in zip(ensemble.names, ensemble.members, strict=True)
+    ]
+    summary: dict[str, Any] = {"ensemble_size": len(members), "members": members, "mean_predictor_mae": {}}
+    for split in ("val", "test"):
+        indices = dataset.splits[split]
+        labels = dataset.labels[indices]
+        batches = batches_of(dataset, indices, ensemble.config.batch_size, ensemble.parts)
+        samples = ensemble.predict_members(dataset.table, *batches)
+        predictions = Predictions.over(samples)
+        baseline = mean_predictor_errors(labels, targets, train_labels)
+        metrics = regression_metrics(predictions.mean, labels, targets)
+        areas = _write_files(Path(folder), dataset, predictions, targets) if split == "test" else {}
+        summary["mean_predictor_mae"][split] = baseline
+        summary[split] = {
+            s.name: {
+                **metrics[s.name],
+                "mean_predictor_mae": baseline[s.name],
+                "unit": s.unit,
+                "mean_std": float(predictions.spread[:, t].mean()),
+                **areas.get(s.name, {}),
+            }
+            for t, s in enumerate(targets)
+        }
+        for member, sample in zip(members, samples, strict=True):
+            member[split] = mean_absolute_errors(sample, labels, targets)
+    return summary | {"units": {s.name: s.unit for s in targets}}
+
+
+def _write_files(
+    folder: Path, dataset: Dataset, predictions: Predictions, targets: tuple[TargetStatistics, ...]
+) -> dict[str, dict[str, float]]:
+    """Files and figures of the test crystals; returns the miscalibration area of each target."""
+    from crystalframer_jax.training import plots  # imports matplotlib
+
+    indices = dataset.splits["test"]
+    ids, labels = dataset.table.ids[indices], dataset.labels[indices]
+    write_predictions(folder / "predictions_test.csv", ids, labels, predictions.mean, targets, predictions.spread)
+    names, units = [s.name for s in targets], [s.unit for s in targets]
+    plots.parity(labels, predictions.mean, names, units, folder / "parity_test.png", "test")
+    _, found = plot_calibration(folder / "calibration_test.png", labels, predictions, targets)
+    return {name: {"miscalibration_area": values["miscalibration_area"]} for name, values in found.items()}
+
+
+def ensemble_text(summary: dict[str, Any]) -> str:
+    """The table at the end of the training of an ensemble: test errors of the members, and of their mean prediction."""
+    rows: list[list[Any]] = []
+    for target, unit in summary["units"].items():
+        label, empty = f"{target} ({unit})", [math.nan] * 3
+        errors = [member["test"][target] for member in summary["members"]]
+        for member, error in zip(summary["members"], errors, strict=True):
+            rows.append([f"{label}, {member['run']} ({member['weights']} weights)", error, *empty])
+        rows.append([f"{label}, mean of these errors", float(np.mean(errors)), *empty])
+        found = summary["test"][target]
+        numbers = [math.nan if found[key] is None else found[key] for key in ("mae", "rmse", "r2", "mean_std")]
+        rows.append([f"{label}, ensemble", *numbers])
+        rows.append([f"{label}, mean predictor", found["mean_predictor_mae"], *empty])
+    return text_table(["test", "MAE", "RMSE", "R2", "mean std"], rows)

@@ -1,0 +1,80 @@
+"""Averages of the weights: an equal one over the last epochs (SWA) and an exponential moving one (EMA)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from crystalframer_jax.batch import Batch
+from crystalframer_jax.data.loader import TrainingBatches
+from crystalframer_jax.model.layers import BATCH_NORM_MOMENTUM
+from crystalframer_jax.model.regressor import CrystalFramer
+from crystalframer_jax.training.state import TrainState, Tree
+
+
+def averaged(state: TrainState, params: Tree, swa_first_step: int | None, ema_decay: float) -> dict[str, Any]:
+    """The fields of `state` with averages, after the step that has led to `params`.
+
+    The equal average begins (anew) with `swa_first_step`; None: there is none. An `ema_decay` of 0 stands for no
+    exponential average; this is equal at first, so that it forgets the zeros which it starts from.
+    """
+    fields: dict[str, Any] = {}
+    if swa_first_step is not None:
+        before = jnp.where(state.step > swa_first_step, state.swa_steps, 0)
+        steps = before + (state.step >= swa_first_step)
+        share = jnp.where(steps > 0, 1 / jnp.maximum(steps, 1), 0)
+        fields |= {"swa_steps": steps, "swa_params": _towards(state.swa_params, params, share)}
+    if ema_decay:
+        share = jnp.maximum(1 - ema_decay, 1 / (state.step + 1 - state.skipped_steps))
+        fields["ema_params"] = _towards(state.ema_params, params, share)
+    return fields
+
+
+def _towards(average: Tree, new: Tree, share: jax.Array) -> Tree:
+    return jax.tree.map(lambda mean, x: mean + jnp.asarray(share, x.dtype) * (x - mean), average, new)
+
+
+def weights_of(state: TrainState, average: str = "") -> Tree:
+    """The variables of the model with the last weights, or with those of an average: "swa", "ema"."""
+    prefix = average and f"{average}_"
+    return {
+        "params": getattr(state, f"{prefix}params"),
+        "calibration": state.calibration,
+        "batch_stats": getattr(state, f"{prefix}batch_stats"),
+    }
+
+
+def averages_in(state: TrainState) -> list[str]:
+    """The averages that there are: "swa", "ema"."""
+    return (["swa"] if int(state.swa_steps) else []) + (["ema"] if state.ema_params else [])
+
+
+def batch_statistics_of_averages(model: CrystalFramer, state: TrainState, batches: TrainingBatches) -> dict[str, Tree]:
+    """The fields of `state` with BatchNorm statistics of averaged weights: means over the batches of the last epoch."""
+    statistics, steps = _make_batch_statistics(model), batches.steps_of_last_epoch()
+    fields = {}
+    for name in averages_in(state):
+        weights = weights_of(state, name)
+        total = jax.tree.map(jnp.zeros_like, state.batch_stats)
+        for step in steps:
+            total = jax.tree.map(jnp.add, total, statistics(weights, batches[step]))
+        fields[f"{name}_batch_stats"] = jax.tree.map(lambda x: x / len(steps), total)
+    return fields
+
+
+def _make_batch_statistics(model: CrystalFramer) -> Callable[[Tree, Batch], Tree]:
+    """statistics(variables, batch) -> the means and variances that BatchNorm sees in this batch (batch_stats)."""
+
+    def statistics(variables: Tree, batch: Batch) -> Tree:
+        start = jax.tree.map(jnp.zeros_like, variables["batch_stats"])
+        _, changed = model.apply(
+            {**variables, "batch_stats": start},
+            batch,
+            train=True,
+            rngs={"dropout": jax.random.key(0)},
+            mutable=["batch_stats"],
+        )
+        return jax.tree.map(lambda x: x / BATCH_NORM_MOMENTUM, changed["batch_stats"])
+
+    return jax.jit(statistics)

@@ -1,0 +1,26 @@
+"""Layers named in a configuration: "embedding,block_0/attention" are paths in the tree of parameters."""
+
+from typing import Any
+
+import jax
+
+from crystalframer_jax.config import ConfigError
+
+Tree = Any  # nested dict of arrays
+
+
+def layer_mask(params: Tree, layers: str, key: str) -> Tree:
+    """A tree like `params`: whether a parameter belongs to one of the layers, separated by commas.
+
+    Raises ConfigError about the hyperparameter `key` if a name is no layer.
+    """
+    names = [name.strip().strip("/") for name in layers.split(",") if name.strip()]
+    paths = jax.tree.map_with_path(lambda path, _: "/".join(entry.key for entry in path), params)
+    for name in names:
+        if not any(_is_within(path, name) for path in jax.tree.leaves(paths)):
+            raise ConfigError(f"{key}: there is no layer {name!r}; there are {', '.join(params)} and what is in them")
+    return jax.tree.map(lambda path: any(_is_within(path, name) for name in names), paths)
+
+
+def _is_within(path: str, name: str) -> bool:
+    return f"{path}/".startswith(f"{name}/")

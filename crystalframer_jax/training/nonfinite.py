@@ -1,0 +1,54 @@
+"""What is known about a training step whose loss or gradient is not finite."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from crystalframer_jax.data.loader import TrainingBatches
+from crystalframer_jax.training.state import TargetStatistics, TrainState
+from crystalframer_jax.training.step import LossFunction
+
+
+def batch_report(
+    loss: LossFunction,
+    statistics: tuple[TargetStatistics, ...],
+    state: TrainState,
+    batches: TrainingBatches,
+    step: int,
+    freeze_norm: bool,
+) -> dict[str, Any]:
+    """The crystals of a step with their labels and losses, and norms of every layer, as JSON.
+
+    `state` has the weights before that step. Numbers that are not finite are texts ("nan", "inf").
+    """
+    rows = batches.rows(step)
+    at_step = dataclasses.replace(state, step=jnp.array(step, state.step.dtype))
+    value_and_grad = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=3)
+    (_, (losses, _)), gradient = value_and_grad(state.params, at_step, batches[step], freeze_norm)
+    labels = batches.dataset.labels[rows]
+    crystals = [
+        {
+            "id": str(batches.dataset.table.ids[row]),
+            "atoms": int(batches.dataset.table.num_atoms[row]),
+            **{s.name: _number(label) for s, label in zip(statistics, labels[i], strict=True)},
+            "loss": _number(losses[i]),
+        }
+        for i, row in enumerate(rows)
+    ]
+    layers = {
+        name: {
+            "parameters": _number(optax.global_norm(state.params[name])),
+            "gradient": _number(optax.global_norm(gradient[name])),
+        }
+        for name in state.params
+    }
+    return {"step": step, "crystals": crystals, "norms": layers}
+
+
+def _number(value: Any) -> float | str:
+    number = float(value)
+    return number if np.isfinite(number) else str(number)

@@ -1,0 +1,418 @@
+"""Figures of a run for a paper: learning curve, parity, calibration. Each function writes one PNG and nothing else.
+
+Sizes are those of a column of a journal, so that figures are included without scaling: letters of 8 and 7 points,
+300 dots per inch, and colours that colour-blind readers can tell apart (Okabe and Ito).
+"""
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import (
+    FixedLocator,
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    ScalarFormatter,
+    StrMethodFormatter,
+)
+from scipy.special import ndtri
+
+DPI = 300
+COLUMN = 3.4  # inches: width of one column
+BLUE, VERMILION, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
+STYLE: Any = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib: the same letters everywhere
+    "font.size": 8,
+    "axes.labelsize": 8,
+    "axes.titlesize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.minor.width": 0.4,
+    "ytick.minor.width": 0.4,
+    "text.parse_math": False,  # names of targets are shown as they are
+}
+
+SCATTER_POINTS = 1500  # more crystals than this are shown by their density
+COVERAGE_LEVELS = np.linspace(0.0, 1.0, 101)
+MAX_BINS, POINTS_PER_BIN = 10, 20  # of a reliability diagram
+
+
+@contextlib.contextmanager
+def style() -> Iterator[None]:
+    """Matplotlib with its own defaults and STYLE, whatever the settings of the user; they come back afterwards."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)
+        yield
+
+
+def learning_curve(epochs: Sequence[dict[str, Any]], file: Path, swa_first_epoch: int | None = None) -> None:
+    """Losses and learning rate against epochs, as lines of metrics.jsonl hold them.
+
+    Epochs count from 0 in the data and from 1 in the figure. `swa_first_epoch` is the first (from 0) whose weights
+    are averaged. Raises ValueError if there are no epochs.
+    """
+    with style():
+        _write(_learning_curve(epochs, swa_first_epoch), file)
+
+
+def parity(
+    labels: np.ndarray,
+    predictions: np.ndarray,
+    names: Sequence[str],
+    units: Sequence[str],
+    file: Path,
+    split: str = "test",
+) -> None:
+    """Predictions against labels, both [C, T], one panel for each target; unknown labels (NaN) are left out.
+
+    The errors in a panel are over all crystals with a label, also those beyond its axes, which are marked at the edge.
+    Raises ValueError if the shapes do not agree.
+    """
+    with style():
+        _write(_parity(labels, predictions, names, units, split), file)
+
+
+def calibration(
+    labels: np.ndarray, mean: np.ndarray, std: np.ndarray, name: str, unit: str, file: Path
+) -> dict[str, float]:
+    """How well predicted standard deviations tell errors, for labels, predictions and deviations [C] of one target.
+
+    Left: share of labels inside the central interval of the predicted Gaussian against its probability. Right: error
+    against deviation in bins of equally many crystals. Returns the area between the left curve and the diagonal
+    (`miscalibration_area`, 0 to 0.5), `rmse`, `rms_std` and the number of `crystals`. Unknown labels (NaN) are left
+    out; ValueError if none is known or a deviation is negative or not finite.
+    """
+    labels, mean, std = _known(labels, mean, std)
+    with style():
+        _write(_calibration(labels, mean, std, name, unit), file)
+    return {
+        "miscalibration_area": miscalibration_area(labels, mean, std),
+        "rmse": _rms(mean - labels),
+        "rms_std": _rms(std),
+        "crystals": len(labels),
+    }
+
+
+# ------------------------------------------------------------------------------------------------ numbers
+
+
+def errors(labels: np.ndarray, predictions: np.ndarray) -> dict[str, float]:
+    """MAE, RMSE and the coefficient of determination R2 of finite values [C]; R2 is NaN where labels do not differ."""
+    difference = np.asarray(predictions, float) - np.asarray(labels, float)
+    spread = np.sum((labels - np.mean(labels)) ** 2) if np.ptp(labels) > 0 else 0.0
+    return {
+        "mae": float(np.mean(np.abs(difference))),
+        "rmse": _rms(difference),
+        "r2": float(1 - np.sum(difference**2) / spread) if spread > 0 else math.nan,
+    }
+
+
+def coverage(labels: np.ndarray, mean: np.ndarray, std: np.ndarray, levels: np.ndarray = COVERAGE_LEVELS) -> np.ndarray:
+    """Share of labels [C] in the central interval of N(mean, std²) that has each probability of `levels` [P] -> [P].
+
+    The interval of a deviation of 0 is the point `mean`.
+    """
+    error = np.abs(np.asarray(mean, float) - labels)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        deviations = np.where(error == 0, 0.0, error / std)
+    widths = ndtri((1 + np.asarray(levels)) / 2)
+    return np.searchsorted(np.sort(deviations), widths, side="right") / len(deviations)
+
+
+def miscalibration_area(labels: np.ndarray, mean: np.ndarray, std: np.ndarray) -> float:
+    """Area between `coverage` and the diagonal: 0 for calibrated deviations, 0.5 for 0 or infinite ones."""
+    observed = coverage(labels, mean, std)
+    return float(np.trapezoid(np.abs(observed - COVERAGE_LEVELS), COVERAGE_LEVELS))
+
+
+def reliability(
+    labels: np.ndarray, mean: np.ndarray, std: np.ndarray, num_bins: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Root mean square of the deviations, RMSE and its standard error in `num_bins` bins of equal counts -> 3 × [bins].
+
+    Bins are in order of the deviations. The standard error is that of the mean squared error through the square root;
+    a bin of one crystal has none (0).
+    """
+    bins = np.array_split(np.argsort(std, kind="stable"), num_bins)
+    rms_std, rmse, standard_error = np.zeros((3, num_bins))
+    for i, members in enumerate(bins):
+        squares = (mean[members] - labels[members]) ** 2
+        rms_std[i], rmse[i] = _rms(std[members]), math.sqrt(np.mean(squares))
+        if len(members) > 1 and rmse[i] > 0:
+            standard_error[i] = np.std(squares, ddof=1) / math.sqrt(len(members)) / (2 * rmse[i])
+    return rms_std, rmse, standard_error
+
+
+def axis_range(labels: np.ndarray, predictions: np.ndarray) -> tuple[float, float]:
+    """Limits of both axes of a parity plot: everything, unless some outliers would squeeze the rest.
+
+    Outliers are cut off where everything is over four times as wide as all but 1% (at least two) of the values at each
+    end; the axes then reach half of that narrower width beyond it.
+    """
+    values = np.sort(np.concatenate([labels, predictions]))
+    low, high = values[0], values[-1]
+    ends = max(2, len(values) // 100)
+    if len(values) > 4 * ends:
+        core_low, core_high = values[ends], values[-1 - ends]
+        width = core_high - core_low
+        if 0 < 4 * width < high - low:
+            low, high = max(low, core_low - width / 2), min(high, core_high + width / 2)
+    margin = 0.04 * (high - low) or 0.05 * abs(high) or 1.0
+    return float(low - margin), float(high + margin)
+
+
+def _rms(values: np.ndarray) -> float:
+    return math.sqrt(np.mean(np.square(values, dtype=float)))
+
+
+def _known(labels: np.ndarray, mean: np.ndarray, std: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The crystals whose label is known, in float64; ValueError for what cannot be compared."""
+    labels, mean, std = (np.asarray(values, float) for values in (labels, mean, std))
+    if not labels.shape == mean.shape == std.shape or labels.ndim != 1:
+        raise ValueError(f"labels {labels.shape}, mean {mean.shape} and std {std.shape} must be equally many numbers")
+    known = np.isfinite(labels)
+    if not known.any():
+        raise ValueError("no label is known, so there is nothing to compare deviations with")
+    labels, mean, std = labels[known], mean[known], std[known]
+    if not np.isfinite(mean).all() or not np.isfinite(std).all() or std.min() < 0:
+        raise ValueError("predictions and standard deviations must be finite, and deviations not negative")
+    return labels, mean, std
+
+
+# ------------------------------------------------------------------------------------------------ figures
+
+
+def _learning_curve(epochs: Sequence[dict[str, Any]], swa_first_epoch: int | None) -> Figure:
+    if not epochs:
+        raise ValueError("there are no epochs to plot")
+    number = np.array([line["epoch"] + 1 for line in epochs])
+    loss, val_loss, lr = (np.array([line[key] for line in epochs]) for key in ("loss", "val_loss", "lr"))
+    best = int(np.argmin(val_loss))
+
+    show_lr = np.ptp(lr) > 1e-6 * np.max(np.abs(lr))
+    figure = Figure(figsize=(COLUMN, 3.2 if show_lr else 2.5), dpi=DPI, layout="constrained")
+    rows = figure.subplots(2, 1, sharex=True, squeeze=False, height_ratios=(3, 1))[:, 0] if show_lr else None
+    top: Axes = figure.subplots() if rows is None else rows[0]
+
+    line: dict[str, Any] = {"linewidth": 1.2} if len(number) <= 200 else {"linewidth": 0.7}
+    if len(number) <= 30:
+        line |= {"marker": "o", "markersize": 2.5}
+    top.plot(number, loss, color=BLUE, label="training", **line)
+    top.plot(number, val_loss, color=VERMILION, label="validation", **line)
+    label = f"best (epoch {number[best]:,})"
+    top.plot(number[best], val_loss[best], "D", ms=6.5, mfc="none", mec="black", mew=0.9, ls="none", label=label)
+    top.margins(y=0.1)
+    smallest = min(loss.min(), val_loss.min())
+    if smallest > 0 and max(loss.max(), val_loss.max()) > 3 * smallest:
+        _log_axis(top)
+    top.set_ylabel("loss (standardized)")
+
+    bottom = top
+    if rows is not None:
+        bottom = rows[1]
+        power = math.floor(math.log10(np.max(np.abs(lr))))
+        bottom.plot(number, lr / 10.0**power, color=GRAY, **line)
+        superscript = str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+        bottom.set_ylabel(f"learning\nrate / 10{superscript}")
+        bottom.set_ylim(0, 1.12 * lr.max() / 10.0**power)
+        bottom.yaxis.set_major_locator(MaxNLocator(3))
+        figure.align_ylabels([top, bottom])
+    if swa_first_epoch is not None and swa_first_epoch < number[-1]:
+        for axes, text in {bottom: None, top: "weights averaged"}.items():
+            axes.axvspan(swa_first_epoch + 0.5, number[-1] + 0.5, color=GREEN, alpha=0.25, linewidth=0, label=text)
+    bottom.set_xlabel("epoch")
+    bottom.set_xlim(0.5 if len(number) <= 30 else 0, number[-1] + 0.5)
+    bottom.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+    bottom.xaxis.set_major_formatter("{x:,.0f}")
+    _despine(top, bottom)
+    figure.legend(*top.get_legend_handles_labels(), loc="outside upper center", ncols=2, handlelength=1.5)
+    return figure
+
+
+def _parity(
+    labels: np.ndarray, predictions: np.ndarray, names: Sequence[str], units: Sequence[str], split: str
+) -> Figure:
+    labels, predictions = np.asarray(labels, float), np.asarray(predictions, float)
+    if labels.ndim != 2 or labels.shape != predictions.shape or not labels.shape[1] == len(names) == len(units) > 0:
+        raise ValueError(
+            f"labels {labels.shape} and predictions {predictions.shape} must be [crystals, targets] "
+            f"of {len(names)} names and {len(units)} units"
+        )
+    columns = min(len(names), 2)
+    dense = max(np.sum(np.isfinite(labels), axis=0)) > SCATTER_POINTS  # then the panels share their width with a scale
+    figure, panels = _square_panels(len(names), columns, right=0.62 if dense else 0.14, top=0.64)
+    for i, axes in enumerate(panels):
+        text = _parity_panel(axes, labels[:, i], predictions[:, i], units[i])
+        axes.set_title("\n".join([f"{names[i]}, {split}", *text]), loc="left", fontsize=7, linespacing=1.35)
+    return figure
+
+
+def _square_panels(count: int, columns: int, right: float, top: float) -> tuple[Figure, list[Axes]]:
+    """A figure with rows of square panels, each with the width of a column; `right` and `top` are margins in inches."""
+    left, bottom = 0.62, 0.42
+    side, rows = COLUMN - left - right, math.ceil(count / columns)
+    width, height = COLUMN * columns, (bottom + side + top) * rows
+    figure = Figure(figsize=(width, height), dpi=DPI)
+    panels = []
+    for i in range(count):
+        row, column = divmod(i, columns)
+        x, y = column * COLUMN + left, height - (row + 1) * height / rows + bottom
+        panels.append(figure.add_axes((x / width, y / height, side / width, side / height)))
+    return figure, panels
+
+
+def _parity_panel(axes: Axes, labels: np.ndarray, predictions: np.ndarray, unit: str) -> list[str]:
+    """One target: points or, for many crystals, their density, and the diagonal. Returns the lines of its caption."""
+    known = np.isfinite(labels)
+    valid = known & np.isfinite(predictions)
+    axes.set_xlabel(f"label ({unit})")
+    axes.set_ylabel(f"prediction ({unit})")
+    if not valid.any():
+        axes.set(xticks=[], yticks=[])
+        return ["no crystals"]
+    labels, predictions = labels[valid], predictions[valid]
+    limits = axis_range(labels, predictions)
+    inside = (np.minimum(labels, predictions) >= limits[0]) & (np.maximum(labels, predictions) <= limits[1])
+    axes.plot(limits, limits, color="black", linewidth=0.7, dashes=(4, 2), zorder=1)
+    if inside.sum() > SCATTER_POINTS:
+        _density(axes, labels[inside], predictions[inside], limits)
+    else:
+        size = 10 if inside.sum() <= 200 else 5
+        axes.scatter(labels[inside], predictions[inside], s=size, color=BLUE, alpha=0.5, linewidths=0, zorder=2)
+    if not inside.all():  # at the edge where they leave the panel
+        x, y = np.clip([labels[~inside], predictions[~inside]], *limits)
+        axes.scatter(x, y, s=16, marker="x", color=VERMILION, linewidths=1, clip_on=False, zorder=3)
+    ticks = MaxNLocator(6, steps=[1, 2, 2.5, 5, 10], min_n_ticks=3).tick_values(*limits)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(FixedLocator(ticks))
+        large = 1000 <= max(map(abs, limits)) < 1e6
+        axis.set_major_formatter(StrMethodFormatter("{x:,.0f}") if large else ScalarFormatter(useOffset=False))
+    axes.set(xlim=limits, ylim=limits)
+
+    error = errors(labels, predictions)
+    r2 = "undefined" if math.isnan(error["r2"]) else _number(error["r2"], 4)
+    caption = [
+        f"MAE {_number(error['mae'])}, RMSE {_number(error['rmse'])}, R² {r2}",
+        f"{len(labels):,} crystal{'s' if len(labels) != 1 else ''}",
+    ]
+    if not inside.all():
+        caption[-1] += f", {np.sum(~inside):,} beyond the axes (×)"
+    if valid.sum() < known.sum():
+        caption.append(f"{known.sum() - valid.sum():,} without finite prediction")
+    return caption
+
+
+def _density(axes: Axes, labels: np.ndarray, predictions: np.ndarray, limits: tuple[float, float]) -> None:
+    bins = axes.hexbin(
+        labels,
+        predictions,
+        gridsize=80,
+        extent=(*limits, *limits),
+        mincnt=1,
+        cmap="viridis",
+        linewidths=0.1,
+        rasterized=True,
+        zorder=2,
+    )
+    counts = np.asarray(bins.get_array())
+    bins.set_norm(LogNorm(1, max(10, counts.max())))
+    bar = axes.figure.colorbar(bins, cax=axes.inset_axes((1.03, 0, 0.045, 1)))
+    bar.set_label("crystals", size=7, labelpad=2)
+    bar.ax.yaxis.set_major_formatter("{x:,.0f}")
+    bar.ax.yaxis.set_minor_formatter(NullFormatter())
+    bar.outline.set_linewidth(0.6)  # type: ignore[operator]
+
+
+def _calibration(labels: np.ndarray, mean: np.ndarray, std: np.ndarray, name: str, unit: str) -> Figure:
+    """Labels, means and deviations [C], all finite."""
+    figure, (left, right) = _square_panels(2, 2, right=0.14, top=0.46)
+    figure.suptitle(f"{name}, {len(labels):,} crystal{'s' if len(labels) > 1 else ''}", fontsize=8, y=0.985)
+    observed = coverage(labels, mean, std)
+    left.fill_between(COVERAGE_LEVELS, COVERAGE_LEVELS, observed, color=BLUE, alpha=0.2, linewidth=0)
+    left.plot([0, 1], [0, 1], color="black", linewidth=0.7, dashes=(4, 2))
+    left.plot(COVERAGE_LEVELS, observed, color=BLUE, linewidth=1.2)
+    left.set(xlim=(0, 1), ylim=(0, 1), xlabel="probability of the interval", ylabel="share of labels inside")
+    left.set_title(f"miscalibration area {_number(miscalibration_area(labels, mean, std))}")
+    corner: dict[str, Any] = {"fontsize": 7, "color": GRAY, "transform": left.transAxes}
+    if observed[COVERAGE_LEVELS <= 0.5].max() < 0.9:  # else the curve runs through these words
+        left.text(0.04, 0.96, "deviations too large", ha="left", va="top", **corner)
+    if observed[COVERAGE_LEVELS >= 0.5].min() > 0.1:
+        left.text(0.97, 0.03, "deviations too small", ha="right", va="bottom", **corner)
+
+    num_bins = max(1, min(MAX_BINS, len(labels) // POINTS_PER_BIN))
+    rms_std, rmse, standard_error = reliability(labels, mean, std, num_bins)
+    right.set_autoscale_on(False)
+    right.errorbar(
+        rms_std, rmse, standard_error, fmt="o", ms=3.5, color=VERMILION, elinewidth=0.8, capsize=2, capthick=0.8
+    )
+    ends = np.concatenate([rms_std, rmse - standard_error, rmse + standard_error])
+    points = np.concatenate([rms_std, rmse])
+    if points.min() > 0 and points.max() > 10 * points.min():
+        limits = (max(ends[ends > 0].min(), points.min() / 3) / 1.2, ends.max() * 1.2)
+        _log_axis(right, "both")
+    else:
+        upper = 1.1 * ends.max() or 1.0
+        limits = (-0.03 * upper, upper)  # so that points of deviation 0 show
+        for axis in (right.xaxis, right.yaxis):
+            axis.set_major_locator(MaxNLocator(5))
+    right.plot(limits, limits, color="black", linewidth=0.7, dashes=(4, 2), zorder=1)
+    right.set(xlim=limits, ylim=limits, xlabel=f"predicted deviation, rms ({unit})", ylabel=f"RMSE ({unit})")
+    right.set_title(f"{num_bins} bins of equal counts" if num_bins > 1 else "all crystals in one bin")
+    _despine(left, right)
+    return figure
+
+
+def _log_axis(axes: Axes, which: str = "y") -> None:
+    """Logarithmic with plain numbers at ticks, also within one decade."""
+    for axis in (axes.xaxis, axes.yaxis) if which == "both" else (axes.yaxis,):
+        (axes.set_yscale if axis is axes.yaxis else axes.set_xscale)("log", nonpositive="clip")
+        low, high = axis.get_data_interval()
+        if high < 10 * low and which == "y":
+            subs: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0, 6.0)
+        else:  # numbers side by side need more room than those above each other
+            subs = (1.0, 2.0, 5.0) if high < (30 if which == "both" else 1000) * low else (1.0,)
+        axis.set_major_locator(LogLocator(subs=subs))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+        axis.set_minor_formatter(NullFormatter())
+
+
+def _number(value: float, digits: int = 3) -> str:
+    """Three significant digits without an exponent between 0.0001 and a million, as 0.0263 or 1,240."""
+    if value != 0 and not 1e-4 <= abs(value) < 1e6:
+        return f"{value:.{digits - 1}e}".replace("-", "−")
+    decimals = digits - 1 - (math.floor(math.log10(abs(value))) if value != 0 else digits - 1)
+    return f"{value:,.{max(0, decimals)}f}".replace("-", "−")
+
+
+def _despine(*panels: Axes) -> None:
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+
+
+def _write(figure: Figure, file: Path) -> None:
+    """Write a PNG under a temporary name, then rename it: a reader sees the old figure or the new."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        FigureCanvasAgg(figure)
+        figure.savefig(temporary, format="png", dpi=DPI)
+        os.replace(temporary, file)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
