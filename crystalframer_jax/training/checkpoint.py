@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from crystalframer_jax.errors import UserError
 from crystalframer_jax.training import manifest
-from crystalframer_jax.training.orbax_habits import silenced, with_stored_types
+from crystalframer_jax.training.orbax_habits import silence_leftovers, silenced, with_stored_types
 from crystalframer_jax.training.state import TrainState, Tree
 
 FOLDER = "checkpoints"
@@ -66,6 +66,7 @@ class Checkpoints:
         handlers: dict[str, Any] = {item: ocp.StandardCheckpointHandler() for item in ("model", "training")}
         handlers |= {item: ocp.JsonCheckpointHandler() for item in ("meta", "metrics")}
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
+        self._has_failed = False
         self._silence = contextlib.ExitStack()
         self._silence.enter_context(silenced())
         if writable:
@@ -102,8 +103,10 @@ class Checkpoints:
             self.wait()
         finally:
             self._thread.shutdown()
-            self._orbax.close()
-            self._silence.close()
+            with contextlib.suppress(Exception):  # what it could not write, wait() has told
+                self._orbax.close()
+            if not self._has_failed:  # else its threads may still complain
+                self._silence.close()
 
     def _write(self, step: int, trees: dict[str, Tree], meta: dict[str, Any], loss: float | None) -> None:
         self.wait()
@@ -171,6 +174,8 @@ class Checkpoints:
         shutil.rmtree(self._unfinished, ignore_errors=True)  # what cannot be deleted now is with the next save
 
     def _failure(self, step: int, error: Exception) -> CheckpointError:
+        self._has_failed = True
+        silence_leftovers()
         self._discard_unfinished()  # gives back its space
         intact = self._newest_intact()
         kept = "there is none before it" if intact is None else f"the one of step {intact} is intact"

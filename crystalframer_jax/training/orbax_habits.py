@@ -41,6 +41,11 @@ def silenced() -> Iterator[None]:
             sys.unraisablehook = print_unraisable
 
 
+def silence_leftovers() -> None:
+    """After a write that has failed and was reported: asyncio would tell of each of Orbax's other writes, later."""
+    logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
+
+
 def with_stored_types(like: Tree, stored: Tree) -> Tree:
     """`like` with the types of the stored arrays, which Orbax would otherwise convert silently.
 
