@@ -185,6 +185,9 @@ def plot_errors(
 
     file.parent.mkdir(parents=True, exist_ok=True)
     labels = dataset.labels[dataset.splits[split]]
+    not_finite = int((~np.isfinite(predictions.mean)).any(axis=1).sum())
+    if not_finite:
+        raise UserError(f"{file} is not drawn: {not_finite} of {len(labels)} predictions are not finite")
     if isinstance(model, Ensemble):
         return plot_calibration(file, labels, predictions, model.targets)[0]
     names, units = [s.name for s in model.targets], [s.unit for s in model.targets]

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +12,23 @@ from typing import Any
 from crystalframer_jax.errors import UserError
 
 
+def json_text(content: Any, indent: int | None = None) -> str:
+    """JSON, with null for numbers that are not finite, which JSON does not have."""
+
+    def valid(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: valid(part) for key, part in value.items()}
+        if isinstance(value, list | tuple):
+            return [valid(part) for part in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(valid(content), indent=indent, allow_nan=False) + "\n"
+
+
 def write_json(file: Path, content: Any) -> None:
     """Write JSON to a temporary file, then rename it: a reader sees the old content or the new."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    temporary.write_text(json_text(content, indent=1))
     os.replace(temporary, file)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from support import random_crystal, random_variables
 from test_data import literal_split, raw_records
-from tiny import open_tiny, tiny_config, tiny_runs
+from tiny import assert_same_run, open_tiny, tiny_config, tiny_runs
 
 from crystalframer_jax import Ensemble, Predictor
 from crystalframer_jax.cli import evaluate_main, predict_main
@@ -23,7 +23,9 @@ from crystalframer_jax.inference import predictor as predictor_module
 from crystalframer_jax.inference.ensemble import ensemble_summary, ensemble_text, load_model
 from crystalframer_jax.inference.evaluation import batches_of
 from crystalframer_jax.inference.predictor import stored_fields
+from crystalframer_jax.training import loop
 from crystalframer_jax.training.checkpoint import CheckpointError, Checkpoints
+from crystalframer_jax.training.loop import train
 from crystalframer_jax.training.state import TargetStatistics
 from crystalframer_jax.training.step import working_precision
 
@@ -390,3 +392,47 @@ def test_evaluating_members_of_different_radii_is_an_error_of_one_line(folder, m
         evaluate_main([str(workdir)])
     message = str(error.value.code)
     assert message.startswith("error: ") and str(workdir / "member_0") in message and str(workdir) in message
+
+
+def test_no_figure_of_predictions_that_are_not_finite(run, folder, capsys, monkeypatch):
+    predict = Ensemble.predict_table
+    broken = lambda *args: (lambda found: found._replace(mean=found.mean * np.nan))(predict(*args))  # noqa: E731
+    monkeypatch.setattr(Ensemble, "predict_table", broken)
+    with pytest.raises(SystemExit, match=r"error: .*x\.png is not drawn: 6 of 6 predictions are not finite"):
+        evaluate_main([str(run), f"--plot={folder / 'x.png'}"])
+
+
+# Training
+
+
+def test_an_ensemble_is_trained_member_by_member_and_continues(folder, capsys, monkeypatch):
+    """Its members are the runs of single trainings with seeds that count up; trained members are only reported."""
+    config = tiny_config(folder / "data", ensemble_size=2)
+    summary = train(config, folder / "trained")
+    single = tiny_config(folder / "data", seed=config.seed + 1)
+    train(single, folder / "single")
+    assert_same_run(single, folder / "trained" / "member_1", folder / "single")
+    assert json.loads((folder / "trained" / "summary.json").read_text()) == summary
+    ensemble, dataset = Ensemble.load(folder / "trained"), open_tiny(config)
+    indices = dataset.splits["test"]
+    predictions = ensemble.predict_table(dataset.table, [indices], ensemble.parts)
+    errors = np.abs(predictions.mean - dataset.labels[indices])[:, 0]
+    assert summary["test"]["e_form"]["mae"] == pytest.approx(errors.mean(), rel=1e-5)
+    assert summary["test"]["e_form"]["mean_std"] == pytest.approx(predictions.spread.mean(), rel=1e-4)
+    assert predictions.spread.min() > 0
+    for name in ("predictions_test.csv", "parity_test.png", "calibration_test.png"):
+        assert (folder / "trained" / name).is_file()
+    capsys.readouterr()
+    monkeypatch.setattr(loop.Run, "_epochs", None)
+    assert train(config, folder / "trained") == summary
+    output = capsys.readouterr().out
+    assert "member 2 of 2" in output and "e_form (eV/atom), ensemble" in output
+
+
+def test_a_directory_holds_an_ensemble_or_one_model(folder):
+    (folder / "mixed" / "member_0").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="mixed holds an ensemble; choose another --workdir"):
+        train(tiny_config(folder / "data"), folder / "mixed")
+    (folder / "alone" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="alone holds a run with one model; choose another --workdir"):
+        train(tiny_config(folder / "data", ensemble_size=2), folder / "alone")

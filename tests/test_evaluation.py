@@ -1,6 +1,7 @@
 """Errors of predictions, files of predictions, and how many draws of frames there are."""
 
 import csv
+import json
 import math
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from tiny import tiny_config
 
 from crystalframer_jax.config import ConfigError
+from crystalframer_jax.files import write_json
 from crystalframer_jax.inference.evaluation import (
     frame_draws,
     mean_absolute_errors,
@@ -32,6 +34,18 @@ def test_mean_absolute_errors_of_known_labels():
 def test_a_prediction_that_is_not_a_number_is_not_left_out_of_the_error():
     errors = mean_absolute_errors(np.array([[1.0], [np.nan]]), np.array([[0.0], [0.0]]), (A,))
     assert not np.isfinite(errors["a"])
+
+
+def test_a_target_without_known_labels_has_no_error(tmp_path):
+    """And a summary with it can be written."""
+    labels = np.array([[1.0, np.nan]])
+    errors = mean_absolute_errors(np.zeros((1, 2)), labels, (A, B))
+    assert errors["a"] == 1.0 and math.isnan(errors["b"])
+    write_json(tmp_path / "summary.json", {"mae": errors, "all": [math.inf, (math.nan, 2)]})
+    assert json.loads((tmp_path / "summary.json").read_text()) == {
+        "mae": {"a": 1.0, "b": None},
+        "all": [None, [None, 2]],
+    }
 
 
 def test_metrics_of_known_labels():

@@ -6,6 +6,8 @@ import json
 import re
 import shutil
 import subprocess
+import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -363,3 +365,25 @@ def test_the_metrics_of_a_resumed_run_continue_after_the_epochs_it_keeps(tmp_pat
     log.write({"epoch": 2, "step": 9, "loss": 0.5, "val_mae": {"e_form": 0.25}})
     log.close()
     assert read_metrics(tmp_path) == [*lines[:2], {"epoch": 2, "step": 9, "loss": 0.5, "val_mae": {"e_form": 0.25}}]
+
+
+def test_weights_and_biases_gets_every_epoch_and_continues_its_run(tmp_path, monkeypatch):
+    """With a stand-in for the package wandb, which writes down what it is told."""
+    calls = []
+    run = types.SimpleNamespace(log=lambda *args, **kwargs: calls.append(("log", args, kwargs)), finish=lambda: None)
+    wandb = types.ModuleType("wandb")
+    wandb.init = lambda **kwargs: calls.append(("init", kwargs)) or run
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for epoch in range(2):
+        log = MetricsLog(tmp_path, epoch, 3 * epoch, "crystals", {"lr": 0.1})
+        log.write({"epoch": epoch, "step": 3 * epoch + 3, "loss": 0.5, "val_mae": {"e_form": 0.25}})
+        log.close()
+    inits = [call[1] for call in calls if call[0] == "init"]
+    assert len(inits) == 2 and inits[0] == inits[1] and len(inits[0]["id"]) == 12  # the same run, continued
+    assert (inits[0]["project"], inits[0]["resume"]) == ("crystals", "allow")
+    assert inits[0]["name"] == tmp_path.name and inits[0]["config"] == {"lr": 0.1}
+    expected = {"epoch": 1, "step": 6, "loss": 0.5, "val_mae/e_form": 0.25}
+    assert calls[-1] == ("log", (expected,), {"step": 6})
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"pip install 'crystalframer-jax\[wandb\]'"):
+        MetricsLog(tmp_path, 2, 6, "crystals", {})

@@ -1,6 +1,7 @@
 """Predictions for many crystals, and the errors they make."""
 
 import csv
+import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -103,12 +104,12 @@ def mean_absolute_errors(
 ) -> dict[str, float]:
     """MAE of every target over its known (finite) labels, in label units; predictions and labels [C, T].
 
-    A prediction that is not finite makes the error not finite.
+    NaN where no label is known; a prediction that is not finite makes the error not finite.
     """
     _check_shapes(predictions, labels)
     known = np.isfinite(labels)
-    errors = np.abs(predictions - labels)
-    return {s.name: float(errors[known[:, t], t].mean()) for t, s in enumerate(statistics)}
+    errors = [np.abs(predictions - labels)[known[:, t], t] for t in range(len(statistics))]
+    return {s.name: float(e.mean()) if e.size else math.nan for s, e in zip(statistics, errors, strict=True)}
 
 
 def mean_predictor_errors(

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import secrets
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from crystalframer_jax.errors import UserError
+from crystalframer_jax.files import json_text
 
 
 class MetricsLog:
@@ -32,7 +34,7 @@ class MetricsLog:
     def write(self, metrics: dict[str, Any]) -> None:
         """Append the metrics of an epoch: numbers, or dictionaries of numbers."""
         with self.file.open("a") as stream:
-            stream.write(json.dumps(metrics, allow_nan=False) + "\n")
+            stream.write(json_text(metrics))
         flat = {}
         for name, value in metrics.items():
             flat.update(
@@ -61,7 +63,7 @@ def _start_wandb(workdir: Path, project: str, config: Any) -> Any:
         ) from error
     file = workdir / "wandb_id.txt"
     if not file.exists():
-        file.write_text(wandb.util.generate_id())
+        file.write_text(secrets.token_hex(6))
     return wandb.init(
         project=project, name=workdir.name, id=file.read_text(), resume="allow", dir=str(workdir), config=config
     )
@@ -88,7 +90,7 @@ class Progress:
 
     def __init__(self, n_epochs: int, first_epoch: int, steps_per_epoch: int, batch_size: int):
         self.epochs = tqdm(
-            total=n_epochs, initial=first_epoch, desc="training", unit=" epochs", dynamic_ncols=True, disable=None
+            total=n_epochs, initial=first_epoch, desc="training", unit="epoch", dynamic_ncols=True, disable=None
         )
         self.steps = tqdm(
             total=steps_per_epoch * batch_size,
@@ -143,6 +145,8 @@ def table(header: list[str], rows: list[list[Any]]) -> str:
 
 
 def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
     if isinstance(value, float):
         return f"{value:.4f}" if math.isfinite(value) else "-"
     return str(value)

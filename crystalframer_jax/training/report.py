@@ -83,7 +83,7 @@ def evaluate_candidates(
     labels = {split: dataset.labels[dataset.splits[split]] for split in SPLITS}
     predictions = {name: {s: predict(weights, s) for s in ("val", "test")} for name, weights in candidates.items()}
     val_loss = {name: mean_loss(loss, p["val"], labels["val"], statistics) for name, p in predictions.items()}
-    selected = min(val_loss, key=lambda name: val_loss[name])
+    selected = min(val_loss, key=lambda name: (math.isnan(val_loss[name]), val_loss[name]))
     predictions[selected] = {"train": predict(candidates[selected], "train"), **predictions[selected]}
     errors = {
         name: {split: regression_metrics(values, labels[split], statistics) for split, values in by_split.items()}
@@ -125,10 +125,10 @@ def summary_text(summary: dict[str, Any]) -> str:
     for target, unit in summary["units"].items():
         for name, errors in summary["mae"].items():
             label = f"{target} ({unit}), {name} weights" + (" *" if name == selected else "")
-            mae = [errors.get(split, {}).get(target, math.nan) for split in SPLITS]
-            rows.append([label, *mae, *(_number(summary[m][name]["test"][target]) for m in ("rmse", "r2"))])
+            mae = [errors.get(split, {}).get(target) for split in SPLITS]
+            rows.append([label, *mae, *(summary[m][name]["test"][target] for m in ("rmse", "r2"))])
         baseline = summary["mean_predictor_mae"]
-        rows.append([f"{target} ({unit}), mean predictor", *(baseline[s][target] for s in SPLITS), math.nan, math.nan])
+        rows.append([f"{target} ({unit}), mean predictor", *(baseline[s][target] for s in SPLITS), None, None])
     text = table(["MAE", *SPLITS, "test RMSE", "test R2"], rows)
     skipped = summary["skipped_steps"]
     return (
@@ -137,7 +137,3 @@ def summary_text(summary: dict[str, Any]) -> str:
         f"{summary['parameters']:,} trainable parameters"
         + (f"; {skipped} steps that were not finite were skipped" if skipped else "")
     )
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
