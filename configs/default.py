@@ -94,6 +94,6 @@ def get_config() -> ConfigDict:
     config.freeze_bn_epochs = 0  # epochs at the end in which BatchNorm keeps its statistics
     config.model_checkpoint_save_top_k = 1  # how many checkpoints with the smallest validation loss are kept
     config.keep_last_checkpoints = 2  # how many of the newest are kept
-    config.checkpoint_minutes = 10.0  # longest time between checkpoints, also within an epoch
+    config.checkpoint_minutes = 2.0  # longest time between checkpoints, also within an epoch
     config.ensemble_size = 1  # models to train, with the seeds seed, seed + 1, ...
     return config

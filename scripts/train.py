@@ -40,7 +40,8 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a checkpoint otherwise
     use_compilation_cache()
     from crystalframer_jax.training.interruption import Interruption, TrainingInterrupted
-    from crystalframer_jax.training.loop import Options, train
+    from crystalframer_jax.training.loop import Options
+    from crystalframer_jax.training.train import train
 
     options = Options(RESUME_WITH_CHANGES.value, SKIP_NONFINITE.value, WANDB.value)
     interruption = Interruption(MAX_MINUTES.value, START)

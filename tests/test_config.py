@@ -8,11 +8,6 @@ import numpy as np
 import pytest
 
 from crystalframer_jax.config import (
-    ALLOWED_VALUES,
-    NOT_NEGATIVE,
-    POSITIVE,
-    TRAINING_KEYS,
-    WITHOUT_COUNTERPART,
     BatchParts,
     ConfigError,
     check_overrides,
@@ -24,6 +19,7 @@ from crystalframer_jax.config import (
 )
 from crystalframer_jax.configs import default
 from crystalframer_jax.data.registry import TARGET_SETS, target_set
+from crystalframer_jax.hyperparameters import ALLOWED_VALUES, NOT_NEGATIVE, POSITIVE, TRAINING_KEYS, WITHOUT_COUNTERPART
 from crystalframer_jax.neighbors import LatticeBox
 
 ROOT = Path(__file__).parent.parent
@@ -53,6 +49,8 @@ CRYSTALFORMER = {"value_pe_angle_real": 0}
 IMPOSSIBLE = [
     ({"targets": ""}, ["targets"]),
     ({"targets": "e_form, e_form"}, ["targets", "different"]),
+    ({"freeze_bn_epochs": 2000}, ["freeze_bn_epochs=2000", "smaller than n_epochs=2000"]),
+    ({"seed": 2**32}, ["seed=4294967296", "below"]),
     ({"gauss_lb_real": 1.0}, ["gauss_lb_real", "below 1"]),
     ({"gauss_lb_reci": 1.0}, ["gauss_lb_reci", "below 1"]),
     ({"dropout": 1.0}, ["dropout", "below 1"]),
@@ -297,7 +295,7 @@ def test_impossible_combinations_are_refused(changes, words):
         {"train_percent_check": 0.01, "val_percent_check": 1},
         {"train_filter_min": 60, "train_filter_max": 60},
         {"train_filter_min": 60, "train_filter_max": 0},
-        {"freeze_bn_epochs": 2000, "keep_last_checkpoints": 1, "checkpoint_minutes": 0.5},
+        {"freeze_bn_epochs": 1999, "keep_last_checkpoints": 1, "checkpoint_minutes": 0.5},
         {"frozen_layers": "embedding,block_0/attention"},
         {"reinit_layers": "output,dense_0", "pretrained_model": "runs/quickstart"},
     ],

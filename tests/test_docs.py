@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from support import random_variables, small_config
 
-from crystalframer_jax.config import ALLOWED_VALUES, WITHOUT_COUNTERPART
 from crystalframer_jax.configs import default
+from crystalframer_jax.hyperparameters import ALLOWED_VALUES, WITHOUT_COUNTERPART
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -25,9 +25,9 @@ from crystalframer_jax.inference.evaluation import batches_of
 from crystalframer_jax.inference.predictor import stored_fields
 from crystalframer_jax.training import loop
 from crystalframer_jax.training.checkpoint import CheckpointError, Checkpoints
-from crystalframer_jax.training.loop import train
 from crystalframer_jax.training.state import TargetStatistics
 from crystalframer_jax.training.step import working_precision
+from crystalframer_jax.training.train import train
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NACL, SILICON = str(EXAMPLES / "NaCl.cif"), str(EXAMPLES / "POSCAR_Si")
@@ -427,6 +427,13 @@ def test_an_ensemble_is_trained_member_by_member_and_continues(folder, capsys, m
     assert train(config, folder / "trained") == summary
     output = capsys.readouterr().out
     assert "member 2 of 2" in output and "e_form (eV/atom), ensemble" in output
+
+
+def test_an_ensemble_cannot_shrink(folder):
+    for number in range(3):
+        (folder / "shrunk" / f"member_{number}").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"ensemble_size=2: .*shrunk has member_2 already; move them away"):
+        train(tiny_config(folder / "data", ensemble_size=2), folder / "shrunk")
 
 
 def test_a_directory_holds_an_ensemble_or_one_model(folder):

@@ -8,7 +8,7 @@ import pytest
 from support import atom_places, random_variables
 from tiny_models import CRYSTALFORMER, FRAME_METHODS, WEIGHTS, batch, evaluate, named_leaves, tiny_config
 
-from crystalframer_jax.config import ALLOWED_VALUES
+from crystalframer_jax.hyperparameters import ALLOWED_VALUES
 
 
 def weighted_sum(*arguments):

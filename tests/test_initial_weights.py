@@ -6,8 +6,9 @@ import pytest
 from support import batch_of, primitive, small_config
 from tiny_models import CRYSTALFORMER, batch, named_leaves
 
-from crystalframer_jax.config import ALLOWED_VALUES, model_config
+from crystalframer_jax.config import model_config
 from crystalframer_jax.configs import default
+from crystalframer_jax.hyperparameters import ALLOWED_VALUES
 from crystalframer_jax.model.encoder import width_init
 from crystalframer_jax.model.regressor import CrystalFramer
 

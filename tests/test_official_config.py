@@ -5,14 +5,9 @@ import pytest
 from test_official import golden
 
 from crystalframer_jax import load_official
-from crystalframer_jax.config import (
-    NEUTRAL_VALUES,
-    TRAINING_KEYS,
-    WITHOUT_COUNTERPART,
-    ConfigError,
-    validate,
-)
+from crystalframer_jax.config import ConfigError, validate
 from crystalframer_jax.configs import default
+from crystalframer_jax.hyperparameters import NEUTRAL_VALUES, TRAINING_KEYS, WITHOUT_COUNTERPART
 from crystalframer_jax.inference.official_config import (
     OFFICIAL_ALONE,
     OURS_ALONE,

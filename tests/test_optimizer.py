@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from crystalframer_jax.config import ALLOWED_VALUES, ConfigError, validate
+from crystalframer_jax.config import ConfigError, validate
 from crystalframer_jax.configs import default
+from crystalframer_jax.hyperparameters import ALLOWED_VALUES
 from crystalframer_jax.inference.official import load_official
 from crystalframer_jax.training.loss import LOSSES, loss_per_crystal
 from crystalframer_jax.training.optimizer import clip_by_global_norm, learning_rate, make_optimizer

@@ -21,7 +21,8 @@ from crystalframer_jax.inference.evaluation import MAX_BATCH_ATOMS
 from crystalframer_jax.structure_files import read_crystals
 from crystalframer_jax.training import loop
 from crystalframer_jax.training.checkpoint import CheckpointError, Checkpoints
-from crystalframer_jax.training.loop import TrainingError, train
+from crystalframer_jax.training.loop import TrainingError
+from crystalframer_jax.training.train import train
 
 TESTS = Path(__file__).parent
 EXAMPLES = TESTS.parent / "examples"

@@ -5,8 +5,10 @@ import dataclasses
 import json
 import re
 import shutil
+import struct
 import subprocess
 import sys
+import time
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 from test_data import raw_records
 from tiny import assert_equal_trees, assert_same_run, open_tiny, stored_state, tiny_config, tiny_runs
 
@@ -24,12 +27,15 @@ from crystalframer_jax.data.registry import Target
 from crystalframer_jax.errors import UserError
 from crystalframer_jax.files import locked
 from crystalframer_jax.inference.predictor import Predictor
-from crystalframer_jax.training import loop
+from crystalframer_jax.training import loop, manifest
 from crystalframer_jax.training.checkpoint import CheckpointError, Checkpoints
+from crystalframer_jax.training.interruption import TrainingInterrupted
 from crystalframer_jax.training.logging import MetricsLog, read_metrics
-from crystalframer_jax.training.loop import Options, Run, TrainingError, train
+from crystalframer_jax.training.loop import Options, Run, TrainingError
+from crystalframer_jax.training.run_directory import as_json
 from crystalframer_jax.training.state import TargetStatistics, standardise, to_label_units
 from crystalframer_jax.training.step import make_train_step
+from crystalframer_jax.training.train import train
 
 TESTS = Path(__file__).parent
 
@@ -202,6 +208,16 @@ def test_skipped_steps_change_nothing_but_the_count(finished, folder, monkeypatc
     assert_equal_trees(state.swa_params, before.swa_params)
 
 
+def test_a_run_that_has_skipped_steps_goes_on_with_the_same_permission_only(finished, folder, monkeypatch):
+    config, _, _ = finished
+    nan_at(monkeypatch, 2)
+    train(config, folder / "permission", Options(skip_nonfinite=1))
+    longer = changed(config, n_epochs=4)
+    with pytest.raises(TrainingError, match=r"has skipped 1 steps .* go on with --skip_nonfinite=1 or more"):
+        train(longer, folder / "permission", Options(["n_epochs"]))
+    assert train(longer, folder / "permission", Options(["n_epochs"], skip_nonfinite=1))["skipped_steps"] == 1
+
+
 def test_skipping_is_counted_and_limited(finished, folder, monkeypatch, capsys):
     config, _, _ = finished
     nan_at(monkeypatch, 4)
@@ -295,8 +311,64 @@ def test_a_finished_run_goes_on_with_more_epochs_and_another_rate(finished, fold
     state, _ = stored_state(longer, folder / "longer")
     assert int(state.swa_steps) == 3
     (change,) = map(json.loads, (folder / "longer" / "config_changes.jsonl").read_text().splitlines())
-    assert change["changes"] == {"checkpoint_minutes": [10.0, 1.0], "lr": [0.002, 0.001], "n_epochs": [3, 5]}
+    assert change["changes"] == {"checkpoint_minutes": [2.0, 1.0], "lr": [0.002, 0.001], "n_epochs": [3, 5]}
     assert json.loads((folder / "longer" / "config.json").read_text())["n_epochs"] == 5
+
+
+def test_a_run_cannot_become_shorter_than_it_is(finished):
+    config, workdir, _ = finished
+    with pytest.raises(ConfigError, match=r"n_epochs=2: .* longer already, 9 steps; give at least n_epochs=3"):
+        train(changed(config, n_epochs=2), workdir, Options(["n_epochs"]))
+    assert json.loads((workdir / "config.json").read_text())["n_epochs"] == 3
+
+
+def test_an_average_that_has_begun_keeps_its_beginning(finished, folder):
+    """The run is at step 9 and its average began with step 6: it may begin anew later, but not earlier."""
+    config, workdir, _ = finished
+    allowed = Options(["n_epochs", "swa_epochs"])
+    for name in ("later", "earlier"):
+        shutil.copytree(workdir, folder / name)
+    later = changed(config, n_epochs=4, swa_epochs=1)
+    assert train(later, folder / "later", allowed)["steps"] == 12
+    assert int(stored_state(later, folder / "later")[0].swa_steps) == 3
+    with pytest.raises(ConfigError, match="begun with step 3, but the run is at step 9 with an average of 3"):
+        train(changed(config, n_epochs=4, swa_epochs=3), folder / "earlier", allowed)
+    assert json.loads((folder / "earlier" / "config.json").read_text()) == as_json(config)
+
+
+def test_an_old_summary_does_not_outlive_the_training_that_goes_on(finished, folder, monkeypatch):
+    config, workdir, _ = finished
+    shutil.copytree(workdir, folder / "extended")
+
+    def interrupted(*_):
+        raise TrainingInterrupted("stopped")
+
+    monkeypatch.setattr(Run, "_epochs", interrupted)
+    with pytest.raises(TrainingInterrupted, match="stopped, saved at step 9; the same command continues"):
+        train(changed(config, n_epochs=6), folder / "extended", Options(["n_epochs"]))
+    assert not (folder / "extended" / "summary.json").exists()
+
+
+def test_a_layer_that_is_misspelt_is_not_stored(finished, folder):
+    config, workdir, _ = finished
+    wrong = changed(config, n_epochs=4, frozen_layers="typo")
+    with pytest.raises(ConfigError, match="there is no layer 'typo'"):
+        train(wrong, workdir, Options(["frozen_layers", "n_epochs"]))
+    train(config, workdir)
+    with pytest.raises(ConfigError, match="there is no hyperparameter typo"):
+        train(config, folder / "unused", Options(["typo"]))
+
+
+def test_a_signal_while_a_checkpoint_is_read_is_no_damage(finished, monkeypatch):
+    _, workdir, _ = finished
+
+    def interrupted(*_):
+        raise TrainingInterrupted("stopped by SIGTERM")
+
+    monkeypatch.setattr(manifest, "problem", interrupted)
+    with pytest.raises(TrainingInterrupted, match="stopped by SIGTERM"):
+        Predictor.load(workdir)
+    assert not (workdir / "damaged_checkpoints").exists()
 
 
 def test_a_directory_where_another_process_trains_is_refused(finished):
@@ -359,18 +431,48 @@ def test_checkpoints_compete_in_the_sum_of_standardised_errors(two_targets):
 
 
 def test_the_metrics_of_a_resumed_run_continue_after_the_epochs_it_keeps(tmp_path):
-    lines = [{"epoch": epoch, "step": 3 * epoch + 3, "loss": float(epoch)} for epoch in range(3)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"epoch": 3, "lo')
-    log = MetricsLog(tmp_path, first_epoch=2, first_step=6)
-    log.write({"epoch": 2, "step": 9, "loss": 0.5, "val_mae": {"e_form": 0.25}})
-    log.close()
-    assert read_metrics(tmp_path) == [*lines[:2], {"epoch": 2, "step": 9, "loss": 0.5, "val_mae": {"e_form": 0.25}}]
+    """In the file and in TensorBoard, where a torn line and an epoch that is trained anew are gone."""
+    for first, last in ((0, 3), (2, 4)):
+        log = MetricsLog(tmp_path, first_epoch=first, first_step=3 * first)
+        for epoch in range(first, last):
+            log.write({"epoch": epoch, "step": 3 * epoch + 3, "loss": epoch + first / 10, "val_mae": {"e_form": 0.25}})
+        log.close()
+        with (tmp_path / "metrics.jsonl").open("a") as stream:
+            stream.write('{"epoch": 3, "lo')
+        time.sleep(1.1)  # event files are named after the second
+    kept = [(line["step"], line["loss"]) for line in read_metrics(tmp_path)]
+    assert kept == [(3, 0.0), (6, 1.0), (9, 2.2), (12, 3.2)]
+    assert losses_in_tensorboard(tmp_path / "tensorboard") == pytest.approx(dict(kept))
+
+
+def losses_in_tensorboard(folder: Path) -> dict[int, float]:
+    """{step: loss} as TensorBoard reads the event files: a start of a session removes what is at its step and after."""
+    found: dict[int, float] = {}
+    for file in sorted(folder.glob("events*"), key=lambda file: file.stat().st_mtime):
+        for record in tf_records(file.read_bytes()):
+            event = Event.FromString(record)
+            if event.session_log.status == SessionLog.START:
+                found = {step: loss for step, loss in found.items() if step < event.step}
+            for value in event.summary.value:
+                if value.tag == "loss":
+                    found[event.step] = value.simple_value
+    return found
+
+
+def tf_records(content: bytes) -> Iterator[bytes]:
+    """The records of a file: length (8 bytes), checksum (4), data, checksum (4)."""
+    while content:
+        (length,) = struct.unpack("<Q", content[:8])
+        yield content[12 : 12 + length]
+        content = content[16 + length :]
 
 
 def test_weights_and_biases_gets_every_epoch_and_continues_its_run(tmp_path, monkeypatch):
     """With a stand-in for the package wandb, which writes down what it is told."""
     calls = []
-    run = types.SimpleNamespace(log=lambda *args, **kwargs: calls.append(("log", args, kwargs)), finish=lambda: None)
+    run = types.SimpleNamespace(
+        log=lambda *args, **kwargs: calls.append(("log", args, kwargs)), finish=lambda exit_code: None
+    )
     wandb = types.ModuleType("wandb")
     wandb.init = lambda **kwargs: calls.append(("init", kwargs)) or run
     monkeypatch.setitem(sys.modules, "wandb", wandb)
@@ -381,7 +483,7 @@ def test_weights_and_biases_gets_every_epoch_and_continues_its_run(tmp_path, mon
     inits = [call[1] for call in calls if call[0] == "init"]
     assert len(inits) == 2 and inits[0] == inits[1] and len(inits[0]["id"]) == 12  # the same run, continued
     assert (inits[0]["project"], inits[0]["resume"]) == ("crystals", "allow")
-    assert inits[0]["name"] == tmp_path.name and inits[0]["config"] == {"lr": 0.1}
+    assert inits[0]["name"] == str(tmp_path) and inits[0]["config"] == {"lr": 0.1}
     expected = {"epoch": 1, "step": 6, "loss": 0.5, "val_mae/e_form": 0.25}
     assert calls[-1] == ("log", (expected,), {"step": 6})
     monkeypatch.setitem(sys.modules, "wandb", None)

@@ -15,9 +15,10 @@ from crystalframer_jax.config import ConfigError
 from crystalframer_jax.inference.evaluation import groups_of, mean_absolute_errors
 from crystalframer_jax.training.checkpoint import CheckpointError, Checkpoints
 from crystalframer_jax.training.logging import read_metrics
-from crystalframer_jax.training.loop import Run, train
+from crystalframer_jax.training.loop import Run
 from crystalframer_jax.training.pretrained import start_from
 from crystalframer_jax.training.state import TargetStatistics
+from crystalframer_jax.training.train import train
 
 NO_FRAMES = {"value_pe_angle_real": 0, "frame_method": "no"}
 OPTIONS = {

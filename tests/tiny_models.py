@@ -8,7 +8,8 @@ import numpy as np
 from support import batch_of, random_crystal, small_config
 
 from crystalframer_jax.batch import BatchShape
-from crystalframer_jax.config import ALLOWED_VALUES, BatchParts
+from crystalframer_jax.config import BatchParts
+from crystalframer_jax.hyperparameters import ALLOWED_VALUES
 from crystalframer_jax.model.regressor import CrystalFramer
 
 RADIUS = 5.0  # Å: rows below 48, the shortest length that is compiled

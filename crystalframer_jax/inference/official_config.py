@@ -8,9 +8,6 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from crystalframer_jax.config import (
-    NEUTRAL_VALUES,
-    TRAINING_KEYS,
-    WITHOUT_COUNTERPART,
     ConfigError,
     model_config,
     target_names,
@@ -20,6 +17,7 @@ from crystalframer_jax.config import (
 )
 from crystalframer_jax.configs import default
 from crystalframer_jax.data.registry import TARGET_SETS
+from crystalframer_jax.hyperparameters import NEUTRAL_VALUES, TRAINING_KEYS, WITHOUT_COUNTERPART
 
 # Keys that the official training script reads or adds, beside those of its JSON files.
 SCRIPT_KEYS = ("param_file", "training_data", "ddp")
@@ -58,7 +56,7 @@ NOT_TAKEN_OVER = ("targets", "target_set", "pretrained_model")  # they are looke
 MAX_CHARACTERS, MAX_INTEGER = 4000, 2**53  # of a hyperparameter that makes sense
 # Training settings of which all keep our defaults if one is not available or they do not go together.
 JUDGED_TOGETHER = (
-    ("n_epochs", "swa_epochs"),
+    ("n_epochs", "swa_epochs", "freeze_bn_epochs"),
     ("optimizer", "adam_betas"),
     ("lr_sch", "sch_params"),
     ("train_filter_min", "train_filter_max"),

@@ -1,5 +1,6 @@
 """Averages of the weights: an equal one over the last epochs (SWA) and an exponential moving one (EMA)."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from crystalframer_jax.batch import Batch
+from crystalframer_jax.config import ConfigError
 from crystalframer_jax.data.loader import TrainingBatches
 from crystalframer_jax.model.layers import BATCH_NORM_MOMENTUM
 from crystalframer_jax.model.regressor import CrystalFramer
@@ -16,19 +18,37 @@ from crystalframer_jax.training.state import TrainState, Tree
 def averaged(state: TrainState, params: Tree, swa_first_step: int | None, ema_decay: float) -> dict[str, Any]:
     """The fields of `state` with averages, after the step that has led to `params`.
 
-    The equal average begins (anew) with `swa_first_step`; None: there is none. An `ema_decay` of 0 stands for no
-    exponential average; this is equal at first, so that it forgets the zeros which it starts from.
+    The equal average begins with `swa_first_step`; None: there is none. An `ema_decay` of 0 stands for no exponential
+    average; this is equal at first, so that it forgets the zeros which it starts from.
     """
     fields: dict[str, Any] = {}
     if swa_first_step is not None:
-        before = jnp.where(state.step > swa_first_step, state.swa_steps, 0)
-        steps = before + (state.step >= swa_first_step)
+        steps = state.swa_steps + (state.step >= swa_first_step)
         share = jnp.where(steps > 0, 1 / jnp.maximum(steps, 1), 0)
         fields |= {"swa_steps": steps, "swa_params": _towards(state.swa_params, params, share)}
     if ema_decay:
         share = jnp.maximum(1 - ema_decay, 1 / (state.step + 1 - state.skipped_steps))
         fields["ema_params"] = _towards(state.ema_params, params, share)
     return fields
+
+
+def ready_for_swa(state: TrainState, swa_first_step: int | None) -> TrainState:
+    """A restored state whose equal average is what a training with this `swa_first_step` would have.
+
+    Before that step there is none. Raises ConfigError if the state is beyond it with another average, because
+    swa_epochs or n_epochs have changed.
+    """
+    step, averaged_steps = int(state.step), int(state.swa_steps)
+    if swa_first_step is None or step <= swa_first_step:
+        zeros = jax.tree.map(jnp.zeros_like, (state.swa_params, state.swa_batch_stats, state.swa_steps))
+        return dataclasses.replace(state, swa_params=zeros[0], swa_batch_stats=zeros[1], swa_steps=zeros[2])
+    due = step - swa_first_step
+    if not due - int(state.skipped_steps) <= averaged_steps <= due:
+        raise ConfigError(
+            f"swa_epochs: averaging would have begun with step {swa_first_step:,}, but the run is at step {step:,} "
+            f"with an average of {averaged_steps:,} steps; choose swa_epochs so that it begins later, or as before"
+        )
+    return state
 
 
 def _towards(average: Tree, new: Tree, share: jax.Array) -> Tree:

@@ -218,6 +218,10 @@ class Checkpoints:
         self._set_aside(damaged, then)
         return best
 
+    def losses(self) -> list[float]:
+        """The validation losses of the checkpoints that are there, ascending."""
+        return sorted(self._losses()[0].values())
+
     def restore_latest(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """State and meta data of the newest checkpoint that is whole, for a training that goes on; None if none.
 

@@ -10,8 +10,11 @@ from types import FrameType
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
-class TrainingInterrupted(Exception):  # noqa: N818 (no error, as KeyboardInterrupt is none)
-    """A training that stopped because it was asked to; all that it did is saved. The message says where."""
+class TrainingInterrupted(BaseException):
+    """A training that stopped because it was asked to; all that it did is saved. The message says where.
+
+    Like KeyboardInterrupt it is no Exception: it may come at any moment, and nobody shall take it for an error.
+    """
 
 
 class Interruption:

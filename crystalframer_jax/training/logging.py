@@ -28,13 +28,15 @@ class MetricsLog:
             temporary = self.file.with_suffix(".new")
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
             os.replace(temporary, self.file)
-        self.writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step, write_to_disk=True)
+        self.writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1, write_to_disk=True)
         self.wandb = _start_wandb(workdir, wandb_project, config) if wandb_project else None
 
     def write(self, metrics: dict[str, Any]) -> None:
         """Append the metrics of an epoch: numbers, or dictionaries of numbers."""
         with self.file.open("a") as stream:
             stream.write(json_text(metrics))
+            stream.flush()
+            os.fsync(stream.fileno())  # as safe as the checkpoint that follows
         flat = {}
         for name, value in metrics.items():
             flat.update(
@@ -50,7 +52,7 @@ class MetricsLog:
         """Finish writing."""
         self.writer.close()
         if self.wandb:
-            self.wandb.finish()
+            self.wandb.finish(exit_code=1 if sys.exc_info()[0] else 0)
 
 
 def _start_wandb(workdir: Path, project: str, config: Any) -> Any:
@@ -64,9 +66,12 @@ def _start_wandb(workdir: Path, project: str, config: Any) -> Any:
     file = workdir / "wandb_id.txt"
     if not file.exists():
         file.write_text(secrets.token_hex(6))
-    return wandb.init(
-        project=project, name=workdir.name, id=file.read_text(), resume="allow", dir=str(workdir), config=config
-    )
+    try:
+        return wandb.init(
+            project=project, name=str(workdir), id=file.read_text(), resume="allow", dir=str(workdir), config=config
+        )
+    except Exception as error:  # of many kinds: network, login, project
+        raise UserError(f"--wandb={project}: {' '.join(str(error).split())}; leave it out to train without") from error
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The training run: data, epochs, validation, checkpoints, resume, and what is left at the end."""
+"""The training run: epochs, validation, checkpoints, resume, and what is left at the end."""
 
 import dataclasses
 import errno
@@ -8,23 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from crystalframer_jax.config import ConfigError, model_config, neighbor_cutoff, target_names, validate
+from crystalframer_jax.config import ConfigError, model_config
 from crystalframer_jax.data.loader import TrainingBatches
-from crystalframer_jax.data.registry import target_set
 from crystalframer_jax.data.splits import SPLITS
-from crystalframer_jax.data.store import Dataset, open_dataset
+from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.errors import UserError
-from crystalframer_jax.files import locked, write_json
-from crystalframer_jax.inference.ensemble import Ensemble, ensemble_summary, ensemble_text
+from crystalframer_jax.files import write_json
 from crystalframer_jax.inference.evaluation import frame_draws, groups_of, mean_absolute_errors, predict_rows
 from crystalframer_jax.model.regressor import CrystalFramer
 from crystalframer_jax.training import plots
-from crystalframer_jax.training.averages import averages_in, batch_statistics_of_averages, weights_of
-from crystalframer_jax.training.checkpoint import FOLDER, MODEL_FIELDS, Checkpoints, on_this_device
+from crystalframer_jax.training.averages import averages_in, batch_statistics_of_averages, ready_for_swa, weights_of
+from crystalframer_jax.training.checkpoint import MODEL_FIELDS, Checkpoints, on_this_device, read_json
 from crystalframer_jax.training.interruption import Interruption, TrainingInterrupted
 from crystalframer_jax.training.layer_names import layer_mask
 from crystalframer_jax.training.logging import MetricsLog, Progress, read_metrics, say
@@ -38,7 +35,12 @@ from crystalframer_jax.training.report import (
     score_history,
     summary_text,
 )
-from crystalframer_jax.training.run_directory import as_json, claim, record_environment
+from crystalframer_jax.training.run_directory import (
+    as_json,
+    record_environment,
+    store_config,
+    stored_config,
+)
 from crystalframer_jax.training.state import TargetStatistics, TrainState, Tree
 from crystalframer_jax.training.step import (
     initial_state,
@@ -46,7 +48,6 @@ from crystalframer_jax.training.step import (
     make_loss,
     make_recipe,
     make_train_step,
-    working_precision,
 )
 
 LAG = 2  # steps whose results are not looked at yet: the device is still busy with them
@@ -69,57 +70,6 @@ class Options:
     resume_with_changes: Sequence[str] = ()
     skip_nonfinite: int = 0
     wandb_project: str = ""
-
-
-def train(
-    config: ConfigDict,
-    workdir: str | Path,
-    options: Options | None = None,
-    interruption: Interruption | None = None,
-) -> dict[str, Any]:
-    """Train a model as `config` says, in the run directory `workdir`, and return the summary of the run.
-
-    The same call continues a run that was interrupted, from its last checkpoint; batches, random draws and results
-    are those of a run that was not interrupted.
-
-    Raises ConfigError for a configuration that cannot be run or differs from that of the run directory, TrainingError
-    if the loss is not finite or the disk is full, and TrainingInterrupted after having saved what there is if a signal
-    or the time limit of `interruption` ends the run.
-    """
-    validate(config)
-    if not str(workdir):
-        raise ConfigError("the workdir is empty; name the directory of the run")
-    workdir, options, interruption = Path(workdir), options or Options(), interruption or Interruption()
-    if config.ensemble_size > 1:
-        return _train_ensemble(config, workdir, options, interruption)
-    with interruption.listening():
-        dataset = _open_dataset(config)
-        with locked(workdir / "lock", f"{workdir}: another process is training there; wait for it or choose another"):
-            claim(config, workdir, options.resume_with_changes)
-            record_environment(workdir)
-            with working_precision(config):
-                return Run(config, workdir, dataset, options, interruption).finish()
-
-
-def _train_ensemble(config: ConfigDict, workdir: Path, options: Options, interruption: Interruption) -> dict[str, Any]:
-    """Train the members of an ensemble one after the other in WORKDIR/member_N, with seeds that count up."""
-    if (workdir / FOLDER).exists():
-        raise ConfigError(f"{workdir} holds a run with one model; choose another --workdir for an ensemble")
-    with interruption.listening():
-        for number in range(config.ensemble_size):
-            say(f"\nmember {number + 1} of {config.ensemble_size}")
-            member = config.copy_and_resolve_references()
-            member.update(ensemble_size=1, seed=config.seed + number)
-            train(member, workdir / f"member_{number}", options, interruption)
-        write_json(workdir / "config.json", as_json(config))
-        summary = ensemble_summary(Ensemble.load(workdir), _open_dataset(config), workdir)
-    write_json(workdir / "summary.json", summary)
-    say("\n" + ensemble_text(summary))
-    return summary
-
-
-def _open_dataset(config: ConfigDict) -> Dataset:
-    return open_dataset(target_set(config.target_set), target_names(config), neighbor_cutoff(config), config.data_dir)
 
 
 class Run:
@@ -155,6 +105,7 @@ class Run:
         self.loss = make_loss(model, self.recipe, self.statistics, jax.random.fold_in(key, 1))
         self.step = make_train_step(self.recipe, self.loss, self.options.skip_nonfinite)
         self.initial_state = lambda: initial_state(model, self.recipe, self.batches[0], jax.random.fold_in(key, 0))
+        self.saved_at = time.monotonic()
         self.checkpoints = Checkpoints(
             workdir,
             writable=True,
@@ -164,16 +115,23 @@ class Run:
 
     def finish(self) -> dict[str, Any]:
         """Train the epochs that are left, evaluate, write summary.json and print it."""
+        file = self.workdir / "summary.json"
         try:
             state, meta = self._start()
+            is_new = meta["epoch"] + 1 < self.config.n_epochs or self._has_changed()
+            store_config(self.config, self.workdir)
+            record_environment(self.workdir)
+            if is_new:
+                file.unlink(missing_ok=True)
             if meta["epoch"] + 1 < self.config.n_epochs:
                 with self.interruption.stepping():
                     state, meta = self._epochs(state, meta)
             self.checkpoints.wait()
-            summary = self._summary(state, meta)
-            write_json(self.workdir / "summary.json", summary)
+            summary = read_json(file) if file.exists() else self._summary(state, meta)
+            write_json(file, summary)
         except TrainingInterrupted as request:
-            self.checkpoints.wait()
+            with self.interruption.stepping():
+                self.checkpoints.wait()
             last = self.checkpoints.last()
             saved = f"saved at step {last:,}" if last else "nothing was trained yet"
             raise TrainingInterrupted(f"{request}, {saved}; the same command continues {self.workdir}") from None
@@ -189,26 +147,27 @@ class Run:
         say("\n" + summary_text(summary))
         return summary
 
+    def _has_changed(self) -> bool:
+        """Whether hyperparameters are not those that the run had so far."""
+        return stored_config(self.workdir) != as_json(self.config)
+
     def _start(self) -> tuple[TrainState, dict[str, Any]]:
         """The state to go on from, and the meta data of its checkpoint."""
         splits = ", ".join(f"{len(self.dataset.splits[name]):,} {name}" for name in SPLITS)
         like = jax.eval_shape(self.initial_state)
-        frozen, _ = (
-            layer_mask(like.params, self.config[key], key) for key in ("frozen_layers", "reinit_layers")
-        )  # a misspelt layer is an error before anything is done
+        for key in ("frozen_layers", "reinit_layers"):  # a misspelt layer is an error before anything is done
+            layer_mask(like.params, self.config[key], key)
         found = self.checkpoints.restore_latest(on_this_device(like))
         if found is not None:
             state, meta = found
-            step = int(state.step)
-            say(
-                f"{self.dataset.name}: {splits}; continuing {self.workdir} after step {step:,} of {len(self.batches):,}"
-            )
-            return state, meta
+            self._check_resumable(state)
+            say(f"{self.dataset.name}: {splits}; {self._progress(state)}")
+            return ready_for_swa(state, self.recipe.swa_first_step), meta
         state = self.initial_state()
         if self.config.pretrained_model:
             state = start_from(state, self.config, self.statistics)
-        trained = jax.tree.map(lambda p, is_frozen: jnp.zeros(0) if is_frozen else p, state.params, frozen)
-        say(f"{self.dataset.name}: {splits}; {count_parameters(trained):,} trainable parameters")
+        trainable = count_parameters(state.params, self.config.frozen_layers)
+        say(f"{self.dataset.name}: {splits}; {trainable:,} trainable parameters")
         say(describe(self.config))
         shape, (atoms, neighbors) = self.batches.shapes[0], self.batches.fill_factors()
         say(
@@ -216,6 +175,23 @@ class Run:
             f"up to {shape.row_length} neighbors ({neighbors:.0%} filled)"
         )
         return state, {"epoch": -1, "seconds": 0.0, "results": []}
+
+    def _progress(self, state: TrainState) -> str:
+        return f"continuing {self.workdir} after step {int(state.step):,} of {len(self.batches):,}"
+
+    def _check_resumable(self, state: TrainState) -> None:
+        """Raise UserError if this training cannot go on from a state, though its arrays fit."""
+        step, skipped = int(state.step), int(state.skipped_steps)
+        if step > len(self.batches):
+            raise ConfigError(
+                f"n_epochs={self.config.n_epochs}: {self.workdir} has trained longer already, {step:,} steps; give at "
+                f"least n_epochs={-(-step // self.batches.steps_per_epoch)}"
+            )
+        if skipped > self.options.skip_nonfinite:
+            raise TrainingError(
+                f"{self.workdir} has skipped {skipped} steps that were not finite; go on with "
+                f"--skip_nonfinite={skipped} or more"
+            )
 
     def _epochs(self, state: TrainState, meta: dict[str, Any]) -> tuple[TrainState, dict[str, Any]]:
         """Train to the end; every epoch ends with validation and a checkpoint."""
@@ -230,6 +206,7 @@ class Run:
         )
         progress = Progress(config.n_epochs, first_epoch, batches.steps_per_epoch, batches.batch_size)
         source = batches.iterate(int(state.step))
+        best = self.checkpoints.losses()[: config.model_checkpoint_save_top_k]
         try:
             for epoch in range(first_epoch, config.n_epochs):
                 done = meta["results"] if epoch == first_epoch else []
@@ -239,10 +216,13 @@ class Run:
                     state = dataclasses.replace(state, **fields)
                 log.write(metrics)
                 meta = self._meta(epoch, seconds, [], metrics["val_mae"])
-                self.checkpoints.save(state, meta, metrics["val_loss"])
+                best = sorted([*best, metrics["val_loss"]])[: config.model_checkpoint_save_top_k]
+                reason, is_last = self.interruption.reason(), epoch == config.n_epochs - 1
+                if reason or is_last or metrics["val_loss"] in best or self._is_save_due():
+                    self._save(state, meta, metrics["val_loss"])
                 progress.end_epoch()
                 say(self._epoch_line(metrics))
-                if epoch < config.n_epochs - 1 and (reason := self.interruption.reason()):
+                if reason and not is_last:
                     raise TrainingInterrupted(f"stopped by {reason} after epoch {epoch + 1}")
         finally:
             progress.close()
@@ -257,7 +237,7 @@ class Run:
         `results` are [loss, gradient norm] of the steps that are done, without those that were skipped.
         """
         config, batches = self.config, self.batches
-        start = saved = time.perf_counter()
+        start = time.perf_counter()
         first = int(state.step) - epoch * batches.steps_per_epoch
         freeze_norm = epoch >= config.n_epochs - config.freeze_bn_epochs
         progress.start_epoch(epoch, first)
@@ -265,17 +245,14 @@ class Run:
         for position in range(first, batches.steps_per_epoch):
             state, result = self.step(state, next(source), freeze_norm=freeze_norm)
             pending.append(result)
-            reason = self.interruption.reason()
-            now = time.perf_counter()
-            is_last = position == batches.steps_per_epoch - 1
-            is_due = not is_last and (reason or now - saved > 60 * config.checkpoint_minutes)
+            reason, is_last = self.interruption.reason(), position == batches.steps_per_epoch - 1
+            is_due = reason or (not is_last and self._is_save_due())
             while len(pending) > (0 if is_due or is_last else LAG):
                 self._take(pending.pop(0), results, state, epoch)
             progress.step(results[-1][0] if results else None)
             if is_due:
-                meta = self._meta(epoch - 1, seconds + now - start, results, {})
-                self.checkpoints.save(state, meta, None)
-                saved = time.perf_counter()
+                meta = self._meta(epoch - 1, seconds + time.perf_counter() - start, results, {})
+                self._save(state, meta, None)
                 if reason:
                     raise TrainingInterrupted(f"stopped by {reason} in epoch {epoch + 1}")
         trained = time.perf_counter() - start
@@ -296,17 +273,25 @@ class Run:
         }
         return state, metrics, seconds + time.perf_counter() - start
 
+    def _is_save_due(self) -> bool:
+        return time.monotonic() - self.saved_at > 60 * self.config.checkpoint_minutes
+
+    def _save(self, state: TrainState, meta: dict[str, Any], val_loss: float | None) -> None:
+        self.checkpoints.save(state, meta, val_loss)
+        self.saved_at = time.monotonic()
+
     def _take(self, result: dict[str, jax.Array], results: list, state: TrainState, epoch: int) -> None:
         """Add the results of a step; TrainingError, with a report of its batch, if it must not be skipped."""
-        loss, norm, finite = jax.device_get([result[name] for name in ("loss", "grad_norm", "finite")])
-        if finite:
-            results.append([float(loss), float(norm)])
+        result = jax.device_get(result)
+        loss, norm, skipped = (result[name].item() for name in ("loss", "grad_norm", "skipped_steps"))
+        if result["finite"]:
+            results.append([loss, norm])
             return
-        allowed, skipped = self.options.skip_nonfinite, int(state.skipped_steps)
+        allowed = self.options.skip_nonfinite
         if skipped <= allowed:
             say(f"epoch {epoch + 1}: skipped a step with loss {loss}, gradient {norm} ({skipped} of {allowed} allowed)")
             return
-        step = int(state.step) - 1  # the state stands still since then
+        step = result["step"].item()  # the weights stand still since then
         self.checkpoints.wait()
         last = self.checkpoints.last()
         freeze_norm = epoch >= self.config.n_epochs - self.config.freeze_bn_epochs
@@ -361,8 +346,11 @@ class Run:
     def _summary(self, state: TrainState, meta: dict[str, Any]) -> dict[str, Any]:
         """The errors of the last, best and averaged weights, with the files and figures that go with them."""
         epochs = read_metrics(self.workdir)
+        if len(epochs) != self.config.n_epochs:
+            say(f"warning: {self.workdir / 'metrics.jsonl'} tells of {len(epochs)} epochs only")
         first_swa_epoch = self.config.n_epochs - self.config.swa_epochs if self.config.swa_epochs else None
-        plots.learning_curve(epochs, self.workdir / "learning_curve.png", first_swa_epoch)
+        if epochs:
+            plots.learning_curve(epochs, self.workdir / "learning_curve.png", first_swa_epoch)
         samples = frame_draws(self.config)
 
         def predict(weights: Tree, split: str) -> np.ndarray:
@@ -379,8 +367,8 @@ class Run:
             "steps": int(state.step),
             "skipped_steps": int(state.skipped_steps),
             "seconds": meta["seconds"],
-            "crystals_per_s": float(np.median([line["crystals_per_s"] for line in epochs])),
-            "parameters": count_parameters(state.params),
+            "crystals_per_s": float(np.median([line["crystals_per_s"] for line in epochs] or [0.0])),
+            "parameters": count_parameters(state.params, self.config.frozen_layers),
         }
 
     def _candidates(self, state: TrainState) -> dict[str, Tree]:

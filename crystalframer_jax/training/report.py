@@ -14,6 +14,7 @@ from crystalframer_jax.data.splits import SPLITS
 from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.inference.evaluation import mean_predictor_errors, regression_metrics, write_predictions
 from crystalframer_jax.training import plots
+from crystalframer_jax.training.layer_names import layer_mask
 from crystalframer_jax.training.logging import duration, table
 from crystalframer_jax.training.loss import loss_per_crystal
 from crystalframer_jax.training.state import TargetStatistics, Tree
@@ -37,9 +38,11 @@ def describe(config: ConfigDict) -> str:
     )
 
 
-def count_parameters(params: Tree) -> int:
-    """Number of parameters."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
+def count_parameters(params: Tree, frozen_layers: str = "") -> int:
+    """Number of trainable parameters."""
+    is_frozen = layer_mask(params, frozen_layers, "frozen_layers")
+    sizes = jax.tree.map(lambda leaf, frozen: 0 if frozen else leaf.size, params, is_frozen)
+    return sum(jax.tree.leaves(sizes))
 
 
 def mean_loss(
@@ -52,11 +55,13 @@ def mean_loss(
 
 
 def score_history(val_losses: list[float]) -> dict[str, float]:
-    """Figures of the validation losses of all epochs, those that the official code logs (its hp/...).
+    """Figures of the validation losses of all epochs (none: none), those that the official code logs (its hp/...).
 
     The last, the smallest, the mean over the last 50 epochs, the smallest such mean, and the mean of the 10 smallest.
     """
     losses = np.array(val_losses)
+    if not losses.size:
+        return {}
     running = [losses[max(0, end - WINDOW) : end].mean() for end in range(1, len(losses) + 1)]
     return {
         "val": float(losses[-1]),

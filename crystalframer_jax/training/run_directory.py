@@ -14,23 +14,26 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from crystalframer_jax.config import RESUMABLE_KEYS, UNIMPORTANT_KEYS, ConfigError, target_names
+from crystalframer_jax.config import ConfigError, target_names
 from crystalframer_jax.configs import default
 from crystalframer_jax.files import write_json
+from crystalframer_jax.hyperparameters import RESUMABLE_KEYS, UNIMPORTANT_KEYS
 from crystalframer_jax.training.checkpoint import FOLDER, read_json
 
 REPORTED_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pymatgen")
 
 
-def claim(config: ConfigDict, workdir: Path, resume_with_changes: Sequence[str] = ()) -> None:
-    """Write config.json into a new run directory; a run that exists must have been started with the same values.
+def check_config(config: ConfigDict, workdir: Path, resume_with_changes: Sequence[str] = ()) -> None:
+    """Raise ConfigError unless this run may be in that directory.
 
-    Of the hyperparameters named in `resume_with_changes` those of RESUMABLE_KEYS may have changed; the new values are
-    stored, and the old ones kept in config_changes.jsonl.
-
-    Raises ConfigError if others have, or if the directory holds imported weights or an ensemble.
+    It may if the directory is new, or the run there was started with the same values; of those named in
+    `resume_with_changes`, RESUMABLE_KEYS may have changed.
     """
-    file, values = workdir / "config.json", as_json(config)
+    unknown = [key for key in resume_with_changes if key not in config]
+    if unknown:
+        raise ConfigError(
+            f"--resume_with_changes={','.join(resume_with_changes)}: there is no hyperparameter {unknown[0]}"
+        )
     summary = workdir / "summary.json"
     if summary.exists() and "imported_from" in read_json(summary):
         raise ConfigError(
@@ -39,28 +42,40 @@ def claim(config: ConfigDict, workdir: Path, resume_with_changes: Sequence[str] 
         )
     if (workdir / "member_0").exists():
         raise ConfigError(f"{workdir} holds an ensemble; choose another --workdir")
-    if not file.exists() or not any((workdir / FOLDER).glob("[0-9]*")):  # nothing was trained that could be lost
-        write_json(file, values)
-        return
-    before = as_json(default.get_config()) | read_json(file)  # keys that are new since then had their defaults
-    changed = [key for key in sorted({*values, *before}) if values.get(key) != before.get(key)]
-    important = [key for key in changed if key not in UNIMPORTANT_KEYS]
-    _check_changes(workdir, important, before, values, resume_with_changes)
+    before, values = stored_config(workdir), as_json(config)
+    if before:
+        changed = [key for key in _changed(before, values) if key not in UNIMPORTANT_KEYS]
+        _check_changes(workdir, changed, before, values, resume_with_changes)
+
+
+def store_config(config: ConfigDict, workdir: Path) -> None:
+    """Write config.json; values that have changed since are kept in config_changes.jsonl."""
+    before, values = stored_config(workdir), as_json(config)
+    changed = _changed(before, values) if before else []
     if changed:
-        now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-        record = {"time": now, "changes": {key: [before.get(key), values.get(key)] for key in changed}}
+        record = {"time": _now(), "changes": {key: [before.get(key), values.get(key)] for key in changed}}
         with (workdir / "config_changes.jsonl").open("a") as stream:
             stream.write(json.dumps(record) + "\n")
-        write_json(file, values)
+    if changed or not before:
+        write_json(workdir / "config.json", values)
+
+
+def stored_config(workdir: Path) -> dict[str, Any]:
+    """config.json of a run; empty if nothing was trained there that could be lost."""
+    file = workdir / "config.json"
+    if not file.exists() or not any((workdir / FOLDER).glob("[0-9]*")):
+        return {}
+    return as_json(default.get_config()) | read_json(file)  # keys that are new since then had their defaults
+
+
+def _changed(before: dict[str, Any], values: dict[str, Any]) -> list[str]:
+    return [key for key in sorted({*values, *before}) if values.get(key) != before.get(key)]
 
 
 def _check_changes(
     workdir: Path, changed: list[str], before: dict[str, Any], values: dict[str, Any], allowed: Sequence[str]
 ) -> None:
     """Raise ConfigError unless all hyperparameters that changed may change and were named."""
-    unknown = [key for key in allowed if key not in before]
-    if unknown:
-        raise ConfigError(f"--resume_with_changes={','.join(allowed)}: there is no hyperparameter {unknown[0]}")
     changes = ", ".join(f"{key} {before.get(key)!r} -> {values.get(key)!r}" for key in changed if key not in allowed)
     fixed = [key for key in changed if key not in RESUMABLE_KEYS]
     if fixed and set(changed) <= set(allowed):
@@ -87,7 +102,7 @@ def record_environment(workdir: Path) -> None:
     """Append to environment.jsonl what runs from now on: command, versions, device, commit of a source checkout."""
     device = jax.local_devices()[0]
     record = {
-        "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "time": _now(),
         "command": sys.argv,
         "host": platform.node(),
         "platform": platform.platform(),
@@ -100,6 +115,10 @@ def record_environment(workdir: Path) -> None:
     }
     with (workdir / "environment.jsonl").open("a") as stream:
         stream.write(json.dumps(record) + "\n")
+
+
+def _now() -> str:
+    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 def _git_commit() -> str | None:

@@ -121,10 +121,11 @@ def make_loss(
 
 
 def make_train_step(recipe: Recipe, loss: LossFunction, skip_nonfinite: int = 0) -> StepFunction:
-    """step(state, batch, freeze_norm=False) -> (state, {"loss", "grad_norm", "finite"}); `state` is consumed.
+    """step(state, batch, freeze_norm=False) -> (state, result); `state` is consumed.
 
-    With `freeze_norm` BatchNorm keeps its statistics. A step whose loss or gradient is not finite leaves all weights
-    as they are and is counted; after more than `skip_nonfinite` of them nothing changes any more.
+    The result has "step", "loss", "grad_norm" (before clipping), "finite" and "skipped_steps" (so far). With
+    `freeze_norm` BatchNorm keeps its statistics. A step whose loss or gradient is not finite leaves all weights as they
+    are and is counted; after more than `skip_nonfinite` of them nothing changes any more.
     """
     gradient_of = jax.value_and_grad(loss, has_aux=True)
 
@@ -146,7 +147,8 @@ def make_train_step(recipe: Recipe, loss: LossFunction, skip_nonfinite: int = 0)
         counted = dataclasses.replace(
             kept, step=state.step + running, skipped_steps=state.skipped_steps + (running & ~finite)
         )
-        return counted, {"loss": value, "grad_norm": grad_norm, "finite": finite}
+        result = {"loss": value, "grad_norm": grad_norm, "finite": finite}
+        return counted, result | {"step": state.step, "skipped_steps": counted.skipped_steps}
 
     return jax.jit(step, donate_argnums=0, static_argnames="freeze_norm")
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from support import atom_places, batch_of, config_from_official, random_crystal
 
-from crystalframer_jax.config import ALLOWED_VALUES
 from crystalframer_jax.configs import default
+from crystalframer_jax.hyperparameters import ALLOWED_VALUES
 from crystalframer_jax.inference.official import variables_from_official
 from crystalframer_jax.model.regressor import CrystalFramer
 from crystalframer_jax.neighbors import LatticeBox
