@@ -9,7 +9,7 @@ from tiny_models import CRYSTALFORMER, LARGER, SHAPE, batch, tiny_config
 
 from crystalframer_jax.model.encoder import EncoderBlock, SelfAttention
 from crystalframer_jax.model.regressor import CrystalFramer
-from crystalframer_jax.training.step import make_batch_statistics
+from crystalframer_jax.training.averages import make_batch_statistics
 
 # Dropout: of pairs of atoms in the attention, of the result of the attention, and twice in the feed-forward layers
 

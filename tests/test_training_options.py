@@ -13,7 +13,8 @@ from tiny import STEPS_PER_EPOCH, assert_equal_trees, open_tiny, tiny_config, ti
 from crystalframer_jax import Predictor
 from crystalframer_jax.config import ConfigError
 from crystalframer_jax.inference.evaluation import groups_of, mean_absolute_errors
-from crystalframer_jax.training.checkpoint import CheckpointError, Checkpoints
+from crystalframer_jax.training.checkpoint import CheckpointError
+from crystalframer_jax.training.interruption import Interruption, TrainingInterrupted
 from crystalframer_jax.training.logging import read_metrics
 from crystalframer_jax.training.loop import Run
 from crystalframer_jax.training.pretrained import start_from
@@ -76,19 +77,12 @@ def new_run(config, workdir) -> Run:
     return run
 
 
-def train_two_epochs(config, workdir: Path, monkeypatch) -> None:
-    """Train until the checkpoint of the second epoch is on disk, and be interrupted there."""
-    save = Checkpoints.save
-
-    def save_and_stop(self, state, *args):
-        save(self, state, *args)
-        if int(state.step) == 2 * STEPS_PER_EPOCH:
-            self.wait()
-            raise KeyboardInterrupt
-
+def train_into_the_second_epoch(config, workdir: Path, monkeypatch) -> None:
+    """Train, and be stopped after the second step of the second epoch."""
+    requests = iter([""] * (STEPS_PER_EPOCH + 2) + ["a test"])
     with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "save", save_and_stop)
-        with pytest.raises(KeyboardInterrupt):
+        patch.setattr(Interruption, "reason", lambda _: next(requests))
+        with pytest.raises(TrainingInterrupted, match="stopped by a test in epoch 2, saved at step 5"):
             train(config, workdir)
 
 
@@ -113,7 +107,7 @@ def test_a_loaded_run_makes_the_errors_of_its_summary(runs, name):
 def test_an_interrupted_run_ends_as_one_that_was_not(runs, name, folder, monkeypatch):
     config, expected, _ = runs(name)
     workdir = folder / f"interrupted-{name[:4]}"
-    train_two_epochs(config, workdir, monkeypatch)
+    train_into_the_second_epoch(config, workdir, monkeypatch)
     train(config, workdir)
     for weights in ("last", "swa"):
         assert_equal_trees(Predictor.load(workdir, weights).variables, Predictor.load(expected, weights).variables)
@@ -338,7 +332,7 @@ def test_averaged_weights_without_batch_statistics_are_refused(runs, folder, mon
     config, _, _ = runs("BatchNorm, dropout, another pooling")
     config = config.copy_and_resolve_references()
     config.swa_epochs = 2
-    train_two_epochs(config, folder / "averaging", monkeypatch)
+    train_into_the_second_epoch(config, folder / "averaging", monkeypatch)
     Predictor.load(folder / "averaging", "last")
     with pytest.raises(CheckpointError, match=r"no BatchNorm statistics.*ask for last or best"):
         Predictor.load(folder / "averaging", "swa")

@@ -72,7 +72,7 @@ def averages_in(state: TrainState) -> list[str]:
 
 def batch_statistics_of_averages(model: CrystalFramer, state: TrainState, batches: TrainingBatches) -> dict[str, Tree]:
     """The fields of `state` with BatchNorm statistics of averaged weights: means over the batches of the last epoch."""
-    statistics, steps = _make_batch_statistics(model), batches.steps_of_last_epoch()
+    statistics, steps = make_batch_statistics(model), batches.steps_of_last_epoch()
     fields = {}
     for name in averages_in(state):
         weights = weights_of(state, name)
@@ -83,7 +83,7 @@ def batch_statistics_of_averages(model: CrystalFramer, state: TrainState, batche
     return fields
 
 
-def _make_batch_statistics(model: CrystalFramer) -> Callable[[Tree, Batch], Tree]:
+def make_batch_statistics(model: CrystalFramer) -> Callable[[Tree, Batch], Tree]:
     """statistics(variables, batch) -> the means and variances that BatchNorm sees in this batch (batch_stats)."""
 
     def statistics(variables: Tree, batch: Batch) -> Tree:
