@@ -161,7 +161,8 @@ class Run:
         if found is not None:
             state, meta = found
             self._check_resumable(state)
-            say(f"{self.dataset.name}: {splits}; {self._progress(state)}")
+            done = f"{int(state.step):,} of {len(self.batches):,} steps"
+            say(f"{self.dataset.name}: {splits}; continuing {self.workdir} after {done}")
             return ready_for_swa(state, self.recipe.swa_first_step), meta
         state = self.initial_state()
         if self.config.pretrained_model:
@@ -175,9 +176,6 @@ class Run:
             f"up to {shape.row_length} neighbors ({neighbors:.0%} filled)"
         )
         return state, {"epoch": -1, "seconds": 0.0, "results": []}
-
-    def _progress(self, state: TrainState) -> str:
-        return f"continuing {self.workdir} after step {int(state.step):,} of {len(self.batches):,}"
 
     def _check_resumable(self, state: TrainState) -> None:
         """Raise UserError if this training cannot go on from a state, though its arrays fit."""
