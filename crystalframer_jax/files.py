@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -26,10 +27,29 @@ def json_text(content: Any, indent: int | None = None) -> str:
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Write JSON to a temporary file, then rename it: a reader sees the old content or the new."""
+    """Write JSON; a reader sees the old content or the new."""
+    with replacing(file) as temporary:
+        temporary.write_text(json_text(content, indent=1))
+
+
+@contextlib.contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """A temporary file beside `file`, which takes its place when it is written; nothing is left if that fails."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(json_text(content, indent=1))
-    os.replace(temporary, file)
+    try:
+        yield temporary
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sha256(file: Path) -> str:
+    """The SHA-256 of a file, hexadecimal; an OSError names the file."""
+    with file.open("rb") as stream:
+        try:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as error:  # of a failing disk
+            raise OSError(error.errno, error.strerror, str(file)) from error
 
 
 @contextlib.contextmanager

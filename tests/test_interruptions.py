@@ -193,15 +193,23 @@ def test_in_another_thread_than_the_main_one_trainings_run_without_signals(finis
     assert results[0]["test"]
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="mounts a small disk")
+@contextlib.contextmanager
+def mounted(disk: Path, options: str) -> Iterator[Path]:
+    """A disk of its own, in memory; the test is skipped where it cannot be mounted."""
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", options, "none", str(disk)]
+    if os.geteuid() or sys.platform != "linux" or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("cannot mount a disk")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
 def test_a_full_disk_is_one_clear_error_and_nothing_is_lost(finished, folder):
     """A disk that fills up while the training runs; made free again, it continues to the same bits."""
     config, expected = finished
-    disk = folder / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(disk)], capture_output=True).returncode:
-        pytest.skip("cannot mount a disk")
-    try:
+    with mounted(folder / "disk", "size=8m") as disk:
         workdir = disk / "run"
         first = tiny_config(folder / "data", ema_decay=0.9)
         process = start_training(first, workdir, seconds_per_step=0.5)
@@ -220,19 +228,10 @@ def test_a_full_disk_is_one_clear_error_and_nothing_is_lost(finished, folder):
         filler.unlink()
         train(config, workdir)
         assert_same_run(config, workdir, expected)
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="mounts a disk")
 def test_a_directory_that_cannot_be_written_is_one_clear_error(finished, folder):
     config, _ = finished
-    disk = folder / "readonly"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", str(disk)], capture_output=True).returncode:
-        pytest.skip("cannot mount a disk")
-    try:
-        with pytest.raises(UserError, match=r"run cannot be written \(Read-only file system\)"):
-            train(config, disk / "run")
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
+    match = r"run cannot be written \(Read-only file system\)"
+    with mounted(folder / "readonly", "ro") as disk, pytest.raises(UserError, match=match):
+        train(config, disk / "run")

@@ -18,7 +18,7 @@ from crystalframer_jax.crystal import Crystal, CrystalError
 from crystalframer_jax.data.registry import Target, TargetSet
 from crystalframer_jax.data.splits import split_80_10_10
 from crystalframer_jax.data.table import COLUMNS, CrystalTable, make_table
-from crystalframer_jax.files import locked
+from crystalframer_jax.files import locked, sha256
 from crystalframer_jax.neighbors import LatticeBox, NeighborRows, neighbor_rows
 
 FORMAT = 2  # to be raised when neighbour rows or columns change
@@ -143,7 +143,7 @@ def _write(folder: Path, columns: dict[str, np.ndarray]) -> None:
         checksums = {}
         for name, column in columns.items():
             np.save(temporary / f"{name}.npy", column, allow_pickle=False)
-            checksums[name] = _sha256(temporary / f"{name}.npy")
+            checksums[name] = sha256(temporary / f"{name}.npy")
         (temporary / "manifest.json").write_text(json.dumps(checksums, indent=1))
         if folder.exists():  # damaged
             shutil.rmtree(folder)
@@ -156,13 +156,8 @@ def _read(folder: Path) -> dict[str, np.ndarray] | None:
     """The memory-mapped columns, or None if the store is missing or not as it was written."""
     try:
         checksums = json.loads((folder / "manifest.json").read_text())
-        if any(_sha256(folder / f"{name}.npy") != checksum for name, checksum in checksums.items()):
+        if any(sha256(folder / f"{name}.npy") != checksum for name, checksum in checksums.items()):
             return None
         return {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in checksums}
     except (OSError, ValueError):
         return None
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

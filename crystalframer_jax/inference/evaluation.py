@@ -2,7 +2,6 @@
 
 import csv
 import math
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from crystalframer_jax.batch import BatchShape, pack, shape_for
 from crystalframer_jax.config import NO_PARTS, BatchParts, ConfigError, model_config
 from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.data.table import CrystalTable
+from crystalframer_jax.files import replacing
 from crystalframer_jax.training.state import TargetStatistics, to_label_units
 from crystalframer_jax.training.step import Forward
 
@@ -183,12 +183,7 @@ def write_csv(file: str | Path, header: Sequence[str], rows: Iterable[Sequence[o
     """Write a table as CSV, creating its folder; a reader sees the old file or all of the new one."""
     file = Path(file).expanduser().resolve()  # the file that a link stands for is replaced, not the link
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.writer(stream, lineterminator="\n")
-            writer.writerow(header)
-            writer.writerows(rows)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(file) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)

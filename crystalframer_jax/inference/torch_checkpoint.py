@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import importlib
-import os
 import pathlib
 import reprlib
 import zipfile
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from crystalframer_jax.errors import UserError
+from crystalframer_jax.files import replacing
 
 Arrays = dict[str, np.ndarray]
 
@@ -109,12 +109,8 @@ def write_checkpoint(path: str | Path, checkpoint: OfficialCheckpoint) -> None:
         "hyper_parameters": checkpoint.hyper_parameters,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as temporary:
         torch.save(content, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _torch() -> Any:

@@ -12,7 +12,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from crystalframer_jax.errors import UserError
-from crystalframer_jax.files import json_text
+from crystalframer_jax.files import json_text, replacing
 
 
 class MetricsLog:
@@ -25,9 +25,8 @@ class MetricsLog:
         self.file = workdir / "metrics.jsonl"
         kept = [line for line in _lines(self.file) if line["epoch"] < first_epoch]
         if self.file.exists():
-            temporary = self.file.with_suffix(".new")
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            os.replace(temporary, self.file)
+            with replacing(self.file) as temporary:
+                temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self.writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1, write_to_disk=True)
         self.wandb = _start_wandb(workdir, wandb_project, config) if wandb_project else None
 

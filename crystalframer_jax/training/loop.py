@@ -127,8 +127,9 @@ class Run:
                 with self.interruption.stepping():
                     state, meta = self._epochs(state, meta)
             self.checkpoints.wait()
-            summary = read_json(file) if file.exists() else self._summary(state, meta)
-            write_json(file, summary)
+            if not file.exists():
+                write_json(file, self._summary(state, meta))
+            summary = read_json(file)
         except TrainingInterrupted as request:
             with self.interruption.stepping():
                 self.checkpoints.wait()
@@ -234,10 +235,10 @@ class Run:
 
         `results` are [loss, gradient norm] of the steps that are done, without those that were skipped.
         """
-        config, batches = self.config, self.batches
+        batches = self.batches
         start = time.perf_counter()
         first = int(state.step) - epoch * batches.steps_per_epoch
-        freeze_norm = epoch >= config.n_epochs - config.freeze_bn_epochs
+        freeze_norm = self._freezes_norm(epoch)
         progress.start_epoch(epoch, first)
         pending: list[dict[str, jax.Array]] = []
         for position in range(first, batches.steps_per_epoch):
@@ -271,6 +272,10 @@ class Run:
         }
         return state, metrics, seconds + time.perf_counter() - start
 
+    def _freezes_norm(self, epoch: int) -> bool:
+        """Whether BatchNorm keeps its statistics in an epoch."""
+        return epoch >= self.config.n_epochs - self.config.freeze_bn_epochs
+
     def _is_save_due(self) -> bool:
         return time.monotonic() - self.saved_at > 60 * self.config.checkpoint_minutes
 
@@ -292,9 +297,8 @@ class Run:
         step = result["step"].item()  # the weights stand still since then
         self.checkpoints.wait()
         last = self.checkpoints.last()
-        freeze_norm = epoch >= self.config.n_epochs - self.config.freeze_bn_epochs
         report = {"epoch": epoch, "last_good_checkpoint": last, "loss": str(loss), "grad_norm": str(norm)}
-        report |= batch_report(self.loss, self.statistics, state, self.batches, step, freeze_norm)
+        report |= batch_report(self.loss, self.statistics, state, self.batches, step, self._freezes_norm(epoch))
         file = self.workdir / f"nonfinite_step_{step}.json"
         write_json(file, report)
         raise TrainingError(

@@ -1,11 +1,12 @@
 """The SHA-256 manifest of a folder: shows every flipped bit, and every truncated, missing or additional file."""
 
 import errno
-import hashlib
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+
+from crystalframer_jax.files import sha256
 
 NAME = "SHA256SUMS"  # check it in its folder with: sha256sum -c SHA256SUMS
 
@@ -16,7 +17,7 @@ def text_of(folder: Path, under: str = "") -> str:
     `under`: only paths that begin so. Raises OSError if one of them cannot be read.
     """
     names = sorted(file.relative_to(folder).as_posix() for file in _files(folder))
-    return "".join(f"{_digest(folder / name)}  {name}\n" for name in names if name != NAME and name.startswith(under))
+    return "".join(f"{sha256(folder / name)}  {name}\n" for name in names if name != NAME and name.startswith(under))
 
 
 def write(folder: Path) -> None:
@@ -71,14 +72,6 @@ def _files(folder: Path) -> Iterator[Path]:
     for parent, _, names in os.walk(folder, onerror=fail):
         for name in names:
             yield Path(parent, name)
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        try:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-        except OSError as error:  # of a failing disk; it does not name the file
-            raise OSError(error.errno, error.strerror, str(file)) from error
 
 
 def _digests(text: str) -> dict[str, str]:

@@ -6,7 +6,6 @@ Sizes are those of a column of a journal, so that figures are included without s
 
 import contextlib
 import math
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,8 @@ from matplotlib.ticker import (
     StrMethodFormatter,
 )
 from scipy.special import ndtri
+
+from crystalframer_jax.files import replacing
 
 DPI = 300
 COLUMN = 3.4  # inches: width of one column
@@ -407,12 +408,7 @@ def _despine(*panels: Axes) -> None:
 
 
 def _write(figure: Figure, file: Path) -> None:
-    """Write a PNG under a temporary name, then rename it: a reader sees the old figure or the new."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
+    """Write a PNG; a reader sees the old figure or the new."""
+    with replacing(file) as temporary:
         FigureCanvasAgg(figure)
         figure.savefig(temporary, format="png", dpi=DPI)
-        os.replace(temporary, file)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
