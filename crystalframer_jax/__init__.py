@@ -4,9 +4,22 @@ from crystalframer_jax import Predictor
 Predictor.load("runs/quickstart").predict(["NaCl.cif"])
 """
 
-from crystalframer_jax.inference.ensemble import Ensemble
-from crystalframer_jax.inference.frames import compute_frames
-from crystalframer_jax.inference.official import load_official
-from crystalframer_jax.inference.predictor import Predictor
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from crystalframer_jax.inference.ensemble import Ensemble
+    from crystalframer_jax.inference.frames import compute_frames
+    from crystalframer_jax.inference.official import load_official
+    from crystalframer_jax.inference.predictor import Predictor
 
 __all__ = ["Ensemble", "Predictor", "compute_frames", "load_official"]
+
+HOMES = {"Ensemble": "ensemble", "Predictor": "predictor", "compute_frames": "frames", "load_official": "official"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for, and no more: the processes that prepare data start without JAX."""
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.inference.{HOMES[name]}"), name)

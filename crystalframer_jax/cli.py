@@ -14,16 +14,16 @@ import platformdirs
 
 from crystalframer_jax.config import ConfigError, target_names
 from crystalframer_jax.crystal import Crystal, CrystalError
-from crystalframer_jax.data.registry import target_set
-from crystalframer_jax.data.store import Dataset, open_dataset
+from crystalframer_jax.data.datasets import open_dataset
+from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.errors import UserError
+from crystalframer_jax.files import write_csv
 from crystalframer_jax.inference.ensemble import Ensemble, load_model, plot_calibration
 from crystalframer_jax.inference.evaluation import (
     Predictions,
     batches_of,
     mean_predictor_errors,
     regression_metrics,
-    write_csv,
     write_predictions,
 )
 from crystalframer_jax.inference.predictor import WEIGHTS, Predictor
@@ -37,15 +37,19 @@ WEIGHTS_HELP = "default: those that the finished run selected by validation erro
 
 
 @contextlib.contextmanager
-def reporting_errors(if_interrupted: str = "") -> Iterator[None]:
-    """Print an error that the user can mend in one line and leave with status 1; with status 130 after Ctrl-C."""
+def reporting_errors(if_interrupted: str = "", leave_at_once: bool = True) -> Iterator[None]:
+    """Print an error that the user can mend in one line and leave with status 1; with status 130 after Ctrl-C.
+
+    To `leave_at_once` then is for commands with threads that would take minutes to wait for: what they are writing is
+    dropped. Others clean up first.
+    """
     try:
         yield
     except (UserError, OSError) as error:
         sys.exit("error: " + " ".join(str(error).split()))
     except KeyboardInterrupt:
         print(f"\ninterrupted{if_interrupted}", file=sys.stderr, flush=True)
-        os._exit(130)  # at once: a checkpoint half written is dropped, and waiting for its threads may take minutes
+        os._exit(130) if leave_at_once else sys.exit(130)
 
 
 def use_compilation_cache() -> None:
@@ -158,23 +162,33 @@ def dataset_of(model: Predictor | Ensemble, run: str) -> Dataset:
             f"{run} was imported without a dataset known here, so there is nothing to evaluate it on; "
             "predict structure files, or import it again with --target_set and --targets"
         )
-    return open_dataset(target_set(config.target_set), target_names(config), model.cutoff, config.data_dir)
+    return open_dataset(config.target_set, target_names(config), model.cutoff, config.data_dir)
 
 
 def error_table(
     targets: tuple[TargetStatistics, ...], dataset: Dataset, split: str, predictions: Predictions, over: str
 ) -> str:
-    """Errors of predictions for a split, a line for each target; `over` says what their spread is over, if any."""
-    labels = dataset.labels[dataset.splits[split]]
-    metrics = regression_metrics(predictions.mean, labels, targets)
-    baseline = mean_predictor_errors(labels, targets, dataset.labels[dataset.splits["train"]])
+    """Errors of predictions for a split, a line for each target; `over` says what their spread is over, if any.
+
+    If crystals of the split are also in training, further lines are without them.
+    """
+    rows = dataset.splits[split]
+    kinds = {"": np.ones(len(rows), bool)}
+    leaked = np.isin(rows, dataset.leaked)
+    if leaked.any():
+        kinds[", without leaks"] = ~leaked
     header = [f"{dataset.name}, {split}", "unit", "crystals", "MAE", "RMSE", "R2", "mean predictor"]
     header += [f"mean std over {over}"] if over else []
-    rows = []
-    for s, spread in zip(targets, predictions.spread.mean(axis=0).tolist(), strict=True):
-        errors = [math.nan if value is None else value for value in metrics[s.name].values()]
-        rows.append([s.name, s.unit, len(labels), *errors, baseline[s.name], *([spread] if over else [])])
-    return table(header, rows)
+    lines = []
+    for kind, chosen in kinds.items():
+        labels = dataset.labels[rows[chosen]]
+        metrics = regression_metrics(predictions.mean[chosen], labels, targets)
+        baseline = mean_predictor_errors(labels, targets, dataset.labels[dataset.splits["train"]])
+        for t, s in enumerate(targets):
+            errors = [math.nan if value is None else value for value in metrics[s.name].values()]
+            line = [s.name + kind, s.unit, len(labels), *errors, baseline[s.name]]
+            lines.append([*line, *([float(predictions.spread[chosen, t].mean())] if over else [])])
+    return table(header, lines)
 
 
 def plot_errors(

@@ -1,12 +1,13 @@
 """Files that are never half-written, and folders that one process has to itself."""
 
 import contextlib
+import csv
 import fcntl
 import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,16 @@ def replacing(file: Path) -> Iterator[Path]:
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_csv(file: str | Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a table as CSV, creating its folder; a reader sees the old file or all of the new one."""
+    file = Path(file).expanduser().resolve()  # the file that a link stands for is replaced, not the link
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
 
 
 def sha256(file: Path) -> str:

@@ -70,12 +70,22 @@ def read_crystals(path: str | os.PathLike[str]) -> list[Crystal]:
     suffix = path.suffix.lower()
     text = _read_text(path)
     if suffix == ".cif":
-        return [_crystal_of_cif(block, id) for id, block in _with_ids(name, _cif_blocks(text, name))]
+        return cif_crystals(text, name)
     if suffix in (".extxyz", ".xyz"):
-        return [Crystal.from_ase(frame, id) for id, frame in _with_ids(name, _read_extxyz(text, name))]
+        return extxyz_crystals(text, name)
     if suffix in (".vasp", ".poscar") or path.name.upper().startswith(("POSCAR", "CONTCAR")):
         return [Crystal.from_pymatgen(_read_poscar(text, name), name)]
     raise CrystalError(f"{path}: unknown kind of file; rename it to one of: {ACCEPTED_FILES}")
+
+
+def cif_crystals(text: str, name: str) -> list[Crystal]:
+    """The crystals of the text of a CIF file, see `read_crystals`; `name` stands for the path."""
+    return [_crystal_of_cif(block, id) for id, block in _with_ids(name, _cif_blocks(text, name))]
+
+
+def extxyz_crystals(text: str, name: str) -> list[Crystal]:
+    """The crystals of the text of an extended XYZ file, see `read_crystals`; `name` stands for the path."""
+    return [Crystal.from_ase(frame, id) for id, frame in _with_ids(name, _read_extxyz(text, name))]
 
 
 def _with_ids(name: str, items: list[Any]) -> list[tuple[str, Any]]:

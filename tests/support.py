@@ -12,13 +12,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import crystalframer_jax
-from crystalframer_jax.batch import Batch, BatchShape, pack, shape_for
+from crystalframer_jax.batch import Batch, pack, unpacked
 from crystalframer_jax.config import NO_PARTS, BatchParts, ModelConfig, model_config, validate
 from crystalframer_jax.configs import default
 from crystalframer_jax.crystal import Crystal
 from crystalframer_jax.data.table import make_table
 from crystalframer_jax.model.regressor import CrystalFramer
 from crystalframer_jax.neighbors import LatticeBox, neighbor_rows
+from crystalframer_jax.shapes import BatchShape, shape_for
 
 BUNDLED = Path(crystalframer_jax.__file__).parent / "data" / "bundled" / "mp_flla_2015.jsonl.gz"
 
@@ -130,7 +131,7 @@ def batch_of(
     num_targets: int = 1,
     parts: BatchParts = NO_PARTS,
 ) -> Batch:
-    """Crystals packed in the given order, with arrays of `dtype`; without `shapes` into one that holds them."""
+    """Crystals packed in the given order and unpacked (numpy); without `shapes` into one that holds them."""
     rows = [neighbor_rows(crystal, cutoff) for crystal in crystals]
     table, indices = make_table(crystals, rows), np.arange(len(crystals))
     parts = dataclasses.replace(parts, dtype=np.dtype(dtype).name)
@@ -139,7 +140,12 @@ def batch_of(
     shapes = [shapes] if isinstance(shapes, BatchShape) else shapes
     largest = shape_for(table, indices, parts).cell_length
     shapes = [dataclasses.replace(shape, cell_length=max(largest, shape.cell_length), parts=parts) for shape in shapes]
-    return pack(table, indices, shapes, targets, num_targets)
+    packed = pack(table, indices, shapes, targets, num_targets)
+    with jax.enable_x64(dtype == np.float64):
+        return jax.tree.map(np.array, _unpacked(packed))
+
+
+_unpacked = jax.jit(unpacked)
 
 
 def atom_places(batch: Batch) -> np.ndarray:

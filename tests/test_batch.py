@@ -9,23 +9,14 @@ import numpy as np
 import pytest
 from support import atom_places, batch_of, primitive, random_crystal, random_variables, real_crystals, small_config
 
-from crystalframer_jax.batch import (
-    ATOM_BLOCK,
-    CELL_BLOCK,
-    BatchShape,
-    fill_factors,
-    pack,
-    plan_shapes,
-    round_up,
-    row_levels,
-    shape_for,
-)
+from crystalframer_jax.batch import fill_factors, pack, row_levels, unpacked
 from crystalframer_jax.config import NO_PARTS, BatchParts
 from crystalframer_jax.crystal import MAX_ATOMIC_NUMBER, Crystal
-from crystalframer_jax.data.table import CrystalTable, make_table
+from crystalframer_jax.data.table import COLUMNS, CrystalTable, make_table, narrowest
 from crystalframer_jax.lattice import lattice_vectors
 from crystalframer_jax.model.regressor import CrystalFramer
 from crystalframer_jax.neighbors import displacements, neighbor_rows
+from crystalframer_jax.shapes import ATOM_BLOCK, CELL_BLOCK, EDGE_BLOCK, BatchShape, plan_shapes, round_up, shape_for
 
 RADIUS = 5.0  # Å: rows below 48, the shortest length that is compiled
 CONFIG = small_config(value_pe_angle_real=16, value_pe_angle_wscale=1.0)
@@ -89,6 +80,16 @@ def assert_same_gradients(actual, expected):
     for path, error in jax.tree_util.tree_leaves_with_path(errors):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         assert name.endswith("k/bias") or error < 1e-6, name
+
+
+def table_of(packed, radius=RADIUS):
+    return make_table(packed, [neighbor_rows(crystal, radius) for crystal in packed])
+
+
+def packed_of(crystals, shape=None, radius=RADIUS):
+    """The batch of crystals as it leaves the host."""
+    table, indices = table_of(crystals, radius), np.arange(len(crystals))
+    return pack(table, indices, [shape or shape_for(table, indices)])
 
 
 # What stands beside a crystal does not change it. Equal bits are not to be had: another shape is another program, which
@@ -167,6 +168,113 @@ def test_reverse_points_back():
     np.testing.assert_array_equal(reverse[0], rows.index[center, column])
     np.testing.assert_array_equal(rows.index[reverse], center)
     np.testing.assert_allclose(rows.vector[reverse], -rows.vector[center, column], rtol=0, atol=1e-6)
+
+
+# Displacement vectors, which the device computes from integers and coordinates in a reduced basis
+
+
+RELABELLED = {  # descriptions of one crystal: change of its lattice vectors, images in which its atoms are given
+    "as it is": (np.eye(3), np.zeros((12, 3))),
+    "oblique": (np.array([[1, 0, 0], [10, 1, 0], [0, 0, 1]]), np.zeros((12, 3))),
+    "very oblique": (np.array([[1, 0, 0], [40, 1, 0], [-25, 3, 1]]), np.zeros((12, 3))),
+    "left-handed": (np.array([[0, 1, 0], [1, 0, 0], [0, 0, 1]]), np.zeros((12, 3))),
+    "far from the cell": (np.eye(3), np.full((12, 3), [7000, -300, 41])),
+    "scattered atoms": (np.eye(3), np.random.default_rng(31).integers(-2000, 2000, (12, 3))),
+    "atoms a million cells away": (np.eye(3), 1_000_000 * np.eye(12, 3)),
+}
+
+
+def described(crystal, change, images):
+    """Another description of a crystal, and its neighbor rows in the order of those of the crystal."""
+    rows, images = neighbor_rows(crystal, RADIUS), images[: crystal.num_atoms].astype(int)
+    image = (rows.image - images[rows.index] + images[rows.center]) @ np.rint(np.linalg.inv(change)).astype(int)
+    positions = crystal.positions + images @ crystal.lattice
+    other = dataclasses.replace(crystal, positions=positions, lattice=change @ crystal.lattice)
+    return other, dataclasses.replace(rows, image=image)
+
+
+def brute_force_vectors(crystal, atom):
+    """All vectors from an atom to atoms within RADIUS, [number, 3] float64, by looking at all images in a large box."""
+    steps = np.arange(-4, 5)
+    images = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(-1, 3) @ crystal.lattice
+    vectors = ((crystal.positions - crystal.positions[atom])[:, None] + images).reshape(-1, 3)
+    return vectors[np.linalg.norm(vectors, axis=1) <= RADIUS]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-6), (np.float64, 1e-12)])
+@pytest.mark.parametrize("name", RELABELLED)
+def test_vectors_are_exact_however_a_crystal_is_described(name, dtype, tolerance):
+    """But for the rounding of large coordinates, which are given in float64."""
+    for crystal in (crystals()[0], crystals()[3]):
+        other, rows = described(crystal, *RELABELLED[name])
+        largest = max(np.abs(other.positions).max(), np.abs(other.lattice).max())
+        rounding = 4 * np.finfo(np.float64).eps * largest
+        shape = dataclasses.replace(SMALL, parts=BatchParts(dtype=np.dtype(dtype).name))
+        with jax.enable_x64(dtype == np.float64):
+            batch = unpacked(pack(make_table([other], [rows]), np.array([0]), [shape]))
+        for atom, place in enumerate(atom_places(batch)):
+            actual = np.asarray(batch.rows.vector[place, : batch.rows.count[place]])
+            expected = brute_force_vectors(crystal, atom)
+            assert actual.dtype == dtype and actual.shape == expected.shape
+            distance = np.linalg.norm(actual[:, None] - expected, axis=-1)
+            assert sorted(distance.argmin(axis=1)) == list(range(len(expected)))  # the same vectors, each once
+            assert distance.min(axis=1).max() <= tolerance + rounding
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-6), (np.float64, 1e-12)])
+def test_vectors_of_real_crystals(dtype, tolerance):
+    """Within 7 Å, the radius of the default model, also in a very flat description of the cell."""
+    flat = Crystal([11, 17], np.array([[0, 0, 0], [1.4, 1.2, 3.3]]), np.array([[3.0, 0, 0], [30, 3, 0], [0.5, 0, 7]]))
+    for crystal in [*real_crystals(["mp-626708", "mp-1900", "mp-22747"]), primitive("hcp"), flat]:
+        rows = neighbor_rows(crystal, 7.0)
+        batch = batch_of([crystal], 7.0, dtype)
+        place = atom_places(batch)
+        vectors = np.concatenate([batch.rows.vector[p, : batch.rows.count[p]] for p in place])
+        np.testing.assert_allclose(vectors, displacements(crystal, rows), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_vectors_are_the_negatives_of_their_reverse(dtype):
+    """To the bit; and padding is zero."""
+    rows = batch_of(crystals(), RADIUS, dtype, SMALL).rows
+    is_real = np.arange(SMALL.row_length) < rows.count[:, None]
+    reverse = rows.vector.reshape(-1, 3)[rows.reverse]
+    np.testing.assert_array_equal(reverse[is_real], -rows.vector[is_real])
+    for array in (rows.index, rows.vector, rows.reverse):
+        np.testing.assert_array_equal(array[~is_real], 0)
+
+
+def test_neighbors_take_few_bytes():
+    table = table_of(crystals())
+    assert (table.image.dtype, table.reverse.dtype, table.count.dtype) == (np.int8, np.uint16, np.uint16)
+    assert table.image.nbytes + table.reverse.nbytes == 5 * len(table.image)
+    rows = packed_of(crystals()).rows
+    assert (rows.image.dtype, rows.reverse.dtype) == (np.int8, np.uint16)
+
+
+def test_wide_values_take_wide_types():
+    """Atoms far apart have large images; the type of a column is the narrowest that holds it."""
+    for cells, kind in (10, np.int8), (300, np.int16), (40_000, np.int32):
+        crystal, rows = described(crystals()[0], np.eye(3), cells * np.eye(12, 3))
+        assert make_table([crystal], [rows]).image.dtype == kind
+    assert [narrowest("image", low, high) for low, high in [(-128, 127), (-129, 0), (0, 128), (0, 2**15)]] == [
+        np.int8, np.int16, np.int16, np.int32,
+    ]  # fmt: skip
+    assert [narrowest(column, 0, 2**16 + x) for column in ("count", "reverse") for x in (-1, 0)] == [
+        np.uint16, np.uint32, np.uint16, np.uint32,
+    ]  # fmt: skip
+    with pytest.raises(OverflowError, match="image: values from 0 to 2147483648 do not fit int32"):
+        narrowest("image", 0, 2**31)
+
+
+def test_unpacking_twice_changes_nothing():
+    batch = unpacked(packed_of(crystals()))
+    assert unpacked(batch) is batch
+
+
+def test_the_model_takes_packed_batches_too():
+    packed = packed_of(crystals(), SMALL)
+    np.testing.assert_array_equal(predict(variables(), packed), predict(variables(), jax.jit(unpacked)(packed)))
 
 
 def test_atom_itself_is_exactly_at_zero():
@@ -369,7 +477,6 @@ def test_batches_in_float64_are_not_rounded():
     single, double = (batch_of(crystals(), RADIUS, d, SMALL, parts=ALL_PARTS) for d in (np.float32, np.float64))
     targets = np.full((4, 1), 1 / 3)
     pairs = [
-        (single.rows.vector, double.rows.vector),
         (single.scatter.values, double.scatter.values),
         (single.scatter.axes, double.scatter.axes),
         (single.cells.vector, double.cells.vector),
@@ -385,7 +492,7 @@ def test_batches_in_float64_are_not_rounded():
     places = places_of_crystals(double)
     for crystal, place in zip(crystals(), places, strict=True):
         vectors = np.concatenate([double.rows.vector[p, : double.rows.count[p]] for p in place])
-        np.testing.assert_allclose(vectors, displacements(crystal, neighbor_rows(crystal, RADIUS)), rtol=0, atol=1e-13)
+        np.testing.assert_allclose(vectors, displacements(crystal, neighbor_rows(crystal, RADIUS)), rtol=0, atol=1e-12)
 
 
 # Disordered crystals
@@ -445,26 +552,23 @@ def test_shared_sites_get_the_average_embedding():
 # Shapes
 
 
-def table_of(packed):
-    return make_table(packed, [neighbor_rows(crystal, RADIUS) for crystal in packed])
-
-
-@pytest.mark.parametrize("field", ["num_atoms", "row_length", "num_crystals"])
+@pytest.mark.parametrize("field", ["num_atoms", "row_length", "num_crystals", "num_edges"])
 def test_batch_that_fits_no_shape_is_an_error(field):
     table, indices = table_of(crystals()), np.arange(4)
     longest = int(table.count.max())
-    exact = BatchShape(num_atoms=34, row_length=longest, num_crystals=4)
-    assert pack(table, indices, [exact]).species.shape == (34,)
+    exact = BatchShape(num_atoms=34, row_length=longest, num_crystals=4, num_edges=len(table.image))
+    packed = pack(table, indices, [exact])
+    assert packed.species.shape == (34,) and packed.rows.image.shape == (len(table.image), 3)
     too_small = dataclasses.replace(exact, **{field: getattr(exact, field) - 1})
-    with pytest.raises(ValueError, match=f"4 crystals with 34 atoms and rows up to {longest} fit none"):
+    with pytest.raises(ValueError, match=f"34 atoms, {len(table.image)} neighbors and rows up to {longest} fit none"):
         pack(table, indices, [too_small])
 
 
 def test_first_shape_that_fits_is_taken():
     table = table_of(crystals())
     shapes = [BatchShape(16, 48, 4), BatchShape(64, 48, 4), BatchShape(64, 96, 8)]
-    assert pack(table, np.array([0, 1]), shapes).rows.index.shape == (16, 48)
-    assert pack(table, np.array([0, 2]), shapes).rows.index.shape == (64, 48)
+    assert unpacked(pack(table, np.array([0, 1]), shapes)).rows.index.shape == (16, 48)
+    assert unpacked(pack(table, np.array([0, 2]), shapes)).rows.index.shape == (64, 48)
 
 
 def test_round_up():
@@ -479,13 +583,17 @@ def test_shape_for_holds_what_it_is_for():
     table = table_of(crystals())
     for _ in range(20):
         indices = rng.integers(0, 4, rng.integers(1, 12))
-        assert pack(table, indices, [shape_for(table, indices)]).crystal_sizes.sum() == table.num_atoms[indices].sum()
+        batch = pack(table, indices, [shape_for(table, indices)])
+        assert batch.crystal_sizes.sum() == table.num_atoms[indices].sum()
+        assert batch.rows.count.sum() == table.num_edges[indices].sum() <= len(batch.rows.center)
 
 
-def table_of_sizes(sizes):
-    """A table that knows nothing but the numbers of atoms."""
-    empty = {field.name: np.zeros(0) for field in dataclasses.fields(CrystalTable)}
-    return CrystalTable(**{**empty, "atom_offset": np.concatenate([[0], np.cumsum(sizes)])})
+def table_of_sizes(sizes, edges):
+    """A table that knows nothing but the numbers of atoms and of neighbors."""
+    offsets = {
+        name: np.concatenate([[0], np.cumsum(x)]) for name, x in (("atom_offset", sizes), ("edge_offset", edges))
+    }
+    return CrystalTable(**{**{name: np.zeros(0) for name in COLUMNS}, **offsets})
 
 
 def test_planned_shapes_hold_every_batch():
@@ -493,22 +601,27 @@ def test_planned_shapes_hold_every_batch():
     rng = np.random.default_rng(24)
     for _ in range(50):
         sizes = 1 + rng.geometric(1 / rng.uniform(2, 40), rng.integers(1, 300)).astype(np.int64)
-        table = table_of_sizes(sizes)
+        edges = sizes * rng.integers(1, 100, len(sizes))
+        table = table_of_sizes(sizes, edges)
         indices = rng.permutation(len(sizes))[: rng.integers(1, len(sizes) + 1)]
         batch_size = int(rng.integers(1, 40))
         longest_row = int(rng.integers(1, 300))
         shapes = plan_shapes(table, indices, batch_size, longest_row)
         assert 1 <= len(shapes) <= 2
         for shape in shapes:
-            assert shape.num_atoms % ATOM_BLOCK == 0
+            assert shape.num_atoms % ATOM_BLOCK == shape.num_edges % EDGE_BLOCK == 0
             assert shape.row_length >= longest_row
             assert shape.num_crystals == batch_size
-        assert [shape.num_atoms for shape in shapes] == sorted({shape.num_atoms for shape in shapes})
-        largest = np.sort(sizes[indices])[::-1][:batch_size].sum()
-        assert largest <= shapes[-1].num_atoms < largest + ATOM_BLOCK
-        if batch_size <= len(indices) and batch_size >= 8:
-            drawn = [sizes[rng.choice(indices, batch_size, replace=False)].sum() for _ in range(100)]
-            assert np.mean(np.array(drawn) > shapes[0].num_atoms) < 0.05
+        assert shapes[0].num_atoms <= shapes[-1].num_atoms and shapes[0].num_edges <= shapes[-1].num_edges
+        for number, padded, block in (
+            (sizes, [shape.num_atoms for shape in shapes], ATOM_BLOCK),
+            (edges, [shape.num_edges for shape in shapes], EDGE_BLOCK),
+        ):
+            largest = np.sort(number[indices])[::-1][:batch_size].sum()
+            assert largest <= padded[-1] < largest + block
+            if batch_size <= len(indices) and batch_size >= 8:
+                drawn = [number[rng.choice(indices, batch_size, replace=False)].sum() for _ in range(100)]
+                assert np.mean(np.array(drawn) > padded[0]) < 0.05
 
 
 def test_row_levels_end_with_the_row_length():
@@ -521,27 +634,27 @@ def test_row_levels_end_with_the_row_length():
 
 def test_fill_factors():
     """By hand: 34 of 64 atoms, in blocks of 32 whose longest rows decide how many columns are visited."""
-    batch = batch_of(crystals(), RADIUS, shapes=BatchShape(64, 96, 4))
-    atoms, columns = fill_factors(batch)
-    assert atoms == pytest.approx(34 / 64)
+    batch = packed_of(crystals(), BatchShape(64, 96, 4, num_edges=2048))
+    fill, edges = fill_factors(batch), batch.rows.count.sum()
+    assert (fill.atoms, fill.edges) == pytest.approx((34 / 64, edges / 2048))
     assert batch.rows.count.max() <= 48
-    assert columns == pytest.approx(batch.rows.count.sum() / (2 * 32 * 48))
+    assert fill.columns == pytest.approx(edges / (2 * 32 * 48))
 
-    longer = batch_of(crystals(), 5.7, shapes=BatchShape(64, 96, 4))
+    longer = packed_of(crystals(), BatchShape(64, 96, 4), 5.7)
     assert 48 < longer.rows.count[0] <= 64
     assert longer.rows.count[32] <= 48
-    assert fill_factors(longer)[1] == pytest.approx(longer.rows.count.sum() / (32 * 64 + 32 * 48))
+    assert fill_factors(longer).columns == pytest.approx(longer.rows.count.sum() / (32 * 64 + 32 * 48))
 
 
 def test_fill_factors_of_a_shape_with_half_a_block():
     """`shape_for` makes them: 34 atoms are padded to 48."""
-    batch = batch_of(crystals(), RADIUS)
+    batch = packed_of(crystals())
     assert len(batch.species) == 48
-    assert fill_factors(batch)[0] == pytest.approx(34 / 48)
+    assert fill_factors(batch).atoms == pytest.approx(34 / 48)
 
 
 def test_full_batch_has_fill_factors_of_one():
     """32 crystals of one atom, all alike, in rows of exactly the length of the shape."""
     crystal = Crystal([13], np.zeros((1, 3)), primitive("fcc").lattice)
     length = int(neighbor_rows(crystal, RADIUS).count[0])
-    assert fill_factors(batch_of([crystal] * 32, RADIUS, shapes=BatchShape(32, length, 32))) == (1.0, 1.0)
+    assert fill_factors(packed_of([crystal] * 32, BatchShape(32, length, 32))) == (1.0, 1.0, 1.0)

@@ -1,5 +1,6 @@
-"""Labels, the official split, the prepared store and the order of training batches."""
+"""Labels, splits, and the prepared store."""
 
+import csv
 import dataclasses
 import gzip
 import hashlib
@@ -8,6 +9,7 @@ import json
 import os
 import random
 import signal
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,51 +22,51 @@ import pytest
 from pymatgen.core import Element
 from support import BUNDLED
 
-from crystalframer_jax.crystal import CrystalError
-from crystalframer_jax.data import store
-from crystalframer_jax.data.loader import TrainingBatches
+from crystalframer_jax.config import ConfigError
+from crystalframer_jax.crystal import Crystal
+from crystalframer_jax.data import build, store
+from crystalframer_jax.data import prepare as module
+from crystalframer_jax.data.datasets import open_dataset
+from crystalframer_jax.data.origins import Bundled
+from crystalframer_jax.data.prepare import DEFAULT, Preparation, prepare
+from crystalframer_jax.data.records import DataError, Record, Source, Target, parse_label
 from crystalframer_jax.data.registry import TARGET_SETS, TargetSet
-from crystalframer_jax.data.splits import split_80_10_10
-from crystalframer_jax.data.store import Dataset, open_dataset, parse_label
+from crystalframer_jax.data.splits import given_split, random_split, record_hash, split_by_group
+from crystalframer_jax.data.store import Dataset, load_dataset
 from crystalframer_jax.data.table import COLUMNS
+from crystalframer_jax.neighbors import neighbor_rows
 
 CUTOFF = 4.0  # Å; short rows
-OFFICIAL_SPLITS = {  # SHA-256 of the official row indices (int64, little endian) of sets without missing labels
-    55_723: {  # JARVIS dft_3d_2021
-        "train": "94fea386f992e510c7fc0fd712ddd63099b464cc8a980aaf68a429cfe3c4a853",
-        "val": "fc61c62e6b734893d10bae41e39fedaa4a7b1a030fa665ea7b8c9d5bca2c908b",
-        "test": "c4224c9bee34a8cbd4ba8009e2a47012bfb3b42e84118090063770f28558c00a",
-    },
-    817_636: {  # OQMD
-        "val": "59d1bc158a8a5b8d6fe6061600a657856b752a7e2c7beea4276c9adbfe50c82d",
-        "test": "ed16637e1ad31aa8c8132cbc6cda907a2a8de9d39442cff30d1446c5b69b2e48",
-    },
-}
 
 
 @dataclasses.dataclass(frozen=True)
-class SmallSet(TargetSet):
+class SmallOrigin(Bundled):
     """The first `count` records of a bundled file, some of them changed: {record number: changes}."""
 
     count: int = 60
     changes: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    readable: bool = True
 
-    def records(self) -> Iterator[dict[str, Any]]:
-        for number, record in enumerate(itertools.islice(super().records(), self.count)):
-            yield record | self.changes.get(number, {})
+    def open(self, targets: tuple[Target, ...]) -> Source:
+        def records() -> Iterator[Record]:
+            assert self.readable, "the records were asked for"
+            for number, content in enumerate(raw_records(self.count)):
+                content |= self.changes.get(number, {})
+                labels = tuple(target.label(content[target.field]) for target in targets)
+                yield Record(content["id"], f"line {number + 1}", content, labels)
+
+        checksum = hashlib.sha256(repr((self.count, self.changes)).encode()).hexdigest()
+        return Source(targets, checksum, records, self.count)
 
 
-class UnreadableSet(SmallSet):
-    """A set whose records cannot be asked for: the store must do without them."""
-
-    def records(self) -> Iterator[dict[str, Any]]:
-        raise AssertionError("the records were asked for")
-
-
-def small_set(kind: type[SmallSet] = SmallSet, **values) -> SmallSet:
+def small_set(**values) -> TargetSet:
     """A small set with the targets of mp_flla_2015."""
     whole = TARGET_SETS["mp_flla_2015"]
-    return kind(name="small", bundled=whole.bundled, targets=whole.targets, source=whole.source, **values)
+    origin = SmallOrigin(whole.origin.file, **values)
+    return dataclasses.replace(whole, name="small", origin=origin)
+
+
+UNREADABLE = small_set(readable=False)  # the store must do without the records
 
 
 def raw_records(count: int | None = None) -> list[dict[str, Any]]:
@@ -73,19 +75,26 @@ def raw_records(count: int | None = None) -> list[dict[str, Any]]:
         return [json.loads(line) for line in itertools.islice(lines, count)]
 
 
-def stores_in(folder: Path) -> list[str]:
-    """What a data folder holds besides lock files, half-made stores included."""
-    return [path.name for path in folder.iterdir() if path.suffix != ".lock"]
+def left_in(folder: Path) -> list[str]:
+    """What the folder of a target set holds."""
+    return sorted(path.name for path in folder.iterdir())
 
 
-def open_small(folder: Path, target_set: SmallSet | None = None, targets=("e_form",), cutoff=CUTOFF) -> Dataset:
-    return open_dataset(target_set or small_set(), targets, cutoff, str(folder))
+def prepare_small(folder: Path, target_set: TargetSet | None = None, options: Preparation = DEFAULT) -> bool:
+    """Prepare the crystals of the small set below a folder."""
+    target_set = target_set or small_set()
+    return prepare(folder / "small", target_set.origin.open(target_set.targets), target_set, options)
 
 
-def store_folder(folder: Path) -> Path:
-    """The one prepared store below a folder."""
-    (prepared,) = folder.glob("small-*")
-    return prepared
+def open_small(folder: Path, target_set: TargetSet | None = None, targets=("e_form",), cutoff=CUTOFF) -> Dataset:
+    prepare_small(folder, target_set)
+    return load_dataset(folder / "small", targets, cutoff)
+
+
+def rows_folder(folder: Path) -> Path:
+    """The one folder with neighbour rows of the small set below a folder."""
+    (rows,) = (folder / "small").glob("rows-*")
+    return rows
 
 
 def assert_same_dataset(a: Dataset, b: Dataset) -> None:
@@ -94,6 +103,7 @@ def assert_same_dataset(a: Dataset, b: Dataset) -> None:
     np.testing.assert_array_equal(a.labels, b.labels)
     for split in ("train", "val", "test"):
         np.testing.assert_array_equal(a.splits[split], b.splits[split])
+    assert a.digest == b.digest
 
 
 def assert_same_batch(a, b) -> None:
@@ -139,43 +149,89 @@ def literal_split(known: np.ndarray) -> tuple[list[int], list[int], list[int]]:
 
 
 def test_split_of_the_bundled_set():
-    fields = [target.field for target in TARGET_SETS["mp_flla_2015"].targets]
-    labels = np.array([[parse_label(record[field]) for field in fields] for record in raw_records()])
-    splits = split_80_10_10(labels)
+    splits = random_split(np.arange(3938))
     assert [len(splits[name]) for name in ("train", "val", "test")] == [3150, 393, 393]
     assert len(np.unique(np.concatenate(list(splits.values())))) == 3150 + 2 * 393
     for found, expected in zip(splits.values(), literal_split(np.ones(3938, bool)), strict=True):
         np.testing.assert_array_equal(found, expected)
 
 
-def test_rows_with_an_unknown_label_drop_out_before_the_split():
-    rng = np.random.default_rng(0)
-    labels = rng.normal(size=(237, 2))
-    labels[rng.random((237, 2)) < 0.2] = np.nan
-    labels[5] = np.inf
-    known = np.isfinite(labels).all(axis=1)
-    assert 100 < known.sum() < 200
-    for found, expected in zip(split_80_10_10(labels).values(), literal_split(known), strict=True):
+def test_the_split_of_some_of_the_records():
+    known = np.random.default_rng(0).random(237) > 0.3
+    for found, expected in zip(random_split(np.flatnonzero(known)).values(), literal_split(known), strict=True):
         np.testing.assert_array_equal(found, expected)
         assert known[found].all()
+
+
+def test_another_seed_is_another_split():
+    first, second = (random_split(np.arange(50), seed=seed) for seed in (123, 124))
+    assert sorted(np.concatenate(list(second.values()))) == list(range(50))
+    assert set(first["test"]) != set(second["test"])
+
+
+def test_a_split_with_counts():
+    splits = random_split(np.arange(100), (60, 30, 5))
+    order = list(range(100))
+    random.Random(123).shuffle(order)
+    assert {name: rows.tolist() for name, rows in splits.items()} == {
+        "train": order[:60],
+        "val": order[65:95],
+        "test": order[95:],
+    }
+    with pytest.raises(DataError, match=r"100 crystals are too few for 60 \+ 36 \+ 5"):
+        random_split(np.arange(100), (60, 36, 5))
+
+
+def test_groups_stay_together():
+    rng = np.random.default_rng(0)
+    records = np.flatnonzero(rng.random(400) < 0.8)
+    groups = [f"g{number}" for number in rng.integers(40, size=len(records))]
+    splits = split_by_group(records, groups)
+    assert sorted(np.concatenate(list(splits.values()))) == records.tolist()
+    group_of = dict(zip(records.tolist(), groups, strict=True))
+    found = {name: {group_of[record] for record in rows.tolist()} for name, rows in splits.items()}
+    assert not (found["train"] & found["val"] or found["train"] & found["test"] or found["val"] & found["test"])
+    for name in ("val", "test"):
+        assert 0.1 * len(records) <= len(splits[name]) < 0.18 * len(records)
+    again = split_by_group(records, groups)
+    assert all(np.array_equal(again[name], rows) for name, rows in splits.items())
+    assert set(split_by_group(records, groups, seed=5)["test"].tolist()) != set(splits["test"].tolist())
+
+
+def test_a_given_split():
+    splits = given_split(np.array([2, 5, 7, 8]), ["val", "train", "test", "train"])
+    assert {name: rows.tolist() for name, rows in splits.items()} == {"train": [5, 8], "val": [2], "test": [7]}
 
 
 def test_the_split_leaves_the_global_random_generator_alone():
     random.seed(7)
     expected = random.random()
     random.seed(7)
-    split_80_10_10(np.zeros((20, 1)))
+    random_split(np.arange(20))
     assert random.random() == expected
 
 
-def sha256(rows: np.ndarray) -> str:
-    return hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()
+OFFICIAL = {name: known.official_splits for name, known in TARGET_SETS.items() if known.official_splits}
 
 
-@pytest.mark.parametrize("number", OFFICIAL_SPLITS)
-def test_official_index_files(number):
-    splits = split_80_10_10(np.zeros((number, 1)))
-    assert {name: sha256(splits[name]) for name in OFFICIAL_SPLITS[number]} == OFFICIAL_SPLITS[number]
+def test_the_twelve_targets_of_the_paper_have_official_splits():
+    assert sum(len(TARGET_SETS[name].targets) for name in OFFICIAL) == 12
+    assert all(set(splits) == {"train", "val", "test"} for splits in OFFICIAL.values())
+
+
+@pytest.mark.parametrize("name", ["jarvis__dft_3d_2021", "jarvis__megnet", "jarvis__oqmd_3d"])
+def test_the_rule_gives_the_official_splits_where_all_labels_are_known(name):
+    known = TARGET_SETS[name]
+    splits = random_split(np.arange(known.num_records), known.split_counts)
+    hashes = {split: facts.sha256 for split, facts in known.official_splits.items() if facts.sha256}
+    assert len(hashes) >= 2
+    assert {split: record_hash(splits[split]) for split in hashes} == hashes
+    assert {split: len(rows) for split, rows in splits.items()} == {s: f.count for s, f in OFFICIAL[name].items()}
+
+
+def test_record_hash():
+    content = struct.pack("<3q", 5, 0, 2**40)
+    assert record_hash(np.array([5, 0, 2**40])) == hashlib.sha256(content).hexdigest()
 
 
 def test_counts_of_all_official_splits():
@@ -183,16 +239,21 @@ def test_counts_of_all_official_splits():
     if "CRYSTALFRAMER_EXTRA_DATA" not in os.environ:
         pytest.skip("CRYSTALFRAMER_EXTRA_DATA names no folder with splits.json")
     official = json.loads((Path(os.environ["CRYSTALFRAMER_EXTRA_DATA"]) / "splits.json").read_text())
+    for name, splits in official.items():
+        for split, facts in splits.items():
+            found = OFFICIAL[name][split]
+            assert [found.count, found.first_id, found.last_id] == list(facts.values())[:3]
+            assert found.sha256 == facts.get("sha256_of_int64le_row_indices", "")
     by_rule = {name: splits for name, splits in official.items() if "megnet" not in name}  # those have fixed counts
     assert len(by_rule) >= 5
     for name, splits in by_rule.items():
         counts = [splits[split]["count"] for split in ("train", "val", "test")]
-        candidates = [split_80_10_10(np.zeros((n, 1))) for n in range(sum(counts), sum(counts) + 3)]
+        candidates = [random_split(np.arange(n)) for n in range(sum(counts), sum(counts) + 3)]
         fitting = [c for c in candidates if [len(c[split]) for split in ("train", "val", "test")] == counts]
         assert fitting, name
         if name in ("jarvis__dft_3d_2021", "jarvis__oqmd_3d"):  # the others miss labels of unknown rows
             stated = {s: v["sha256_of_int64le_row_indices"] for s, v in splits.items() if len(v) > 3}
-            assert any(stated == {s: sha256(c[s]) for s in stated} for c in fitting), name
+            assert any(stated == {s: record_hash(c[s]) for s in stated} for c in fitting), name
 
 
 # The prepared store
@@ -216,63 +277,123 @@ def test_prepared_crystals_are_those_of_the_records(tmp_path):
 
 def test_a_prepared_store_is_read_without_the_records(tmp_path):
     first = open_small(tmp_path)
-    again = open_small(tmp_path, small_set(UnreadableSet))
+    again = load_dataset(tmp_path / "small", ("e_form",), CUTOFF)
     assert_same_dataset(first, again)
-    assert isinstance(again.table.neighbor, np.memmap)
-    assert stores_in(tmp_path) == [store_folder(tmp_path).name]
+    assert isinstance(again.table.image.base, np.memmap)
+    rows = rows_folder(tmp_path).name
+    assert left_in(tmp_path / "small") == ["crystals", "leakage.csv", rows, "skipped.csv"]
+    assert left_in(tmp_path) == [".small.lock", "small"]
 
 
-def test_another_cutoff_or_source_is_another_store(tmp_path, monkeypatch):
+def test_another_cutoff_needs_no_records_and_another_source_replaces_all(tmp_path):
     near = open_small(tmp_path)
-    with pytest.raises(AssertionError, match="records were asked for"):
-        open_small(tmp_path, small_set(UnreadableSet), cutoff=CUTOFF + 0.5)
-    far = open_small(tmp_path, cutoff=CUTOFF + 0.5)
-    assert len(stores_in(tmp_path)) == 2 and far.table.count.sum() > near.table.count.sum()
-    assert_same_dataset(near, open_small(tmp_path, small_set(UnreadableSet)))
-    monkeypatch.setattr(UnreadableSet, "sha256", lambda self: "0" * 64)
-    with pytest.raises(AssertionError, match="records were asked for"):
-        open_small(tmp_path, small_set(UnreadableSet))
+    far = load_dataset(tmp_path / "small", ("e_form",), CUTOFF + 0.5)
+    assert far.table.count.sum() > near.table.count.sum()
+    assert len(list((tmp_path / "small").glob("rows-*"))) == 2
+    assert not prepare_small(tmp_path)  # there already
+    other = open_small(tmp_path, small_set(count=61))
+    assert len(other.table) == 61 and other.digest != near.digest
+    assert len(list((tmp_path / "small").glob("rows-*"))) == 1
+
+
+def test_neighbor_rows_are_those_of_each_crystal(tmp_path):
+    table = open_small(tmp_path).table
+    for row, record in enumerate(raw_records(60)):
+        lattice = np.array(record["lattice"])
+        numbers = np.array([Element(symbol).Z for symbol in record["species"]])
+        crystal = Crystal(numbers, np.array(record["frac_coords"]) @ lattice, lattice)
+        expected = neighbor_rows(crystal, CUTOFF)
+        atoms, edges = slice(*table.atom_offset[row : row + 2]), slice(*table.edge_offset[row : row + 2])
+        np.testing.assert_array_equal(table.count[atoms], expected.count)
+        np.testing.assert_array_equal(table.reverse[edges], expected.reverse)
+        np.testing.assert_array_equal(expected.center[table.reverse[edges]], expected.index)
+        np.testing.assert_allclose(table.image[edges] @ table.basis[row], expected.image @ lattice, atol=1e-9)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 60])
+def test_parts_of_any_size_join_to_the_same_store(tmp_path, monkeypatch, chunk):
+    changes = {3: {"species": ["Xx"]}, 20: {"species": ["Xx"]}}
+    target_set = small_set(changes=changes)
+    expected = open_small(tmp_path / "a", target_set)
+    monkeypatch.setattr(module, "CHUNK", chunk)
+    monkeypatch.setattr(store, "CHUNK_ATOMS", 10 * chunk)
+    assert_same_dataset(expected, open_small(tmp_path / "b", target_set))
+
+
+def test_worker_processes_make_the_same_store(tmp_path):
+    prepare_small(tmp_path, options=Preparation(workers=2))
+    parallel = load_dataset(tmp_path / "small", ("e_form",), CUTOFF, workers=2)
+    assert_same_dataset(open_small(tmp_path / "serial"), parallel)
 
 
 def damage(file: Path, how: str) -> None:
     if how == "missing":
         file.unlink()
     elif how == "cut":
-        file.write_bytes(file.read_bytes()[:-1])
+        file.write_bytes(file.read_bytes()[:-10])
     else:
         content = bytearray(file.read_bytes())
-        content[-1] ^= 1
+        content[-10] ^= 1
         file.write_bytes(content)
 
 
 @pytest.mark.parametrize("how", ["flipped bit", "cut", "missing"])
-def test_a_damaged_store_is_prepared_again(tmp_path, how):
-    original = open_small(tmp_path)
-    intact = {name: np.array(getattr(original.table, name)) for name in COLUMNS}
-    files = sorted(path.name for path in store_folder(tmp_path).iterdir())
-    assert len(files) == len(COLUMNS) + 3  # labels, row_of_record, manifest.json
-    for name in files:
-        damage(store_folder(tmp_path) / name, how)
-        with pytest.raises(AssertionError, match="records were asked for"):
-            open_small(tmp_path, small_set(UnreadableSet))
-        mended = open_small(tmp_path)
-        for column, values in intact.items():
-            np.testing.assert_array_equal(getattr(mended.table, column), values)
-        assert_same_dataset(mended, open_small(tmp_path, small_set(UnreadableSet)))
+def test_damage_is_noticed_and_preparation_mends_it(tmp_path, how):
+    intact = copy_of(open_small(tmp_path))
+    files = sorted([*(tmp_path / "small" / "crystals").iterdir(), *rows_folder(tmp_path).iterdir()])
+    assert len(files) == len(COLUMNS) + 7  # labels, leaked, three splits, two of manifest.json
+    for file in files:
+        damage(file, how)
+        if file.parent.name == "crystals":
+            with pytest.raises(DataError, match=r"small is damaged in .*; run scripts/prepare_data\.py"):
+                load_dataset(tmp_path / "small", ("e_form",), CUTOFF)
+            with pytest.raises(AssertionError, match="records were asked for"):
+                prepare_small(tmp_path, UNREADABLE)
+            assert prepare_small(tmp_path)
+        assert_same_dataset(intact, load_dataset(tmp_path / "small", ("e_form",), CUTOFF))
+
+
+def copy_of(dataset: Dataset) -> Dataset:
+    """The dataset in memory: its files may change."""
+    table = dataclasses.replace(dataset.table, **{name: np.array(getattr(dataset.table, name)) for name in COLUMNS})
+    splits = {name: np.array(rows) for name, rows in dataset.splits.items()}
+    return dataclasses.replace(dataset, table=table, labels=np.array(dataset.labels), splits=splits)
+
+
+def test_a_set_that_was_not_prepared(tmp_path):
+    with pytest.raises(
+        DataError, match=r"megnet is not prepared in .*; run scripts/prepare_data\.py --target_set=jarvis__megnet"
+    ):
+        open_dataset("jarvis__megnet", ("e_form",), CUTOFF, str(tmp_path))
+    with pytest.raises(ConfigError, match=r"'mine' is not known; allowed: mp_flla_2015, .*\(none\)"):
+        open_dataset("mine", ("e_form",), CUTOFF, str(tmp_path))
+    with pytest.raises(ConfigError, match="must be a name of letters"):
+        open_dataset("../mine", ("e_form",), CUTOFF, str(tmp_path))
+
+
+def test_a_bundled_set_prepares_itself(tmp_path, monkeypatch):
+    monkeypatch.setitem(TARGET_SETS, "small", small_set())
+    dataset = open_dataset("small", ("e_form",), CUTOFF, str(tmp_path))
+    assert_same_dataset(dataset, open_small(tmp_path / "elsewhere"))
+    monkeypatch.setitem(TARGET_SETS, "small", UNREADABLE)
+    assert_same_dataset(dataset, open_dataset("small", ("e_form",), CUTOFF, str(tmp_path)))
 
 
 KILLED_PREPARATION = """
 import os, signal, sys
 from pathlib import Path
 import test_data
-from crystalframer_jax.data import store
+from crystalframer_jax.data import build, prepare, store
 
-save = store.np.save
-def save_and_die(file, *args, **kwargs):
-    save(file, *args, **kwargs)
-    if Path(file).name == "image.npy":
+parts, prepare.CHUNK, store.CHUNK_ATOMS = int(sys.argv[2]), 10, 60
+replace = os.replace
+def replace_and_die(*args):
+    global parts
+    replace(*args)
+    parts -= 1
+    if not parts:
         os.kill(os.getpid(), signal.SIGKILL)
-store.np.save = save_and_die
+os.replace = replace_and_die
 test_data.open_small(Path(sys.argv[1]))
 """
 
@@ -283,25 +404,54 @@ def in_process(code: str, *arguments: object) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=Path(__file__).parent, stderr=subprocess.PIPE, text=True)
 
 
-def test_a_killed_preparation_leaves_nothing_that_is_used(tmp_path):
-    with in_process(KILLED_PREPARATION, tmp_path) as process:
+@pytest.mark.parametrize("moment", [1, 4, 6, 7, 9, 10, 13])  # 6 parts, skipped.csv, crystals, leakage.csv, parts, rows
+def test_a_killed_preparation_goes_on(tmp_path, monkeypatch, moment):
+    with in_process(KILLED_PREPARATION, tmp_path, moment) as process:
         _, errors = process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL, errors
-    (left,) = stores_in(tmp_path)
-    assert left.startswith(".small-") and (tmp_path / left / "image.npy").exists()
+    is_prepared = (tmp_path / "small" / "crystals").exists()
+    assert is_prepared == (moment >= 8)
+    parts = {file: file.stat().st_mtime_ns for file in (tmp_path / "small").glob(".*.parts/part-*.npz")}
+    assert parts or moment == 9
+    monkeypatch.setattr(module, "CHUNK", 10)
+    monkeypatch.setattr(store, "CHUNK_ATOMS", 60)
+    made, make = [], build.replacing
+    monkeypatch.setattr(build, "replacing", lambda file: made.append(file) or make(file))
     dataset = open_small(tmp_path)
-    assert stores_in(tmp_path) == [store_folder(tmp_path).name]
+    assert not set(made) & set(parts)  # what was done is not done again
+    assert left_in(tmp_path / "small") == ["crystals", "leakage.csv", rows_folder(tmp_path).name, "skipped.csv"]
     assert_same_dataset(dataset, open_small(tmp_path / "elsewhere"))
 
 
-def test_an_interrupted_preparation_cleans_up(tmp_path, monkeypatch):
+def test_a_damaged_part_is_made_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK", 10)
+    join = module.join_parts
+
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(store.os, "replace", interrupted)
+    monkeypatch.setattr(module, "join_parts", interrupted)
     with pytest.raises(KeyboardInterrupt):
         open_small(tmp_path)
-    assert not stores_in(tmp_path)
+    parts = sorted((tmp_path / "small").glob(".crystals-*.parts/*"))
+    assert len(parts) == 6
+    for part, how in zip(parts, ["cut", "missing"] * 3, strict=True):
+        damage(part, how)
+    monkeypatch.setattr(module, "join_parts", join)
+    assert_same_dataset(open_small(tmp_path), open_small(tmp_path / "elsewhere"))
+
+
+def test_parts_of_another_source_are_thrown_away(tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "join_parts", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            open_small(tmp_path)
+    other = small_set(count=50)
+    assert_same_dataset(open_small(tmp_path, other), open_small(tmp_path / "elsewhere", other))
+    assert not list((tmp_path / "small").glob(".*"))
 
 
 ONE_OF_TWO_PREPARATIONS = """
@@ -310,17 +460,18 @@ from pathlib import Path
 import test_data
 
 folder, me, other = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+raw_records = test_data.raw_records
 
-class Watched(test_data.SmallSet):
-    def records(self):
-        (folder / f"{me}-prepares").touch()
-        while not (folder / f"{other}-starts").exists():
-            time.sleep(0.01)
-        time.sleep(0.3)  # enough for the other process to look for the store
-        return super().records()
+def watched(count):
+    (folder / f"{me}-prepares").touch()
+    while not (folder / f"{other}-starts").exists():
+        time.sleep(0.01)
+    time.sleep(0.3)  # enough for the other process to look for the store
+    return raw_records(count)
 
+test_data.raw_records = watched
 (folder / f"{me}-starts").touch()
-test_data.open_small(folder / "data", test_data.small_set(Watched))
+test_data.open_small(folder / "data")
 """
 
 
@@ -330,8 +481,8 @@ def test_of_two_processes_that_need_a_store_one_prepares_it(tmp_path):
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
     assert len(list(tmp_path.glob("*-prepares"))) == 1
-    assert stores_in(tmp_path / "data") == [store_folder(tmp_path / "data").name]
-    assert_same_dataset(open_small(tmp_path / "data", small_set(UnreadableSet)), open_small(tmp_path / "elsewhere"))
+    prepared = load_dataset(tmp_path / "data" / "small", ("e_form",), CUTOFF)
+    assert_same_dataset(prepared, open_small(tmp_path / "elsewhere"))
 
 
 BAD_RECORDS = {
@@ -346,87 +497,53 @@ BAD_RECORDS = {
 @pytest.mark.parametrize("kind", BAD_RECORDS)
 def test_a_bad_record_is_skipped_and_shifts_no_other(tmp_path, capsys, kind):
     number, unlabelled = 37, 80
-    changes = {number: BAD_RECORDS[kind], unlabelled: {"e_above_hull": "na"}}
-    dataset = open_small(tmp_path, small_set(count=120, changes=changes))
+    no_labels = {"e_above_hull": "na", "formation_energy_per_atom": None}
+    dataset = open_small(tmp_path, small_set(count=120, changes={number: BAD_RECORDS[kind], unlabelled: no_labels}))
     records = raw_records(120)
     bad_id = records[number]["id"]
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped")]
-    assert bad_id in line
+    assert "1 of 120 records" in line and f"line {number + 1}" in line
+    with (tmp_path / "small" / "skipped.csv").open() as stream:
+        ((id, where, reason),) = list(csv.reader(stream))[1:]
+    assert id == bad_id and where == f"line {number + 1}" and len(reason) > 10
 
     ids = dataset.table.ids.tolist()
     assert ids == [record["id"] for i, record in enumerate(records) if i != number]
     label_of = {record["id"]: record["formation_energy_per_atom"] for record in records}
-    assert dataset.labels[:, 0].tolist() == [label_of[id] for id in ids]
+    label_of[records[unlabelled]["id"]] = np.nan
+    np.testing.assert_array_equal(dataset.labels[:, 0], [label_of[id] for id in ids])
     known = np.arange(120) != unlabelled  # the bad record counts in the split, and drops out afterwards
+    known[number] = True
     for found, expected in zip(dataset.splits.values(), literal_split(known), strict=True):
         assert [ids[row] for row in found] == [records[i]["id"] for i in expected if i != number]
     assert len(np.concatenate(list(dataset.splits.values()))) == 95 + 2 * 11 - 1
 
 
+def test_a_crystal_without_the_label_asked_for_is_in_no_split(tmp_path):
+    changes = {number: {"e_above_hull": "na"} for number in range(0, 60, 3)}
+    both = open_small(tmp_path, small_set(changes=changes), ("e_form", "e_above_hull"))
+    one = open_small(tmp_path, small_set(changes=changes), ("e_above_hull",))
+    for name, rows in both.splits.items():
+        assert one.splits[name].tolist() == [row for row in rows.tolist() if row % 3]
+    assert sum(map(len, one.splits.values())) < sum(map(len, both.splits.values())) == 60
+
+
 def test_too_many_bad_records_are_an_error(tmp_path):
-    changes = {number: BAD_RECORDS["unknown element"] for number in (10, 20)}
-    with pytest.raises(CrystalError, match=rf"2 of 120 records.*{raw_records(11)[10]['id']}"):
-        open_small(tmp_path, small_set(count=120, changes=changes))
-    assert not stores_in(tmp_path)
+    changes = {number: BAD_RECORDS["unknown element"] for number in range(10, 17)}
+    target_set = small_set(count=120, changes=changes)
+    with pytest.raises(DataError, match=r"7 of 120 records .*skipped.csv.* line 11: .*--max_bad_share=0.06"):
+        open_small(tmp_path, target_set)
+    assert not (tmp_path / "small" / "crystals").exists()
+    assert len((tmp_path / "small" / "skipped.csv").read_text().splitlines()) == 8
+    assert prepare_small(tmp_path, target_set, Preparation(max_bad_share=0.06))
+    assert len(load_dataset(tmp_path / "small", ("e_form",), CUTOFF).table) == 113
 
 
-# Training batches
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory) -> Dataset:
-    return open_small(tmp_path_factory.mktemp("data"))
-
-
-def rows_of(batch, dataset: Dataset) -> list[int]:
-    """The crystals of a batch, recognised by their label."""
-    labels = dataset.labels[:, 0].astype(np.float32)
-    assert len(set(labels.tolist())) == len(labels)
-    return [int(np.flatnonzero(labels == target)[0]) for target in batch.targets[batch.target_mask]]
-
-
-def test_the_order_is_a_function_of_seed_and_epoch(dataset):
-    batches, again = (TrainingBatches(dataset, 7, n_epochs=3, seed=5) for _ in range(2))
-    again[10], again.order(2)  # what was asked for before does not matter
-    for epoch in range(3):
-        np.testing.assert_array_equal(batches.order(epoch), again.order(epoch))
-        assert sorted(batches.order(epoch)) == sorted(dataset.splits["train"])
-    assert not np.array_equal(batches.order(0), batches.order(1))
-    assert not np.array_equal(batches.order(0), TrainingBatches(dataset, 7, 3, seed=6).order(0))
-    assert not np.array_equal(batches.order(1), TrainingBatches(dataset, 7, 3, seed=6).order(0))
-
-
-def test_every_epoch_visits_a_crystal_at_most_once_and_drops_the_incomplete_batch(dataset):
-    batches = TrainingBatches(dataset, 7, n_epochs=2, seed=0)
-    assert (batches.steps_per_epoch, len(batches)) == (6, 12)  # 48 crystals
-    for epoch in range(2):
-        visited = [rows_of(batches[step], dataset) for step in range(6 * epoch, 6 * epoch + 6)]
-        assert [len(rows) for rows in visited] == [7] * 6
-        flat = list(itertools.chain(*visited))
-        assert len(set(flat)) == 42 and set(flat) <= set(dataset.splits["train"].tolist())
-        assert flat == batches.order(epoch)[:42].tolist()
-
-
-def test_batches_hold_the_atoms_of_their_crystals(dataset):
-    batch = TrainingBatches(dataset, 7, n_epochs=1, seed=0)[2]
-    table = dataset.table
-    for place, row in enumerate(rows_of(batch, dataset)):
-        atoms = batch.crystal_of_atom == place
-        assert batch.crystal_sizes[place] == atoms.sum() == table.num_atoms[row]
-        expected = table.species[slice(*table.atom_offset[row : row + 2])]
-        assert batch.species[atoms][np.argsort(batch.atom_in_crystal[atoms])].tolist() == expected.tolist()
-
-
-@pytest.mark.parametrize("first_step", [0, 5, 11])
-def test_iterating_from_a_step_gives_the_batches_by_number(dataset, first_step):
-    batches = TrainingBatches(dataset, 7, n_epochs=2, seed=3)
-    iterated = list(batches.iterate(first_step))
-    assert len(iterated) == len(batches) - first_step
-    for step, batch in enumerate(iterated, first_step):
-        assert_same_batch(batch, batches[step])
-
-
-def test_a_batch_size_beyond_the_training_set_takes_all_of_it(dataset):
-    batches = TrainingBatches(dataset, 1000, n_epochs=2, seed=3)
-    assert (batches.batch_size, batches.steps_per_epoch, len(batches)) == (48, 1, 2)
-    assert sorted(rows_of(batches[1], dataset)) == sorted(dataset.splits["train"])
+def test_sources_that_leave_nothing(tmp_path):
+    with pytest.raises(DataError, match="the source has no records"):
+        open_small(tmp_path, small_set(count=0))
+    no_labels = dict.fromkeys(("e_above_hull", "formation_energy_per_atom"), "na")
+    with pytest.raises(DataError, match="no record has a label"):
+        open_small(tmp_path, small_set(count=20, changes=dict.fromkeys(range(20), no_labels)))
+    with pytest.raises(DataError, match="no crystal is left for val"):
+        open_small(tmp_path, small_set(count=9))

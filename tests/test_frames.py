@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from support import atom_places, batch_of, primitive, random_crystal, random_rotation, rotated
 
-from crystalframer_jax.batch import BatchShape, Rows
+from crystalframer_jax.batch import Rows
 from crystalframer_jax.config import BatchParts
 from crystalframer_jax.crystal import Crystal
 from crystalframer_jax.lattice import lattice_vectors
 from crystalframer_jax.model.frames import METHODS, block_frames, lattice_frames
 from crystalframer_jax.model.random_bits import keys_by_place, row_seeds
+from crystalframer_jax.shapes import BatchShape
 
 HEADS, K_DIM = 3, 6
 TIE_TOLERANCE = 1e-4

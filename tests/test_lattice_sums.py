@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from support import atom_places, batch_of, random_crystal, random_rotation
 
-from crystalframer_jax.batch import BatchShape
 from crystalframer_jax.model.attention import ValueEncoding, framed_attention
 from crystalframer_jax.model.basis import AngleBasis, Bases, DistanceBasis
 from crystalframer_jax.model.lattice_sums import SumOptions, lattice_sums
+from crystalframer_jax.shapes import BatchShape
 
 HEADS, K_DIM, V_DIM = 2, 6, 5
 SIZES = (1, 12, 24)  # atoms: more than one block of 32 atoms, and padding atoms

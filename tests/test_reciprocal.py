@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from support import atom_places, batch_of, random_crystal, random_rotation, rotated
 
-from crystalframer_jax.batch import BatchShape
 from crystalframer_jax.config import BatchParts
 from crystalframer_jax.model.attention import reciprocal_attention
 from crystalframer_jax.model.basis import Bases
 from crystalframer_jax.model.lattice_sums import SumOptions, lattice_sums
 from crystalframer_jax.model.reciprocal import SMALLEST, WaveVectors
+from crystalframer_jax.shapes import BatchShape
 
 HEADS, K_DIM, V_DIM = 2, 4, 3
 CELLS = BatchParts(cells=True)

@@ -25,12 +25,12 @@ from support import (
     small_config,
 )
 
-from crystalframer_jax.batch import BatchShape
 from crystalframer_jax.config import BatchParts
 from crystalframer_jax.crystal import Crystal
 from crystalframer_jax.model.frames import METHODS, block_frames
 from crystalframer_jax.model.random_bits import fold_in_all, keys_by_place, row_seeds
 from crystalframer_jax.model.regressor import CrystalFramer
+from crystalframer_jax.shapes import BatchShape
 
 TIE_TOLERANCE = 1e-4
 RADIUS = 5.0  # Å

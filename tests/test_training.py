@@ -23,7 +23,8 @@ from test_data import raw_records
 from tiny import assert_equal_trees, assert_same_run, open_tiny, stored_state, tiny_config, tiny_runs
 
 from crystalframer_jax.config import ConfigError
-from crystalframer_jax.data.registry import Target
+from crystalframer_jax.data.loader import TrainingBatches
+from crystalframer_jax.data.records import Target
 from crystalframer_jax.errors import UserError
 from crystalframer_jax.files import locked
 from crystalframer_jax.inference.predictor import Predictor
@@ -115,6 +116,27 @@ def test_what_a_run_leaves(finished, folder):
     )
     for plot in ("parity_test.png", "learning_curve.png"):
         assert (workdir / plot).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_tells_how_long_it_waited_for_batches(finished, folder, monkeypatch, capsys):
+    """Three steps an epoch, with batches that take 0.2 s each."""
+    iterate = TrainingBatches.iterate
+
+    def slowly(self, first_step):
+        for batch in iterate(self, first_step):
+            time.sleep(0.2)
+            yield batch
+
+    monkeypatch.setattr(TrainingBatches, "iterate", slowly)
+    train(finished[0], folder / "waiting")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
+    metrics = read_metrics(folder / "waiting")
+    assert len(lines) == len(metrics) == 3
+    for line, epoch in zip(lines, metrics, strict=True):
+        share, seconds = epoch["waiting_share"], 3 * 16 / epoch["crystals_per_s"]
+        assert 0.6 <= share * seconds < seconds
+        assert line.endswith(f"crystals/s  waited {share:.0%} for data")
+    assert all(0 <= epoch["waiting_share"] < 1 for epoch in read_metrics(finished[1]))
 
 
 def test_the_predictions_of_a_run_make_its_errors(finished):

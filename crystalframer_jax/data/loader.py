@@ -1,20 +1,27 @@
-"""The input pipeline: batches whose order is a pure function of seed and epoch, packed in a background thread."""
+"""The input pipeline: batches whose order is a pure function of seed and epoch, prepared ahead of the training."""
 
+import functools
 from collections.abc import Iterator
 
 import grain
 import numpy as np
 
-from crystalframer_jax.batch import Batch, BatchShape, fill_factors, pack, plan_shapes
+from crystalframer_jax.batch import Batch, Fill, fill_factors, pack
 from crystalframer_jax.config import NO_PARTS, BatchParts, ConfigError
+from crystalframer_jax.data.device import DeviceTable, device_table_if_it_fits
 from crystalframer_jax.data.store import Dataset
+from crystalframer_jax.shapes import BatchShape, plan_shapes
 
 
 class TrainingBatches:
     """All batches of a training run by step number; every epoch is shuffled, its incomplete last batch dropped.
 
     `atoms` are the fewest and most atoms (0: no limit) of a crystal to train on, `share` is that of the batches of an
-    epoch which are used. Raises ConfigError if no crystal is left.
+    epoch which are used. `shard` (index, count) is this process among those that train together: each packs its equal
+    part of every batch. `on_device` says whether the crystals are kept on the device and gathered there; None: if they
+    fit. Neither changes what the batches hold.
+
+    Raises ConfigError if no crystal is left, or if processes cannot share a batch equally.
     """
 
     def __init__(
@@ -26,14 +33,19 @@ class TrainingBatches:
         parts: BatchParts = NO_PARTS,
         atoms: tuple[int, int] = (0, 0),
         share: float = 1.0,
+        shard: tuple[int, int] = (0, 1),
+        on_device: bool | None = None,
     ):
         self.dataset = dataset
         self.indices = _of_size(dataset, dataset.splits["train"], *atoms)
-        self.batch_size = min(batch_size, len(self.indices))
+        self.shard = shard
+        self.batch_size = _shared_batch_size(batch_size, len(self.indices), shard[1])
         self.steps_per_epoch = max(1, int(share * (len(self.indices) // self.batch_size)))
         self.n_epochs = n_epochs
         self.seed = seed
-        self.shapes = batch_shapes(dataset, self.batch_size, parts)
+        self.parts = parts
+        self.on_device = on_device
+        self.shapes = batch_shapes(dataset, self.batch_size // shard[1], parts)
         self._order: tuple[int, np.ndarray] | None = None  # the last epoch asked for, and its order
 
     def __len__(self) -> int:
@@ -48,9 +60,12 @@ class TrainingBatches:
         return known[1]
 
     def rows(self, step: int) -> np.ndarray:
-        """The crystals of a step, rows of the table."""
+        """The crystals of a step (this process's part of them), rows of the table."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        return self.order(epoch)[position * self.batch_size : (position + 1) * self.batch_size]
+        index, count = self.shard
+        part = self.batch_size // count
+        start = position * self.batch_size + index * part
+        return self.order(epoch)[start : start + part]
 
     def __getitem__(self, step: int) -> Batch:
         """The batch of a step (numpy arrays)."""
@@ -61,14 +76,26 @@ class TrainingBatches:
         """The steps of the last epoch."""
         return range(len(self) - self.steps_per_epoch, len(self))
 
-    def fill_factors(self, batches: int = 8) -> tuple[float, float]:
-        """Shares of atom slots and of neighbour columns that hold real data, means over the first batches."""
+    def fill_factors(self, batches: int = 8) -> Fill:
+        """Shares of the places that hold real data, means over the first batches."""
         factors = [fill_factors(self[step]) for step in range(min(batches, len(self)))]
-        atoms, neighbors = np.mean(factors, axis=0)
-        return float(atoms), float(neighbors)
+        return Fill(*np.mean(factors, axis=0).tolist())
+
+    @functools.cached_property
+    def device_table(self) -> DeviceTable | None:
+        """The crystals on the device, if they are kept there."""
+        if self.on_device is None:
+            return device_table_if_it_fits(self.dataset.table, self.dataset.labels, self.parts)
+        return DeviceTable(self.dataset.table, self.dataset.labels, self.parts) if self.on_device else None
 
     def iterate(self, first_step: int) -> Iterator[Batch]:
-        """The batches from a step on, prepared ahead by a background thread."""
+        """The batches from a step on: gathered on the device, or packed ahead by a background thread.
+
+        In the second case it is an iterator of Grain, with get_state and set_state.
+        """
+        table = self.device_table
+        if table is not None:
+            return (table.gather(self.rows(step), self.shapes) for step in range(first_step, len(self)))
         steps = grain.MapDataset.source(self)[first_step:]
         return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
@@ -83,6 +110,19 @@ def _of_size(dataset: Dataset, rows: np.ndarray, fewest: int, most: int) -> np.n
             f"as many atoms (they have {sizes.min(initial=0)} to {sizes.max(initial=0)})"
         )
     return chosen
+
+
+def _shared_batch_size(batch_size: int, available: int, processes: int) -> int:
+    """The batch size, or as many of the `available` crystals as there are; a multiple of the number of processes."""
+    if batch_size % processes:
+        near = max(batch_size // processes, 1) * processes
+        raise ConfigError(
+            f"batch_size={batch_size} cannot be shared equally by {processes} processes; choose a multiple of "
+            f"{processes}, such as {near}"
+        )
+    if available < processes:
+        raise ConfigError(f"{available} training crystals are too few for {processes} processes; start fewer of them")
+    return min(batch_size, available // processes * processes)
 
 
 def batch_shapes(dataset: Dataset, batch_size: int, parts: BatchParts = NO_PARTS) -> list[BatchShape]:

@@ -1,12 +1,20 @@
-"""The prepared store: a target set with its neighbour rows, computed once and memory-mapped from then on."""
+"""The prepared store: the crystals of a target set and, for each cutoff, their neighbour rows, as checked columns.
 
+    DATA_DIR/TARGET_SET/crystals/      the crystals, their labels and splits; reports on skipped records and leaks
+    DATA_DIR/TARGET_SET/rows-DIGEST/   the neighbour rows for one cutoff
+
+Each folder holds one .npy file for every column and a manifest.json with their checksums. A folder is there complete
+or not at all: it is made beside, under a name with a dot, and renamed.
+"""
+
+import contextlib
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +22,18 @@ import numpy as np
 import platformdirs
 from tqdm import tqdm
 
-from crystalframer_jax.crystal import Crystal, CrystalError
-from crystalframer_jax.data.registry import Target, TargetSet
-from crystalframer_jax.data.splits import split_80_10_10
-from crystalframer_jax.data.table import COLUMNS, CrystalTable, make_table
-from crystalframer_jax.files import locked, sha256
-from crystalframer_jax.neighbors import LatticeBox, NeighborRows, neighbor_rows
+from crystalframer_jax.crystal import Crystal
+from crystalframer_jax.data.build import Columns, build_parts, join_parts
+from crystalframer_jax.data.records import DataError, Target
+from crystalframer_jax.data.registry import find_target
+from crystalframer_jax.data.splits import SPLITS
+from crystalframer_jax.data.table import CRYSTAL_COLUMNS, ROW_COLUMNS, CrystalTable, row_columns
+from crystalframer_jax.files import json_text, locked, sha256
+from crystalframer_jax.neighbors import LatticeBox, neighbor_rows
 
-FORMAT = 2  # to be raised when neighbour rows or columns change
-MAX_BAD_SHARE = 0.01  # of records that cannot be used, before preparation stops
+ROWS_FORMAT = 3  # to be raised when neighbour rows or their columns change
+CHUNK_ATOMS = 10_000  # atoms whose neighbours a worker process finds at a time; about 100 MB
+LABEL_COLUMNS = ("labels", "leaked", *SPLITS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,130 +45,159 @@ class Dataset:
     targets: tuple[Target, ...]
     labels: np.ndarray  # [C, T] label units, NaN where unknown
     splits: dict[str, np.ndarray]  # row numbers of the table
+    leaked: np.ndarray  # rows of validation and test crystals that are also in training, by id or by structure
+    digest: str  # identifies source, targets and splits
+    remark: str = ""  # what whoever trains on it should know
 
 
-def open_dataset(
-    target_set: TargetSet, names: tuple[str, ...], cutoff: float | LatticeBox, data_dir: str = ""
-) -> Dataset:
-    """The prepared target set with the targets `names`; prepared first if it is not in `data_dir` yet.
+def data_folder(data_dir: str) -> Path:
+    """The folder of prepared data; an empty `data_dir` stands for the user's cache folder."""
+    return Path(data_dir).expanduser() if data_dir else platformdirs.user_cache_path("crystalframer_jax")
 
-    `cutoff` is that of the neighbour rows, see `neighbor_rows`; an empty `data_dir` stands for the user's cache folder.
+
+def load_dataset(folder: Path, names: tuple[str, ...], cutoff: float | LatticeBox, workers: int = 0) -> Dataset:
+    """The target set that was prepared in `folder`, with the targets `names`.
+
+    Neighbour rows within `cutoff`, see `neighbor_rows`, are computed first if they are not there. Crystals for which
+    none of these labels is known are in no split. Raises DataError if nothing was prepared there or it is damaged.
     """
-    targets = tuple(target_set.target(name) for name in names)
-    root = Path(data_dir).expanduser() if data_dir else platformdirs.user_cache_path("crystalframer_jax")
-    fields = [target.field for target in target_set.targets]
-    key = {"format": FORMAT, "source": target_set.sha256(), "targets": fields, "cutoff": _as_json(cutoff)}
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
-    folder = root / f"{target_set.name}-{digest}"
-    columns = _read(folder)
-    if columns is None:
-        with locked(root / f".{folder.name}.lock"):
-            columns = _read(folder)  # another process may just have prepared it
-            if columns is None:
-                _prepare(target_set, cutoff, folder)
-                columns = _read(folder)
-    if columns is None:
-        raise OSError(f"{folder} was written but does not read back as written; check the disk")
-    labels, row_of_record = np.asarray(columns["labels"]), np.asarray(columns["row_of_record"])
-    chosen = [target_set.targets.index(target) for target in targets]
+    manifest, crystals = read_crystals(folder)
+    known = tuple(Target(**target) for target in manifest["targets"])
+    targets = tuple(find_target(folder.name, known, name) for name in names)
+    rows = _rows(folder, manifest["digest"], crystals, cutoff, workers)
+    labels = np.asarray(crystals["labels"])[:, [known.index(target) for target in targets]]
+    has_label = np.isfinite(labels).any(axis=1)
     return Dataset(
-        name=target_set.name,
-        table=CrystalTable(**{name: columns[name] for name in COLUMNS}),
+        name=folder.name,
+        table=CrystalTable(**{name: crystals[name] for name in CRYSTAL_COLUMNS}, **rows),
         targets=targets,
-        labels=labels[row_of_record >= 0][:, chosen],
-        splits=_usable(split_80_10_10(labels), row_of_record),
+        labels=labels,
+        splits={split: crystals[split][has_label[crystals[split]]] for split in SPLITS},
+        leaked=np.asarray(crystals["leaked"]),
+        digest=manifest["digest"],
+        remark=manifest["remark"],
     )
 
 
-def parse_label(value: Any) -> float:
-    """A label as a number; NaN for what sources write where there is none: None, 'na', '', infinities."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return math.nan
-    return number if math.isfinite(number) else math.nan
+def read_crystals(folder: Path) -> tuple[dict[str, Any], Columns]:
+    """Manifest and columns of the crystals prepared in `folder`; DataError if there are none or they are damaged."""
+    found = read_columns(folder / "crystals", (*CRYSTAL_COLUMNS, *LABEL_COLUMNS))
+    if found is None:
+        state = "damaged" if (folder / "crystals").exists() else "not prepared"
+        raise DataError(f"target set {folder.name} is {state} in {folder.parent}; run {command_to_prepare(folder)}")
+    return found
 
 
-def _as_json(cutoff: float | LatticeBox) -> Any:
-    return dataclasses.asdict(cutoff) if isinstance(cutoff, LatticeBox) else float(cutoff)
+def command_to_prepare(folder: Path) -> str:
+    """The command that prepares a target set in `folder`."""
+    where = "" if folder.parent == data_folder("") else f" --data_dir={folder.parent}"
+    return f"scripts/prepare_data.py --target_set={folder.name}{where}"
 
 
-def _prepare(target_set: TargetSet, cutoff: float | LatticeBox, folder: Path) -> None:
-    """Compute the neighbour rows of all records and write the store, complete or not at all."""
-    crystals: list[Crystal] = []
-    rows: list[NeighborRows] = []
-    labels, row_of_record, bad = [], [], []
-    records = list(target_set.records())
-    start = time.perf_counter()
-    progress = tqdm(records, desc=f"preparing {target_set.name}", unit=" crystals", dynamic_ncols=True, disable=None)
-    for record in progress:
-        labels.append([parse_label(record.get(target.field)) for target in target_set.targets])
-        try:
-            crystal = crystal_of_record(record)
-            rows.append(neighbor_rows(crystal, cutoff))
-        except CrystalError as error:
-            bad.append(str(error))
-            row_of_record.append(-1)
-            continue
-        row_of_record.append(len(crystals))
-        crystals.append(crystal)
-    if len(bad) > MAX_BAD_SHARE * len(records):
-        raise CrystalError(f"{target_set.name}: {len(bad)} of {len(records)} records cannot be used, first: {bad[0]}")
-    for reason in bad:
-        tqdm.write(f"skipped {reason}")
-    table = make_table(crystals, rows)
-    columns = {name: getattr(table, name) for name in COLUMNS}
-    columns["labels"] = np.array(labels)  # of all records; a record that could not be used has row -1
-    columns["row_of_record"] = np.array(row_of_record, dtype=np.int64)
-    _write(folder, columns)
+def _rows(folder: Path, digest: str, crystals: Columns, cutoff: float | LatticeBox, workers: int) -> Columns:
+    """The columns of the neighbour rows, computed first if they are not there."""
+    radius = dataclasses.asdict(cutoff) if isinstance(cutoff, LatticeBox) else float(cutoff)
+    rows_digest = digest_of({"format": ROWS_FORMAT, "crystals": digest, "cutoff": radius})
+    rows_folder = folder / f"rows-{rows_digest}"
+    found = read_columns(rows_folder, ROW_COLUMNS)
+    if found is None:
+        with locked(folder.parent / f".{folder.name}.lock"):
+            found = read_columns(rows_folder, ROW_COLUMNS)  # another process may just have computed them
+            if found is None:
+                _write_rows(rows_folder, crystals, cutoff, workers)
+                found = read_columns(rows_folder, ROW_COLUMNS)
+    if found is None:
+        raise OSError(f"{rows_folder} was written but does not read back as written; check the disk")
+    return found[1]
+
+
+def _write_rows(folder: Path, crystals: Columns, cutoff: float | LatticeBox, workers: int) -> None:
+    """Compute the neighbour rows of all crystals and write their columns."""
+    start, number = time.perf_counter(), len(crystals["ids"])
+    with parts_folder(folder) as parts:
+        title = f"neighbors of {folder.parent.name}"
+        work = _RowsOf(cutoff)
+        files = build_parts(work, _crystal_chunks(crystals), parts, title, number, workers)
+        with writing(folder, {"cutoff": str(cutoff)}) as temporary:
+            join_parts(files, ROW_COLUMNS, temporary)
     seconds = time.perf_counter() - start
-    tqdm.write(f"prepared {target_set.name}: {len(crystals):,} crystals in {seconds:.0f} s, kept in {folder}")
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    tqdm.write(
+        f"neighbors of {number:,} crystals found in {seconds:.0f} s ({number / seconds:,.0f} crystals/s), "
+        f"{size / number / 1000:.1f} kB a crystal in {folder}"
+    )
 
 
-def crystal_of_record(record: dict[str, Any]) -> Crystal:
-    """The crystal of a JSON record with id, lattice (rows, Å), species (symbols) and frac_coords."""
-    from pymatgen.core import Element
+@dataclasses.dataclass(frozen=True)
+class _RowsOf:
+    """The work on a chunk of crystals: their neighbour rows."""
 
-    where = record.get("id", "record")
-    try:
-        lattice = np.array(record["lattice"], dtype=np.float64).reshape(3, 3)
-        positions = np.array(record["frac_coords"], dtype=np.float64).reshape(-1, 3) @ lattice
-        species = np.array([Element(symbol.strip()).Z for symbol in record["species"]])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CrystalError(f"{where}: not a crystal record with lattice, species and frac_coords ({error})") from error
-    return Crystal(species, positions, lattice, id=where)
+    cutoff: float | LatticeBox
+
+    def __call__(self, crystals: list[Crystal]) -> Columns:
+        return row_columns(crystals, [neighbor_rows(crystal, self.cutoff) for crystal in crystals])
 
 
-def _usable(splits: dict[str, np.ndarray], row_of_record: np.ndarray) -> dict[str, np.ndarray]:
-    """Splits of records turned into rows of the table; records that could not be used drop out."""
-    rows = {name: row_of_record[records] for name, records in splits.items()}
-    return {name: row[row >= 0] for name, row in rows.items()}
+def _crystal_chunks(crystals: Columns) -> Iterator[tuple[int, list[Crystal]]]:
+    """All crystals in chunks of about CHUNK_ATOMS atoms."""
+    offset = np.asarray(crystals["atom_offset"])
+    first, number = 0, len(offset) - 1
+    while first < number:
+        end = max(first + 1, int(np.searchsorted(offset, offset[first] + CHUNK_ATOMS, side="right")) - 1)
+        yield end - first, [crystal_at(crystals, row) for row in range(first, end)]
+        first = end
 
 
-def _write(folder: Path, columns: dict[str, np.ndarray]) -> None:
-    """Write all columns and their checksums to a temporary folder, then rename it."""
+def crystal_at(crystals: Columns, row: int) -> Crystal:
+    """A crystal of the store without its occupancies."""
+    atoms = slice(*crystals["atom_offset"][row : row + 2])
+    lattice, id = np.asarray(crystals["lattice"][row]), str(crystals["ids"][row])
+    return Crystal(crystals["species"][atoms], crystals["position"][atoms], lattice, id=id)
+
+
+# Folders of columns
+
+
+def digest_of(key: dict[str, Any]) -> str:
+    """Twelve hexadecimal digits that identify a key."""
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@contextlib.contextmanager
+def parts_folder(folder: Path) -> Iterator[Path]:
+    """The folder for the parts of `folder`: kept if the work fails, so that it can go on, and removed afterwards."""
+    parts = folder.with_name(f".{folder.name}.parts")
+    yield parts
+    shutil.rmtree(parts)
+
+
+@contextlib.contextmanager
+def writing(folder: Path, manifest: dict[str, Any]) -> Iterator[Path]:
+    """A temporary folder to write columns into, which then gets a manifest and takes the place of `folder`."""
     temporary = folder.with_name(f".{folder.name}.new")  # of this process alone: it holds the lock
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    temporary.mkdir(parents=True)
     try:
-        checksums = {}
-        for name, column in columns.items():
-            np.save(temporary / f"{name}.npy", column, allow_pickle=False)
-            checksums[name] = sha256(temporary / f"{name}.npy")
-        (temporary / "manifest.json").write_text(json.dumps(checksums, indent=1))
-        if folder.exists():  # damaged
-            shutil.rmtree(folder)
+        yield temporary
+        checksums = {file.name: sha256(file) for file in sorted(temporary.iterdir())}
+        content = manifest | {"sha256": checksums}
+        (temporary / "manifest.json").write_text(json_text(content | {"check": digest_of(content)}, indent=1))
+        shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _read(folder: Path) -> dict[str, np.ndarray] | None:
-    """The memory-mapped columns, or None if the store is missing or not as it was written."""
+def read_columns(folder: Path, names: tuple[str, ...]) -> tuple[dict[str, Any], Columns] | None:
+    """Manifest and memory-mapped columns; None if the folder is missing or not as it was written."""
     try:
-        checksums = json.loads((folder / "manifest.json").read_text())
-        if any(sha256(folder / f"{name}.npy") != checksum for name, checksum in checksums.items()):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        if manifest.pop("check") != digest_of(manifest):
             return None
-        return {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in checksums}
-    except (OSError, ValueError):
+        if any(sha256(folder / name) != checksum for name, checksum in manifest["sha256"].items()):
+            return None
+        # as plain arrays: slices of np.memmap are slow
+        columns = {name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in names}
+        return manifest, columns
+    except (OSError, ValueError, KeyError):
         return None

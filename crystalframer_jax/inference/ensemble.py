@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from crystalframer_jax.batch import BatchShape
 from crystalframer_jax.config import BatchParts, ConfigError
 from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.data.table import CrystalTable
@@ -25,6 +24,7 @@ from crystalframer_jax.inference.evaluation import (
 )
 from crystalframer_jax.inference.predictor import Predictor, crystals_of, table_of
 from crystalframer_jax.neighbors import LatticeBox
+from crystalframer_jax.shapes import BatchShape
 from crystalframer_jax.training.checkpoint import CheckpointError, read_json
 from crystalframer_jax.training.logging import table as text_table
 from crystalframer_jax.training.state import TargetStatistics

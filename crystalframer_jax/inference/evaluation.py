@@ -1,8 +1,9 @@
 """Predictions for many crystals, and the errors they make."""
 
-import csv
 import math
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,16 +11,19 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from crystalframer_jax.batch import BatchShape, pack, shape_for
+from crystalframer_jax.batch import Batch, pack
 from crystalframer_jax.config import NO_PARTS, BatchParts, ConfigError, model_config
+from crystalframer_jax.data.device import DeviceTable
 from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.data.table import CrystalTable
-from crystalframer_jax.files import replacing
+from crystalframer_jax.files import write_csv
+from crystalframer_jax.shapes import BatchShape, shape_for
 from crystalframer_jax.training.state import TargetStatistics, to_label_units
 from crystalframer_jax.training.step import Forward
 
 MAX_BATCH_ATOMS = 1024  # a larger crystal is a batch of its own
 MAX_BATCH_CRYSTALS = 128
+AHEAD = 2  # batches that are packed before their turn
 
 
 class Predictions(NamedTuple):
@@ -53,23 +57,51 @@ def predict_rows(
     statistics: tuple[TargetStatistics, ...],
     shapes: Sequence[BatchShape] | BatchParts = NO_PARTS,
     num_frame_samples: int = 1,
+    device_table: DeviceTable | None = None,
 ) -> Predictions:
     """Predictions for groups of table rows, in their order.
 
     Every group is one batch, of the first of `shapes` that holds it, or of a shape of its own with the parts given.
     With `num_frame_samples` above 1 the mean is over as many draws among equally good frames, always the same draws
-    for the same crystal; otherwise the first of them in canonical order are taken.
+    for the same crystal; otherwise the first of them in canonical order are taken. Given the same crystals in a
+    `device_table`, batches are gathered there; otherwise a thread packs them ahead.
     """
     keys: list[jax.Array | None] = [None]
     if num_frame_samples > 1:
         keys = [jax.random.fold_in(jax.random.key(0), sample) for sample in range(num_frame_samples)]
+
+    def batch_of(group: np.ndarray) -> tuple[int, Batch]:
+        fitting = [shape_for(table, group, shapes)] if isinstance(shapes, BatchParts) else shapes
+        if device_table is not None:
+            return len(group), device_table.gather(group, fitting)
+        return len(group), pack(table, group, fitting, num_targets=len(statistics))
+
     results = [np.zeros((len(keys), 0, len(statistics)))]
-    for group in groups:
-        fitting = [shape_for(table, group, shapes)] if isinstance(shapes, BatchParts) else list(shapes)
-        batch = jax.device_put(pack(table, group, fitting, num_targets=len(statistics)))
-        draws = [np.asarray(forward(variables, batch, key), np.float64)[: len(group)] for key in keys]
-        results.append(np.stack(draws))
+    waiting: deque[tuple[int, list[jax.Array]]] = deque()
+
+    def collect(at_most: int) -> None:
+        while len(waiting) > at_most:
+            size, draws = waiting.popleft()
+            results.append(np.stack([np.asarray(draw, np.float64)[:size] for draw in draws]))
+
+    for size, packed in map(batch_of, groups) if device_table is not None else _ahead(batch_of, groups):
+        batch = jax.device_put(packed)
+        waiting.append((size, [forward(variables, batch, key) for key in keys]))
+        collect(1)  # the device has the next batch before the results of this one are looked at
+    collect(0)
     return Predictions.over(to_label_units(np.concatenate(results, axis=1), statistics))
+
+
+def _ahead(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """`map(function, items)`, computed ahead by a thread."""
+    pending: deque[Future[Any]] = deque()
+    with ThreadPoolExecutor(1) as thread:
+        for item in items:
+            pending.append(thread.submit(function, item))
+            if len(pending) > AHEAD:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 def groups_of(indices: np.ndarray, size: int) -> list[np.ndarray]:
@@ -177,13 +209,3 @@ def write_predictions(
         header += [f"spread{end}" for end in ends]
         rows = np.concatenate([rows, spread.astype(object)], axis=1)
     write_csv(file, header, [[str(id), *row] for id, row in zip(ids, rows.tolist(), strict=True)])
-
-
-def write_csv(file: str | Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write a table as CSV, creating its folder; a reader sees the old file or all of the new one."""
-    file = Path(file).expanduser().resolve()  # the file that a link stands for is replaced, not the link
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(file) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)

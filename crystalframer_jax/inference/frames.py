@@ -5,13 +5,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from crystalframer_jax.batch import pack, shape_for
+from crystalframer_jax.batch import pack, unpacked
 from crystalframer_jax.config import BatchParts, ConfigError
 from crystalframer_jax.crystal import CrystalError
 from crystalframer_jax.data.table import make_table
 from crystalframer_jax.model.frames import METHODS, block_frames
 from crystalframer_jax.model.random_bits import keys_by_place, row_seeds
 from crystalframer_jax.neighbors import neighbor_rows
+from crystalframer_jax.shapes import shape_for
 from crystalframer_jax.structure_files import as_crystals
 
 _compiled = jax.jit(block_frames, static_argnums=(0, 5))
@@ -70,7 +71,7 @@ def compute_frames(
         if key is not None:
             keys = keys_by_place(key, len(batch.crystal_sizes))
             seeds = row_seeds(keys, batch.crystal_of_atom, batch.atom_in_crystal, q.shape[1])
-        frames = _compiled(method, *padded, batch, tie_tolerance, seeds)
+        frames = _compiled(method, *padded, jax.jit(unpacked)(batch), tie_tolerance, seeds)
         return np.asarray(frames)[place]
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from crystalframer_jax.batch import BatchShape, pack, shape_for
+from crystalframer_jax.batch import pack
 from crystalframer_jax.config import BatchParts, ModelConfig, model_config, neighbor_cutoff
 from crystalframer_jax.configs import default
 from crystalframer_jax.crystal import Crystal
@@ -20,6 +20,7 @@ from crystalframer_jax.data.table import CrystalTable, make_table
 from crystalframer_jax.inference.evaluation import Predictions, frame_draws, groups_by_atoms, predict_rows
 from crystalframer_jax.model.regressor import CrystalFramer
 from crystalframer_jax.neighbors import LatticeBox, neighbor_rows
+from crystalframer_jax.shapes import BatchShape, shape_for
 from crystalframer_jax.structure_files import as_crystals
 from crystalframer_jax.training.checkpoint import (
     FOLDER,

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from crystalframer_jax.batch import Batch
+from crystalframer_jax.batch import Batch, unpacked
 from crystalframer_jax.config import ModelConfig
 from crystalframer_jax.model.basis import EXACT
 from crystalframer_jax.model.encoder import EncoderBlock
@@ -45,6 +45,7 @@ class CrystalFramer(nn.Module):
           train: dropout (needs an rng "dropout") and BatchNorm by this batch (needs `mutable=["batch_stats"]`).
           freeze_norm: BatchNorm by its running averages all the same.
         """
+        batch = unpacked(batch)
         config, by_batch = self.config, train and not freeze_norm
         x = self._embed(batch, train)
         for block in range(config.num_layers):

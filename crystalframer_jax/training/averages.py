@@ -73,14 +73,12 @@ def averages_in(state: TrainState) -> list[str]:
 def batch_statistics_of_averages(model: CrystalFramer, state: TrainState, batches: TrainingBatches) -> dict[str, Tree]:
     """The fields of `state` with BatchNorm statistics of averaged weights: means over the batches of the last epoch."""
     statistics, steps = make_batch_statistics(model), batches.steps_of_last_epoch()
-    fields = {}
-    for name in averages_in(state):
-        weights = weights_of(state, name)
-        total = jax.tree.map(jnp.zeros_like, state.batch_stats)
-        for step in steps:
-            total = jax.tree.map(jnp.add, total, statistics(weights, batches[step]))
-        fields[f"{name}_batch_stats"] = jax.tree.map(lambda x: x / len(steps), total)
-    return fields
+    weights = {name: weights_of(state, name) for name in averages_in(state)}
+    totals = {name: jax.tree.map(jnp.zeros_like, state.batch_stats) for name in weights}
+    for batch in batches.iterate(steps.start) if weights else ():
+        for name in weights:
+            totals[name] = jax.tree.map(jnp.add, totals[name], statistics(weights[name], batch))
+    return {f"{name}_batch_stats": jax.tree.map(lambda x: x / len(steps), total) for name, total in totals.items()}
 
 
 def make_batch_statistics(model: CrystalFramer) -> Callable[[Tree, Batch], Tree]:

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from crystalframer_jax.errors import UserError
@@ -22,6 +21,8 @@ class MetricsLog:
     """
 
     def __init__(self, workdir: Path, first_epoch: int, first_step: int, wandb_project: str = "", config: Any = None):
+        from tensorboardX import SummaryWriter  # imports PyTorch where that is installed
+
         self.file = workdir / "metrics.jsonl"
         kept = [line for line in _lines(self.file) if line["epoch"] < first_epoch]
         if self.file.exists():
@@ -136,14 +137,17 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-def table(header: list[str], rows: list[list[Any]]) -> str:
-    """Text columns, the first aligned left and the others right; numbers with four significant decimals."""
+def table(header: list[str], rows: list[list[Any]], num_left: int = 1) -> str:
+    """Text columns, the first `num_left` aligned left and the others right; numbers with four decimals."""
     cells = [header] + [[_cell(value) for value in row] for row in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = []
     for row in cells:
-        first = row[0].ljust(widths[0])
-        lines.append("  ".join([first, *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]))
+        aligned = [
+            cell.ljust(width) if i < num_left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(aligned))
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)
 

@@ -65,11 +65,13 @@ class Options:
       resume_with_changes: hyperparameters that may differ from those the run was started with.
       skip_nonfinite: how many steps without a finite loss and gradient may be skipped.
       wandb_project: Weights & Biases project to log to; empty: none.
+      on_device: whether the crystals are kept on the device; None: if they fit.
     """
 
     resume_with_changes: Sequence[str] = ()
     skip_nonfinite: int = 0
     wandb_project: str = ""
+    on_device: bool | None = None
 
 
 class Run:
@@ -94,6 +96,7 @@ class Run:
             model.config.parts,
             (config.train_filter_min, config.train_filter_max),
             config.train_percent_check,
+            on_device=self.options.on_device,
         )
         self.statistics = tuple(
             TargetStatistics.of(target, dataset.labels[self.batches.indices, t], config.normalize_targets)
@@ -171,10 +174,11 @@ class Run:
         trainable = count_parameters(state.params, self.config.frozen_layers)
         say(f"{self.dataset.name}: {splits}; {trainable:,} trainable parameters")
         say(describe(self.config))
-        shape, (atoms, neighbors) = self.batches.shapes[0], self.batches.fill_factors()
+        shape, fill = self.batches.shapes[0], self.batches.fill_factors()
         say(
-            f"batches of {shape.num_crystals} crystals in {shape.num_atoms} atom slots ({atoms:.0%} filled) with "
-            f"up to {shape.row_length} neighbors ({neighbors:.0%} filled)"
+            f"batches of {shape.num_crystals} crystals in {shape.num_atoms} atom slots ({fill.atoms:.0%} filled) with "
+            f"up to {shape.row_length} neighbors ({fill.columns:.0%} filled)"
+            f"{', gathered on the device' if self.batches.device_table else ''}"
         )
         return state, {"epoch": -1, "seconds": 0.0, "results": []}
 
@@ -241,8 +245,12 @@ class Run:
         freeze_norm = self._freezes_norm(epoch)
         progress.start_epoch(epoch, first)
         pending: list[dict[str, jax.Array]] = []
+        waited = 0.0
         for position in range(first, batches.steps_per_epoch):
-            state, result = self.step(state, next(source), freeze_norm=freeze_norm)
+            asked = time.perf_counter()
+            batch = next(source)
+            waited += time.perf_counter() - asked
+            state, result = self.step(state, batch, freeze_norm=freeze_norm)
             pending.append(result)
             reason, is_last = self.interruption.reason(), position == batches.steps_per_epoch - 1
             is_due = reason or (not is_last and self._is_save_due())
@@ -269,6 +277,7 @@ class Run:
             "lr": float(self.recipe.learning_rate(state.step - 1)),
             "skipped_steps": int(state.skipped_steps),
             "crystals_per_s": (batches.steps_per_epoch - first) * batches.batch_size / trained,
+            "waiting_share": waited / trained,
         }
         return state, metrics, seconds + time.perf_counter() - start
 
@@ -329,8 +338,16 @@ class Run:
     def _predict(self, weights: Tree, rows: np.ndarray, num_frame_samples: int) -> np.ndarray:
         """Predictions [C, T] in label units for rows of the table."""
         groups = groups_of(rows, self.batches.batch_size)
-        table, shapes = self.dataset.table, self.batches.shapes
-        return predict_rows(self.forward, weights, table, groups, self.statistics, shapes, num_frame_samples).mean
+        return predict_rows(
+            self.forward,
+            weights,
+            self.dataset.table,
+            groups,
+            self.statistics,
+            self.batches.shapes,
+            num_frame_samples,
+            self.batches.device_table,
+        ).mean
 
     def _meta(self, epoch: int, seconds: float, results: list, val_mae: dict[str, float]) -> dict[str, Any]:
         """What a checkpoint tells beside its arrays: the last finished epoch, the results of steps since then."""
@@ -340,9 +357,10 @@ class Run:
     def _epoch_line(self, metrics: dict[str, Any]) -> str:
         errors = ", ".join(f"{s.name} {metrics['val_mae'][s.name]:.4f} {s.unit}" for s in self.statistics)
         number = f"{metrics['epoch'] + 1:>{len(str(self.config.n_epochs))}}/{self.config.n_epochs}"
+        waited = f"  waited {metrics['waiting_share']:.0%} for data" if metrics["waiting_share"] >= 0.01 else ""
         return (
             f"epoch {number}  loss {metrics['loss']:.4f}  val MAE {errors}  lr {metrics['lr']:.2e}  "
-            f"{metrics['crystals_per_s']:.0f} crystals/s"
+            f"{metrics['crystals_per_s']:.0f} crystals/s{waited}"
         )
 
     def _summary(self, state: TrainState, meta: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from crystalframer_jax.config import ConfigError, target_names
 from crystalframer_jax.configs import default
+from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.files import write_json
 from crystalframer_jax.hyperparameters import RESUMABLE_KEYS, UNIMPORTANT_KEYS
 from crystalframer_jax.training.checkpoint import FOLDER, read_json
@@ -46,6 +47,19 @@ def check_config(config: ConfigDict, workdir: Path, resume_with_changes: Sequenc
     if before:
         changed = [key for key in _changed(before, values) if key not in UNIMPORTANT_KEYS]
         _check_changes(workdir, changed, before, values, resume_with_changes)
+
+
+def check_data(dataset: Dataset, workdir: Path) -> None:
+    """Raise ConfigError if a run was started with other data than these; data.json tells which they are."""
+    file = workdir / "data.json"
+    values = {"target_set": dataset.name, "digest": dataset.digest, "remark": dataset.remark}
+    before = read_json(file) if file.exists() and stored_config(workdir) else values
+    if before["digest"] != values["digest"]:
+        raise ConfigError(
+            f"{workdir} was started with other data under the name {dataset.name} ({before['digest']}, now "
+            f"{values['digest']}): prepare those again, or choose another --workdir"
+        )
+    write_json(file, values)
 
 
 def store_config(config: ConfigDict, workdir: Path) -> None:

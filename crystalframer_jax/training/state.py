@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from crystalframer_jax.config import ConfigError
-from crystalframer_jax.data.registry import Target
+from crystalframer_jax.data.records import Target
 
 Tree = Any  # nested dict of arrays
 

@@ -6,15 +6,15 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from crystalframer_jax.config import ConfigError, neighbor_cutoff, target_names, validate
-from crystalframer_jax.data.registry import target_set
-from crystalframer_jax.data.store import Dataset, open_dataset
+from crystalframer_jax.data.datasets import open_dataset
+from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.files import locked, write_json
 from crystalframer_jax.inference.ensemble import Ensemble, ensemble_summary, ensemble_text, is_ensemble, member_names
 from crystalframer_jax.training.checkpoint import FOLDER
 from crystalframer_jax.training.interruption import Interruption
 from crystalframer_jax.training.logging import say
 from crystalframer_jax.training.loop import Options, Run
-from crystalframer_jax.training.run_directory import as_json, check_config
+from crystalframer_jax.training.run_directory import as_json, check_config, check_data
 from crystalframer_jax.training.step import working_precision
 
 
@@ -41,8 +41,11 @@ def train(
         return _train_ensemble(config, workdir, options, interruption)
     with interruption.listening():
         dataset = _open_dataset(config)
+        if dataset.remark:
+            say(f"{dataset.name}: {dataset.remark}")
         with locked(workdir / "lock", f"{workdir}: another process is training there; wait for it or choose another"):
             check_config(config, workdir, options.resume_with_changes)
+            check_data(dataset, workdir)
             with working_precision(config):
                 return Run(config, workdir, dataset, options, interruption).finish()
 
@@ -70,4 +73,4 @@ def _train_ensemble(config: ConfigDict, workdir: Path, options: Options, interru
 
 
 def _open_dataset(config: ConfigDict) -> Dataset:
-    return open_dataset(target_set(config.target_set), target_names(config), neighbor_cutoff(config), config.data_dir)
+    return open_dataset(config.target_set, target_names(config), neighbor_cutoff(config), config.data_dir)

@@ -1,0 +1,256 @@
+"""Records of JSON files, one at a time, also from inside a zip or gzip archive; nothing is ever extracted."""
+
+import codecs
+import contextlib
+import gzip
+import io
+import json
+import re
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+from crystalframer_jax.data.records import DataError
+
+CHUNK_BYTES = 1 << 20  # read at once
+MAX_RECORD_CHARS = 64 << 20  # of one record, far more than a crystal with descriptors takes
+MIN_SIZE_LIMIT = 1 << 30  # bytes; up to here an archive may unpack to any size
+MAX_EXPANSION = 200  # beyond that, times the size of the archive; crystals in JSON shrink some 6 times
+
+_BLANKS = re.compile(r"[ \t\n\r]*")
+_LONGEST_TOKEN = 16  # characters after which a number, a literal or an escape that was cut off shows
+_DAMAGE = (OSError, EOFError, ValueError, RuntimeError, struct.error, zlib.error, zipfile.BadZipFile)
+
+
+def json_records(file: Path, member: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """The elements of the JSON array that a file holds, numbered from 1; one element is in memory at a time.
+
+    Args:
+      file: a zip archive, a gzip file or plain JSON, told apart by their content. NaN and Infinity may occur.
+      member: the file inside a zip archive; nothing else in it is read.
+
+    Yields:
+      The number with the element, or with the reason why it is no record if it is not an object.
+
+    Raises:
+      DataError: the file is missing, damaged, encrypted or unreasonably large, has no such member, or is not one
+        complete array.
+    """
+    with _opened(file, member) as stream:
+        text = _JsonText(stream, f"{file} ({member})" if _is_zip(file) else str(file))
+        if text.peek() != "[":
+            text.fail("is not a list of records at its top level", "give a file that is one")
+        text.skip()
+        number = 0
+        goes_on = text.peek() != "]"
+        while goes_on:
+            number += 1
+            yield number, _as_record(text.value(number))
+            goes_on = text.peek() == ","
+            if goes_on:
+                text.skip()
+        if text.peek() != "]":
+            text.fail(f"has no comma and no end of the list after record {number}")
+        text.skip()
+        if text.peek():
+            text.fail("goes on after the end of the list")
+
+
+def json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """The records of a file with one JSON object a line, plain or gzipped, with line numbers from 1.
+
+    Blank lines are skipped. A line that is not a JSON object gives the reason instead of a record.
+
+    Raises:
+      DataError: the file is missing, damaged, unreasonably large, or has a line longer than `MAX_RECORD_CHARS` bytes.
+    """
+    with _opened(file) as stream:
+        number = 0
+        while line := stream.readline(MAX_RECORD_CHARS + 1):
+            number += 1
+            if len(line) > MAX_RECORD_CHARS:
+                raise DataError(f"{file}: line {number} is longer than {MAX_RECORD_CHARS:,} bytes; is it JSON lines?")
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if line.strip():
+                yield number, _parsed_line(line)
+
+
+def check_zip(member: str) -> Callable[[Path], None]:
+    """A check that a file is a complete zip archive with that member; without unpacking more than its beginning.
+
+    The check raises DataError. A damaged byte inside the member only shows when `json_records` reads it.
+    """
+
+    def check(file: Path) -> None:
+        if not _is_zip(file):
+            raise DataError(f"{file} is not a zip archive; fetch it again")
+        with _opened(file, member) as stream:
+            if not stream.read(1):
+                raise DataError(f"{file}: {member} is empty; fetch the archive again")
+
+    return check
+
+
+def _parsed_line(line: bytes) -> dict[str, Any] | str:
+    try:
+        return _as_record(json.loads(line.decode()))
+    except (ValueError, RecursionError) as error:
+        return f"is not JSON ({error})"
+
+
+def _as_record(value: Any) -> dict[str, Any] | str:
+    return value if isinstance(value, dict) else f"is not a JSON object but of type {type(value).__name__}"
+
+
+class _JsonText:
+    """JSON text of which a window is in memory: what was used is dropped, what is needed is read."""
+
+    def __init__(self, stream: BinaryIO, name: str):
+        self._stream, self._name = stream, name
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self._parse = json.JSONDecoder().raw_decode
+        self._window, self._at, self._ended = "", 0, False
+        self._dropped = 0  # characters before the window
+
+    def fail(self, what: str, remedy: str = "fetch it again or repair it") -> NoReturn:
+        """Raise DataError that the text `what`, with the position."""
+        raise DataError(f"{self._name} {what}, at character {self._dropped + self._at + 1:,}; {remedy}")
+
+    def peek(self) -> str:
+        """The next character that is not blank; "" at the end."""
+        while True:
+            self._at = _BLANKS.match(self._window, self._at).end()  # type: ignore[union-attr]
+            if self._at < len(self._window):
+                return self._window[self._at]
+            if self._ended:
+                return ""
+            self._read_more()
+
+    def skip(self) -> None:
+        """Pass the character that `peek` gave."""
+        self._at += 1
+
+    def value(self, number: int) -> Any:
+        """The JSON value that begins here, which is record `number`."""
+        if not self.peek():
+            self.fail(f"ends before record {number}")
+        while True:
+            try:
+                value, end = self._parse(self._window, self._at)
+            except json.JSONDecodeError as error:
+                reason = error.msg
+                cut = self._near_end(error.pos) or reason.startswith("Unterminated string")
+            except (ValueError, RecursionError) as error:  # too many digits; nested too deeply
+                reason, cut = str(error), False
+            else:
+                may_go_on = isinstance(value, int | float) and self._near_end(end)  # 1 of 1.5
+                if self._ended or not may_go_on:
+                    self._at = end
+                    return value
+                reason, cut = "", True
+            if not cut or self._ended:
+                self.fail(f"{'ends within' if cut else 'is not JSON in'} record {number} ({reason})")
+            if len(self._window) - self._at > MAX_RECORD_CHARS:
+                self.fail(f"has a record {number} of more than {MAX_RECORD_CHARS:,} characters")
+            self._read_more()
+
+    def _near_end(self, position: int) -> bool:
+        """Whether an error or a number at that position of the window may be due to what is not read yet."""
+        return position > len(self._window) - _LONGEST_TOKEN
+
+    def _read_more(self) -> None:
+        """Doubles what is unread at least, so that a long record is not parsed once for every chunk of it."""
+        unread = self._window[self._at :]
+        content = self._stream.read(max(CHUNK_BYTES, len(unread)))
+        try:
+            new = self._decoder.decode(content, final=not content)
+        except UnicodeDecodeError as error:
+            read = self._dropped + len(self._window)
+            raise DataError(f"{self._name} is not UTF-8 text, after character {read:,}; convert it to UTF-8") from error
+        self._dropped += self._at
+        self._window, self._at, self._ended = unread + new, 0, not content
+
+
+@contextlib.contextmanager
+def _opened(file: Path, member: str | None = None) -> Iterator[BinaryIO]:
+    """The unpacked content of a file, or of that member if it is a zip archive."""
+    start = _start(file)
+    with contextlib.ExitStack() as stack:
+        plain = stack.enter_context(file.open("rb"))
+        limit = max(MIN_SIZE_LIMIT, MAX_EXPANSION * file.stat().st_size)
+        with _naming_damage(file):
+            unpacked: Any = plain
+            if _is_zip(file):
+                archive = stack.enter_context(zipfile.ZipFile(plain))
+                unpacked = stack.enter_context(archive.open(_member(archive, file, member, limit)))
+            elif start[:2] == b"\x1f\x8b":  # gzip
+                unpacked = stack.enter_context(gzip.GzipFile(fileobj=plain))
+        yield io.BufferedReader(_Guarded(unpacked, file, limit), CHUNK_BYTES)  # type: ignore[misc]
+
+
+def _start(file: Path) -> bytes:
+    """The first bytes of a file, which tell what it is."""
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(4)
+    except OSError as error:
+        raise DataError(f"{file} cannot be read ({error.strerror}); give another file") from error
+    if not start:
+        raise DataError(f"{file} is empty; fetch it again")
+    return start
+
+
+def _is_zip(file: Path) -> bool:
+    return _start(file) in (b"PK\x03\x04", b"PK\x05\x06")  # the latter has no members
+
+
+def _member(archive: zipfile.ZipFile, file: Path, member: str | None, limit: int) -> zipfile.ZipInfo:
+    """The member of a zip archive, which can be read; zipfile itself reads no more of it than the size declared."""
+    if member is None:
+        raise DataError(f"{file} is a zip archive; unpack it and give the file inside")
+    names = archive.namelist()
+    if member not in names:
+        shown = ", ".join(repr(name) for name in names[:5]) + (", ..." if len(names) > 5 else "")
+        raise DataError(f"{file} does not hold {member} but {shown or 'nothing'}; give the archive that does")
+    info = archive.getinfo(member)
+    if info.flag_bits & 0x1:
+        raise DataError(f"{file}: {member} is encrypted; give an archive without a password")
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others unpack without a limit in zipfile
+        raise DataError(f"{file}: {member} is packed by method {info.compress_type}; pack it with deflate")
+    if info.file_size > limit:
+        raise DataError(f"{file}: {member} would unpack to {info.file_size:,} bytes, over {limit:,}; unpack it first")
+    return info
+
+
+class _Guarded(io.RawIOBase):
+    """An unpacked stream whose errors name the file, and which stops at the limit."""
+
+    def __init__(self, stream: BinaryIO, file: Path, limit: int):
+        self._stream, self._file, self._left = stream, file, limit
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        with _naming_damage(self._file):
+            content = self._stream.read(len(buffer))
+        self._left -= len(content)
+        if self._left < 0:
+            raise DataError(f"{self._file} unpacks to far more than its size suggests; unpack it first")
+        buffer[: len(content)] = content
+        return len(content)
+
+
+@contextlib.contextmanager
+def _naming_damage(file: Path) -> Iterator[None]:
+    """Turns what zipfile and gzip raise into DataError."""
+    try:
+        yield
+    except DataError:
+        raise
+    except _DAMAGE as error:
+        raise DataError(f"{file} is damaged ({error or type(error).__name__}); delete it and fetch it again") from error

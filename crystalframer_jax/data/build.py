@@ -1,0 +1,107 @@
+"""Columns built in parallel: chunks of work become part files, which survive an interruption and are then joined."""
+
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import joblib
+import numpy as np
+from joblib.externals.loky.process_executor import TerminatedWorkerError
+from tqdm import tqdm
+
+from crystalframer_jax.data.records import DataError
+from crystalframer_jax.files import replacing
+
+Chunk = TypeVar("Chunk")
+Columns = dict[str, np.ndarray]
+
+COUNTED_BY = {"atom_offset": "atom_offset", "edge_offset": "edge_offset", "shared_site": "atom_offset"}
+SMALL = 5000  # crystals; fewer are faster without worker processes, which take seconds to start
+
+
+def build_parts(
+    work: Callable[[Chunk], Columns],
+    chunks: Iterable[tuple[int, Chunk]],
+    folder: Path,
+    title: str,
+    total: int | None,
+    workers: int = 0,
+) -> list[Path]:
+    """Part files in `folder`, in the order of the chunks; those that are there already are not made again.
+
+    Every chunk comes with the number of crystals in it; `total` is their sum, None if it is not known. `workers` are
+    processes (0: one for each core, or none for few crystals). At most twice as many chunks are in memory.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not workers:
+        workers = 1 if total is not None and total <= SMALL else joblib.cpu_count()
+    sizes: list[int] = []
+
+    def jobs() -> Iterator[Any]:
+        for number, (size, chunk) in enumerate(chunks):
+            sizes.append(size)
+            yield joblib.delayed(_make_part)(work, chunk, folder / f"part-{number:06d}.npz")
+
+    parallel = joblib.Parallel(workers, return_as="generator", pre_dispatch=2 * workers, batch_size=1, max_nbytes=None)
+    files: list[Path] = []
+    try:
+        with parallel, tqdm(total=total, desc=title, unit=" crystals", dynamic_ncols=True, disable=None) as progress:
+            for file in parallel(jobs()):
+                progress.update(sizes[len(files)])
+                files.append(file)
+    except TerminatedWorkerError as error:
+        raise DataError(
+            f"{title}: a worker process was killed, probably for want of memory; run it again with --workers=1: what "
+            "is done is kept"
+        ) from error
+    return files
+
+
+def _make_part(work: Callable[[Chunk], Columns], chunk: Chunk, file: Path) -> Path:
+    """Do a chunk of work, unless its part file is there."""
+    if not _is_complete(file):
+        with replacing(file) as temporary, temporary.open("wb") as stream:
+            np.savez(stream, allow_pickle=False, **work(chunk))
+    return file
+
+
+def _is_complete(file: Path) -> bool:
+    """Whether a part file is there and undamaged."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return archive.testzip() is None
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+def join_parts(parts: Sequence[Path], names: Iterable[str], folder: Path) -> None:
+    """Write each column of the parts, joined, as FOLDER/NAME.npy; one part at a time is in memory.
+
+    What a part counts from its own first atom or neighbour counts from the first of all afterwards. A column has the
+    widest of its types.
+    """
+    for name in names:
+        kinds = [(column.shape, column.dtype) for column in (_column(part, name) for part in parts)]
+        overlap = int(name.endswith("_offset"))  # the last of a part is the first of the next
+        length = sum(shape[0] - overlap for shape, _ in kinds) + overlap
+        shape, dtype = (length, *kinds[0][0][1:]), np.result_type(*(dtype for _, dtype in kinds))
+        file = folder / f"{name}.npy"
+        if not length:  # cannot be mapped
+            np.save(file, np.zeros(shape, dtype), allow_pickle=False)
+            continue
+        joined = np.lib.format.open_memmap(file, "w+", dtype, shape)
+        start, base = 0, 0
+        for part in parts:
+            column = _column(part, name)
+            joined[start : start + len(column)] = column + base if name in COUNTED_BY else column
+            start += len(column) - overlap
+            if name in COUNTED_BY:
+                base += int(_column(part, COUNTED_BY[name])[-1])
+        joined.flush()
+        del joined
+
+
+def _column(part: Path, name: str) -> np.ndarray:
+    with np.load(part, allow_pickle=False) as content:
+        return content[name]

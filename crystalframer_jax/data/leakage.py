@@ -1,0 +1,185 @@
+"""Leaks between splits: crystals of validation or test that are in another split too, by id or by structure.
+
+Structures are the same if pymatgen's StructureMatcher says so without scaling the volume, at tolerances that forgive
+little more than rounding. Comparing all pairs is out of the question: candidates have the same reduced formula and
+nearly the same fingerprint, a few sums over neighbours that depend neither on the choice of the cell nor on
+orientation, origin or order of atoms.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import joblib
+import numpy as np
+from pymatgen.analysis.structure_matcher import StructureMatcher
+from pymatgen.core import Element, Structure
+from pymatgen.optimization.neighbors import find_points_in_spheres
+from scipy.spatial import KDTree
+from tqdm import tqdm
+
+from crystalframer_jax.crystal import Crystal
+from crystalframer_jax.data.build import SMALL, Columns
+from crystalframer_jax.data.splits import SPLITS
+from crystalframer_jax.data.store import crystal_at
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+RADII = (4.0, 6.0)  # Å; of the neighbours that enter a fingerprint
+FINGERPRINT_TOLERANCE = 0.02  # relative; about a change of all lengths by half a per cent
+MOST_CANDIDATES = 3  # that a crystal is compared with; frames of a trajectory would have thousands
+LATTICE_TOLERANCE = 0.02  # relative, of lattice vectors
+SITE_TOLERANCE = 0.05  # of (volume per atom)^(1/3), root mean square over the sites
+ANGLE_TOLERANCE = 1.0  # degrees
+MOST_ATOMS = 200  # crystals with more are compared by fingerprint alone: matching their sites can take minutes
+CHUNK = 50  # crystals or pairs that a worker process looks at together
+
+
+@dataclasses.dataclass(frozen=True)
+class Leak:
+    """A crystal of validation or test (`held`) that is also in another split (`other`); rows of the table."""
+
+    kind: str  # "id" or "structure"
+    split: str
+    held: int
+    other_split: str
+    other: int
+
+    @property
+    def in_training(self) -> bool:
+        """Whether the other split is that for training."""
+        return self.other_split == "train"
+
+
+def find_leaks(columns: Columns, splits: dict[str, np.ndarray], workers: int = 0) -> list[Leak]:
+    """All leaks, of test crystals first; a crystal is listed once for each other split that it is in.
+
+    `columns` are those of the crystals; `splits` are rows of them. `workers` are processes (0: one for each core).
+    """
+    leaks = []
+    split_of = {int(row): name for name in SPLITS for row in splits[name]}
+    groups = list(_same_formula(columns, split_of))
+    prints = _fingerprints(columns, sorted({row for group in groups for row in group}), workers)
+    by_id = _same_id(columns, split_of)
+    for held_split, other_split in (("test", "train"), ("test", "val"), ("val", "train")):
+        found: dict[int, Leak] = {}
+        pairs = []
+        for group in groups:
+            parts = {name: [row for row in group if split_of[row] == name] for name in (held_split, other_split)}
+            pairs += _alike(parts[held_split], parts[other_split], prints)
+        for held, other in _same_structure(columns, pairs, workers):
+            found.setdefault(held, Leak("structure", held_split, held, other_split, other))
+        for rows in by_id:
+            others = [row for row in rows if split_of[row] == other_split]
+            for held in (row for row in rows if split_of[row] == held_split and others):
+                found[held] = Leak("id", held_split, held, other_split, others[0])
+        leaks += [found[held] for held in sorted(found)]
+    return leaks
+
+
+def _same_id(columns: Columns, rows: Iterable[int]) -> list[list[int]]:
+    """Groups of rows with the same id."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[str(columns["ids"][row])].append(row)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _same_formula(columns: Columns, split_of: dict[int, str]) -> Iterator[list[int]]:
+    """Groups of rows with the same reduced formula that lie in more than one split."""
+    groups = defaultdict(list)
+    for row in split_of:
+        species = columns["species"][slice(*columns["atom_offset"][row : row + 2])]
+        elements, counts = np.unique(species, return_counts=True)
+        counts //= math.gcd(*counts.tolist())
+        groups[elements.tobytes() + counts.tobytes()].append(row)
+    for group in groups.values():
+        if len({split_of[row] for row in group}) > 1:
+            yield group
+
+
+def _fingerprints(columns: Columns, rows: list[int], workers: int) -> dict[int, np.ndarray]:
+    """The fingerprint of each of these crystals."""
+    crystals = (crystal_at(columns, row) for row in rows)
+    found = _in_parallel(_fingerprint, crystals, len(rows), "fingerprints", workers)
+    return dict(zip(rows, found, strict=True))
+
+
+def _fingerprint(crystal: Crystal) -> np.ndarray:
+    """Logarithms of the mean over the atoms i of the sum over neighbours j of (1 - d^2/R^2)^3, plain and times Z_i Z_j.
+
+    The atom itself is among its neighbours, so that no sum is 0.
+    """
+    i, j, _, distance = find_points_in_spheres(
+        crystal.positions, crystal.positions, max(RADII), np.ones(3, np.int64), crystal.lattice, 1e-8
+    )
+    charge = crystal.species.astype(float)
+    weights = np.stack([np.ones(len(i)), charge[i] * charge[j]])
+    sums = [weights @ np.maximum(1 - (distance / radius) ** 2, 0) ** 3 for radius in RADII]
+    return np.log(np.concatenate(sums) / crystal.num_atoms)
+
+
+def _alike(held: list[int], others: list[int], prints: dict[int, np.ndarray]) -> list[tuple[int, int]]:
+    """The pairs of held and other rows whose fingerprints agree; at most MOST_CANDIDATES for each held one."""
+    if not held or not others:
+        return []
+    tree = KDTree(np.stack([prints[row] for row in others]))
+    queries = np.stack([prints[row] for row in held])
+    nearest = range(1, min(MOST_CANDIDATES, len(others)) + 1)
+    _, found = tree.query(queries, nearest, p=np.inf, distance_upper_bound=FINGERPRINT_TOLERANCE)
+    return [(held[i], others[found[i, k]]) for i, k in np.argwhere(found < len(others))]
+
+
+def _same_structure(columns: Columns, pairs: list[tuple[int, int]], workers: int) -> list[tuple[int, int]]:
+    """Those of the pairs of rows whose structures match."""
+    candidates = ((_structure(columns, held), _structure(columns, other)) for held, other in pairs)
+    matches = _in_parallel(_match, candidates, len(pairs), "comparing structures", workers)
+    return [pair for pair, matched in zip(pairs, matches, strict=True) if matched]
+
+
+def _match(pair: tuple[Structure, Structure]) -> bool:
+    """Whether two structures are the same."""
+    if max(map(len, pair)) > MOST_ATOMS:
+        return True
+    matcher = StructureMatcher(LATTICE_TOLERANCE, SITE_TOLERANCE, ANGLE_TOLERANCE, scale=False)
+    return bool(matcher.fit(*pair))
+
+
+def _structure(columns: Columns, row: int) -> Structure:
+    """A crystal of the table as a pymatgen Structure, with its occupancies."""
+    first, end = columns["atom_offset"][row : row + 2]
+    species: list[Any] = [Element.from_Z(int(z)) for z in columns["species"][first:end]]
+    for place in range(*np.searchsorted(columns["shared_site"], [first, end])):
+        shares = columns["shared_occupancy"][place]
+        site = int(columns["shared_site"][place] - first)
+        species[site] = {Element.from_Z(int(z) + 1): float(shares[z]) for z in np.flatnonzero(shares)}
+    position = np.asarray(columns["position"][first:end])
+    return Structure(columns["lattice"][row], species, position, coords_are_cartesian=True)
+
+
+def _in_parallel(
+    work: Callable[[Item], Result], items: Iterable[Item], number: int, title: str, workers: int
+) -> list[Result]:
+    """work(item) for every item, in order, by worker processes if there are many."""
+    processes = 1 if number <= SMALL else workers or joblib.cpu_count()
+    parallel = joblib.Parallel(processes, return_as="generator", pre_dispatch=4 * processes, max_nbytes=None)
+    results = []
+    with parallel, tqdm(total=number, desc=title, dynamic_ncols=True, disable=number <= SMALL or None) as progress:
+        for part in parallel(joblib.delayed(_each)(work, chunk) for chunk in _batches(items)):
+            results += part
+            progress.update(len(part))
+    return results
+
+
+def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
+    items = iter(items)
+    while chunk := list(itertools.islice(items, CHUNK)):
+        yield chunk
+
+
+def _each(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    return [work(item) for item in items]

@@ -1,0 +1,111 @@
+"""The few shapes that crystals are packed into: each is one compiled program."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from crystalframer_jax.config import NO_PARTS, BatchParts
+from crystalframer_jax.data.table import CrystalTable
+
+CELL_BLOCK = 8  # the length of cell rows is padded to a multiple of this
+ATOM_BLOCK = 32  # atoms are padded to multiples of this, the block size of the lattice sums
+EDGE_BLOCK = 256  # neighbours are padded to multiples of this
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchShape:
+    """Padded sizes of a batch and what it holds; one compiled program each."""
+
+    num_atoms: int
+    row_length: int
+    num_crystals: int
+    cell_length: int = 0  # atoms of the largest cell, if parts.cells
+    parts: BatchParts = NO_PARTS
+    num_edges: int = 0  # neighbours of all atoms; 0: as many as the rows can hold
+
+    @property
+    def edges(self) -> int:
+        """Padded number of neighbours."""
+        return self.num_edges or self.num_atoms * self.row_length
+
+
+def round_up(value: float, least: int) -> int:
+    """The next of least * (1, 1.5, 2, 3, 4, 6, 8, ...): few shapes, at most a third of padding."""
+    step = least
+    while step < value:
+        if step + step // 2 >= value:
+            return step + step // 2
+        step *= 2
+    return step
+
+
+def plan_shapes(
+    table: CrystalTable, indices: np.ndarray, batch_size: int, longest_row: int, parts: BatchParts = NO_PARTS
+) -> list[BatchShape]:
+    """At most two shapes for random batches of `batch_size` among the crystals `indices` [C] of the table.
+
+    The first holds all but about one in five hundred random batches (mean + 3 standard deviations of the numbers of
+    atoms and of neighbours), the second the largest batch that can occur.
+    """
+    sizes, edges = table.num_atoms[indices], table.num_edges[indices]
+    row_length = round_up(longest_row, ATOM_BLOCK)
+    cell_length = round_up(int(sizes.max(initial=1)), CELL_BLOCK) if parts.cells else 0
+    planned = zip(_usual_and_largest(sizes, batch_size), _usual_and_largest(edges, batch_size), strict=True)
+    shapes = [
+        BatchShape(_blocks(n, ATOM_BLOCK), row_length, batch_size, cell_length, parts, _blocks(max(e, 1), EDGE_BLOCK))
+        for n, e in planned
+    ]
+    return list(dict.fromkeys(shapes))
+
+
+def shape_for(table: CrystalTable, indices: np.ndarray, parts: BatchParts = NO_PARTS) -> BatchShape:
+    """A shape that holds these crystals, rounded up so that similar requests share a compiled program."""
+    sizes, edges = lengths_of(table.atom_offset, indices), lengths_of(table.edge_offset, indices).sum()
+    counts = np.asarray(table.count)[ranges_of(table.atom_offset, indices)]
+    num_atoms, row_length = round_up(len(counts), ATOM_BLOCK), round_up(counts.max(initial=1), ATOM_BLOCK)
+    num_edges = num_atoms * row_length
+    while num_edges % 2 == 0 and num_edges // 2 >= edges:
+        num_edges //= 2
+    cell_length = round_up(int(sizes.max(initial=1)), CELL_BLOCK) if parts.cells else 0
+    return BatchShape(num_atoms, row_length, round_up(len(indices), 1), cell_length, parts, num_edges)
+
+
+def fitting_shape(table: CrystalTable, indices: np.ndarray, shapes: Sequence[BatchShape]) -> BatchShape:
+    """The first of `shapes` that holds the crystals `indices` of the table; ValueError if there is none."""
+    sizes, edges = lengths_of(table.atom_offset, indices), int(lengths_of(table.edge_offset, indices).sum())
+    longest = int(np.asarray(table.count)[ranges_of(table.atom_offset, indices)].max(initial=1))
+    for shape in shapes:
+        if (
+            sizes.sum() <= shape.num_atoms
+            and edges <= shape.edges
+            and longest <= shape.row_length
+            and len(indices) <= shape.num_crystals
+            and (sizes.max(initial=0) <= shape.cell_length or not shape.parts.cells)
+        ):
+            return shape
+    raise ValueError(
+        f"{len(indices)} crystals with {sizes.sum()} atoms, {edges} neighbors and rows up to {longest} fit none of "
+        f"{shapes}"
+    )
+
+
+def lengths_of(offset: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """Lengths of the segments `indices` of a flat column."""
+    return np.asarray(offset[indices + 1] - offset[indices])
+
+
+def ranges_of(offset: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """All places of the segments `indices` of a flat column, one segment after the other."""
+    starts, lengths = np.asarray(offset[indices]), lengths_of(offset, indices)
+    return np.repeat(starts - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
+
+
+def _usual_and_largest(sizes: np.ndarray, batch_size: int) -> tuple[float, int]:
+    """Sum of the sizes of `batch_size` crystals: mean + 3 standard deviations, and the largest there can be."""
+    largest = int(np.sort(sizes)[::-1][:batch_size].sum())
+    return min(sizes.mean() * batch_size + 3 * sizes.std() * np.sqrt(batch_size), largest), largest
+
+
+def _blocks(number: float, block: int) -> int:
+    return block * int(np.ceil(number / block))
