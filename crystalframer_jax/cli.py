@@ -186,8 +186,9 @@ def error_table(
         baseline = mean_predictor_errors(labels, targets, dataset.labels[dataset.splits["train"]])
         for t, s in enumerate(targets):
             errors = [math.nan if value is None else value for value in metrics[s.name].values()]
-            line = [s.name + kind, s.unit, len(labels), *errors, baseline[s.name]]
-            lines.append([*line, *([float(predictions.spread[chosen, t].mean())] if over else [])])
+            known = np.isfinite(labels[:, t])
+            line = [s.name + kind, s.unit, int(known.sum()), *errors, baseline[s.name]]
+            lines.append([*line, *([float(predictions.spread[chosen][known, t].mean())] if over else [])])
     return table(header, lines)
 
 

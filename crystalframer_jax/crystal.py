@@ -141,7 +141,10 @@ def _check_occupancies(occupancies: np.ndarray, where: str) -> None:
 
 
 def _check_volume(lattice: np.ndarray, where: str) -> None:
-    volume = abs(np.linalg.det(lattice))
+    with np.errstate(over="ignore"):
+        volume = abs(np.linalg.det(lattice))
+    if not np.isfinite(volume):
+        raise CrystalError(f"{where}: the cell is infinitely large; give lattice vectors in Å")
     if volume < MIN_VOLUME or volume < 1e-6 * np.linalg.norm(lattice, axis=1).prod():
         problem = f"the cell has no volume ({volume:.3g} Å^3)"
         raise CrystalError(f"{where}: {problem}; give three lattice vectors in Å that are not coplanar")

@@ -76,7 +76,10 @@ def locked(file: Path, if_busy: str | None = None) -> Iterator[None]:
         except OSError as error:
             raise UserError(f"{file.parent} cannot be written ({error.strerror}); choose another folder") from error
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | (fcntl.LOCK_NB if if_busy else 0))
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(if_busy) from error
+            if if_busy:
+                raise UserError(if_busy) from error
+            print(f"waiting for another process to release {file}", flush=True)
+            fcntl.flock(stream, fcntl.LOCK_EX)
         yield

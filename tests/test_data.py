@@ -23,13 +23,13 @@ from pymatgen.core import Element
 from support import BUNDLED
 
 from crystalframer_jax.config import ConfigError
-from crystalframer_jax.crystal import Crystal
+from crystalframer_jax.crystal import Crystal, CrystalError
 from crystalframer_jax.data import build, store
 from crystalframer_jax.data import prepare as module
 from crystalframer_jax.data.datasets import open_dataset
 from crystalframer_jax.data.origins import Bundled
 from crystalframer_jax.data.prepare import DEFAULT, Preparation, prepare
-from crystalframer_jax.data.records import DataError, Record, Source, Target, parse_label
+from crystalframer_jax.data.records import DataError, Record, Source, Target, crystal_of, parse_label
 from crystalframer_jax.data.registry import TARGET_SETS, TargetSet
 from crystalframer_jax.data.splits import given_split, random_split, record_hash, split_by_group
 from crystalframer_jax.data.store import Dataset, load_dataset
@@ -178,7 +178,7 @@ def test_a_split_with_counts():
         "val": order[65:95],
         "test": order[95:],
     }
-    with pytest.raises(DataError, match=r"100 crystals are too few for 60 \+ 36 \+ 5"):
+    with pytest.raises(ValueError, match=r"100 crystals are too few for 60 \+ 36 \+ 5"):
         random_split(np.arange(100), (60, 36, 5))
 
 
@@ -196,6 +196,13 @@ def test_groups_stay_together():
     again = split_by_group(records, groups)
     assert all(np.array_equal(again[name], rows) for name, rows in splits.items())
     assert set(split_by_group(records, groups, seed=5)["test"].tolist()) != set(splits["test"].tolist())
+
+
+def test_a_large_group_is_for_training():
+    groups = ["large"] * 50 + [f"g{number}" for number in range(50)]
+    for seed in range(20):
+        splits = split_by_group(np.arange(100), groups, seed)
+        assert [len(splits[name]) for name in ("train", "val", "test")] == [80, 10, 10]
 
 
 def test_a_given_split():
@@ -281,7 +288,7 @@ def test_a_prepared_store_is_read_without_the_records(tmp_path):
     assert_same_dataset(first, again)
     assert isinstance(again.table.image.base, np.memmap)
     rows = rows_folder(tmp_path).name
-    assert left_in(tmp_path / "small") == ["crystals", "leakage.csv", rows, "skipped.csv"]
+    assert left_in(tmp_path / "small") == ["crystals", rows]
     assert left_in(tmp_path) == [".small.lock", "small"]
 
 
@@ -341,7 +348,7 @@ def damage(file: Path, how: str) -> None:
 def test_damage_is_noticed_and_preparation_mends_it(tmp_path, how):
     intact = copy_of(open_small(tmp_path))
     files = sorted([*(tmp_path / "small" / "crystals").iterdir(), *rows_folder(tmp_path).iterdir()])
-    assert len(files) == len(COLUMNS) + 7  # labels, leaked, three splits, two of manifest.json
+    assert len(files) == len(COLUMNS) + 9  # labels, leaked, three splits, two reports, two of manifest.json
     for file in files:
         damage(file, how)
         if file.parent.name == "crystals":
@@ -404,22 +411,24 @@ def in_process(code: str, *arguments: object) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=Path(__file__).parent, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("moment", [1, 4, 6, 7, 9, 10, 13])  # 6 parts, skipped.csv, crystals, leakage.csv, parts, rows
+@pytest.mark.parametrize(
+    "moment", [2, 6, 7, 8, 9, 11, 12]
+)  # after some of: 6 parts, two reports, crystals, parts, rows
 def test_a_killed_preparation_goes_on(tmp_path, monkeypatch, moment):
     with in_process(KILLED_PREPARATION, tmp_path, moment) as process:
         _, errors = process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL, errors
     is_prepared = (tmp_path / "small" / "crystals").exists()
-    assert is_prepared == (moment >= 8)
+    assert is_prepared == (moment >= 9)
     parts = {file: file.stat().st_mtime_ns for file in (tmp_path / "small").glob(".*.parts/part-*.npz")}
-    assert parts or moment == 9
+    assert parts
     monkeypatch.setattr(module, "CHUNK", 10)
     monkeypatch.setattr(store, "CHUNK_ATOMS", 60)
     made, make = [], build.replacing
     monkeypatch.setattr(build, "replacing", lambda file: made.append(file) or make(file))
     dataset = open_small(tmp_path)
     assert not set(made) & set(parts)  # what was done is not done again
-    assert left_in(tmp_path / "small") == ["crystals", "leakage.csv", rows_folder(tmp_path).name, "skipped.csv"]
+    assert left_in(tmp_path / "small") == ["crystals", rows_folder(tmp_path).name]
     assert_same_dataset(dataset, open_small(tmp_path / "elsewhere"))
 
 
@@ -503,7 +512,7 @@ def test_a_bad_record_is_skipped_and_shifts_no_other(tmp_path, capsys, kind):
     bad_id = records[number]["id"]
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped")]
     assert "1 of 120 records" in line and f"line {number + 1}" in line
-    with (tmp_path / "small" / "skipped.csv").open() as stream:
+    with (tmp_path / "small" / "crystals" / "skipped.csv").open() as stream:
         ((id, where, reason),) = list(csv.reader(stream))[1:]
     assert id == bad_id and where == f"line {number + 1}" and len(reason) > 10
 
@@ -537,6 +546,94 @@ def test_too_many_bad_records_are_an_error(tmp_path):
     assert len((tmp_path / "small" / "skipped.csv").read_text().splitlines()) == 8
     assert prepare_small(tmp_path, target_set, Preparation(max_bad_share=0.06))
     assert len(load_dataset(tmp_path / "small", ("e_form",), CUTOFF).table) == 113
+
+
+def test_what_could_not_be_read_is_tried_again(tmp_path, monkeypatch):
+    def unreadable(record):
+        raise CrystalError(f"{record.id}: needs ASE; pip install ase")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "crystal_of", unreadable)
+        with pytest.raises(DataError, match=r"60 of 60 records .*needs ASE"):
+            prepare_small(tmp_path)
+    assert len(open_small(tmp_path).table) == 60
+    assert left_in(tmp_path / "small") == ["crystals", rows_folder(tmp_path).name]
+
+
+def test_parts_in_chunks_of_another_size_are_not_used(tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "CHUNK", 20)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "join_parts", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            open_small(tmp_path)
+    monkeypatch.setattr(module, "CHUNK", 10)
+    assert_same_dataset(open_small(tmp_path), open_small(tmp_path / "elsewhere"))
+
+
+def test_a_split_of_ones_own_of_a_bundled_set_stays(tmp_path, monkeypatch):
+    monkeypatch.setitem(TARGET_SETS, "small", small_set())
+    prepare_small(tmp_path, options=Preparation(split_seed=4))
+    splits = open_dataset("small", ("e_form",), CUTOFF, str(tmp_path)).splits
+    order = list(range(60))
+    random.Random(4).shuffle(order)
+    assert splits["test"].tolist() == order[54:]
+
+
+def test_a_name_of_excessive_length_is_a_bad_record(tmp_path):
+    dataset = open_small(tmp_path, small_set(changes={5: {"id": "x" * 20_000}}))
+    assert len(dataset.table) == 59 and dataset.table.ids.itemsize <= 4 * 200
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"frac_coords": np.zeros((3, 5)).tolist(), "species": ["H"] * 5},
+        {"lattice": [3.0] * 9},
+        {"lattice": [[1e200, 0, 0], [0, 1e200, 0], [0, 0, 1e200]]},
+        {"lattice": None},
+    ],
+)
+def test_structures_that_are_not_what_they_seem(tmp_path, change):
+    assert len(open_small(tmp_path, small_set(changes={7: change})).table) == 59
+
+
+@pytest.mark.parametrize("cartesian", ["false", None, 2])
+def test_a_flag_that_is_none(cartesian):
+    structure = {"lattice_mat": np.eye(3) * 4, "elements": ["Fe"], "coords": [[0, 0, 0.5]], "cartesian": cartesian}
+    with pytest.raises(CrystalError, match=r"cartesian=.* is neither true nor false"):
+        crystal_of(Record("a", "", structure, ()))
+
+
+def test_a_target_without_labels_in_a_split(tmp_path):
+    test = random_split(np.arange(60))["test"].tolist()
+    target_set = small_set(changes={number: {"e_above_hull": "na"} for number in test})
+    assert len(open_small(tmp_path, target_set).splits["test"]) == 6
+    with pytest.raises(DataError, match="small: no crystal for test has a label e_above_hull"):
+        load_dataset(tmp_path / "small", ("e_above_hull",), CUTOFF)
+
+
+def test_a_full_disk_is_an_error(tmp_path, monkeypatch):
+    """And not a crash, as it is when it shows while memory is written back to a mapped file."""
+    written = []
+    write = np.lib.format.write_array_header_1_0
+
+    def limited(stream, header):
+        write(stream, header)
+        stream.flush()
+        written.append(stream.name)
+        os.ftruncate(stream.fileno(), 0)
+        os.dup2(os.open("/dev/full", os.O_WRONLY), stream.fileno())
+
+    prepare_small(tmp_path)
+    monkeypatch.setattr(np.lib.format, "write_array_header_1_0", limited)
+    with pytest.raises(OSError, match="No space left"):
+        load_dataset(tmp_path / "small", ("e_form",), CUTOFF)
+    monkeypatch.undo()
+    assert written
+    assert_same_dataset(open_small(tmp_path), open_small(tmp_path / "elsewhere"))
 
 
 def test_sources_that_leave_nothing(tmp_path):

@@ -63,12 +63,12 @@ def rounded(structure: Structure) -> Structure:
 
 
 def stretched(structure: Structure) -> Structure:
-    return Structure(structure.lattice.matrix * 1.02, structure.species, structure.frac_coords)
+    return Structure(structure.lattice.matrix * 1.006, structure.species, structure.frac_coords)
 
 
 def moved(structure: Structure) -> Structure:
     coords = structure.frac_coords.copy()
-    coords[0] += 0.3 / np.array(structure.lattice.abc)
+    coords[0] += 0.15 / np.array(structure.lattice.abc)
     return Structure(structure.lattice, structure.species, coords)
 
 
@@ -92,6 +92,16 @@ def test_another_structure_of_nearly_the_same_kind_is_not(change):
     structure = next(s for s in map(structure_of, RECORDS) if 4 <= len(s) <= 12)
     assert leaks_of([structure], [], [structure.copy()]) == [("structure", "test", 0, "train", 0)]
     assert leaks_of([structure], [], [change(structure)]) == []
+
+
+def test_large_cells_are_the_same_only_if_they_are():
+    cell = Structure(np.eye(3) * 3.7, ["Cu"] * 4, [[0, 0, 0], [0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0]]) * (4, 4, 4)
+    orderings = []
+    for seed in range(4):
+        gold = np.random.default_rng(seed).permutation(256)[:128]
+        orderings.append(Structure(cell.lattice, ["Au" if i in gold else "Cu" for i in range(256)], cell.frac_coords))
+    assert leaks_of(orderings[:3], [], orderings[3:]) == []
+    assert leaks_of(orderings, [], [shuffled(orderings[2])]) == [("structure", "test", 0, "train", 2)]
 
 
 def test_polymorphs_are_different():

@@ -236,7 +236,7 @@ def test_other_labels_upstream_are_noticed(tmp_path, official_subset, changes, c
 
 def test_another_release_is_noticed(tmp_path):
     message = failure(tmp_path, "jarvis__megnet", f"--source={archive(tmp_path, 'megnet.json')}")
-    assert "60 crystals are too few" in message or "60 records instead of 69,239" in message
+    assert "the source has 60 records instead of 69,239, so it is another release or a part" in message
     message = failure(tmp_path, "jarvis__oqmd_3d", f"--source={archive(tmp_path, 'all_oqmd.json')}")
     assert "the source has 60 records instead of 817,636, so it is another release or a part" in message
 
@@ -249,7 +249,7 @@ def test_duplicate_ids_are_reported(tmp_path, capsys):
     prepare(tmp_path, "jarvis__megnet", f"--source={file}", "--unofficial")
     assert opened(tmp_path, "jarvis__megnet", "e_form").leaked.tolist() == [held]
     assert "1 test crystal is also in training: 1 by id" in capsys.readouterr().out
-    with (tmp_path / "data" / "jarvis__megnet" / "leakage.csv").open() as stream:
+    with (tmp_path / "data" / "jarvis__megnet" / "crystals" / "leakage.csv").open() as stream:
         ((*line,),) = list(csv.reader(stream))[1:]
     assert line == ["id", "test", RECORDS[trained]["id"], "train", RECORDS[trained]["id"]]
 
@@ -265,7 +265,7 @@ def test_records_without_crystal_or_of_another_type(tmp_path, capsys):
     flags = f"--source={file}", "--unofficial"
     assert "4 of 60 records cannot be used" in failure(tmp_path, "jarvis__megnet", *flags)
     prepare(tmp_path, "jarvis__megnet", *flags, "--max_bad_share=0.07")
-    with (tmp_path / "data" / "jarvis__megnet" / "skipped.csv").open() as stream:
+    with (tmp_path / "data" / "jarvis__megnet" / "crystals" / "skipped.csv").open() as stream:
         bad = {row["where"]: row["reason"] for row in csv.DictReader(stream)}
     assert list(bad) == [f"megnet.json.zip record {number}" for number in (4, 10, 22, 31)]
     assert len(opened(tmp_path, "jarvis__megnet", "e_form").table) == 56
@@ -320,7 +320,7 @@ def test_a_bad_file_does_not_keep_the_others_back(tmp_path):
     (source / f"{RECORDS[11]['id']}.cif").write_text("data_x\n")
     (source / f"{RECORDS[12]['id']}.cif").unlink()
     prepare(tmp_path, "mine", f"--source={source}", "--max_bad_share=0.1")
-    with (tmp_path / "data" / "mine" / "skipped.csv").open() as stream:
+    with (tmp_path / "data" / "mine" / "crystals" / "skipped.csv").open() as stream:
         bad = list(csv.DictReader(stream))
     assert [row["id"] for row in bad] == [RECORDS[11]["id"], RECORDS[12]["id"]]
     assert all("id_prop.csv" in row["where"] for row in bad)
@@ -351,7 +351,46 @@ def test_splits_and_groups_of_ones_own(tmp_path):
     assert opened(tmp_path, "seeded", "gap").splits["train"].tolist() == order[:32]
 
 
+def test_crystals_lost_from_official_splits_are_told(tmp_path, official_subset):
+    unknown = {number: {"mbj_bandgap": "na"} for number in (5, 17, 33)}
+    archive(tmp_path, "jdft_3d-8-18-2021.json", unknown | {40: {"atoms": {}}})
+    name = "jarvis__dft_3d_2021-mbj_bandgap"
+    prepare(tmp_path, name, f"--source={official_subset}")
+    dataset = opened(tmp_path, name, "mbj_bandgap")
+    assert sum(map(len, dataset.splits.values())) == 54
+    assert "1 crystals of the official splits could not be used" in dataset.remark
+
+
+def test_labels_that_are_texts_are_none_in_an_archive(tmp_path, official_subset):
+    unknown = {number: {"mbj_bandgap": "1.0"} for number in (5, 17, 33)}
+    archive(tmp_path, "jdft_3d-8-18-2021.json", unknown)
+    prepare(tmp_path, "jarvis__dft_3d_2021-mbj_bandgap", f"--source={official_subset}")  # as if they were missing
+
+
+def test_elastic_files_that_are_not_the_ones(tmp_path):
+    pickles(tmp_path, "bulk")
+    (tmp_path / ".bulk_megnet_train.pkl.part").write_bytes(b"")
+    (tmp_path / "._bulk_megnet_val.pkl").write_bytes(b"")
+    (tmp_path / "bulk_megnet_test (1).pkl").write_bytes(b"")
+    prepare(tmp_path, "jarvis__megnet-bulk_modulus", f"--source={tmp_path}", "--unofficial")
+    (tmp_path / "bulk_megnet_test.pkl").rename(tmp_path / "bulk_megnet_test (2).pkl")
+    message = failure(tmp_path, "jarvis__megnet-bulk_modulus", f"--source={tmp_path}", "--unofficial")
+    assert "which is bulk_megnet_test.pkl, bulk_megnet_test (1).pkl or bulk_megnet_test (2).pkl?" in message
+
+
+@pytest.mark.parametrize("flag", ["--max_bad_share=2", "--max_bad_share=nan", "--workers=-1"])
+def test_flags_out_of_range(tmp_path, flag, capsys):
+    with pytest.raises(SystemExit) as error:
+        prepare(tmp_path, "mp_flla_2015", flag)
+    assert error.value.code == 2 and flag.split("=")[0] in capsys.readouterr().err
+
+
 def test_what_cannot_be_asked_for(tmp_path):
+    with pytest.raises(SystemExit, match="name the target set"):
+        prepare_main([f"--source={tmp_path}"])
+    assert "leave --split_seed out, or add --unofficial" in failure(tmp_path, "jarvis__megnet", "--split_seed=4")
+    contradiction = "--group_column=a", "--split_column=b", f"--source={tmp_path}"
+    assert "contradict each other" in failure(tmp_path, "mine", *contradiction)
     assert "name your crystals with --source" in failure(tmp_path, "mine")
     assert "no such file or folder" in failure(tmp_path, "mine", f"--source={tmp_path / 'nowhere'}")
     assert "comes with the package" in failure(tmp_path, "mp_flla_2015", f"--source={tmp_path}")

@@ -1,5 +1,7 @@
 """Columns built in parallel: chunks of work become part files, which survive an interruption and are then joined."""
 
+import contextlib
+import threading
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +22,29 @@ COUNTED_BY = {"atom_offset": "atom_offset", "edge_offset": "edge_offset", "share
 SMALL = 5000  # crystals; fewer are faster without worker processes, which take seconds to start
 
 
+@contextlib.contextmanager
+def processes(number: int, ahead: int, what: str) -> Iterator[joblib.Parallel]:
+    """Worker processes, which are given at most `ahead` pieces of work before their turn and are killed by Ctrl-C."""
+    parallel = joblib.Parallel(number, return_as="generator", pre_dispatch=ahead, batch_size=1, max_nbytes=None)
+    try:
+        with parallel:
+            try:
+                yield parallel
+            except KeyboardInterrupt:
+                threading.excepthook = lambda _: None  # of threads that miss the workers
+                raise
+    except TerminatedWorkerError as error:
+        raise DataError(
+            f"{what}: a worker process was killed, probably for want of memory; go on with scripts/prepare_data.py "
+            "--workers=1: what is done is kept"
+        ) from error
+
+
+def num_processes(total: int | None, workers: int) -> int:
+    """Processes for that many crystals: `workers`, or (0) one for each core, or none for few crystals."""
+    return workers or (1 if total is not None and total <= SMALL else joblib.cpu_count())
+
+
 def build_parts(
     work: Callable[[Chunk], Columns],
     chunks: Iterable[tuple[int, Chunk]],
@@ -30,12 +55,11 @@ def build_parts(
 ) -> list[Path]:
     """Part files in `folder`, in the order of the chunks; those that are there already are not made again.
 
-    Every chunk comes with the number of crystals in it; `total` is their sum, None if it is not known. `workers` are
-    processes (0: one for each core, or none for few crystals). At most twice as many chunks are in memory.
+    Every chunk comes with the number of crystals in it; `total` is their sum, None if it is not known. At most twice as
+    many chunks as processes (see `num_processes`) are in memory.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if not workers:
-        workers = 1 if total is not None and total <= SMALL else joblib.cpu_count()
+    number = num_processes(total, workers)
     sizes: list[int] = []
 
     def jobs() -> Iterator[Any]:
@@ -43,18 +67,12 @@ def build_parts(
             sizes.append(size)
             yield joblib.delayed(_make_part)(work, chunk, folder / f"part-{number:06d}.npz")
 
-    parallel = joblib.Parallel(workers, return_as="generator", pre_dispatch=2 * workers, batch_size=1, max_nbytes=None)
     files: list[Path] = []
-    try:
-        with parallel, tqdm(total=total, desc=title, unit=" crystals", dynamic_ncols=True, disable=None) as progress:
-            for file in parallel(jobs()):
-                progress.update(sizes[len(files)])
-                files.append(file)
-    except TerminatedWorkerError as error:
-        raise DataError(
-            f"{title}: a worker process was killed, probably for want of memory; run it again with --workers=1: what "
-            "is done is kept"
-        ) from error
+    bar = tqdm(total=total, desc=title, unit=" crystals", dynamic_ncols=True, disable=None)
+    with processes(number, 2 * number, title) as parallel, bar as progress:
+        for file in parallel(jobs()):
+            progress.update(sizes[len(files)])
+            files.append(file)
     return files
 
 
@@ -86,20 +104,16 @@ def join_parts(parts: Sequence[Path], names: Iterable[str], folder: Path) -> Non
         overlap = int(name.endswith("_offset"))  # the last of a part is the first of the next
         length = sum(shape[0] - overlap for shape, _ in kinds) + overlap
         shape, dtype = (length, *kinds[0][0][1:]), np.result_type(*(dtype for _, dtype in kinds))
-        file = folder / f"{name}.npy"
-        if not length:  # cannot be mapped
-            np.save(file, np.zeros(shape, dtype), allow_pickle=False)
-            continue
-        joined = np.lib.format.open_memmap(file, "w+", dtype, shape)
-        start, base = 0, 0
-        for part in parts:
-            column = _column(part, name)
-            joined[start : start + len(column)] = column + base if name in COUNTED_BY else column
-            start += len(column) - overlap
-            if name in COUNTED_BY:
-                base += int(_column(part, COUNTED_BY[name])[-1])
-        joined.flush()
-        del joined
+        start = 0
+        with (folder / f"{name}.npy").open("wb") as stream:  # written in order: a full disk is an error, not a crash
+            header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(stream, header)
+            for number, part in enumerate(parts):
+                column = _column(part, name)
+                if name in COUNTED_BY:
+                    column, start = column + start, start + int(_column(part, COUNTED_BY[name])[-1])
+                column = column[overlap:] if number else column
+                stream.write(np.ascontiguousarray(column, dtype).tobytes())
 
 
 def _column(part: Path, name: str) -> np.ndarray:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from crystalframer_jax.config import ConfigError
 from crystalframer_jax.data.origins import Bundled
-from crystalframer_jax.data.prepare import prepare
+from crystalframer_jax.data.prepare import is_current, prepare
 from crystalframer_jax.data.registry import TARGET_SETS
 from crystalframer_jax.data.store import Dataset, data_folder, load_dataset
 from crystalframer_jax.neighbors import LatticeBox
@@ -20,7 +20,9 @@ def open_dataset(name: str, targets: tuple[str, ...], cutoff: float | LatticeBox
     folder = folder_of(name, data_dir)
     known = TARGET_SETS.get(name)
     if known and isinstance(known.origin, Bundled):
-        prepare(folder, known.origin.open(known.targets), known)
+        source = known.origin.open(known.targets)
+        if not is_current(folder, source):
+            prepare(folder, source, known)
     elif not known and not folder.is_dir():
         own = ", ".join(prepared_sets(folder.parent)) or "none"
         raise ConfigError(

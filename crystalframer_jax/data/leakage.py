@@ -1,9 +1,9 @@
 """Leaks between splits: crystals of validation or test that are in another split too, by id or by structure.
 
 Structures are the same if pymatgen's StructureMatcher says so without scaling the volume, at tolerances that forgive
-little more than rounding. Comparing all pairs is out of the question: candidates have the same reduced formula and
-nearly the same fingerprint, a few sums over neighbours that depend neither on the choice of the cell nor on
-orientation, origin or order of atoms.
+what two relaxations of the same crystal differ by. Comparing all pairs is out of the question: candidates have the same
+reduced formula and nearly the same fingerprint, a few sums over neighbours that depend neither on the choice of the
+cell nor on orientation, origin or order of atoms.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from scipy.spatial import KDTree
 from tqdm import tqdm
 
 from crystalframer_jax.crystal import Crystal
-from crystalframer_jax.data.build import SMALL, Columns
+from crystalframer_jax.data.build import SMALL, Columns, num_processes, processes
 from crystalframer_jax.data.splits import SPLITS
 from crystalframer_jax.data.store import crystal_at
 
@@ -30,12 +30,13 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 RADII = (4.0, 6.0)  # Å; of the neighbours that enter a fingerprint
-FINGERPRINT_TOLERANCE = 0.02  # relative; about a change of all lengths by half a per cent
-MOST_CANDIDATES = 3  # that a crystal is compared with; frames of a trajectory would have thousands
-LATTICE_TOLERANCE = 0.02  # relative, of lattice vectors
-SITE_TOLERANCE = 0.05  # of (volume per atom)^(1/3), root mean square over the sites
-ANGLE_TOLERANCE = 1.0  # degrees
-MOST_ATOMS = 200  # crystals with more are compared by fingerprint alone: matching their sites can take minutes
+FINGERPRINT_TOLERANCE = 0.01  # of logarithms; about a change of all lengths by 0.3 %
+MOST_CANDIDATES = 2  # that a crystal is compared with; frames of a trajectory would have thousands
+LATTICE_TOLERANCE = 0.003  # relative, of lattice vectors
+SITE_TOLERANCE = 0.01  # root mean square over the sites, in units of (volume per atom)^(1/3): about 0.025 Å
+ANGLE_TOLERANCE = 0.5  # degrees
+MOST_ATOMS = 60  # matching the sites of larger cells takes too long; they are the same if their fingerprints are
+SAME_FINGERPRINT = 1e-4
 CHUNK = 50  # crystals or pairs that a worker process looks at together
 
 
@@ -71,7 +72,7 @@ def find_leaks(columns: Columns, splits: dict[str, np.ndarray], workers: int = 0
         for group in groups:
             parts = {name: [row for row in group if split_of[row] == name] for name in (held_split, other_split)}
             pairs += _alike(parts[held_split], parts[other_split], prints)
-        for held, other in _same_structure(columns, pairs, workers):
+        for held, other in _same_structure(columns, pairs, prints, workers):
             found.setdefault(held, Leak("structure", held_split, held, other_split, other))
         for rows in by_id:
             others = [row for row in rows if split_of[row] == other_split]
@@ -134,17 +135,23 @@ def _alike(held: list[int], others: list[int], prints: dict[int, np.ndarray]) ->
     return [(held[i], others[found[i, k]]) for i, k in np.argwhere(found < len(others))]
 
 
-def _same_structure(columns: Columns, pairs: list[tuple[int, int]], workers: int) -> list[tuple[int, int]]:
+def _same_structure(
+    columns: Columns, pairs: list[tuple[int, int]], prints: dict[int, np.ndarray], workers: int
+) -> list[tuple[int, int]]:
     """Those of the pairs of rows whose structures match."""
-    candidates = ((_structure(columns, held), _structure(columns, other)) for held, other in pairs)
-    matches = _in_parallel(_match, candidates, len(pairs), "comparing structures", workers)
-    return [pair for pair, matched in zip(pairs, matches, strict=True) if matched]
+    num_atoms = np.diff(columns["atom_offset"])
+    small = [pair for pair in pairs if num_atoms[list(pair)].min() <= MOST_ATOMS]
+    candidates = ((_structure(columns, held), _structure(columns, other)) for held, other in small)
+    matches = _in_parallel(_match, candidates, len(small), "comparing structures", workers)
+    same = {pair for pair, matched in zip(small, matches, strict=True) if matched}
+    for held, other in set(pairs) - set(small):
+        if np.abs(prints[held] - prints[other]).max() <= SAME_FINGERPRINT:
+            same.add((held, other))
+    return [pair for pair in pairs if pair in same]
 
 
 def _match(pair: tuple[Structure, Structure]) -> bool:
     """Whether two structures are the same."""
-    if max(map(len, pair)) > MOST_ATOMS:
-        return True
     matcher = StructureMatcher(LATTICE_TOLERANCE, SITE_TOLERANCE, ANGLE_TOLERANCE, scale=False)
     return bool(matcher.fit(*pair))
 
@@ -165,10 +172,10 @@ def _in_parallel(
     work: Callable[[Item], Result], items: Iterable[Item], number: int, title: str, workers: int
 ) -> list[Result]:
     """work(item) for every item, in order, by worker processes if there are many."""
-    processes = 1 if number <= SMALL else workers or joblib.cpu_count()
-    parallel = joblib.Parallel(processes, return_as="generator", pre_dispatch=4 * processes, max_nbytes=None)
+    count = num_processes(number, workers)
     results = []
-    with parallel, tqdm(total=number, desc=title, dynamic_ncols=True, disable=number <= SMALL or None) as progress:
+    bar = tqdm(total=number, desc=title, dynamic_ncols=True, disable=number <= SMALL or None)
+    with processes(count, 4 * count, title) as parallel, bar as progress:
         for part in parallel(joblib.delayed(_each)(work, chunk) for chunk in _batches(items)):
             results += part
             progress.update(len(part))

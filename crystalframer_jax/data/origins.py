@@ -71,7 +71,7 @@ class JarvisArchive:
 
         def records() -> Iterator[Record | BadRecord]:
             for number, content in json_records(file, member):
-                yield _record(content, self.id_field, f"{file.name} record {number}", targets)
+                yield _record(content, self.id_field, f"{file.name} record {number}", targets, numbers_only=True)
 
         return Source(targets, sha256(file), records)
 
@@ -97,12 +97,16 @@ class FigsharePickles:
         """The three files in a folder, fetched by hand: named by their split or by their number."""
         if not path.is_dir():
             raise DataError(f"{path}: give the folder that holds the three files, {self._names(' and ')}")
-        files = sorted(file for file in path.iterdir() if file.is_file())
-        found = []
-        for split, number in self.file_ids.items():
-            fitting = [f for f in files if f.stem == str(number) or (split in f.stem and self.word in f.stem)]
-            found.append(_first_file(fitting, path, f"{self.word}_megnet_{split}.pkl or {number}"))
-        return found
+        return [self._file(path, split, number) for split, number in self.file_ids.items()]
+
+    def _file(self, folder: Path, split: str, number: int) -> Path:
+        """The file of a split: of its exact name or number, or the only one that has the words in its name."""
+        name = f"{self.word}_megnet_{split}.pkl"
+        others = sorted(f for f in folder.glob("[!.]*.pkl") if split in f.stem and self.word in f.stem)
+        exact = [file for file in (folder / name, folder / str(number)) if file.is_file()]
+        if not exact and len(others) > 1:
+            raise DataError(f"{folder}: which is {name}, {' or '.join(file.name for file in others)}? Leave one there")
+        return _first_file(exact or others, folder, f"{name} or {number}")
 
     def open(self, files: list[Path], targets: tuple[Target, ...]) -> Source:
         """The records of the three files, training first."""
@@ -127,16 +131,23 @@ class FigsharePickles:
 
 
 def _record(
-    content: Any, id_field: str, where: str, targets: tuple[Target, ...], split: str = ""
+    content: Any, id_field: str, where: str, targets: tuple[Target, ...], split: str = "", numbers_only: bool = False
 ) -> Record | BadRecord:
-    """A record of JARVIS: its id, the crystal under "atoms", labels under their fields."""
+    """A record of JARVIS: its id, the crystal under "atoms", labels under their fields.
+
+    With `numbers_only` a label that is a text is none, as for the official splits.
+    """
     if not isinstance(content, Mapping):
         return BadRecord("", where, content if isinstance(content, str) else "is not a record")
     id = str(content.get(id_field, ""))
     if not isinstance(content.get("atoms"), Mapping):
         return BadRecord(id, where, 'no crystal under "atoms"')
     structure = {field: content["atoms"].get(field) for field in ("lattice_mat", "elements", "coords", "cartesian")}
-    labels = tuple(target.label(content.get(target.field)) for target in targets)
+    values = (content.get(target.field) for target in targets)
+    labels = tuple(
+        target.label(None if numbers_only and isinstance(value, str) else value)
+        for target, value in zip(targets, values, strict=True)
+    )
     return Record(id, where, structure, labels, split)
 
 

@@ -12,7 +12,7 @@ from crystalframer_jax.data.records import BadRecord, Record, parse_label
 
 SAMPLE = 1000  # items that are looked at to tell what their fields hold
 MISSING = ("", "-", "na", "n/a", "nan", "none", "null")  # what stands for an unknown label, in small letters
-ID_NAMES = ("id", "material_id", "mat_id", "jid", "mp_id", "mpid", "structure_id", "_id", "uid", "name")
+ID_NAMES = ("id", "material_id", "mat_id", "jid", "mp_id", "mpid", "structure_id", "_id", "uid")
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
@@ -111,6 +111,8 @@ def record_of(item: Item, fields: tuple[str, ...], options: OwnData) -> Record |
 
 def field(values: Mapping[str, Any], name: str) -> Any:
     """The value of that name, or None; a dot leads into a nested object, as in "properties.band_gap"."""
+    if not name:
+        return None
     if name in values:
         return values[name]
     first, _, rest = name.partition(".")

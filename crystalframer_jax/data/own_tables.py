@@ -98,8 +98,10 @@ def _delimiter(line: str) -> str:
 
 def _is_header(folder: Path, cells: list[str]) -> bool:
     """Whether a row of id_prop.csv has names instead of an id and labels."""
-    is_named = any(cell.lower() not in MISSING for cell in cells[1:])
-    return is_named and not any(is_number(cell) for cell in cells[1:]) and not _structure_file(folder, cells[0])
+    labels = cells[1:]
+    is_named = any(cell.lower() not in MISSING for cell in labels)
+    are_names = not any(is_number(cell) or cell[:1] in "+-.,0123456789" for cell in labels if cell)  # 1.o is a slip
+    return is_named and are_names and not _structure_file(folder, cells[0])
 
 
 def _label_names(file: Path, count: int, options: OwnData) -> list[str]:

@@ -1,9 +1,11 @@
 """Preparation of a target set: crystals parsed and checked, splits made and verified, leaks between them found."""
 
 import dataclasses
+import importlib.metadata
+import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from crystalframer_jax.data.table import CRYSTAL_COLUMNS, crystal_columns
 from crystalframer_jax.files import locked, write_csv
 
 CRYSTALS_FORMAT = 1  # to be raised when crystals or their columns change
+LONGEST_ID = 200  # characters
 CHUNK = 200  # records that a worker process makes crystals of at a time
 
 
@@ -48,33 +51,58 @@ def prepare(folder: Path, source: Source, known: TargetSet | None, options: Prep
     """Prepare the crystals of a source in `folder`, whose name is that of the target set; False if they are there.
 
     `known` is the target set if it is one of those known from the start: their splits are verified. Records that
-    cannot be used are listed in skipped.csv, crystals that are in two splits in leakage.csv. Raises DataError if there
-    are too many of the former, or splits are not what they should be.
+    cannot be used are listed in crystals/skipped.csv, crystals that are in two splits in crystals/leakage.csv. Raises
+    DataError if there are too many of the former (skipped.csv is then beside), or splits are not what they should be.
     """
-    key = {
-        "format": CRYSTALS_FORMAT,
-        "source": source.sha256,
-        "targets": [dataclasses.asdict(target) for target in source.targets],
-        "split_seed": options.split_seed,
-        "unofficial": options.unofficial,
-    }
-    digest = digest_of(key)
+    key = digest_of(
+        {
+            "format": CRYSTALS_FORMAT,
+            "source": source.sha256,
+            "targets": [dataclasses.asdict(target) for target in source.targets],
+            "readers": {name: _version(name) for name in ("pymatgen-core", "ase")},
+            "split_seed": options.split_seed,
+            "unofficial": options.unofficial,
+        }
+    )
     with locked(folder.parent / f".{folder.name}.lock"):
         found = read_columns(folder / "crystals", CRYSTAL_COLUMNS)
-        is_prepared = found is not None and found[0]["digest"] == digest
-        for left in folder.glob(".crystals-*.parts"):
-            if is_prepared or left.name != f".crystals-{digest}.parts":
-                shutil.rmtree(left)
-        if is_prepared:
-            return False
-        folder.mkdir(parents=True, exist_ok=True)
-        start = time.perf_counter()
-        with parts_folder(folder / f"crystals-{digest}") as parts:
-            _write(folder, parts, source, known, options, key | {"digest": digest})
-        for rows in folder.glob("rows-*"):  # of what was there before
-            shutil.rmtree(rows)
-        tqdm.write(f"prepared in {time.perf_counter() - start:.0f} s, kept in {folder}")
-    return True
+        is_prepared = found is not None and found[0]["key"] == key
+        _remove(folder.glob(".crystals-*.parts"), None if is_prepared else key)
+        if not is_prepared:
+            folder.mkdir(parents=True, exist_ok=True)
+            start = time.perf_counter()
+            with parts_folder(folder / f"crystals-{key}", CHUNK) as parts:
+                manifest = {"format": CRYSTALS_FORMAT, "source": source.sha256, "key": key}
+                _write(folder, parts, source, known, options, manifest)
+            tqdm.write(f"prepared in {time.perf_counter() - start:.0f} s, kept in {folder}")
+            (folder / "skipped.csv").unlink(missing_ok=True)  # of an attempt that failed
+            found = read_columns(folder / "crystals", CRYSTAL_COLUMNS)
+            _remove(folder.glob(".rows-*"))
+        for manifest_file in folder.glob("rows-*/manifest.json"):
+            if found is None or found[0]["digest"] not in manifest_file.read_text():  # rows of other crystals
+                _remove([manifest_file.parent])
+    return not is_prepared
+
+
+def is_current(folder: Path, source: Source) -> bool:
+    """Whether what is prepared in a folder comes from this source, and was written by this version."""
+    found = read_columns(folder / "crystals", CRYSTAL_COLUMNS)
+    return found is not None and (found[0]["source"], found[0]["format"]) == (source.sha256, CRYSTALS_FORMAT)
+
+
+def _remove(folders: Iterable[Path], but: str | None = None) -> None:
+    """Remove folders, except those whose name contains `but`."""
+    for folder in folders:
+        if but is None or but not in folder.name:
+            shutil.rmtree(folder)
+
+
+def _version(package: str) -> str:
+    """The version of a package that reads structures; "" if it is not there."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 @dataclasses.dataclass
@@ -91,6 +119,8 @@ class _Listing:
         """The records in chunks, with their sizes; takes them down on the way."""
         chunk: NumberedRecords = []
         for number, record in enumerate(source.records()):
+            if len(record.id) > LONGEST_ID:
+                record = BadRecord(record.id[:LONGEST_ID], record.where, f"its id has {len(record.id):,} characters")
             self.ids.append(record.id)
             if isinstance(record, BadRecord):
                 self.bad[number] = record
@@ -118,10 +148,16 @@ def _write(
     records = np.concatenate([np.load(file)["record"] for file in files]) if files else np.zeros(0, np.int64)
     for file in files:
         with np.load(file) as content:
-            bad = zip(content["bad_record"], content["bad_where"], content["bad_reason"], strict=True)
-            for number, where, reason in bad:
+            found = zip(content["bad_record"], content["bad_where"], content["bad_reason"], strict=True)
+            for number, where, reason in found:
                 listing.bad[int(number)] = BadRecord(listing.ids[number], str(where), str(reason))
-    _report_bad(folder, listing, options.max_bad_share)
+    assert np.array_equal(np.sort([*records, *listing.bad]), np.arange(len(listing.ids)))
+    bad = [listing.bad[record] for record in sorted(listing.bad)]
+    if not listing.ids:
+        raise DataError(f"{folder.name}: the source has no records")
+    if len(bad) > options.max_bad_share * len(listing.ids) + 1e-9:
+        shutil.rmtree(parts)  # what could not be used may be readable next time
+        raise _too_many_bad(folder / "skipped.csv", bad, len(listing.ids))
 
     labels = np.array(listing.labels, dtype=np.float64).reshape(-1, len(source.targets))
     splits, remark = _splits(folder.name, listing, labels, known, options)
@@ -130,11 +166,15 @@ def _write(
     rows = {name: _present(row_of_record[chosen]) for name, chosen in splits.items()}
     for name in SPLITS:
         if not len(rows[name]):
+            number = int(np.isfinite(labels[records]).any(axis=1).sum())
             raise DataError(
-                f"{folder.name}: no crystal is left for {name}; there are {len(records):,} with "
-                f"{int(np.isfinite(labels[records]).any(axis=1).sum()):,} labelled ones among them"
+                f"{folder.name}: no crystal is left for {name}, there are {number:,} with labels; give at least 10, or "
+                "say in a column or field named split which are train, val and test"
             )
-    with writing(folder / "crystals", manifest | {"remark": remark}) as temporary:
+    lost = sum(len(splits[name]) - len(rows[name]) for name in SPLITS)
+    if lost and known and known.official_splits and not remark:
+        remark = f"{lost:,} crystals of the official splits could not be used (crystals/skipped.csv)"
+    with writing(folder / "crystals", manifest) as temporary:
         join_parts(files, CRYSTAL_COLUMNS, temporary)
         columns = {name: np.load(temporary / f"{name}.npy", mmap_mode="r") for name in CRYSTAL_COLUMNS}
         leaks = find_leaks(columns, rows, options.workers)
@@ -142,7 +182,15 @@ def _write(
         extra = {"labels": labels[records], "leaked": np.array(leaked, dtype=np.int64), **rows}
         for name, column in extra.items():
             np.save(temporary / f"{name}.npy", column)
-    _report(folder, source, columns, labels[records], rows, leaks, remark)
+        _write_bad(temporary / "skipped.csv", bad)
+        _write_leaks(temporary / "leakage.csv", leaks, columns["ids"])
+        manifest["remark"] = remark
+        manifest["targets"] = [dataclasses.asdict(target) for target in source.targets]
+        manifest["crystals"] = len(records)
+        _report(folder, source, columns, labels[records], rows, leaks, remark)
+    if bad:
+        first = f"{bad[0].where}: {bad[0].reason}"
+        tqdm.write(f"skipped {len(bad):,} of {len(listing.ids):,} records (crystals/skipped.csv), first: {first}")
 
 
 def _crystals_of(chunk: NumberedRecords) -> Columns:
@@ -189,6 +237,9 @@ def _splits(
         splits = given_split(usable, [listing.splits[record] for record in usable])
     else:
         counts = known.split_counts if known and as_published else ()
+        if sum(counts) > len(usable):
+            cause = _likely_change(len(listing.ids), expected)
+            raise DataError(f"{name}: only {len(usable):,} records have all labels, of {sum(counts):,}: {cause}")
         splits = random_split(usable, counts, options.split_seed)
     if not official:
         return splits, ""
@@ -216,22 +267,25 @@ def _present(rows: np.ndarray) -> np.ndarray:
     return rows[rows >= 0]
 
 
-def _report_bad(folder: Path, listing: _Listing, max_share: float) -> None:
-    """Write skipped.csv; DataError if too many records are in it."""
-    file, number, total = folder / "skipped.csv", len(listing.bad), len(listing.ids)
-    if not total:
-        raise DataError(f"{folder.name}: the source has no records")
-    bad = [listing.bad[record] for record in sorted(listing.bad)]
+def _write_bad(file: Path, bad: list[BadRecord]) -> None:
     write_csv(file, ("id", "where", "reason"), [(record.id, record.where, record.reason) for record in bad])
-    if not bad:
-        return
-    first = f"{bad[0].where}: {bad[0].reason}"
-    if number > max_share * total:
-        raise DataError(
-            f"{number:,} of {total:,} records cannot be used ({file} lists them), first: {first}. Correct them, or "
-            f"accept more by --max_bad_share={min(1.0, round(number / total + 0.005, 2))}"
-        )
-    tqdm.write(f"skipped {number:,} of {total:,} records ({file} lists them), first: {first}")
+
+
+def _write_leaks(file: Path, leaks: list[Leak], ids: np.ndarray) -> None:
+    write_csv(
+        file,
+        ("kind", "split", "id", "is_also_in", "id_there"),
+        [(leak.kind, leak.split, ids[leak.held], leak.other_split, ids[leak.other]) for leak in leaks],
+    )
+
+
+def _too_many_bad(file: Path, bad: list[BadRecord], total: int) -> DataError:
+    """Writes down which records cannot be used; the error to raise."""
+    _write_bad(file, bad)
+    return DataError(
+        f"{len(bad):,} of {total:,} records cannot be used ({file} lists them), first: {bad[0].where}: "
+        f"{bad[0].reason}. Correct them, or accept more by --max_bad_share={math.ceil(100 * len(bad) / total) / 100:g}"
+    )
 
 
 def _report(
@@ -243,13 +297,7 @@ def _report(
     leaks: list[Leak],
     remark: str,
 ) -> None:
-    """Print what was prepared, and write leakage.csv."""
-    ids = columns["ids"]
-    write_csv(
-        folder / "leakage.csv",
-        ("kind", "split", "id", "is_also_in", "id_there"),
-        [(leak.kind, leak.split, ids[leak.held], leak.other_split, ids[leak.other]) for leak in leaks],
-    )
+    """Print what was prepared."""
     atoms = np.diff(columns["atom_offset"])
     sizes = ", ".join(f"{len(rows[name]):,} {name}" for name in SPLITS)
     tqdm.write(f"{folder.name}: {len(atoms):,} crystals of {atoms.min()} to {atoms.max()} atoms; {sizes}")
@@ -263,7 +311,7 @@ def _report(
             number = f"1 {name} crystal is" if len(kinds) == 1 else f"{len(kinds):,} {name} crystals are"
             tqdm.write(
                 f"  {number} also in training: {kinds.count('id'):,} by id, {kinds.count('structure'):,} by structure "
-                "(leakage.csv)"
+                "(crystals/leakage.csv)"
             )
     if remark:
         tqdm.write(f"  {remark}")

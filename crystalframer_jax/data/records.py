@@ -132,13 +132,16 @@ def _crystal_of_dict(structure: Mapping[str, Any], id: str) -> Crystal:
     try:
         if "lattice_mat" in structure:
             lattice, symbols, coords = (structure[key] for key in ("lattice_mat", "elements", "coords"))
-            cartesian = bool(structure.get("cartesian", False))
+            cartesian = structure.get("cartesian", False)
         else:
             lattice, symbols, coords = (structure[key] for key in ("lattice", "species", "frac_coords"))
             cartesian = False
-        cell = np.array(lattice, dtype=np.float64).reshape(3, 3)
-        positions = np.array(coords, dtype=np.float64).reshape(-1, 3)
+        cell, positions = np.array(lattice, dtype=np.float64), np.array(coords, dtype=np.float64)
         species = np.array([_atomic_number(symbol) for symbol in symbols])
+        if cell.shape != (3, 3) or positions.shape != (len(species), 3):
+            raise ValueError(f"lattice {cell.shape} and coordinates {positions.shape} of {len(species)} atoms")
+        if not isinstance(cartesian, bool | np.bool_):
+            raise ValueError(f"cartesian={cartesian!r} is neither true nor false")
     except (KeyError, TypeError, ValueError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise CrystalError(f"{id}: not a structure with lattice, species and coordinates ({reason})") from error

@@ -13,6 +13,7 @@ import math
 import pickle
 import pickletools
 import re
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -109,6 +110,8 @@ class _DataUnpickler(pickle._Unpickler):  # type: ignore[misc, name-defined]
 
     stack: list[Any]
     pop_mark: Callable[[], list[Any]]
+    read: Callable[[int], bytes]
+    append: Callable[[Any], None]
     dispatch = _Instructions(
         (getattr(pickle, name)[0], pickle._Unpickler.dispatch[getattr(pickle, name)[0]])
         for name in _INSTRUCTIONS.split()
@@ -127,6 +130,16 @@ class _DataUnpickler(pickle._Unpickler):  # type: ignore[misc, name-defined]
         self.stack.append(function.make(*arguments))
 
     dispatch[pickle.REDUCE[0]] = load_reduce
+
+    def load_bytearray8(self) -> None:
+        """Reads before it takes memory: the length stated may be anything."""
+        (length,) = struct.unpack("<Q", self.read(8))
+        content = self.read(length)
+        if len(content) < length:
+            raise EOFError("a byte array is cut off")
+        self.append(bytearray(content))
+
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
 
     def load_newobj(self) -> None:
         """Makes an empty pymatgen object."""

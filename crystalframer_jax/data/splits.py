@@ -7,9 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from crystalframer_jax.data.records import DataError
-
 SPLITS = ("train", "val", "test")
+LARGEST_HELD = 0.15  # share of the records in test or validation that a split by groups may reach
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +31,7 @@ def random_split(records: np.ndarray, counts: Sequence[int] = (), seed: int = 12
     number = len(records)
     n_train, n_val, n_test = counts or (int((1 - 0.1 - 0.1) * number), int(0.1 * number), int(0.1 * number))
     if n_train + n_val + n_test > number:
-        raise DataError(f"{number:,} crystals are too few for {n_train:,} + {n_val:,} + {n_test:,}")
+        raise ValueError(f"{number:,} crystals are too few for {n_train:,} + {n_val:,} + {n_test:,}")
     order = list(range(number))
     random.Random(seed).shuffle(order)
     shuffled = records[np.array(order, dtype=np.int64)]
@@ -44,7 +43,7 @@ def split_by_group(records: np.ndarray, groups: Sequence[str], seed: int = 123) 
     """Splits in which all records of a group are together; `groups` names that of each of the record numbers.
 
     Groups are shuffled and go to test until it has at least a tenth of the records, then to validation likewise; the
-    rest is for training.
+    rest is for training, and so are groups which would make test or validation larger than LARGEST_HELD of all.
     """
     members: dict[str, list[int]] = {}
     for record, group in zip(records.tolist(), groups, strict=True):
@@ -52,10 +51,14 @@ def split_by_group(records: np.ndarray, groups: Sequence[str], seed: int = 123) 
     names = sorted(members)
     random.Random(seed).shuffle(names)
     held: dict[str, list[int]] = {"test": [], "val": []}
-    for chosen in held.values():
-        while names and len(chosen) < 0.1 * len(records):
-            chosen += members[names.pop()]
-    left = [record for name in names for record in members[name]]
+    left: list[int] = []
+    for name in names:
+        fitting = [
+            chosen
+            for chosen in held.values()
+            if len(chosen) < 0.1 * len(records) and len(chosen) + len(members[name]) <= LARGEST_HELD * len(records)
+        ]
+        (fitting[0] if fitting else left).extend(members[name])
     return {name: np.array(sorted({"train": left, **held}[name]), dtype=np.int64) for name in SPLITS}
 
 

@@ -1,10 +1,10 @@
 """The prepared store: the crystals of a target set and, for each cutoff, their neighbour rows, as checked columns.
 
-    DATA_DIR/TARGET_SET/crystals/      the crystals, their labels and splits; reports on skipped records and leaks
+    DATA_DIR/TARGET_SET/crystals/      the crystals, their labels and splits; skipped.csv, leakage.csv
     DATA_DIR/TARGET_SET/rows-DIGEST/   the neighbour rows for one cutoff
 
-Each folder holds one .npy file for every column and a manifest.json with their checksums. A folder is there complete
-or not at all: it is made beside, under a name with a dot, and renamed.
+Each folder holds one .npy file for every column and a manifest.json with checksums and a digest of the columns. A
+folder is there complete or not at all: it is made beside, under a name with a dot, and renamed.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from tqdm import tqdm
 from crystalframer_jax.crystal import Crystal
 from crystalframer_jax.data.build import Columns, build_parts, join_parts
 from crystalframer_jax.data.records import DataError, Target
-from crystalframer_jax.data.registry import find_target
+from crystalframer_jax.data.registry import TARGET_SETS, find_target
 from crystalframer_jax.data.splits import SPLITS
 from crystalframer_jax.data.table import CRYSTAL_COLUMNS, ROW_COLUMNS, CrystalTable, row_columns
 from crystalframer_jax.files import json_text, locked, sha256
@@ -46,7 +47,7 @@ class Dataset:
     labels: np.ndarray  # [C, T] label units, NaN where unknown
     splits: dict[str, np.ndarray]  # row numbers of the table
     leaked: np.ndarray  # rows of validation and test crystals that are also in training, by id or by structure
-    digest: str  # identifies source, targets and splits
+    digest: str  # identifies crystals, labels and splits
     remark: str = ""  # what whoever trains on it should know
 
 
@@ -59,7 +60,8 @@ def load_dataset(folder: Path, names: tuple[str, ...], cutoff: float | LatticeBo
     """The target set that was prepared in `folder`, with the targets `names`.
 
     Neighbour rows within `cutoff`, see `neighbor_rows`, are computed first if they are not there. Crystals for which
-    none of these labels is known are in no split. Raises DataError if nothing was prepared there or it is damaged.
+    none of these labels is known are in no split. Raises DataError if nothing was prepared there, if it is damaged, or
+    if a split has no crystal with these labels.
     """
     manifest, crystals = read_crystals(folder)
     known = tuple(Target(**target) for target in manifest["targets"])
@@ -67,12 +69,19 @@ def load_dataset(folder: Path, names: tuple[str, ...], cutoff: float | LatticeBo
     rows = _rows(folder, manifest["digest"], crystals, cutoff, workers)
     labels = np.asarray(crystals["labels"])[:, [known.index(target) for target in targets]]
     has_label = np.isfinite(labels).any(axis=1)
+    splits = {split: crystals[split][has_label[crystals[split]]] for split in SPLITS}
+    for split, chosen in splits.items():
+        if not len(chosen):
+            raise DataError(
+                f"{folder.name}: no crystal for {split} has a label {' or '.join(names)}; choose another target, or "
+                "prepare it again with another split"
+            )
     return Dataset(
         name=folder.name,
         table=CrystalTable(**{name: crystals[name] for name in CRYSTAL_COLUMNS}, **rows),
         targets=targets,
         labels=labels,
-        splits={split: crystals[split][has_label[crystals[split]]] for split in SPLITS},
+        splits=splits,
         leaked=np.asarray(crystals["leaked"]),
         digest=manifest["digest"],
         remark=manifest["remark"],
@@ -90,8 +99,9 @@ def read_crystals(folder: Path) -> tuple[dict[str, Any], Columns]:
 
 def command_to_prepare(folder: Path) -> str:
     """The command that prepares a target set in `folder`."""
-    where = "" if folder.parent == data_folder("") else f" --data_dir={folder.parent}"
-    return f"scripts/prepare_data.py --target_set={folder.name}{where}"
+    source = [] if folder.name in TARGET_SETS else ["--source=..."]
+    where = [] if folder.parent == data_folder("") else [f"--data_dir={folder.parent}"]
+    return shlex.join(["scripts/prepare_data.py", f"--target_set={folder.name}", *source, *where])
 
 
 def _rows(folder: Path, digest: str, crystals: Columns, cutoff: float | LatticeBox, workers: int) -> Columns:
@@ -104,21 +114,21 @@ def _rows(folder: Path, digest: str, crystals: Columns, cutoff: float | LatticeB
         with locked(folder.parent / f".{folder.name}.lock"):
             found = read_columns(rows_folder, ROW_COLUMNS)  # another process may just have computed them
             if found is None:
-                _write_rows(rows_folder, crystals, cutoff, workers)
+                _write_rows(rows_folder, digest, crystals, cutoff, workers)
                 found = read_columns(rows_folder, ROW_COLUMNS)
     if found is None:
         raise OSError(f"{rows_folder} was written but does not read back as written; check the disk")
     return found[1]
 
 
-def _write_rows(folder: Path, crystals: Columns, cutoff: float | LatticeBox, workers: int) -> None:
+def _write_rows(folder: Path, digest: str, crystals: Columns, cutoff: float | LatticeBox, workers: int) -> None:
     """Compute the neighbour rows of all crystals and write their columns."""
     start, number = time.perf_counter(), len(crystals["ids"])
-    with parts_folder(folder) as parts:
+    with parts_folder(folder, CHUNK_ATOMS) as parts:
         title = f"neighbors of {folder.parent.name}"
         work = _RowsOf(cutoff)
         files = build_parts(work, _crystal_chunks(crystals), parts, title, number, workers)
-        with writing(folder, {"cutoff": str(cutoff)}) as temporary:
+        with writing(folder, {"crystals": digest, "cutoff": str(cutoff)}) as temporary:
             join_parts(files, ROW_COLUMNS, temporary)
     seconds = time.perf_counter() - start
     size = sum(file.stat().st_size for file in folder.iterdir())
@@ -164,9 +174,12 @@ def digest_of(key: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def parts_folder(folder: Path) -> Iterator[Path]:
-    """The folder for the parts of `folder`: kept if the work fails, so that it can go on, and removed afterwards."""
-    parts = folder.with_name(f".{folder.name}.parts")
+def parts_folder(folder: Path, chunk: int) -> Iterator[Path]:
+    """The folder for the parts of `folder`: kept if the work is interrupted, so that it can go on, and then removed.
+
+    What was made in chunks of another size is not used.
+    """
+    parts = folder.with_name(f".{folder.name}-{chunk}.parts")
     yield parts
     shutil.rmtree(parts)
 
@@ -180,7 +193,8 @@ def writing(folder: Path, manifest: dict[str, Any]) -> Iterator[Path]:
     try:
         yield temporary
         checksums = {file.name: sha256(file) for file in sorted(temporary.iterdir())}
-        content = manifest | {"sha256": checksums}
+        columns = {name: checksum for name, checksum in checksums.items() if name.endswith(".npy")}
+        content = manifest | {"sha256": checksums, "digest": digest_of(columns)}
         (temporary / "manifest.json").write_text(json_text(content | {"check": digest_of(content)}, indent=1))
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
@@ -190,14 +204,21 @@ def writing(folder: Path, manifest: dict[str, Any]) -> Iterator[Path]:
 
 def read_columns(folder: Path, names: tuple[str, ...]) -> tuple[dict[str, Any], Columns] | None:
     """Manifest and memory-mapped columns; None if the folder is missing or not as it was written."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        if manifest.pop("check") != digest_of(manifest):
-            return None
-        if any(sha256(folder / name) != checksum for name, checksum in manifest["sha256"].items()):
-            return None
-        # as plain arrays: slices of np.memmap are slow
-        columns = {name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in names}
-        return manifest, columns
-    except (OSError, ValueError, KeyError):
+    for _ in range(3):
+        try:
+            text = (folder / "manifest.json").read_text()
+            found = _checked_columns(folder, json.loads(text), names)
+            if (folder / "manifest.json").read_text() == text:  # else it was replaced meanwhile
+                return found
+        except (OSError, ValueError, KeyError):
+            pass
+    return None
+
+
+def _checked_columns(folder: Path, manifest: dict[str, Any], names: tuple[str, ...]) -> tuple[dict, Columns] | None:
+    if manifest.pop("check") != digest_of(manifest):
         return None
+    if any(sha256(folder / name) != checksum for name, checksum in manifest["sha256"].items()):
+        return None
+    # as plain arrays: slices of np.memmap are slow
+    return manifest, {name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in names}
