@@ -1,9 +1,11 @@
 """The command line of scripts/prepare_data.py."""
 
 import argparse
+import contextlib
+import errno
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +32,7 @@ OWN_FLAGS = ("targets", "units", "structure_column", "id_column", "split_column"
 def prepare_main(argv: Sequence[str] | None = None) -> int:
     """Prepare a target set, or list them."""
     arguments = _parser().parse_args(argv)
-    with reporting_errors("; the same command goes on from here", leave_at_once=False):
+    with reporting_errors("; the same command goes on from here", leave_at_once=False), _telling_full_disks():
         if not arguments.target_set:
             if arguments.source:
                 raise ConfigError("name the target set to make of --source by --target_set=NAME")
@@ -55,6 +57,16 @@ def prepare_main(argv: Sequence[str] | None = None) -> int:
         flags += [f"--config.data_dir={arguments.data_dir}"] if arguments.data_dir else []
         print(f"train on it with {shlex.join(flags)}")
     return 0
+
+
+@contextlib.contextmanager
+def _telling_full_disks() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DataError("the disk is full; make room, and the same command goes on with what is done") from error
 
 
 def _parser() -> argparse.ArgumentParser:
