@@ -59,7 +59,7 @@ def prepare(folder: Path, source: Source, known: TargetSet | None, options: Prep
             "format": CRYSTALS_FORMAT,
             "source": source.sha256,
             "targets": [dataclasses.asdict(target) for target in source.targets],
-            "readers": {name: _version(name) for name in ("pymatgen-core", "ase")},
+            "readers": {name: _version(name) for name in ("pymatgen", "pymatgen-core", "ase")},
             "split_seed": options.split_seed,
             "unofficial": options.unofficial,
         }
@@ -142,38 +142,23 @@ def _write(
 ) -> None:
     """Make the columns of the crystals; `parts` is for what is done so far."""
     listing = _Listing()
-    title = f"crystals of {folder.name}"
     total = source.count or (known.num_records if known else None) or None
+    title = f"crystals of {folder.name}"
     files = build_parts(_crystals_of, listing.chunks(source), parts, title, total, options.workers)
-    records = np.concatenate([np.load(file)["record"] for file in files]) if files else np.zeros(0, np.int64)
-    for file in files:
-        with np.load(file) as content:
-            found = zip(content["bad_record"], content["bad_where"], content["bad_reason"], strict=True)
-            for number, where, reason in found:
-                listing.bad[int(number)] = BadRecord(listing.ids[number], str(where), str(reason))
-    assert np.array_equal(np.sort([*records, *listing.bad]), np.arange(len(listing.ids)))
-    bad = [listing.bad[record] for record in sorted(listing.bad)]
-    if not listing.ids:
-        raise DataError(f"{folder.name}: the source has no records")
+    records, bad = _outcome(files, listing)
     if len(bad) > options.max_bad_share * len(listing.ids) + 1e-9:
         shutil.rmtree(parts)  # what could not be used may be readable next time
         raise _too_many_bad(folder / "skipped.csv", bad, len(listing.ids))
 
     labels = np.array(listing.labels, dtype=np.float64).reshape(-1, len(source.targets))
     splits, remark = _splits(folder.name, listing, labels, known, options)
-    row_of_record = np.full(len(listing.ids), -1, dtype=np.int64)
-    row_of_record[records] = np.arange(len(records))
-    rows = {name: _present(row_of_record[chosen]) for name, chosen in splits.items()}
-    for name in SPLITS:
-        if not len(rows[name]):
-            number = int(np.isfinite(labels[records]).any(axis=1).sum())
-            raise DataError(
-                f"{folder.name}: no crystal is left for {name}, there are {number:,} with labels; give at least 10, or "
-                "say in a column or field named split which are train, val and test"
-            )
+    rows = _rows_of(splits, records, len(listing.ids), folder.name)
     lost = sum(len(splits[name]) - len(rows[name]) for name in SPLITS)
     if lost and known and known.official_splits and not remark:
         remark = f"{lost:,} crystals of the official splits could not be used (crystals/skipped.csv)"
+    manifest["remark"] = remark
+    manifest["targets"] = [dataclasses.asdict(target) for target in source.targets]
+    manifest["crystals"] = len(records)
     with writing(folder / "crystals", manifest) as temporary:
         join_parts(files, CRYSTAL_COLUMNS, temporary)
         columns = {name: np.load(temporary / f"{name}.npy", mmap_mode="r") for name in CRYSTAL_COLUMNS}
@@ -184,13 +169,42 @@ def _write(
             np.save(temporary / f"{name}.npy", column)
         _write_bad(temporary / "skipped.csv", bad)
         _write_leaks(temporary / "leakage.csv", leaks, columns["ids"])
-        manifest["remark"] = remark
-        manifest["targets"] = [dataclasses.asdict(target) for target in source.targets]
-        manifest["crystals"] = len(records)
         _report(folder, source, columns, labels[records], rows, leaks, remark)
     if bad:
         first = f"{bad[0].where}: {bad[0].reason}"
         tqdm.write(f"skipped {len(bad):,} of {len(listing.ids):,} records (crystals/skipped.csv), first: {first}")
+
+
+def _outcome(files: list[Path], listing: _Listing) -> tuple[np.ndarray, list[BadRecord]]:
+    """Numbers of the records that became the crystals of the parts, in their order, and all that did not."""
+    if not listing.ids:
+        raise DataError("the source has no records; look at what --source names")
+    numbers = [np.zeros(0, np.int64)]
+    for file in files:
+        with np.load(file) as part:
+            numbers.append(part["record"])
+            for number, where, reason in zip(part["bad_record"], part["bad_where"], part["bad_reason"], strict=True):
+                listing.bad[int(number)] = BadRecord(listing.ids[number], str(where), str(reason))
+    records = np.concatenate(numbers)
+    if not np.array_equal(np.sort([*records, *listing.bad]), np.arange(len(listing.ids))):
+        raise RuntimeError("records were lost or doubled on the way; please report this")
+    return records, [listing.bad[record] for record in sorted(listing.bad)]
+
+
+def _rows_of(splits: dict[str, np.ndarray], records: np.ndarray, total: int, name: str) -> dict[str, np.ndarray]:
+    """Splits of record numbers as rows of the table; those that could not be used drop out."""
+    row_of_record = np.full(total, -1, dtype=np.int64)
+    row_of_record[records] = np.arange(len(records))
+    rows = {split: row_of_record[chosen] for split, chosen in splits.items()}
+    rows = {split: chosen[chosen >= 0] for split, chosen in rows.items()}
+    for split, chosen in rows.items():
+        if not len(chosen):
+            number = sum(map(len, rows.values()))
+            raise DataError(
+                f"{name}: no crystal is left for {split}, there are {number:,} in all splits; give at least 10, or say "
+                "in a column or field named split which are train, val and test"
+            )
+    return rows
 
 
 def _crystals_of(chunk: NumberedRecords) -> Columns:
@@ -260,11 +274,6 @@ def _likely_change(number: int, expected: int) -> str:
     else:
         cause = "the files are another release, or were mixed up"
     return f"{cause}; fetch the version that published numbers refer to, or accept this one with --unofficial"
-
-
-def _present(rows: np.ndarray) -> np.ndarray:
-    """Rows of the table without those of records that could not be used."""
-    return rows[rows >= 0]
 
 
 def _write_bad(file: Path, bad: list[BadRecord]) -> None:
