@@ -28,7 +28,9 @@ from crystalframer_jax.data.registry import target_set
 
 for module in (default, mp_flla, quickstart):
     validate(module.get_config())
-records = list(target_set("mp_flla_2015").records())
+known = target_set("mp_flla_2015")
+records = list(known.origin.open(known.targets).records())
+assert target_set("jarvis__megnet").official_splits["test"].count == 4239
 files = [module.__file__ for module in (crystalframer_jax, crystalframer_jax.kernels, quickstart)]
 print(json.dumps({"files": files, "records": len(records), "path": list(crystalframer_jax.__path__)}))
 """
@@ -56,7 +58,7 @@ def test_the_wheel_holds_every_module_and_the_data(wheel):
         f"{package}/{path.relative_to(ROOT / folder)}"
         for folder, package in packages.items()
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in (".py", ".gz")
+        if path.suffix in (".py", ".gz", ".json")
     }
     assert "crystalframer_jax/data/bundled/mp_flla_2015.jsonl.gz" in expected and len(expected) > 30
     assert {name for name in names if ".dist-info/" not in name} == expected

@@ -289,7 +289,7 @@ def test_a_signal_goes_on_to_the_training_and_no_other_is_started(checkout, numb
         pytest.fail("the second target was not started")
     send = os.killpg if number == signal.SIGINT else os.kill
     send(process.pid, number)
-    output, error = process.communicate(timeout=30)
+    output, error = process.communicate(timeout=120)
     assert (process.returncode, error) == (0, "")
     assert output.endswith("stopped in runs/oqmd/default/stability; the same command continues there\n")
     assert (checkout / "signals").read_text() == f"{number} "

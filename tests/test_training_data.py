@@ -28,7 +28,6 @@ def one_epoch(folder, target_set: str, targets: str, **changes):
 @pytest.mark.parametrize(
     ("name", "targets"),
     [
-        ("jarvis__dft_3d_2021", "total_energy"),
         ("jarvis__megnet-bulk_modulus", "bulk_modulus"),
         ("jarvis__oqmd_3d", "delta_e,stability"),
         ("mine", "target"),
@@ -38,8 +37,7 @@ def test_training_on_every_layout(tmp_path, capsys, name, targets):
     if name == "mine":
         prepare(tmp_path, name, f"--source={write_cifs(tmp_path / 'mine', range(40))}")
     else:
-        member = {"jarvis__dft_3d_2021": "jdft_3d-8-18-2021.json", "jarvis__oqmd_3d": "all_oqmd.json"}.get(name)
-        source = archive(tmp_path, member) if member else pickles(tmp_path, "bulk")
+        source = archive(tmp_path, "all_oqmd.json") if "oqmd" in name else pickles(tmp_path, "bulk")
         prepare(tmp_path, name, f"--source={source}", "--unofficial")
     capsys.readouterr()
     summary = train(one_epoch(tmp_path, name, targets), tmp_path / "run")
