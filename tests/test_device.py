@@ -129,6 +129,7 @@ def test_training_batches_are_the_same_on_the_device(tmp_path, dtype):
             assert_same_bits(batch, expected)
 
 
+@pytest.mark.slow
 def test_training_on_the_device_changes_no_bit(tmp_path):
     """Nor do validation, averaged weights and predictions."""
     with tiny_runs(tmp_path / "compiled"):

@@ -203,6 +203,7 @@ def start(checkout, *arguments, plan=None, **environment):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored if these tests run in the background
     )
 
 

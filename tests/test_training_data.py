@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from test_prepare import RECORDS, archive, pickles, prepare, write_cifs
+from test_prepare import RECORDS, archive, prepare, write_cifs
 from tiny import tiny_config, tiny_runs
 
 from crystalframer_jax.cli import evaluate_main
@@ -28,7 +28,6 @@ def one_epoch(folder, target_set: str, targets: str, **changes):
 @pytest.mark.parametrize(
     ("name", "targets"),
     [
-        ("jarvis__megnet-bulk_modulus", "bulk_modulus"),
         ("jarvis__oqmd_3d", "delta_e,stability"),
         ("mine", "target"),
     ],
@@ -37,7 +36,7 @@ def test_training_on_every_layout(tmp_path, capsys, name, targets):
     if name == "mine":
         prepare(tmp_path, name, f"--source={write_cifs(tmp_path / 'mine', range(40))}")
     else:
-        source = archive(tmp_path, "all_oqmd.json") if "oqmd" in name else pickles(tmp_path, "bulk")
+        source = archive(tmp_path, "all_oqmd.json")
         prepare(tmp_path, name, f"--source={source}", "--unofficial")
     capsys.readouterr()
     summary = train(one_epoch(tmp_path, name, targets), tmp_path / "run")
