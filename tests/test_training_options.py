@@ -47,6 +47,8 @@ OPTIONS = {
     },
 }
 
+NAMES = [pytest.param(name, marks=pytest.mark.slow) if "draws" in name else name for name in OPTIONS]
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Iterator[Path]:
@@ -92,7 +94,7 @@ def errors_on_test(predictor: Predictor, dataset) -> dict[str, float]:
     return mean_absolute_errors(predictions.mean, dataset.labels[indices], predictor.targets)
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_loaded_run_makes_the_errors_of_its_summary(runs, name):
     config, workdir, summary = runs(name)
     for weights in ("last", "swa"):
@@ -103,7 +105,7 @@ def test_a_loaded_run_makes_the_errors_of_its_summary(runs, name):
     assert {leaf.dtype for leaf in jax.tree.leaves(predictor.variables)} == {np.dtype(expected)}
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", NAMES)
 def test_an_interrupted_run_ends_as_one_that_was_not(runs, name, folder, monkeypatch):
     config, expected, _ = runs(name)
     workdir = folder / f"interrupted-{name[:4]}"
