@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import fcntl
 import hashlib
 import json
@@ -61,6 +62,11 @@ def sha256(file: Path) -> str:
             return hashlib.file_digest(stream, "sha256").hexdigest()
         except OSError as error:  # of a failing disk
             raise OSError(error.errno, error.strerror, str(file)) from error
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Whether something failed because there is no space left, on the disk or for this user."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextlib.contextmanager

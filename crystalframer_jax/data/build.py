@@ -23,9 +23,15 @@ SMALL = 5000  # crystals; fewer are faster without worker processes, which take 
 
 
 @contextlib.contextmanager
-def processes(number: int, ahead: int, what: str) -> Iterator[joblib.Parallel]:
-    """Worker processes, which are given at most `ahead` pieces of work before their turn and are killed by Ctrl-C."""
-    parallel = joblib.Parallel(number, return_as="generator", pre_dispatch=ahead, batch_size=1, max_nbytes=None)
+def processes(number: int, what: str, batch_size: int = 1) -> Iterator[joblib.Parallel]:
+    """Worker processes, which are killed by Ctrl-C.
+
+    They are given `batch_size` pieces of work at a time, and as many for each process before their turn.
+    """
+    ahead = 2 * number * batch_size
+    parallel = joblib.Parallel(
+        number, return_as="generator", pre_dispatch=ahead, batch_size=batch_size, max_nbytes=None
+    )
     try:
         with parallel:
             try:
@@ -69,7 +75,7 @@ def build_parts(
 
     files: list[Path] = []
     bar = tqdm(total=total, desc=title, unit=" crystals", dynamic_ncols=True, disable=None)
-    with processes(number, 2 * number, title) as parallel, bar as progress:
+    with processes(number, title) as parallel, bar as progress:
         for file in parallel(jobs()):
             progress.update(sizes[len(files)])
             files.append(file)

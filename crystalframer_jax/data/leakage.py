@@ -7,7 +7,6 @@ cell nor on orientation, origin or order of atoms.
 """
 
 import dataclasses
-import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -175,18 +174,8 @@ def _in_parallel(
     count = num_processes(number, workers)
     results = []
     bar = tqdm(total=number, desc=title, dynamic_ncols=True, disable=number <= SMALL or None)
-    with processes(count, 4 * count, title) as parallel, bar as progress:
-        for part in parallel(joblib.delayed(_each)(work, chunk) for chunk in _batches(items)):
-            results += part
-            progress.update(len(part))
+    with processes(count, title, CHUNK) as parallel, bar as progress:
+        for result in parallel(joblib.delayed(work)(item) for item in items):
+            results.append(result)
+            progress.update()
     return results
-
-
-def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
-    items = iter(items)
-    while chunk := list(itertools.islice(items, CHUNK)):
-        yield chunk
-
-
-def _each(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    return [work(item) for item in items]

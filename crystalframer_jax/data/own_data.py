@@ -14,6 +14,7 @@ from crystalframer_jax.data.own_fields import SAMPLE, Items, OwnData, number, re
 from crystalframer_jax.data.own_formats import json_items, official_items, pickle_items, xyz_items
 from crystalframer_jax.data.own_tables import folder_items, table_items
 from crystalframer_jax.data.records import BadRecord, DataError, Record, Source, Target
+from crystalframer_jax.data.splits import SPLITS
 
 __all__ = ["OwnData", "own_source"]
 
@@ -64,7 +65,7 @@ def _items(path: Path, options: OwnData) -> Items:
 def _items_of_folder(folder: Path, options: OwnData) -> Items:
     if (folder / "id_prop.csv").is_file():
         return folder_items(folder, options)
-    pickles = {split: folder / split / "raw" / "raw_data.pkl" for split in ("train", "val", "test")}
+    pickles = {split: folder / split / "raw" / "raw_data.pkl" for split in SPLITS}
     pickles = {split: file for split, file in pickles.items() if file.is_file()}
     if pickles:
         return official_items(folder, pickles, options)

@@ -42,6 +42,10 @@ class OwnData:
     group_column: str = ""
     allow_pickle: bool = False
 
+    def id_names(self, usual: Iterable[str] = ID_NAMES) -> tuple[str, ...]:
+        """The fields in which to look for the id: the one named, else the usual ones."""
+        return (self.id_column,) if self.id_column else tuple(usual)
+
 
 @dataclasses.dataclass(frozen=True)
 class Item:

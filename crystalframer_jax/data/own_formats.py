@@ -39,7 +39,7 @@ def xyz_items(file: Path, options: OwnData) -> Items:
     except ImportError as error:
         raise DataError(f"{file}: reading extended XYZ needs ASE; pip install ase") from error
     count = sum(1 for _ in _frames(file))
-    return Items(str(file), sha256(file), functools.partial(_read_xyz, file, _id_names(options)), count, ID_NAMES)
+    return Items(str(file), sha256(file), functools.partial(_read_xyz, file, options.id_names()), count, ID_NAMES)
 
 
 def _frames(file: Path) -> Iterator[tuple[int, list[str]]]:
@@ -87,7 +87,7 @@ def _xyz_id(values: Mapping[str, Any], comment: str, names: Iterable[str]) -> st
 
 def json_items(file: Path, options: OwnData) -> Items:
     """The records of a JSON array (also gzipped, or alone in a zip archive) or of JSON lines (also gzipped)."""
-    return Items(str(file), sha256(file), functools.partial(_read_json, file, _id_names(options)), None, ID_NAMES)
+    return Items(str(file), sha256(file), functools.partial(_read_json, file, options.id_names()), None, ID_NAMES)
 
 
 def _read_json(file: Path, id_names: tuple[str, ...]) -> Iterator[Item | BadRecord]:
@@ -131,7 +131,7 @@ def _pickle_items(path: Path, files: Mapping[str, Path], options: OwnData) -> It
     from crystalframer_jax.data.safe_pickle import load_pickle
 
     load = functools.cache(load_pickle)  # slow, and all of a file is in memory anyway
-    read = functools.partial(_read_pickles, load, files, _id_names(options))
+    read = functools.partial(_read_pickles, load, files, options.id_names())
     return Items(str(path), digest.hexdigest(), read, None, ID_NAMES)
 
 
@@ -174,7 +174,3 @@ def _structure(record: dict[str, Any], where: str) -> tuple[tuple[str, ...], Any
             keys = (*required, *optional)
             return keys, {key: record[key] for key in keys if key in record}
     return (), None
-
-
-def _id_names(options: OwnData) -> tuple[str, ...]:
-    return (options.id_column,) if options.id_column else ID_NAMES

@@ -54,7 +54,7 @@ def folder_items(folder: Path, options: OwnData) -> Items:
         raise DataError(f"{file}: no labels; write an id and its labels on each line, separated by commas")
     has_header = _is_header(folder, first)
     names = _checked_names(file, first) if has_header else ["", *_label_names(file, width - 1, options)]
-    return _table_items(_Table(file, names, has_header, 0, (options.id_column,) if options.id_column else ()))
+    return _table_items(_Table(file, names, has_header, 0, options.id_names(())))
 
 
 def table_items(file: Path, options: OwnData) -> Items:
@@ -68,7 +68,7 @@ def table_items(file: Path, options: OwnData) -> Items:
     names = _checked_names(file, first)
     structure = _structure_column(file, names, rows, options)
     found = sorted((name for name in names if name.lower() in ID_NAMES), key=lambda name: ID_NAMES.index(name.lower()))
-    return _table_items(_Table(file, names, True, structure, (options.id_column,) if options.id_column else (*found,)))
+    return _table_items(_Table(file, names, True, structure, options.id_names(found)))
 
 
 def _rows(file: Path) -> Iterator[tuple[int, list[str]]]:

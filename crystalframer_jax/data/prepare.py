@@ -17,7 +17,7 @@ from crystalframer_jax.data.leakage import Leak, find_leaks
 from crystalframer_jax.data.records import BadRecord, DataError, Record, Source, crystal_of
 from crystalframer_jax.data.registry import TargetSet
 from crystalframer_jax.data.splits import SPLITS, differences, given_split, random_split, split_by_group
-from crystalframer_jax.data.store import digest_of, parts_folder, read_columns, writing
+from crystalframer_jax.data.store import digest_of, mapped_columns, parts_folder, read_columns, writing
 from crystalframer_jax.data.table import CRYSTAL_COLUMNS, crystal_columns
 from crystalframer_jax.files import locked, write_csv
 
@@ -161,7 +161,7 @@ def _write(
     manifest["crystals"] = len(records)
     with writing(folder / "crystals", manifest) as temporary:
         join_parts(files, CRYSTAL_COLUMNS, temporary)
-        columns = {name: np.load(temporary / f"{name}.npy", mmap_mode="r") for name in CRYSTAL_COLUMNS}
+        columns = mapped_columns(temporary, CRYSTAL_COLUMNS)
         leaks = find_leaks(columns, rows, options.workers)
         leaked = sorted({leak.held for leak in leaks if leak.in_training})
         extra = {"labels": labels[records], "leaked": np.array(leaked, dtype=np.int64), **rows}

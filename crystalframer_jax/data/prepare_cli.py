@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import errno
 import json
 import shlex
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ from crystalframer_jax.data.prepare import Preparation, prepare
 from crystalframer_jax.data.records import DataError, Source, Target
 from crystalframer_jax.data.registry import TARGET_SETS, TargetSet
 from crystalframer_jax.data.store import data_folder, load_dataset
-from crystalframer_jax.files import locked
+from crystalframer_jax.files import is_disk_full, locked
 from crystalframer_jax.training.logging import table
 
 DESCRIPTION = """Prepare a target set for training: one that is known (without --target_set they are listed), or your
@@ -64,7 +63,7 @@ def _telling_full_disks() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not is_disk_full(error):
             raise
         raise DataError("the disk is full; make room, and the same command goes on with what is done") from error
 
@@ -76,7 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--source", type=_path, help="file or folder to read; known target sets are downloaded without it")
     add("--data_dir", default="", metavar="DIR", help="where prepared data are kept; default: the user's cache folder")
     add("--unofficial", action="store_true", help="take a source whose splits are not those of published numbers")
-    add("--max_bad_share", type=_share, default=0.05, metavar="SHARE", help="of records to skip at most; default: 0.05")
+    share = Preparation.max_bad_share
+    add("--max_bad_share", type=_share, default=share, metavar="SHARE", help=f"of records to skip; default: {share}")
     add("--workers", type=_count, default=0, metavar="N", help="processes; default: one for each core")
     add("--split_seed", type=int, default=Preparation.split_seed, metavar="SEED", help="of random splits")
     own = parser.add_argument_group("your own crystals").add_argument

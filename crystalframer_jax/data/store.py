@@ -15,7 +15,7 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +67,8 @@ def load_dataset(folder: Path, names: tuple[str, ...], cutoff: float | LatticeBo
     known = tuple(Target(**target) for target in manifest["targets"])
     targets = tuple(find_target(folder.name, known, name) for name in names)
     rows = _rows(folder, manifest["digest"], crystals, cutoff, workers)
-    labels = np.asarray(crystals["labels"])[:, [known.index(target) for target in targets]]
-    has_label = np.isfinite(labels).any(axis=1)
+    labels = crystals["labels"][:, [known.index(target) for target in targets]]
+    has_label = np.isfinite(labels).sum(axis=1) > 0
     splits = {split: crystals[split][has_label[crystals[split]]] for split in SPLITS}
     for split, chosen in splits.items():
         if not len(chosen):
@@ -82,7 +82,7 @@ def load_dataset(folder: Path, names: tuple[str, ...], cutoff: float | LatticeBo
         targets=targets,
         labels=labels,
         splits=splits,
-        leaked=np.asarray(crystals["leaked"]),
+        leaked=crystals["leaked"],
         digest=manifest["digest"],
         remark=manifest["remark"],
     )
@@ -150,7 +150,7 @@ class _RowsOf:
 
 def _crystal_chunks(crystals: Columns) -> Iterator[tuple[int, list[Crystal]]]:
     """All crystals in chunks of about CHUNK_ATOMS atoms."""
-    offset = np.asarray(crystals["atom_offset"])
+    offset = crystals["atom_offset"]
     first, number = 0, len(offset) - 1
     while first < number:
         end = max(first + 1, int(np.searchsorted(offset, offset[first] + CHUNK_ATOMS, side="right")) - 1)
@@ -161,8 +161,8 @@ def _crystal_chunks(crystals: Columns) -> Iterator[tuple[int, list[Crystal]]]:
 def crystal_at(crystals: Columns, row: int) -> Crystal:
     """A crystal of the store without its occupancies."""
     atoms = slice(*crystals["atom_offset"][row : row + 2])
-    lattice, id = np.asarray(crystals["lattice"][row]), str(crystals["ids"][row])
-    return Crystal(crystals["species"][atoms], crystals["position"][atoms], lattice, id=id)
+    id = str(crystals["ids"][row])
+    return Crystal(crystals["species"][atoms], crystals["position"][atoms], crystals["lattice"][row], id=id)
 
 
 # Folders of columns
@@ -220,5 +220,9 @@ def _checked_columns(folder: Path, manifest: dict[str, Any], names: tuple[str, .
         return None
     if any(sha256(folder / name) != checksum for name, checksum in manifest["sha256"].items()):
         return None
-    # as plain arrays: slices of np.memmap are slow
-    return manifest, {name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in names}
+    return manifest, mapped_columns(folder, names)
+
+
+def mapped_columns(folder: Path, names: Iterable[str]) -> Columns:
+    """Memory-mapped columns, as plain arrays: slices of np.memmap are slow."""
+    return {name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in names}

@@ -16,6 +16,7 @@ from crystalframer_jax.shapes import shape_for
 from crystalframer_jax.structure_files import as_crystals
 
 _compiled = jax.jit(block_frames, static_argnums=(0, 5))
+_unpacked = jax.jit(unpacked)
 
 
 def compute_frames(
@@ -71,7 +72,7 @@ def compute_frames(
         if key is not None:
             keys = keys_by_place(key, len(batch.crystal_sizes))
             seeds = row_seeds(keys, batch.crystal_of_atom, batch.atom_in_crystal, q.shape[1])
-        frames = _compiled(method, *padded, jax.jit(unpacked)(batch), tie_tolerance, seeds)
+        frames = _compiled(method, *padded, _unpacked(batch), tie_tolerance, seeds)
         return np.asarray(frames)[place]
 
 

@@ -1,7 +1,6 @@
 """The training run: epochs, validation, checkpoints, resume, and what is left at the end."""
 
 import dataclasses
-import errno
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from crystalframer_jax.data.loader import TrainingBatches
 from crystalframer_jax.data.splits import SPLITS
 from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.errors import UserError
-from crystalframer_jax.files import write_json
+from crystalframer_jax.files import is_disk_full, write_json
 from crystalframer_jax.inference.evaluation import frame_draws, groups_of, mean_absolute_errors, predict_rows
 from crystalframer_jax.model.regressor import CrystalFramer
 from crystalframer_jax.training import plots
@@ -140,7 +139,7 @@ class Run:
             saved = f"saved at step {last:,}" if last else "nothing was trained yet"
             raise TrainingInterrupted(f"{request}, {saved}; the same command continues {self.workdir}") from None
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if not is_disk_full(error):
                 raise
             raise TrainingError(
                 f"the disk of {self.workdir} is full; what was saved before is intact: make room, and the same command "
