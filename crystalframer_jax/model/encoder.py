@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from crystalframer_jax.batch import Batch, CellRows
 from crystalframer_jax.config import ModelConfig
-from crystalframer_jax.model.attention import ValueEncoding, framed_attention, reciprocal_attention
+from crystalframer_jax.model.attention import Implementation, ValueEncoding, framed_attention, reciprocal_attention
 from crystalframer_jax.model.basis import EXACT, AngleBasis, Bases, DistanceBasis
 from crystalframer_jax.model.frames import block_frames
 from crystalframer_jax.model.layers import ACTIVATIONS, Initializer, block_layer, layer_norm, t_fixup_gain
@@ -32,6 +32,7 @@ class SelfAttention(nn.Module):
 
     config: ModelConfig
     block: int
+    implementation: Implementation = "auto"
 
     @nn.compact
     def __call__(
@@ -103,7 +104,9 @@ class SelfAttention(nn.Module):
             dist_coef=config.value_pe_dist_coef,
             angle_coef=config.value_pe_angle_coef,
         )
-        return framed_attention(q, k, v, a, batch.rows, frames, encoding, dropout=config.dropout, seeds=seeds)
+        return framed_attention(
+            q, k, v, a, batch.rows, frames, encoding, self.implementation, dropout=config.dropout, seeds=seeds
+        )
 
     def _reciprocal(
         self,
@@ -195,6 +198,7 @@ class EncoderBlock(nn.Module):
 
     config: ModelConfig
     block: int
+    implementation: Implementation = "auto"
 
     @nn.compact
     def __call__(
@@ -216,7 +220,7 @@ class EncoderBlock(nn.Module):
             return nn.Dropout(config.dropout, deterministic=not train)(x)
 
         gain = t_fixup_gain(config)
-        attention = SelfAttention(config, self.block, name="attention")
+        attention = SelfAttention(config, self.block, self.implementation, name="attention")
         x = normed(x + dropped(attention(x, batch, frame_keys, calibrate, given_frames, train)), "norm1")
         hidden = ACTIVATIONS[config.t_activation](block_layer(config, x, config.ff_dim, "linear1", gain))
         return normed(x + dropped(block_layer(config, dropped(hidden), config.model_dim, "linear2", gain)), "norm2")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from crystalframer_jax.batch import Batch, unpacked
 from crystalframer_jax.config import ModelConfig
+from crystalframer_jax.model.attention import Implementation
 from crystalframer_jax.model.basis import EXACT
 from crystalframer_jax.model.encoder import EncoderBlock
 from crystalframer_jax.model.layers import head_layer, head_norm, layer_norm
@@ -21,9 +22,12 @@ class CrystalFramer(nn.Module):
     Collections: `params` (trained), `calibration` (scale and shift of the Gaussian widths of each block, fixed by the
     first training batch; only with normalize_gauss), `batch_stats` (running averages; only with norm_type=bn) and, if
     made mutable, `intermediates` (frames [N, H, 3, 3] and exponents a [N, H]).
+
+    `implementation` of the attention, see `framed_attention`; it changes results by rounding only.
     """
 
     config: ModelConfig
+    implementation: Implementation = "auto"
 
     @nn.compact
     def __call__(
@@ -50,7 +54,7 @@ class CrystalFramer(nn.Module):
         x = self._embed(batch, train)
         for block in range(config.num_layers):
             frames = None if given_frames is None else given_frames[block]
-            layer = EncoderBlock(config, block, name=f"block_{block}")
+            layer = EncoderBlock(config, block, self.implementation, name=f"block_{block}")
             x = layer(x, batch, frame_keys, calibrate, frames, train)
         if not config.t_fixup_init:
             x = layer_norm(config, x, "norm")
