@@ -1,5 +1,4 @@
-"""Home of the GPU kernels (imported as `crystalframer_jax.kernels`).
+"""GPU kernels (imported as `crystalframer_jax.kernels`) for what `crystalframer_jax.model` also does by XLA operations.
 
-A kernel here has the signature of the XLA reference in `crystalframer_jax.model.attention` and imports nothing but
-jax. There is none yet: every device runs the reference.
+They are written in Pallas for its Triton backend. `crystalframer_jax.model.implementation` chooses between the two.
 """

@@ -1,17 +1,25 @@
 """Framed attention of one block: lattice sums, then the projection of the summed encodings."""
 
 import dataclasses
-from typing import Literal
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from crystalframer_jax.batch import CellRows, Rows
+from crystalframer_jax.kernels import sums as kernels
 from crystalframer_jax.model.basis import EXACT, Bases
+from crystalframer_jax.model.implementation import (
+    Implementation,
+    check_arrays,
+    check_rows,
+    difference,
+    uses_kernels,
+)
 from crystalframer_jax.model.lattice_sums import SumOptions, lattice_sums
 from crystalframer_jax.model.reciprocal import WaveVectors
-
-Implementation = Literal["auto", "xla"]
 
 
 @jax.tree_util.register_dataclass
@@ -51,23 +59,47 @@ def framed_attention(
       rows: neighbour rows [N, M], vectors in Å.
       frames: [N, H, 3, 3] with rows e1, e2, e3; None without angle encoding. They get no gradient.
       params: projections and bases.
-      implementation: "xla", or "auto" for the fastest that the device has.
+      implementation: "xla"; "pallas" for GPU kernels (on a CPU they are interpreted, very slowly); "auto" for
+        kernels where they work, else XLA.
       dropout, seeds: share of the pairs of atoms to drop from the sums, drawn from seeds [N, H] uint32.
 
     Raises:
-      ValueError: unknown implementation, or frames and angle basis do not go together.
+      ValueError: unknown implementation, or one that does not work; frames and angle basis do not go together.
     """
-    if implementation not in ("auto", "xla"):
-        raise ValueError(f"implementation={implementation!r} is not available; allowed: 'auto', 'xla'")
     if (frames is None) != (params.bases.angle is None):
         raise ValueError("frames must be given exactly when there is an angle basis")
-    options = SumOptions(params.bases, dropout=dropout)
-    output, dist_sum, angle_sum = lattice_sums(options, q, k, v, alpha, rows, frames, seeds)
+    dropout = 0.0 if seeds is None else dropout
+    check = functools.partial(_check, params.bases, dropout, q.shape[1:], v.shape[-1], q.dtype)
+    if uses_kernels(implementation, "attention", check):
+        sums = kernels.lattice_sums(params.bases, dropout, q, k, v, alpha, rows, frames, seeds)
+    else:
+        sums = lattice_sums(SumOptions(params.bases, dropout=dropout), q, k, v, alpha, rows, frames, seeds)
+    output, dist_sum, angle_sum = sums
     if params.w_dist is not None:
         output += params.dist_coef * jnp.einsum("nht,hdt->nhd", dist_sum, params.w_dist, precision=EXACT)
     if params.w_angle is not None:
         output += params.angle_coef * jnp.einsum("nhet,ehdt->nhd", angle_sum, params.w_angle, precision=EXACT)
     return output
+
+
+@functools.cache
+def _check(bases: Bases, dropout: float, q_shape: tuple[int, int], v_dim: int, dtype: np.dtype) -> str:
+    """Why the kernels cannot be used with these options and q [N, *q_shape]; empty if they can."""
+    heads, _ = q_shape
+    q, k, v, a, frames = check_arrays(dtype, q_shape, q_shape, (heads, v_dim), (heads,), (heads, 3, 3))
+    rows, frames = check_rows(dtype), frames / np.linalg.norm(frames, axis=-1, keepdims=True)
+    seeds: Any = np.arange(a.size, dtype=np.uint32).reshape(a.shape) if dropout else None
+
+    def sums_and_gradients(lattice_sums, q, k, v, a):
+        sums, pullback = jax.vjp(lambda *x: lattice_sums(*x, rows, frames if bases.angle else None, seeds), q, k, v, a)
+        return sums, pullback(jax.tree.map(jnp.ones_like, sums))
+
+    return difference(
+        functools.partial(sums_and_gradients, functools.partial(kernels.lattice_sums, bases, dropout)),
+        functools.partial(sums_and_gradients, functools.partial(lattice_sums, SumOptions(bases, dropout=dropout))),
+        (q, k, v, -np.abs(a)),
+        dtype,
+    )
 
 
 def reciprocal_attention(

@@ -62,7 +62,8 @@ class AngleBasis:
                 return size
         return 1
 
-    def _groups(self) -> tuple[np.ndarray, np.ndarray, float]:
+    @functools.cached_property
+    def groups(self) -> tuple[np.ndarray, np.ndarray, float]:
         """Middles c_a [A], offsets o_b [B], and c_0."""
         centers = self.centers.reshape(-1, self.group_size)
         middles = centers.mean(axis=1)
@@ -77,27 +78,27 @@ class AngleBasis:
         first, second = self._factors(c.reshape(-1, c.shape[-1]))
         first = first * weights.reshape(-1, 1, c.shape[-1])
         sums = jnp.einsum("xam,xbm->xab", first, second, precision=EXACT)
-        return (sums * jnp.asarray(self._constant, c.dtype)).reshape(*c.shape[:-1], self.size)
+        return (sums * jnp.asarray(self.constant, c.dtype)).reshape(*c.shape[:-1], self.size)
 
     def combination(self, c: jax.Array, coefficients: jax.Array) -> jax.Array:
         """sum_et coefficients_et b_t(c_em), the transpose of `weighted_sum`: [..., E, M], [..., E, D] -> [..., M]."""
         first, second = self._factors(c.reshape(-1, c.shape[-1]))
-        grouped = coefficients.reshape(-1, *self._constant.shape) * jnp.asarray(self._constant, c.dtype)
+        grouped = coefficients.reshape(-1, *self.constant.shape) * jnp.asarray(self.constant, c.dtype)
         half = jnp.einsum("xab,xbm->xam", grouped, second, precision=EXACT)
         terms = (half * first).reshape(*c.shape[:-2], -1, c.shape[-1])
         return jnp.sum(terms, axis=-2)  # one reduction over axes and groups: two in a row are slow on a CPU
 
     def _factors(self, c: jax.Array) -> tuple[jax.Array, jax.Array]:
         """exp(-s (c - c_a)^2) [x, A, M] and exp(2 s (c - c_0) o_b) [x, B, M] for c [x, M]."""
-        middles, offsets, origin = self._groups()
+        middles, offsets, origin = self.groups
         first = jnp.exp(-self.sharpness * (c[:, None, :] - jnp.asarray(middles, c.dtype)[:, None]) ** 2)
         second = jnp.exp((c[:, None, :] - origin) * jnp.asarray(2 * self.sharpness * offsets, c.dtype)[:, None])
         return first, second
 
     @functools.cached_property
-    def _constant(self) -> np.ndarray:
+    def constant(self) -> np.ndarray:
         """constant[a, b] = exp(-2 s (c_a - c_0) o_b - s o_b^2), [A, B] float64."""
-        middles, offsets, origin = self._groups()
+        middles, offsets, origin = self.groups
         return np.exp(-self.sharpness * (2 * np.outer(middles - origin, offsets) + offsets**2))
 
 

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 
 from crystalframer_jax.batch import Batch, CellRows
 from crystalframer_jax.config import ModelConfig
-from crystalframer_jax.model.attention import Implementation, ValueEncoding, framed_attention, reciprocal_attention
+from crystalframer_jax.model.attention import ValueEncoding, framed_attention, reciprocal_attention
 from crystalframer_jax.model.basis import EXACT, AngleBasis, Bases, DistanceBasis
 from crystalframer_jax.model.frames import block_frames
+from crystalframer_jax.model.implementation import Implementation
 from crystalframer_jax.model.layers import ACTIVATIONS, Initializer, block_layer, layer_norm, t_fixup_gain
 from crystalframer_jax.model.random_bits import fold_in_all, keys_by_place, row_seeds
 from crystalframer_jax.model.reciprocal import WaveVectors
@@ -94,7 +95,7 @@ class SelfAttention(nn.Module):
             if frame_keys is not None:
                 keys = fold_in_all(frame_keys, self.block)
                 draws = row_seeds(keys, batch.crystal_of_atom, batch.atom_in_crystal, q.shape[1])
-            frames = block_frames(config.frame_method, q, k, a, batch, config.tie_tolerance, draws)
+            frames = block_frames(config.frame_method, q, k, a, batch, config.tie_tolerance, draws, self.implementation)
         self.sow("intermediates", "frames", frames)
         shape = v.shape[1:]
         encoding = ValueEncoding(

@@ -5,14 +5,26 @@ given random seeds, one of them at random. The canonical order does not change w
 neighbours at the same distance it follows the order of the atoms and the cell.
 """
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from crystalframer_jax.batch import Batch, Rows
+from crystalframer_jax.kernels import frames as kernels
 from crystalframer_jax.model.basis import EXACT
 from crystalframer_jax.model.blocks import attention_logits, map_blocks
 from crystalframer_jax.model.eigen import eigh3, principal_frames
-from crystalframer_jax.model.random_bits import mix
+from crystalframer_jax.model.implementation import (
+    Implementation,
+    check_arrays,
+    check_rows,
+    difference,
+    uses_kernels,
+)
+from crystalframer_jax.model.random_bits import draw, mix
 
 PARALLEL = 0.9999  # |cos| from which a neighbour cannot give the second axis
 SMALLEST = 1e-5  # of 1 - |cos| inside the logarithm
@@ -30,16 +42,18 @@ def block_frames(
     batch: Batch,
     tie_tolerance: float,
     seeds: jax.Array | None = None,
+    implementation: Implementation = "auto",
 ) -> jax.Array:
     """Frames of one attention block by one of METHODS: [N, H, 3, 3] with rows e1, e2, e3.
 
     q, k [N, H, d_k] and a [N, H] (1/Å^2) as in `lattice_sums`; `seeds` [N, H] uint32 draw among equally good frames.
+    There are kernels for max and max_static frames, see `framed_attention` for `implementation`.
     """
     q, k, a = jax.lax.stop_gradient((q, k, a))
     if method == "max":
-        return max_frames(q, k, a, batch.rows, tie_tolerance, seeds)
+        return max_frames(q, k, a, batch.rows, tie_tolerance, seeds, implementation)
     if method == "max_static":
-        frames = max_static_frames(batch.rows, tie_tolerance, seeds)
+        frames = max_static_frames(batch.rows, tie_tolerance, seeds, implementation)
     elif method == "weighted_pca":
         return weighted_pca_frames(q, k, a, batch.rows, tie_tolerance, seeds)
     elif method == "pca":
@@ -52,7 +66,13 @@ def block_frames(
 
 
 def max_frames(
-    q: jax.Array, k: jax.Array, a: jax.Array, rows: Rows, tie_tolerance: float, seeds: jax.Array | None = None
+    q: jax.Array,
+    k: jax.Array,
+    a: jax.Array,
+    rows: Rows,
+    tie_tolerance: float,
+    seeds: jax.Array | None = None,
+    implementation: Implementation = "xla",
 ) -> jax.Array:
     """Max frames: orthonormal and right-handed, [N, H, 3, 3]; zeros for padding.
 
@@ -60,6 +80,9 @@ def max_frames(
     logit + log(1 - |e1 . u|), made orthogonal to e1; e3 = e1 x e2. Neighbours within `tie_tolerance` of the best score
     are ties. q, k [N, H, d_k]; a [N, H] in 1/Å^2; seeds [N, H].
     """
+    check = functools.partial(_check_kernels, tie_tolerance, q.shape[1:], seeds is not None, q.dtype)
+    if uses_kernels(implementation, "frames", check):
+        return kernels.max_frames(q, k, a, rows, _limits(tie_tolerance), seeds)
 
     def block(rows: Rows, q: jax.Array, a: jax.Array, seeds: jax.Array | None) -> jax.Array:
         distance, unit = _directions(rows)
@@ -77,11 +100,13 @@ def max_frames(
     return map_blocks(block, rows, q, a, seeds)
 
 
-def max_static_frames(rows: Rows, tie_tolerance: float, seeds: jax.Array | None = None) -> jax.Array:
+def max_static_frames(
+    rows: Rows, tie_tolerance: float, seeds: jax.Array | None = None, implementation: Implementation = "xla"
+) -> jax.Array:
     """Max frames with weights exp(-d^2): [N, 1, 3, 3], or [N, H, 3, 3] given seeds [N, H]."""
     atoms, heads = rows.index.shape[0], 1 if seeds is None else seeds.shape[1]
     nothing = jnp.zeros((atoms, heads, 1), rows.vector.dtype)
-    return max_frames(nothing, nothing, -jnp.ones_like(nothing[..., 0]), rows, tie_tolerance, seeds)
+    return max_frames(nothing, nothing, -jnp.ones_like(nothing[..., 0]), rows, tie_tolerance, seeds, implementation)
 
 
 def weighted_pca_frames(
@@ -144,6 +169,24 @@ def lattice_frames(batch: Batch, tie_tolerance: float, seeds: jax.Array | None =
     return jnp.stack([e1, e2, e3], axis=-2) * hand[..., None, None].astype(e1.dtype)
 
 
+def _limits(tie_tolerance: float) -> kernels.Limits:
+    return kernels.Limits(tie_tolerance, PARALLEL, SMALLEST)
+
+
+@functools.cache
+def _check_kernels(tie_tolerance: float, q_shape: tuple[int, int], drawn: bool, dtype: np.dtype) -> str:
+    """Why the kernel cannot be used for q [N, *q_shape], with or without seeds; empty if it can."""
+    q, k, a = check_arrays(dtype, q_shape, q_shape, q_shape[:1])
+    rows = check_rows(dtype)
+    seeds: Any = np.arange(a.size, dtype=np.uint32).reshape(a.shape) if drawn else None
+    return difference(
+        lambda q, k, a: kernels.max_frames(q, k, a, rows, _limits(tie_tolerance), seeds),
+        lambda q, k, a: max_frames(q, k, a, rows, tie_tolerance, seeds, "xla"),
+        (q, k, -np.abs(a)),
+        dtype,
+    )
+
+
 def _principal_frames(
     values: jax.Array, axes: jax.Array, rows: Rows, tie_tolerance: float, seeds: jax.Array | None
 ) -> jax.Array:
@@ -171,7 +214,7 @@ def _pick(scores: jax.Array, tie_tolerance: float, seeds: jax.Array | None) -> j
     if seeds is None:
         return jnp.argmax(tied, axis=-1)
     columns = jnp.arange(scores.shape[-1], dtype=jnp.uint32)
-    priority = mix(seeds[..., None] + columns * jnp.uint32(0x9E3779B9))
+    priority = draw(seeds[..., None], columns)
     return jnp.argmax(jnp.where(tied, priority | 1, 0), axis=-1)
 
 

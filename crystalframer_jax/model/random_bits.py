@@ -26,6 +26,11 @@ def fold_in_all(keys: jax.Array, number: int) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
 
 
+def draw(seeds: jax.Array, numbers: jax.Array) -> jax.Array:
+    """A random uint32 for every seed (uint32) and number, which are broadcast."""
+    return mix(seeds + numbers.astype(jnp.uint32) * jnp.uint32(0x9E3779B9))
+
+
 def mix(bits: jax.Array) -> jax.Array:
     """Scramble uint32 values (the finaliser of MurmurHash3): random-looking and much cheaper than a PRNG call."""
     bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 
 from crystalframer_jax.batch import Batch, unpacked
 from crystalframer_jax.config import ModelConfig
-from crystalframer_jax.model.attention import Implementation
 from crystalframer_jax.model.basis import EXACT
 from crystalframer_jax.model.encoder import EncoderBlock
+from crystalframer_jax.model.implementation import Implementation
 from crystalframer_jax.model.layers import head_layer, head_norm, layer_norm
 
 NUM_ELEMENTS = 98
