@@ -1,183 +1,115 @@
-"""Measure the input pipeline: preparation, storage, and batches per second without a model.
+"""Measure training steps, predictions, the attention alone and the input pipeline; docs/benchmark.md explains.
 
-python scripts/benchmark.py [--target_set=NAME] [--data_dir=DIR] [--json=FILE]
+python scripts/benchmark.py [--part=PART] [--case=NAME] [--variant=NAME] [--implementation=NAME] [--json=FILE]
 
-Without --target_set the bundled crystals are prepared anew in a temporary folder. Rates are medians of several passes;
-the ways that are compared take turns, so that a machine which is busy for a while slows all of them.
+Options that choose can be given several times. Without them everything is measured; on a CPU all but bundled-1024,
+which takes minutes more.
 """
 
 import argparse
-import contextlib
 import dataclasses
+import datetime
 import json
-import mmap
-import os
-import tempfile
-import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import joblib
-import numpy as np
 
+from crystalframer_jax.benchmark import report
+from crystalframer_jax.benchmark.cases import BUNDLED, CASES, SMALL
+from crystalframer_jax.benchmark.ceilings import measure_ceilings
+from crystalframer_jax.benchmark.measure import ATTENTION, STEPS, describe_case, measure_case, scaling
+from crystalframer_jax.benchmark.model import Variant
+from crystalframer_jax.benchmark.pipeline import measure_pipeline
 from crystalframer_jax.cli import reporting_errors
-from crystalframer_jax.config import neighbor_cutoff
 from crystalframer_jax.configs import default
-from crystalframer_jax.data.datasets import open_dataset
-from crystalframer_jax.data.loader import TrainingBatches
-from crystalframer_jax.data.prepare import Preparation, prepare
-from crystalframer_jax.data.registry import TARGET_SETS
-from crystalframer_jax.data.store import Dataset, data_folder, load_dataset
-from crystalframer_jax.training.logging import table
+from crystalframer_jax.configs.variants import VARIANTS, with_variant
 
-CUTOFF = neighbor_cutoff(default.get_config())
-BATCH_SIZES = (64, 256)
-PASSES = 5
-SECONDS = 2.0  # of each pass at most
+PARTS = ("steps", "attention", "scaling", "pipeline")
+MEASURES = {"steps": STEPS, "attention": ATTENTION, "scaling": (*STEPS, *ATTENTION)}
+SLOW_ON_CPU = ("bundled-1024",)
+SECONDS = 10.0  # for the rounds of a case and measure, at least 5 of them
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print tables, write JSON."""
+    on_cpu = jax.default_backend() == "cpu"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--target_set", default="mp_flla_2015")
+    parser.add_argument("--part", action="append", choices=PARTS, help="default: all")
+    parser.add_argument("--case", action="append", choices=CASES, metavar="NAME", help=", ".join(CASES))
+    parser.add_argument("--variant", action="append", choices=VARIANTS, help="default: all")
+    parser.add_argument(
+        "--implementation", action="append", choices=("xla", "pallas"), help="default: xla, on a GPU pallas too"
+    )
+    parser.add_argument("--rounds", type=int, default=0, metavar="N", help="default: what fits into 10 s, 5 to 50")
+    parser.add_argument("--target_set", default=BUNDLED, help="of the part pipeline")
     parser.add_argument("--data_dir", default="", metavar="DIR")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    arguments = parser.parse_args()
-    with reporting_errors(), tempfile.TemporaryDirectory() as temporary:
-        results: dict[str, Any] = {"device": jax.devices()[0].device_kind, "cores": joblib.cpu_count()}
-        data_dir = arguments.data_dir
-        if arguments.target_set == "mp_flla_2015" and not data_dir:
-            data_dir = temporary
-            results["preparation"] = preparation(Path(temporary))
-        target = TARGET_SETS[arguments.target_set].targets[0].name if arguments.target_set in TARGET_SETS else None
-        dataset = open_any(arguments.target_set, target, data_dir)
-        results["storage"] = storage(dataset, data_folder(data_dir) / arguments.target_set)
-        results["batches"] = [batches(dataset, size) for size in BATCH_SIZES]
-    print_results(results, dataset.name)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
-
-
-def open_any(name: str, target: str | None, data_dir: str) -> Dataset:
-    """A target set with one of its targets."""
-    if target is None:  # one's own: any will do
-        manifest = json.loads((data_folder(data_dir) / name / "crystals" / "manifest.json").read_text())
-        target = manifest["targets"][0]["name"]
-    return open_dataset(name, (target,), CUTOFF, data_dir)
-
-
-def preparation(folder: Path) -> dict[str, float]:
-    """Crystals per second for the bundled set, with one process and with one for each core."""
-    known = TARGET_SETS["mp_flla_2015"]
-    rates = {}
-    for workers in sorted({1, joblib.cpu_count()}):
-        place = folder / f"workers{workers}" / known.name
-        source = known.origin.open(known.targets)
-        with silence():
-            start = time.perf_counter()
-            prepare(place, source, known, Preparation(workers=workers))
-            parsed = time.perf_counter()
-            load_dataset(place, (known.targets[0].name,), CUTOFF, workers)
-            end = time.perf_counter()
-        rates[f"crystals per s, {workers} process{'es' * (workers > 1)}"] = source.count / (parsed - start)
-        rates[f"neighbor rows per s, {workers} process{'es' * (workers > 1)}"] = source.count / (end - parsed)
-    return rates
-
-
-def storage(dataset: Dataset, folder: Path) -> dict[str, float]:
-    """Bytes on disk."""
-    crystals, edges = len(dataset.table), int(dataset.table.edge_offset[-1])
-    columns = {"crystals": 0, "rows": 0}
-    for file in folder.rglob("*.npy"):
-        columns[file.parent.name.split("-")[0]] += file.stat().st_size
-    return {
-        "atoms per crystal": len(dataset.table.species) / crystals,
-        "neighbors per atom": edges / len(dataset.table.species),
-        "bytes per crystal": sum(columns.values()) / crystals,
-        "bytes per neighbor": (dataset.table.image.nbytes + dataset.table.reverse.nbytes) / edges,
+    arguments = parser.parse_args(argv)
+    skipped = SMALL + SLOW_ON_CPU * on_cpu
+    parts = arguments.part or PARTS
+    results: dict[str, Any] = {
+        "device": jax.devices()[0].device_kind,
+        "cores": joblib.cpu_count(),
+        "jax": jax.__version__,
+        "date": datetime.datetime.now().isoformat(" ", "minutes"),
     }
-
-
-def batches(dataset: Dataset, size: int) -> dict[str, Any]:
-    """Batches per second by every way, taking turns, and how full they are."""
-    in_memory = dataclasses.replace(dataset, table=copied(dataset.table))
-    ways = {
-        "from memory": (in_memory, False),
-        "from disk, cached": (dataset, False),
-        "from disk, cold": (dataset, False),
-        "on the device": (in_memory, True),
-    }
-    loaders = {
-        name: TrainingBatches(source, size, 1000, seed=0, on_device=on_device)
-        for name, (source, on_device) in ways.items()
-        if not on_device or not len(dataset.table.shared_site)
-    }
-    rates: dict[str, list[float]] = {name: [] for name in loaders}
-    for number in range(PASSES + 1):  # the first is for compiling
-        for name, loader in loaders.items():
-            if name == "from disk, cold":
-                drop_cached_pages(dataset)
-            rate = batches_per_second(loader.iterate(number * loader.steps_per_epoch))
-            rates[name] += [rate] if number else []
-    fill = next(iter(loaders.values())).fill_factors()
-    medians = {name: float(np.median(found)) for name, found in rates.items()}
-    return {"crystals": size, "batches per s": medians, "fill": fill._asdict()}
-
-
-def batches_per_second(source: Iterable[Any]) -> float:
-    """How fast batches come, at most SECONDS long; the last one is waited for."""
-    start, number, latest = time.perf_counter(), 0, None
-    for batch in source:
-        number, latest = number + 1, batch
-        if time.perf_counter() - start > SECONDS:
-            break
-    jax.block_until_ready(latest)
-    return number / (time.perf_counter() - start)
-
-
-def copied(columns: Any) -> Any:
-    """A table in memory of its own."""
-    names = [field.name for field in dataclasses.fields(columns)]
-    return dataclasses.replace(columns, **{name: np.array(getattr(columns, name)) for name in names})
-
-
-def drop_cached_pages(dataset: Dataset) -> None:
-    """Make the system forget what it has read of the files behind the columns."""
-    for field in dataclasses.fields(dataset.table):
-        mapped = getattr(dataset.table, field.name).base
-        if isinstance(mapped, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):
-            mapped._mmap.madvise(mmap.MADV_DONTNEED)
-            with open(mapped.filename, "rb") as stream:
-                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def print_results(results: dict[str, Any], name: str) -> None:
-    """Tables of what was measured."""
-    for part in ("preparation", "storage"):
-        if part in results:
-            print(
-                "\n" + table([f"{part}, {name}", ""], [[key, f"{value:,.1f}"] for key, value in results[part].items()])
+    report.print_header(results)
+    with reporting_errors():
+        if set(parts) & set(MEASURES):
+            results |= measure_models(
+                parts,
+                arguments.case or [name for name in CASES if name not in skipped],
+                arguments.variant or list(VARIANTS),
+                arguments.implementation or (["xla"] if on_cpu else ["xla", "pallas"]),
+                arguments.rounds,
+                arguments.data_dir,
             )
-    header = ["batches per s", *(f"{found['crystals']} crystals" for found in results["batches"])]
-    rows = [
-        [way, *(f"{found['batches per s'][way]:,.0f}" for found in results["batches"])]
-        for way in results["batches"][0]["batches per s"]
-    ]
-    rows += [
-        [f"{what} filled", *(f"{found['fill'][what]:.0%}" for found in results["batches"])]
-        for what in results["batches"][0]["fill"]
-    ]
-    print("\n" + table(header, rows))
-    print(f"\n{results['device']}, {results['cores']} cores")
+        if "pipeline" in parts:
+            results["pipeline"] = measure_pipeline(arguments.target_set, arguments.data_dir)
+            report.print_pipeline(results["pipeline"])
+        if arguments.json:
+            arguments.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
-@contextlib.contextmanager
-def silence() -> Any:
-    """Without messages on standard output."""
-    with open(os.devnull, "w") as stream, contextlib.redirect_stdout(stream):
-        yield
+def measure_models(
+    parts: Sequence[str],
+    cases: Sequence[str],
+    variants: Sequence[str],
+    implementations: Sequence[Any],
+    rounds: int,
+    data_dir: str,
+) -> dict[str, Any]:
+    """Measurements of whole models and of the attention, printed as tables."""
+    ceilings = measure_ceilings()
+    chosen = [Variant(name, with_variant(default.get_config(), name)) for name in variants]
+    described, records = [], []
+    for name in cases:
+        case = CASES[name]
+        wanted = [part for part in parts if part in MEASURES and (part != "scaling" or not case.batch_size)]
+        measures = list(dict.fromkeys(measure for part in wanted for measure in MEASURES[part]))
+        if not measures:
+            continue
+        batch = case.batch(data_dir=data_dir)
+        described.append(describe_case(case, batch))
+        for measure in measures:
+            print(f"{name}: {measure} ...", flush=True)
+            found = measure_case(case, batch, measure, chosen, implementations, ceilings, rounds, SECONDS)
+            report.print_progress(found)
+            records += found
+    results = {
+        "ceilings": {f"{name} per s": rate for name, rate in dataclasses.asdict(ceilings).items()},
+        "cases": described,
+        "measurements": records,
+        "scaling": scaling(records, described),
+    }
+    report.print_ceilings(results["ceilings"])
+    report.print_cases(described)
+    report.print_measures(records)
+    report.print_scaling(results["scaling"])
+    return results
 
 
 if __name__ == "__main__":
