@@ -29,6 +29,12 @@ SKIP_NONFINITE = flags.DEFINE_integer(
 MAX_MINUTES = flags.DEFINE_float(
     "max_minutes", None, "Save and stop so many minutes after the start, at the latest.", lower_bound=0
 )
+IMPLEMENTATION = flags.DEFINE_enum(
+    "implementation",
+    "auto",
+    ["auto", "xla", "pallas"],
+    "Of the attention: GPU kernels (pallas) where they work, or XLA.",
+)
 WANDB = flags.DEFINE_string("wandb", "", "Weights & Biases project to log to as well (pip install '.[wandb]').")
 flags.mark_flags_as_required(["config", "workdir"])
 
@@ -43,7 +49,7 @@ def main(argv: list[str]) -> None:
     from crystalframer_jax.training.loop import Options
     from crystalframer_jax.training.train import train
 
-    options = Options(RESUME_WITH_CHANGES.value, SKIP_NONFINITE.value, WANDB.value)
+    options = Options(RESUME_WITH_CHANGES.value, SKIP_NONFINITE.value, WANDB.value, implementation=IMPLEMENTATION.value)
     interruption = Interruption(MAX_MINUTES.value, START)
     with reporting_errors(if_interrupted=" at once; the same command continues from the last checkpoint"):
         try:

@@ -129,13 +129,40 @@ def test_training_batches_are_the_same_on_the_device(tmp_path, dtype):
             assert_same_bits(batch, expected)
 
 
+def test_stretches_hold_the_batches_in_order_and_are_cut_at_changes_of_shape_and_ends_of_epochs(tmp_path):
+    """As long as may be otherwise; from the middle of an epoch on."""
+    batches = TrainingBatches(open_small(tmp_path), 4, 3, seed=3, on_device=True)
+    largest = batches.shapes[-1]
+    atoms = [int(batches.dataset.table.num_atoms[batches.rows(step)].sum()) for step in range(36)]
+    smaller = dataclasses.replace(largest, num_atoms=int(np.quantile(atoms, 0.8)))
+    batches.shapes = [smaller, largest]
+    stretches = list(batches.stretches(7, 3))
+    shapes = [smaller if atoms[step] <= smaller.num_atoms else largest for step in range(36)]
+    assert len(set(shapes)) == 2
+    step = 7
+    for stretch in stretches:
+        length = len(stretch.crystals)
+        assert 1 <= length <= 3 and stretch.crystals.shape[1] == 4
+        assert {stretch.shape} == set(shapes[step : step + length])
+        assert step // 12 == (step + length - 1) // 12
+        end = step + length
+        assert length == 3 or end % 12 == 0 or shapes[end] != shapes[end - 1]
+        for place, batch in enumerate(stretch.one_by_one()):
+            assert_same_bits(batch, batches[step + place])
+        step = end
+    assert step == 36
+    together, *one_by_one = stretches[-1].gathered(), *stretches[-1].one_by_one()
+    for place, batch in enumerate(one_by_one):
+        assert_same_bits(jax.tree.map(lambda x, place=place: x[place], together), batch)
+
+
 @pytest.mark.slow
 def test_training_on_the_device_changes_no_bit(tmp_path):
     """Nor do validation, averaged weights and predictions."""
     with tiny_runs(tmp_path / "compiled"):
         config = tiny_config(tmp_path / "data", norm_type="bn")
         for name, on_device in ("host", False), ("device", True):
-            run = Run(config, tmp_path / name, open_tiny(config), Options(on_device=on_device))
+            run = Run(config, tmp_path / name, open_tiny(config), Options(on_device=on_device, steps_per_dispatch=2))
             run.finish()
             assert (run.batches.device_table is not None) == on_device
         assert_same_run(config, tmp_path / "device", tmp_path / "host")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -53,9 +53,32 @@ class DeviceTable:
     def gather(self, indices: np.ndarray, shapes: Sequence[BatchShape]) -> Batch:
         """The very batch that `pack` makes of these crystals and their labels, on the device."""
         shape = fitting_shape(self.table, indices, shapes)
-        padded = np.full(shape.num_crystals, -1, np.int32)
-        padded[: len(indices)] = indices
-        return gather(self.columns, padded, shape)
+        return gather(self.columns, padded(indices, shape), shape)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Stretch:
+    """K batches of one shape that follow one another, told by their crystals."""
+
+    columns: Columns
+    crystals: np.ndarray  # [K, B] rows of the table, -1 for padding
+    shape: BatchShape = dataclasses.field(metadata={"static": True})
+
+    def gathered(self) -> Batch:
+        """The batches, every array with a first axis of K more."""
+        return jax.lax.map(lambda indices: gather(self.columns, indices, self.shape), self.crystals)
+
+    def one_by_one(self) -> Iterator[Batch]:
+        """The batches one after the other."""
+        return (gather(self.columns, indices, self.shape) for indices in self.crystals)
+
+
+def padded(indices: np.ndarray, shape: BatchShape) -> np.ndarray:
+    """Rows of the table, and -1 for the places that are left: [B] int32."""
+    places = np.full(shape.num_crystals, -1, np.int32)
+    places[: len(indices)] = indices
+    return places
 
 
 def serves(table: CrystalTable, parts: BatchParts) -> bool:

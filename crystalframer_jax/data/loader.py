@@ -1,6 +1,7 @@
 """The input pipeline: batches whose order is a pure function of seed and epoch, prepared ahead of the training."""
 
 import functools
+import itertools
 from collections.abc import Iterator
 
 import grain
@@ -8,9 +9,9 @@ import numpy as np
 
 from crystalframer_jax.batch import Batch, Fill, fill_factors, pack
 from crystalframer_jax.config import NO_PARTS, BatchParts, ConfigError
-from crystalframer_jax.data.device import DeviceTable, device_table_if_it_fits
+from crystalframer_jax.data.device import DeviceTable, Stretch, device_table_if_it_fits, padded
 from crystalframer_jax.data.store import Dataset
-from crystalframer_jax.shapes import BatchShape, plan_shapes
+from crystalframer_jax.shapes import BatchShape, fitting_shape, plan_shapes
 
 
 class TrainingBatches:
@@ -98,6 +99,24 @@ class TrainingBatches:
             return (table.gather(self.rows(step), self.shapes) for step in range(first_step, len(self)))
         steps = grain.MapDataset.source(self)[first_step:]
         return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+
+    def stretches(self, first_step: int, most: int) -> Iterator[Stretch]:
+        """The batches from a step on in stretches of `most`, less before the end of an epoch or a change of shape.
+
+        Raises ValueError if the crystals are not kept on the device.
+        """
+        if self.device_table is None:
+            raise ValueError("stretches are gathered on the device, and the crystals are not kept there")
+        columns, per_epoch = self.device_table.columns, self.steps_per_epoch
+        for epoch in range(first_step // per_epoch, self.n_epochs):
+            steps = range(max(first_step, epoch * per_epoch), (epoch + 1) * per_epoch)
+            for shape, group in itertools.groupby(steps, self._shape):
+                while piece := list(itertools.islice(group, most)):
+                    yield Stretch(columns, np.stack([padded(self.rows(step), shape) for step in piece]), shape)
+
+    def _shape(self, step: int) -> BatchShape:
+        """The shape of the batch of a step."""
+        return fitting_shape(self.dataset.table, self.rows(step), self.shapes)
 
 
 def _of_size(dataset: Dataset, rows: np.ndarray, fewest: int, most: int) -> np.ndarray:

@@ -47,7 +47,7 @@ def block_frames(
     """Frames of one attention block by one of METHODS: [N, H, 3, 3] with rows e1, e2, e3.
 
     q, k [N, H, d_k] and a [N, H] (1/Å^2) as in `lattice_sums`; `seeds` [N, H] uint32 draw among equally good frames.
-    There are kernels for max and max_static frames, see `framed_attention` for `implementation`.
+    There is a kernel for max and max_static frames, see `framed_attention` for `implementation`.
     """
     q, k, a = jax.lax.stop_gradient((q, k, a))
     if method == "max":
@@ -55,9 +55,9 @@ def block_frames(
     if method == "max_static":
         frames = max_static_frames(batch.rows, tie_tolerance, seeds, implementation)
     elif method == "weighted_pca":
-        return weighted_pca_frames(q, k, a, batch.rows, tie_tolerance, seeds)
+        return weighted_pca_frames(q, k, a, batch.rows, tie_tolerance, seeds, implementation)
     elif method == "pca":
-        frames = pca_frames(batch, tie_tolerance, seeds)
+        frames = pca_frames(batch, tie_tolerance, seeds, implementation)
     elif method == "lattice":
         frames = lattice_frames(batch, tie_tolerance, seeds)
     else:
@@ -110,7 +110,13 @@ def max_static_frames(
 
 
 def weighted_pca_frames(
-    q: jax.Array, k: jax.Array, a: jax.Array, rows: Rows, tie_tolerance: float, seeds: jax.Array | None = None
+    q: jax.Array,
+    k: jax.Array,
+    a: jax.Array,
+    rows: Rows,
+    tie_tolerance: float,
+    seeds: jax.Array | None = None,
+    implementation: Implementation = "xla",
 ) -> jax.Array:
     """Principal axes of sum p u u^T over the neighbours (d > 0), p the attention weights; [N, H, 3, 3]."""
 
@@ -124,10 +130,12 @@ def weighted_pca_frames(
     matrix = map_blocks(block, rows, q, a)
     trace = jnp.trace(matrix, axis1=-2, axis2=-1)
     values, axes = eigh3(matrix / jnp.where(trace > 0, trace, 1)[..., None, None])
-    return _principal_frames(values, axes, rows, tie_tolerance, seeds)
+    return _principal_frames(values, axes, rows, tie_tolerance, seeds, implementation)
 
 
-def pca_frames(batch: Batch, tie_tolerance: float, seeds: jax.Array | None = None) -> jax.Array:
+def pca_frames(
+    batch: Batch, tie_tolerance: float, seeds: jax.Array | None = None, implementation: Implementation = "xla"
+) -> jax.Array:
     """Principal axes of the scatter of the atoms of the given cell, [N, 1, 3, 3], or [N, H, 3, 3] given seeds [N, H].
 
     They depend on the choice of the cell and of the atoms in it, as they do in the paper.
@@ -135,7 +143,7 @@ def pca_frames(batch: Batch, tie_tolerance: float, seeds: jax.Array | None = Non
     if batch.scatter is None:
         raise ValueError("pca frames need batches with scatter; see ModelConfig.parts")
     values, axes = (jnp.asarray(x)[batch.crystal_of_atom][:, None] for x in (batch.scatter.values, batch.scatter.axes))
-    return _principal_frames(values, axes, batch.rows, tie_tolerance, seeds)
+    return _principal_frames(values, axes, batch.rows, tie_tolerance, seeds, implementation)
 
 
 def lattice_frames(batch: Batch, tie_tolerance: float, seeds: jax.Array | None = None) -> jax.Array:
@@ -188,10 +196,15 @@ def _check_kernels(tie_tolerance: float, q_shape: tuple[int, int], drawn: bool, 
 
 
 def _principal_frames(
-    values: jax.Array, axes: jax.Array, rows: Rows, tie_tolerance: float, seeds: jax.Array | None
+    values: jax.Array,
+    axes: jax.Array,
+    rows: Rows,
+    tie_tolerance: float,
+    seeds: jax.Array | None,
+    implementation: Implementation,
 ) -> jax.Array:
     """Frames of eigenvectors `axes` [N, H or 1, 3, 3]; what the eigenvalues leave open, max_static frames settle."""
-    anchor = max_static_frames(rows, tie_tolerance, seeds)
+    anchor = max_static_frames(rows, tie_tolerance, seeds, implementation)
     signs = None
     if seeds is not None:
         bits = mix(seeds ^ jnp.uint32(0x85EBCA6B))

@@ -6,7 +6,7 @@ each setting. What fails there is told once, and the XLA operations are used.
 
 import concurrent.futures
 import functools
-import logging
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal
@@ -22,8 +22,6 @@ IMPLEMENTATIONS = ("auto", "xla", "pallas")
 
 CHECK_ATOMS, CHECK_NEIGHBORS = 48, 41  # of the made-up rows: more than one chunk of neighbours
 TOLERANCE = {"float32": 1e-4, "float64": 1e-10}  # largest difference, relative to the largest number
-
-_log = logging.getLogger(__name__)
 
 
 class KernelWarning(UserWarning):
@@ -100,4 +98,4 @@ def _tell(name: str, reason: str) -> None:
     if reason:
         warnings.warn(f"{name}: XLA operations on {kind}, no kernels: {reason}", KernelWarning, stacklevel=4)
     else:
-        _log.warning("%s: Pallas kernels on %s", name, kind)
+        print(f"{name}: Pallas kernels on {kind}", file=sys.stderr, flush=True)

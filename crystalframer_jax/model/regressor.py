@@ -112,5 +112,7 @@ def _pool(x: jax.Array, batch: Batch, how: str) -> jax.Array:
         x = jax.lax.optimization_barrier(x)
         pooled = jax.ops.segment_max(x, batch.crystal_of_atom, crystals)
         return jnp.where(batch.crystal_sizes[:, None] > 0, pooled, 0)
-    total = jax.ops.segment_sum(x, batch.crystal_of_atom, crystals)
+    # A product, because sums by index (scatter) come out in any order on a GPU, other bits every time.
+    is_of_crystal = batch.crystal_of_atom == jnp.arange(crystals)[:, None]
+    total = jnp.matmul(is_of_crystal.astype(x.dtype), x, precision=EXACT)
     return total / jnp.maximum(batch.crystal_sizes, 1)[:, None].astype(x.dtype)

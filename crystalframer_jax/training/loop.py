@@ -11,12 +11,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from crystalframer_jax.config import ConfigError, model_config
+from crystalframer_jax.data.device import Stretch
 from crystalframer_jax.data.loader import TrainingBatches
 from crystalframer_jax.data.splits import SPLITS
 from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.errors import UserError
 from crystalframer_jax.files import is_disk_full, write_json
 from crystalframer_jax.inference.evaluation import frame_draws, groups_of, mean_absolute_errors, predict_rows
+from crystalframer_jax.model.implementation import Implementation
 from crystalframer_jax.model.regressor import CrystalFramer
 from crystalframer_jax.training import plots
 from crystalframer_jax.training.averages import averages_in, batch_statistics_of_averages, ready_for_swa, weights_of
@@ -34,6 +36,7 @@ from crystalframer_jax.training.report import (
     score_history,
     summary_text,
 )
+from crystalframer_jax.training.results import EpochResults, StepResult
 from crystalframer_jax.training.run_directory import (
     as_json,
     record_environment,
@@ -48,8 +51,7 @@ from crystalframer_jax.training.step import (
     make_recipe,
     make_train_step,
 )
-
-LAG = 2  # steps whose results are not looked at yet: the device is still busy with them
+from crystalframer_jax.training.stretches import dispatches, make_stretch
 
 
 class TrainingError(UserError, RuntimeError):
@@ -65,12 +67,17 @@ class Options:
       skip_nonfinite: how many steps without a finite loss and gradient may be skipped.
       wandb_project: Weights & Biases project to log to; empty: none.
       on_device: whether the crystals are kept on the device; None: if they fit.
+      implementation: of the attention, see model.attention.framed_attention.
+      steps_per_dispatch: how many steps the device takes at a time, if the crystals are kept there. Requests to stop,
+        checkpoints and the progress bar wait for the end of such a stretch.
     """
 
     resume_with_changes: Sequence[str] = ()
     skip_nonfinite: int = 0
     wandb_project: str = ""
     on_device: bool | None = None
+    implementation: Implementation = "auto"
+    steps_per_dispatch: int = 8
 
 
 class Run:
@@ -86,7 +93,7 @@ class Run:
     ):
         self.config, self.workdir, self.dataset = config, workdir, dataset
         self.options, self.interruption = options or Options(), interruption or Interruption()
-        model = CrystalFramer(model_config(config))
+        model = CrystalFramer(model_config(config), self.options.implementation)
         self.batches = TrainingBatches(
             dataset,
             config.batch_size,
@@ -106,6 +113,7 @@ class Run:
         self.forward = make_forward(model)
         self.loss = make_loss(model, self.recipe, self.statistics, jax.random.fold_in(key, 1))
         self.step = make_train_step(self.recipe, self.loss, self.options.skip_nonfinite)
+        self.stretch = make_stretch(self.recipe, self.loss, self.options.skip_nonfinite)
         self.initial_state = lambda: initial_state(model, self.recipe, self.batches[0], jax.random.fold_in(key, 0))
         self.saved_at = time.monotonic()
         self.checkpoints = Checkpoints(
@@ -207,7 +215,7 @@ class Run:
             as_json(config),
         )
         progress = Progress(config.n_epochs, first_epoch, batches.steps_per_epoch, batches.batch_size)
-        source = batches.iterate(int(state.step))
+        source = dispatches(batches, int(state.step), self.options.steps_per_dispatch)
         best = self.checkpoints.losses()[: config.model_checkpoint_save_top_k]
         try:
             for epoch in range(first_epoch, config.n_epochs):
@@ -232,45 +240,46 @@ class Run:
         return state, meta
 
     def _epoch(
-        self, state: TrainState, epoch: int, source: Any, results: list, seconds: float, progress: Progress
+        self, state: TrainState, epoch: int, source: Any, done: list, seconds: float, progress: Progress
     ) -> tuple[TrainState, dict[str, Any], float]:
         """The steps of an epoch that are left, and its validation: the state, its metrics and the seconds so far.
 
-        `results` are [loss, gradient norm] of the steps that are done, without those that were skipped.
+        `done` are [loss, gradient norm] of the steps that are done, without those that were skipped.
         """
         batches = self.batches
         start = time.perf_counter()
         first = int(state.step) - epoch * batches.steps_per_epoch
         freeze_norm = self._freezes_norm(epoch)
         progress.start_epoch(epoch, first)
-        pending: list[dict[str, jax.Array]] = []
-        waited = 0.0
-        for position in range(first, batches.steps_per_epoch):
+        results = EpochResults(epoch, done, self.options.skip_nonfinite)
+        position, waited = first, 0.0
+        while position < batches.steps_per_epoch:
             asked = time.perf_counter()
-            batch = next(source)
+            work = next(source)
             waited += time.perf_counter() - asked
-            state, result = self.step(state, batch, freeze_norm=freeze_norm)
-            pending.append(result)
-            reason, is_last = self.interruption.reason(), position == batches.steps_per_epoch - 1
+            advance = self.stretch if isinstance(work, Stretch) else self.step
+            state, result = advance(state, work, freeze_norm=freeze_norm)
+            steps = results.add(result)
+            position += steps
+            reason, is_last = self.interruption.reason(), position == batches.steps_per_epoch
             is_due = reason or (not is_last and self._is_save_due())
-            while len(pending) > (0 if is_due or is_last else LAG):
-                self._take(pending.pop(0), results, state, epoch)
-            progress.step(results[-1][0] if results else None)
+            if failed := results.take(all_of_them=bool(is_due or is_last)):
+                raise self._not_finite(failed, state, epoch)
+            for _ in range(steps):
+                progress.step(results.last_loss)
             if is_due:
-                meta = self._meta(epoch - 1, seconds + time.perf_counter() - start, results, {})
+                meta = self._meta(epoch - 1, seconds + time.perf_counter() - start, results.taken, {})
                 self._save(state, meta, None)
                 if reason:
                     raise TrainingInterrupted(f"stopped by {reason} in epoch {epoch + 1}")
         trained = time.perf_counter() - start
-        if not results:
+        if not results.taken:
             raise TrainingError(f"all steps of epoch {epoch + 1} were skipped; try a smaller lr")
         val_loss, val_mae = self._validate(state, epoch)
-        losses, norms = np.array(results).reshape(-1, 2).T
         metrics = {
             "epoch": epoch,
             "step": int(state.step),
-            "loss": float(losses.mean()),
-            "grad_norm": float(norms.mean()),
+            **results.means(),
             "val_loss": val_loss,
             "val_mae": val_mae,
             "lr": float(self.recipe.learning_rate(state.step - 1)),
@@ -291,25 +300,17 @@ class Run:
         self.checkpoints.save(state, meta, val_loss)
         self.saved_at = time.monotonic()
 
-    def _take(self, result: dict[str, jax.Array], results: list, state: TrainState, epoch: int) -> None:
-        """Add the results of a step; TrainingError, with a report of its batch, if it must not be skipped."""
-        result = jax.device_get(result)
-        loss, norm, skipped = (result[name].item() for name in ("loss", "grad_norm", "skipped_steps"))
-        if result["finite"]:
-            results.append([loss, norm])
-            return
-        allowed = self.options.skip_nonfinite
-        if skipped <= allowed:
-            say(f"epoch {epoch + 1}: skipped a step with loss {loss}, gradient {norm} ({skipped} of {allowed} allowed)")
-            return
-        step = result["step"].item()  # the weights stand still since then
+    def _not_finite(self, result: StepResult, state: TrainState, epoch: int) -> TrainingError:
+        """Write a report of the batch of a step that was not finite; its error."""
+        step = result.step  # the weights stand still since then, also if later steps were taken
         self.checkpoints.wait()
         last = self.checkpoints.last()
-        report = {"epoch": epoch, "last_good_checkpoint": last, "loss": str(loss), "grad_norm": str(norm)}
+        report = {"epoch": epoch, "last_good_checkpoint": last, "loss": str(result.loss)}
+        report |= {"grad_norm": str(result.grad_norm)}
         report |= batch_report(self.loss, self.statistics, state, self.batches, step, self._freezes_norm(epoch))
         file = self.workdir / f"nonfinite_step_{step}.json"
         write_json(file, report)
-        raise TrainingError(
+        return TrainingError(
             f"the loss or its gradient is not finite at step {step} (epoch {epoch + 1}); {file} tells about its batch, "
             f"{'the last checkpoint is kept' if last else 'nothing was saved yet'}. Try a smaller lr (in a run that "
             "has a checkpoint: --config.lr=... --resume_with_changes=lr) or let such steps be skipped "

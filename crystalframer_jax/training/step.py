@@ -121,7 +121,13 @@ def make_loss(
 
 
 def make_train_step(recipe: Recipe, loss: LossFunction, skip_nonfinite: int = 0) -> StepFunction:
-    """step(state, batch, freeze_norm=False) -> (state, result); `state` is consumed.
+    """`train_step`, compiled; its state is consumed."""
+    step = train_step(recipe, loss, skip_nonfinite)
+    return jax.jit(step, donate_argnums=0, static_argnames="freeze_norm")
+
+
+def train_step(recipe: Recipe, loss: LossFunction, skip_nonfinite: int = 0) -> StepFunction:
+    """step(state, batch, freeze_norm=False) -> (state, result).
 
     The result has "step", "loss", "grad_norm" (before clipping), "finite" and "skipped_steps" (so far). With
     `freeze_norm` BatchNorm keeps its statistics. A step whose loss or gradient is not finite leaves all weights as they
@@ -150,7 +156,7 @@ def make_train_step(recipe: Recipe, loss: LossFunction, skip_nonfinite: int = 0)
         result = {"loss": value, "grad_norm": grad_norm, "finite": finite}
         return counted, result | {"step": state.step, "skipped_steps": counted.skipped_steps}
 
-    return jax.jit(step, donate_argnums=0, static_argnames="freeze_norm")
+    return step
 
 
 def make_forward(model: CrystalFramer) -> Forward:
