@@ -5,11 +5,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from crystalframer_jax.config import NO_PARTS, BatchParts
+from crystalframer_jax.config import NO_PARTS, BatchParts, ConfigError
 from crystalframer_jax.data.table import CrystalTable
 
 CELL_BLOCK = 8  # the length of cell rows is padded to a multiple of this
 ATOM_BLOCK = 32  # atoms are padded to multiples of this, the block size of the lattice sums
+MOST_PLACES = 2**31 - 1  # of neighbours in a batch, which are counted in int32
 EDGE_BLOCK = 256  # neighbours are padded to multiples of this
 
 
@@ -23,6 +24,13 @@ class BatchShape:
     cell_length: int = 0  # atoms of the largest cell, if parts.cells
     parts: BatchParts = NO_PARTS
     num_edges: int = 0  # neighbours of all atoms; 0: as many as the rows can hold
+
+    def __post_init__(self):
+        if self.num_atoms * self.row_length > MOST_PLACES:
+            raise ConfigError(
+                f"{self.num_atoms} atoms with up to {self.row_length} neighbors are too many for one batch; choose a "
+                "smaller batch_size or cutoff_radius"
+            )
 
     @property
     def edges(self) -> int:

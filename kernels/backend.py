@@ -5,6 +5,7 @@ row: they need no communication between warps.
 """
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -22,16 +23,22 @@ except ImportError as error:  # a version of JAX without it
 OLDEST_GPU = 8.0  # compute capability (Ampere) that the backend compiles for
 
 
+def device() -> jax.Device:
+    """The device that computations of this thread run on."""
+    chosen = jax.config.jax_default_device
+    return chosen if isinstance(chosen, jax.Device) else jax.local_devices(backend=chosen)[0]
+
+
 def problem() -> str:
-    """Why kernels cannot run on the default device; empty if they can."""
+    """Why kernels cannot run on `device()`; empty if they can."""
     if MISSING:
         return MISSING
-    device = jax.local_devices()[0]
-    if device.platform not in ("gpu", "cuda"):
-        return f"there are no kernels for the {device.platform.upper()}"
-    capability = getattr(device, "compute_capability", "")
-    if not capability or float(capability) < OLDEST_GPU:
-        return f"{device.device_kind} has compute capability {capability or 'unknown'}, below {OLDEST_GPU}"
+    here = device()
+    if here.platform not in ("gpu", "cuda"):
+        return f"there are no kernels for the {here.platform.upper()}"
+    capability = str(getattr(here, "compute_capability", "unknown"))  # such as 9.0, of another maker gfx942
+    if not re.fullmatch(r"\d+\.\d+", capability) or float(capability) < OLDEST_GPU:
+        return f"{here.device_kind} has compute capability {capability}, not {OLDEST_GPU} or more"
     return ""
 
 

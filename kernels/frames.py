@@ -13,9 +13,10 @@ import jax.numpy as jnp
 
 from crystalframer_jax.batch import Rows
 from crystalframer_jax.kernels.backend import load, run, store
-from crystalframer_jax.kernels.rows import CHUNK, Chunk, Place, gathered, logits_of, over_chunks, place, vector_of
+from crystalframer_jax.kernels.rows import Chunk, Place, gathered, logits_of, over_chunks, place, vector_of
 from crystalframer_jax.model.random_bits import draw, mix
 
+END = 2**31 - 1  # beyond all columns
 Vector = tuple[jax.Array, jax.Array, jax.Array]
 
 
@@ -90,20 +91,25 @@ def _best(
     """Column of the best score of the row; among ties the first or, given a seed, a random one. 0 if there is none."""
     dtype = rows.vector.dtype
 
-    def largest(chunk: Chunk, best: jax.Array) -> jax.Array:
-        return jnp.maximum(best, jnp.max(scores(chunk), axis=0))
+    def largest(chunk: Chunk, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        here = scores(chunk)
+        highest = jnp.max(here, axis=0)
+        first = jnp.min(jnp.where(here == highest, chunk.column, END), axis=0)
+        is_better = highest > found[0]
+        return jnp.where(is_better, highest, found[0]), jnp.where(is_better, first, found[1])
 
-    best = over_chunks(rows, at.atom, largest, jnp.asarray(-jnp.inf, dtype))
+    # Its column counts as a tie whatever happens: scores are computed once more, and might be rounded otherwise.
+    best, column = over_chunks(rows, at.atom, largest, (jnp.asarray(-jnp.inf, dtype), jnp.int32(0)))
 
     def choose(chunk: Chunk, chosen: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         found = scores(chunk)
-        tied = (found >= best - tie_tolerance) & (found > -jnp.inf)
+        tied = (found >= best - tie_tolerance) & (found > -jnp.inf) | (chunk.column == column) & (best > -jnp.inf)
         priority = jnp.ones_like(chunk.column, jnp.uint32)
         if seed is not None:
             priority = draw(seed, chunk.column) | jnp.uint32(1)
         priority = jnp.where(tied, priority, jnp.uint32(0))
         highest = jnp.max(priority, axis=0)
-        first = jnp.min(jnp.where(priority == highest, chunk.column, chunk.column + CHUNK), axis=0)
+        first = jnp.min(jnp.where(priority == highest, chunk.column, END), axis=0)
         is_better = highest > chosen[0]
         return jnp.where(is_better, highest, chosen[0]), jnp.where(is_better, first, chosen[1])
 

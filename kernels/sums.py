@@ -5,9 +5,9 @@ sums. The gradient recomputes the weights from it: one kernel goes along the row
 neighbour for another, which collects it, and the weights once more, at the reverse neighbours. There are no atomic
 operations: the same inputs give the same bits.
 
-Chunks of neighbours whose weights are all below NEGLIGIBLE roundings are skipped, forward and backward. All that is
-skipped is less than that times the number of neighbours: less than one rounding of the weights, which add up to 1, with
-1,000 neighbours. Rows are sorted by distance, so these chunks are the far ends of rows.
+Chunks of neighbours whose weights add up to less than NEGLIGIBLE roundings of 1, the sum of the whole row, are skipped
+by the forward and the rows kernel: a row loses less weight than that times the number of its chunks. Rows are sorted by
+distance, so these chunks are the far ends of rows.
 """
 
 import functools
@@ -24,7 +24,7 @@ from crystalframer_jax.kernels.rows import CHUNK, Chunk, Place, gathered, logits
 from crystalframer_jax.model.basis import AngleBasis, Bases, DistanceBasis
 from crystalframer_jax.model.random_bits import draw
 
-NEGLIGIBLE = 1e-3  # weight of a neighbour, in units of the rounding of 1 (1.2e-10 in float32)
+NEGLIGIBLE = 1e-3  # weight of a chunk, in units of the rounding of 1 (1.2e-10 in float32)
 
 Sums = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -270,8 +270,8 @@ def _row_logits(inputs: Inputs, at: Place) -> Any:
 
 
 def _matter(weights: jax.Array) -> jax.Array:
-    """Whether any weight of a chunk is not negligible."""
-    return jnp.max(weights, axis=0) > NEGLIGIBLE * float(jnp.finfo(weights.dtype).eps)
+    """Whether the weights of a chunk are not negligible; also if they are not numbers, which must not get lost."""
+    return ~(jnp.sum(weights, axis=0) <= NEGLIGIBLE * float(jnp.finfo(weights.dtype).eps))
 
 
 def _kept(inputs: Inputs, row: Place, neighbor: jax.Array, dropout: float, dtype: np.dtype) -> jax.Array | float:

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import datetime
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from crystalframer_jax.benchmark.cases import BUNDLED, CASES, SMALL
 from crystalframer_jax.benchmark.ceilings import measure_ceilings
 from crystalframer_jax.benchmark.measure import ATTENTION, STEPS, describe_case, measure_case, scaling
 from crystalframer_jax.benchmark.model import Variant
-from crystalframer_jax.benchmark.pipeline import measure_pipeline
+from crystalframer_jax.benchmark.pipeline import any_target, measure_pipeline
 from crystalframer_jax.cli import reporting_errors
 from crystalframer_jax.configs import default
 from crystalframer_jax.configs.variants import VARIANTS, with_variant
@@ -35,7 +36,6 @@ SECONDS = 10.0  # for the rounds of a case and measure, at least 5 of them
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print tables, write JSON."""
-    on_cpu = jax.default_backend() == "cpu"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--part", action="append", choices=PARTS, help="default: all")
     parser.add_argument("--case", action="append", choices=CASES, metavar="NAME", help=", ".join(CASES))
@@ -48,6 +48,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data_dir", default="", metavar="DIR")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args(argv)
+    if arguments.rounds < 0:
+        parser.error(f"--rounds={arguments.rounds} must be positive")
+    if arguments.json and not os.access(arguments.json.absolute().parent, os.W_OK):
+        parser.error(f"--json={arguments.json}: there is no such folder, or it cannot be written to")
+    on_cpu = jax.default_backend() == "cpu"
     skipped = SMALL + SLOW_ON_CPU * on_cpu
     parts = arguments.part or PARTS
     results: dict[str, Any] = {
@@ -58,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     report.print_header(results)
     with reporting_errors():
+        if "pipeline" in parts:
+            any_target(arguments.target_set, arguments.data_dir)  # an unknown name is an error before all measurements
         if set(parts) & set(MEASURES):
             results |= measure_models(
                 parts,

@@ -335,10 +335,15 @@ def test_an_implementation_that_fails_is_reported_and_the_rest_is_measured(measu
     assert len(told) == 1 and "supercell-40 crystalformer none: ValueError" in told[0]
 
 
-def test_the_script_writes_tables_and_json(tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def script():
     specification = importlib.util.spec_from_file_location("benchmark_script", SCRIPT)
-    script = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(script)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_the_script_writes_tables_and_json(script, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(script, "measure_ceilings", lambda: CEILINGS)
     file = tmp_path / "results.json"
     options = ["--part=attention", "--part=scaling", "--case=supercell-40", "--variant=crystalformer"]
@@ -351,3 +356,22 @@ def test_the_script_writes_tables_and_json(tmp_path, capsys, monkeypatch):
     assert record["measure"] == "attention" and record["rounds"] == 2 and record["share_of_floor"] > 0
     out = capsys.readouterr().out
     assert "share of floor" in out and "measured ceilings" in out and "pipeline" not in out
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--rounds=-1", "must be positive"),
+        ("--json=missing/results.json", "no such folder"),
+        ("--case=bundled", "choose"),
+    ],
+)
+def test_bad_arguments_are_told_before_anything_is_measured(script, argument, words, capsys):
+    with pytest.raises(SystemExit):
+        script.main([argument])
+    assert words in capsys.readouterr().err
+
+
+def test_an_unknown_target_set_is_told_before_anything_is_measured(script, tmp_path):
+    with pytest.raises(SystemExit, match="error: target_set='nosuch' is not known"):
+        script.main(["--target_set=nosuch", f"--data_dir={tmp_path}"])

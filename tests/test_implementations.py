@@ -20,7 +20,7 @@ from support import atom_places, batch_of, primitive, random_crystal, random_rot
 from crystalframer_jax.batch import Rows
 from crystalframer_jax.kernels import backend
 from crystalframer_jax.kernels import rows as kernel_rows
-from crystalframer_jax.model import attention, implementation
+from crystalframer_jax.model import attention, frames, implementation
 from crystalframer_jax.model.attention import ValueEncoding, framed_attention
 from crystalframer_jax.model.basis import AngleBasis, Bases, DistanceBasis
 from crystalframer_jax.model.frames import block_frames
@@ -225,6 +225,17 @@ def test_what_stands_in_the_padding_does_not_matter():
         assert np.isfinite(x).all()
 
 
+@pytest.mark.parametrize("kind", IMPLEMENTATIONS)
+def test_what_is_not_a_number_is_not_lost(kind):
+    """Queries of one atom that are not numbers spoil its sums and all gradients that they enter, and nothing else."""
+    q = make_inputs("odd sizes").q.copy()
+    q[0, 0] = np.nan
+    output, q_grad, k_grad, *_ = run("odd sizes", kind, np.float32, q=q)
+    for x in (output, q_grad):
+        assert np.isnan(x[0, 0]).all() and np.isfinite(x[1:]).all()
+    assert np.isnan(k_grad[:, 0]).any() and np.isfinite(k_grad[:, 1:]).all()
+
+
 def test_far_ends_of_rows_are_skipped():
     """With narrow Gaussians the far chunks of long rows add nothing, and infinite vectors there do not show."""
     rows = make_rows("long")
@@ -275,6 +286,21 @@ def test_kernels_choose_among_ties_as_xla_does(drawn):
     assert (np.ptp(first[:, :, 0], axis=1).max() > 0.5) == drawn  # the heads differ if axes are drawn
 
 
+@pytest.mark.parametrize("factor", [1, 30])
+def test_kernels_find_a_frame_where_scores_round_differently(factor):
+    """Without a tolerance, or with scores so large that it is less than their rounding, each atom has its frame."""
+    rows = make_rows("crystals")
+    rows = dataclasses.replace(rows, vector=rows.vector.astype(np.float32))
+    rng = np.random.default_rng(27)
+    q, k = factor * rng.normal(size=(2, len(rows.count), 8, 16)).astype(np.float32)
+    a = np.full(q.shape[:2], -0.25, np.float32)
+    found = jax.jit(frames.max_frames, static_argnames=("tie_tolerance", "implementation"))(
+        q, k, a, rows, tie_tolerance=0.0, implementation="pallas"
+    )
+    lengths = np.linalg.norm(found, axis=-1)
+    np.testing.assert_allclose(lengths, np.broadcast_to((rows.count > 0)[:, None, None], lengths.shape), atol=1e-6)
+
+
 # The model
 
 
@@ -321,11 +347,11 @@ def test_kernels_are_really_taken():
 @pytest.fixture
 def gpu(monkeypatch):
     """The first device claims to be a GPU with kernels; what was found out about it before is forgotten, also later."""
-    caches = (attention._check, implementation._tell)
+    caches = (attention._check, frames._check_kernels, implementation._tell)
     for cache in caches:
         cache.cache_clear()
     device = SimpleNamespace(platform="gpu", device_kind="Testing 100", compute_capability="9.0")
-    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    monkeypatch.setattr(backend, "device", lambda: device)
     yield device
     for cache in caches:
         cache.cache_clear()
@@ -359,6 +385,39 @@ def wrong(*arguments):
     return jax.tree.map(lambda x: 1.01 * x, attention.lattice_sums(attention.SumOptions(arguments[0]), *arguments[2:]))
 
 
+def swapped(*arguments):
+    values, distances, angles = attention.lattice_sums(attention.SumOptions(arguments[0]), *arguments[2:])
+    return values, distances, angles[:, :, ::-1]
+
+
+@pytest.mark.parametrize("kernel", [wrong, swapped])
+def test_the_check_notices_kernels_that_are_wrong(monkeypatch, kernel):
+    bases = Bases(default_distance(4), AngleBasis(4, 1.0))
+    options = 0.0, (1, 2), 3, np.dtype(np.float32)
+    assert attention._check.__wrapped__(bases, *options) == ""
+    monkeypatch.setattr(attention.kernels, "lattice_sums", kernel)
+    assert "differ" in attention._check.__wrapped__(bases, *options)
+
+
+def test_the_check_in_float64_with_dropout(monkeypatch):
+    bases, options = Bases(None, None), (0.3, (1, 2), 3, np.dtype(np.float64))
+    assert attention._check.__wrapped__(bases, *options) == ""
+    by_xla = functools.partial(attention.lattice_sums, attention.SumOptions(bases, dropout=0.3))
+    monkeypatch.setattr(
+        attention.kernels, "lattice_sums", lambda *x: jax.tree.map(lambda y: y * (1 + 1e-8), by_xla(*x[2:]))
+    )
+    assert "differ" in attention._check.__wrapped__(bases, *options)
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_the_check_of_frames_has_ties(monkeypatch, drawn):
+    options = 1e-4, (2, 3), drawn, np.dtype(np.float32)
+    assert frames._check_kernels.__wrapped__(*options) == ""
+    limits = frames._limits(0.3)
+    monkeypatch.setattr(frames, "_limits", lambda tolerance: limits)  # other neighbors become ties
+    assert "differ" in frames._check_kernels.__wrapped__(*options)
+
+
 @pytest.mark.parametrize(
     ("kernel", "reason"), [(broken, "RuntimeError: out of registers"), (wrong, "its results differ from those of XLA")]
 )
@@ -375,13 +434,23 @@ def test_kernels_that_fail_are_replaced_with_one_warning(gpu, monkeypatch, kerne
 
 @pytest.mark.parametrize(
     ("change", "reason"),
-    [({"compute_capability": "7.5"}, "Testing 100 has compute capability 7.5"), ({"platform": "tpu"}, "for the TPU")],
+    [
+        ({"compute_capability": "7.5"}, "Testing 100 has compute capability 7.5, not 8.0 or more"),
+        ({"compute_capability": "gfx942"}, "Testing 100 has compute capability gfx942"),
+        ({"platform": "tpu"}, "there are no kernels for the TPU"),
+    ],
 )
 def test_devices_without_kernels(gpu, change, reason):
     vars(gpu).update(change)
     assert reason in backend.problem()
     with pytest.warns(KernelWarning, match=reason):
         assert "forward_kernel" not in attend()
+
+
+def test_the_default_device_decides():
+    with jax.default_device(jax.devices("cpu")[0]):
+        assert backend.device() == jax.devices("cpu")[0]
+    assert backend.device() == jax.local_devices()[0]
 
 
 def test_a_version_of_jax_without_triton(gpu, monkeypatch):

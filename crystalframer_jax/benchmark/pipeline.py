@@ -20,9 +20,9 @@ import joblib
 import numpy as np
 
 from crystalframer_jax.benchmark.cases import BUNDLED
-from crystalframer_jax.config import neighbor_cutoff
+from crystalframer_jax.config import ConfigError, neighbor_cutoff
 from crystalframer_jax.configs import default
-from crystalframer_jax.data.datasets import open_dataset
+from crystalframer_jax.data.datasets import folder_of, open_dataset
 from crystalframer_jax.data.loader import TrainingBatches
 from crystalframer_jax.data.origins import Bundled
 from crystalframer_jax.data.prepare import Preparation, prepare
@@ -45,19 +45,20 @@ def measure_pipeline(target_set: str, data_dir: str = "") -> dict[str, Any]:
         if target_set == BUNDLED and not data_dir:
             data_dir = temporary
             results["preparation"] = preparation(Path(temporary))
-        target = TARGET_SETS[target_set].targets[0].name if target_set in TARGET_SETS else None
-        dataset = open_any(target_set, target, data_dir)
+        dataset = open_dataset(target_set, (any_target(target_set, data_dir),), CUTOFF, data_dir)
         results["storage"] = storage(dataset, data_folder(data_dir) / target_set)
         results["batches"] = [batches(dataset, size) for size in BATCH_SIZES]
     return results
 
 
-def open_any(name: str, target: str | None, data_dir: str) -> Dataset:
-    """A target set with one of its targets."""
-    if target is None:  # one's own: any will do
-        manifest = json.loads((data_folder(data_dir) / name / "crystals" / "manifest.json").read_text())
-        target = manifest["targets"][0]["name"]
-    return open_dataset(name, (target,), CUTOFF, data_dir)
+def any_target(name: str, data_dir: str) -> str:
+    """A target of a set; ConfigError if there is no such set."""
+    if name in TARGET_SETS:
+        return TARGET_SETS[name].targets[0].name
+    manifest = folder_of(name, data_dir) / "crystals" / "manifest.json"
+    if not manifest.is_file():
+        raise ConfigError(f"target_set={name!r} is not known, and not prepared in {manifest.parent.parent.parent}")
+    return json.loads(manifest.read_text())["targets"][0]["name"]
 
 
 def preparation(folder: Path) -> dict[str, float]:

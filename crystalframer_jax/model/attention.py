@@ -92,7 +92,7 @@ def _check(bases: Bases, dropout: float, q_shape: tuple[int, int], v_dim: int, d
 
     def sums_and_gradients(lattice_sums, q, k, v, a):
         sums, pullback = jax.vjp(lambda *x: lattice_sums(*x, rows, frames if bases.angle else None, seeds), q, k, v, a)
-        return sums, pullback(jax.tree.map(jnp.ones_like, sums))
+        return sums, pullback(tuple(check_arrays(dtype, *(x.shape[1:] for x in sums))))
 
     return difference(
         functools.partial(sums_and_gradients, functools.partial(kernels.lattice_sums, bases, dropout)),

@@ -185,14 +185,17 @@ def _limits(tie_tolerance: float) -> kernels.Limits:
 def _check_kernels(tie_tolerance: float, q_shape: tuple[int, int], drawn: bool, dtype: np.dtype) -> str:
     """Why the kernel cannot be used for q [N, *q_shape], with or without seeds; empty if it can."""
     q, k, a = check_arrays(dtype, q_shape, q_shape, q_shape[:1])
-    rows = check_rows(dtype)
+    alike = (np.ones_like(q), np.ones_like(k), np.full_like(a, -0.25)), check_rows(dtype, on_grid=True)
+    inputs = ((q, k, -np.abs(a)), check_rows(dtype)), alike
     seeds: Any = np.arange(a.size, dtype=np.uint32).reshape(a.shape) if drawn else None
-    return difference(
-        lambda q, k, a: kernels.max_frames(q, k, a, rows, _limits(tie_tolerance), seeds),
-        lambda q, k, a: max_frames(q, k, a, rows, tie_tolerance, seeds, "xla"),
-        (q, k, -np.abs(a)),
-        dtype,
-    )
+
+    def by_kernel(*inputs: Any) -> list[jax.Array]:
+        return [kernels.max_frames(q, k, a, rows, _limits(tie_tolerance), seeds) for (q, k, a), rows in inputs]
+
+    def by_xla(*inputs: Any) -> list[jax.Array]:
+        return [max_frames(q, k, a, rows, tie_tolerance, seeds, "xla") for (q, k, a), rows in inputs]
+
+    return difference(by_kernel, by_xla, inputs, dtype)
 
 
 def _principal_frames(

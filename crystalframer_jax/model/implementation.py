@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from crystalframer_jax.batch import Rows
+from crystalframer_jax.errors import UserError
 from crystalframer_jax.kernels import backend
 
 Implementation = Literal["auto", "xla", "pallas"]
@@ -24,6 +25,10 @@ CHECK_ATOMS, CHECK_NEIGHBORS = 48, 41  # of the made-up rows: more than one chun
 TOLERANCE = {"float32": 1e-4, "float64": 1e-10}  # largest difference, relative to the largest number
 
 
+class ImplementationError(UserError, ValueError):
+    """An implementation that was asked for does not work on this device."""
+
+
 class KernelWarning(UserWarning):
     """Kernels that the device should have are not used, for the reason given."""
 
@@ -31,19 +36,20 @@ class KernelWarning(UserWarning):
 def uses_kernels(implementation: Implementation, name: str, check: Callable[[], str]) -> bool:
     """Whether kernels are to be used for `name`, such as "frames"; `check` is theirs, see `difference`.
 
-    Raises ValueError for an implementation that does not exist, or "pallas" where its kernels do not work.
+    Raises ValueError for an implementation that does not exist, ImplementationError for "pallas" where its kernels do
+    not work.
     """
     if implementation not in IMPLEMENTATIONS:
         allowed = ", ".join(map(repr, IMPLEMENTATIONS))
         raise ValueError(f"implementation={implementation!r} is not available; allowed: {allowed}")
     if implementation == "xla":
         return False
-    platform = jax.local_devices()[0].platform
-    if implementation == "pallas" and platform == "cpu":
+    platform = backend.device().platform
+    if implementation == "pallas" and platform == "cpu" and not backend.MISSING:
         return True  # interpreted
     reason = backend.problem() or check()
     if implementation == "pallas" and reason:
-        raise ValueError(f"implementation='pallas' does not work for {name}: {reason}; choose 'auto' or 'xla'")
+        raise ImplementationError(f"implementation='pallas' does not work for {name}: {reason}; choose 'auto' or 'xla'")
     if platform != "cpu":
         _tell(name, reason)
     return not reason
@@ -51,13 +57,14 @@ def uses_kernels(implementation: Implementation, name: str, check: Callable[[], 
 
 def difference(kernels: Callable[..., Any], operations: Callable[..., Any], arguments: tuple, dtype: np.dtype) -> str:
     """Why the results of `kernels(*arguments)` cannot be used instead of those of `operations`; empty if they can."""
+    device = jax.config.jax_default_device  # that of this thread
 
     def compare() -> str:
-        with jax.enable_x64(dtype == np.float64):
-            found = jax.block_until_ready(jax.jit(kernels)(*arguments))
-            expected = jax.jit(operations)(*arguments)
+        with jax.default_device(device), jax.enable_x64(dtype == np.float64):
+            found = jax.device_get(jax.jit(kernels)(*arguments))
+            expected = jax.device_get(jax.jit(operations)(*arguments))
         for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-            size, off = np.abs(y).max(initial=0), np.abs(np.asarray(x) - y).max(initial=0)
+            size, off = np.abs(y).max(initial=0), np.abs(x - y).max(initial=0)
             if not off <= TOLERANCE[np.dtype(dtype).name] * size:
                 return f"its results differ from those of XLA by {off:.1e} of {size:.1e}"
         return ""
@@ -70,19 +77,25 @@ def difference(kernels: Callable[..., Any], operations: Callable[..., Any], argu
 
 
 @functools.cache
-def check_rows(dtype: np.dtype) -> Rows:
-    """Made-up neighbour rows: atoms at random places, each a neighbour of itself and of 20 before and after it."""
+def check_rows(dtype: np.dtype, on_grid: bool = False) -> Rows:
+    """Made-up neighbour rows: atoms at random places, each a neighbour of itself and of 20 before and after it.
+
+    The last atom has itself only, the one before nothing. `on_grid` puts atoms on a grid, which makes ties.
+    """
     rng = np.random.default_rng(0)
-    atoms, columns = CHECK_ATOMS, CHECK_NEIGHBORS
-    atom, column = np.arange(atoms)[:, None], np.arange(columns)
+    atoms, columns = CHECK_ATOMS - 2, CHECK_NEIGHBORS
+    column = np.arange(columns)
     step = np.where(column % 2, 1, -1) * ((column + 1) // 2)  # 0, 1, -1, 2, -2 ...
-    neighbor = (atom + step) % atoms
+    neighbor = (np.arange(atoms)[:, None] + step) % atoms
     opposite = np.where(column % 2, column + 1, column - 1) * (column > 0)
-    position = rng.uniform(-3, 3, (atoms, 3))
-    vector = (position[neighbor] - position[atom]).astype(dtype)
-    reverse = neighbor * columns + opposite
-    arrays: Any = neighbor.astype(np.int32), vector, reverse.astype(np.int32), np.full(atoms, columns, np.int32)
-    return Rows(*arrays)
+    position = rng.integers(-2, 3, (atoms, 3)) if on_grid else rng.uniform(-3, 3, (atoms, 3))
+    index, reverse = np.zeros((2, CHECK_ATOMS, columns), np.int32)
+    index[:atoms], reverse[:atoms] = neighbor, neighbor * columns + opposite
+    index[-1, 0], reverse[-1, 0] = atoms + 1, (atoms + 1) * columns
+    vector = np.zeros((CHECK_ATOMS, columns, 3), dtype)
+    vector[:atoms] = position[neighbor] - position[:, None]
+    rows: Any = index, vector, reverse, np.array([columns] * atoms + [0, 1], np.int32)
+    return Rows(*rows)
 
 
 def check_arrays(dtype: np.dtype, *shapes: tuple[int, ...]) -> list[Any]:
@@ -94,7 +107,7 @@ def check_arrays(dtype: np.dtype, *shapes: tuple[int, ...]) -> list[Any]:
 @functools.cache
 def _tell(name: str, reason: str) -> None:
     """Say once what is used on this device, and why."""
-    kind = jax.local_devices()[0].device_kind
+    kind = backend.device().device_kind
     if reason:
         warnings.warn(f"{name}: XLA operations on {kind}, no kernels: {reason}", KernelWarning, stacklevel=4)
     else:

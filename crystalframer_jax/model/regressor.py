@@ -112,7 +112,10 @@ def _pool(x: jax.Array, batch: Batch, how: str) -> jax.Array:
         x = jax.lax.optimization_barrier(x)
         pooled = jax.ops.segment_max(x, batch.crystal_of_atom, crystals)
         return jnp.where(batch.crystal_sizes[:, None] > 0, pooled, 0)
-    # A product, because sums by index (scatter) come out in any order on a GPU, other bits every time.
+    # A product, because sums by index (scatter) come out in any order on a GPU, other bits every time. What is not
+    # finite is taken out of it, 0 * NaN being NaN: it belongs to its own crystal alone.
     is_of_crystal = batch.crystal_of_atom == jnp.arange(crystals)[:, None]
-    total = jnp.matmul(is_of_crystal.astype(x.dtype), x, precision=EXACT)
+    finite = jnp.all(jnp.isfinite(x), axis=1)
+    total = jnp.matmul(is_of_crystal.astype(x.dtype), jnp.where(finite[:, None], x, 0), precision=EXACT)
+    total = jnp.where(jnp.any(is_of_crystal & ~finite, axis=1)[:, None], jnp.nan, total)
     return total / jnp.maximum(batch.crystal_sizes, 1)[:, None].astype(x.dtype)

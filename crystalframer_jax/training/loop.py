@@ -79,6 +79,10 @@ class Options:
     implementation: Implementation = "auto"
     steps_per_dispatch: int = 8
 
+    def __post_init__(self):
+        if self.steps_per_dispatch < 1:
+            raise ConfigError(f"steps_per_dispatch={self.steps_per_dispatch} must be at least 1")
+
 
 class Run:
     """A training run in its directory."""
