@@ -155,7 +155,7 @@ def pack(
 
 
 def unpacked(batch: Batch) -> Batch:
-    """The batch with rows [N, M] and displacement vectors; itself if it has them. Padding entries are zero.
+    """The batch with rows [N, M] and displacement vectors; itself if it has them.
 
     The vector of a neighbour is exactly zero for the atom itself and minus that of the reverse neighbour.
     """
@@ -182,7 +182,9 @@ def unpacked(batch: Batch) -> Batch:
     def in_rows(x: jax.Array) -> jax.Array:
         return jnp.where(is_real.reshape(*is_real.shape, *(1,) * (x.ndim - 1)), x[edge], 0)
 
-    return dataclasses.replace(batch, rows=Rows(in_rows(neighbor), in_rows(vector), in_rows(slot[reverse]), count))
+    # Padding refers to the atom itself: what is not finite there, times a weight of 0, then stays where it is.
+    index = jnp.where(is_real, neighbor[edge], jnp.arange(len(count), dtype=jnp.int32)[:, None])
+    return dataclasses.replace(batch, rows=Rows(index, in_rows(vector), in_rows(slot[reverse]), count))
 
 
 def fill_factors(batch: Batch) -> Fill:

@@ -205,7 +205,7 @@ def test_bfloat16_is_that_of_the_dense_layers_of_blocks_alone():
     dense, batched = products(jax.make_jaxpr(CrystalFramer(config).apply)(variables, batch()))
     assert dense.count((("bfloat16",), "float32", HIGHEST)) == 6  # q, k, v, out, linear1, linear2
     assert dense.count((("float32",), "float32", HIGHEST)) == 4  # embedding, pooling, dense_0, output
-    assert len(dense) == 9
+    assert len(dense) == 10
     assert len(batched) > 5
     _, and_back = products(jax.make_jaxpr(evaluate, static_argnums=0)(config, variables, batch()))
     assert len(and_back) > len(batched)
