@@ -57,7 +57,7 @@ def uses_kernels(implementation: Implementation, name: str, check: Callable[[], 
 
 def difference(kernels: Callable[..., Any], operations: Callable[..., Any], arguments: tuple, dtype: np.dtype) -> str:
     """Why the results of `kernels(*arguments)` cannot be used instead of those of `operations`; empty if they can."""
-    device = jax.config.jax_default_device  # that of this thread
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]  # that of this thread
 
     def compare() -> str:
         with jax.default_device(device), jax.enable_x64(dtype == np.float64):
