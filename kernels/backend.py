@@ -25,7 +25,7 @@ OLDEST_GPU = 8.0  # compute capability (Ampere) that the backend compiles for
 
 def device() -> jax.Device:
     """The device that computations of this thread run on."""
-    chosen = jax.config.jax_default_device
+    chosen = jax.config.jax_default_device  # type: ignore[attr-defined]
     return chosen if isinstance(chosen, jax.Device) else jax.local_devices(backend=chosen)[0]
 
 

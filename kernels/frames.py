@@ -73,7 +73,7 @@ def frames_kernel(limits: Limits, inputs: Inputs, frames: Any) -> None:
     seed = None if seed is None else mix(seed)
     e2 = _direction(inputs.rows, at, _best(second_scores, inputs.rows, at, limits.tie_tolerance, seed))
     along = _dot(e1, e2)
-    e2 = tuple(y - along * x for x, y in zip(e1, e2, strict=True))
+    e2 = e2[0] - along * e1[0], e2[1] - along * e1[1], e2[2] - along * e1[2]
     e2 = _divided(e2, jnp.sqrt(_dot(e2, e2)))
     e3 = (
         e1[1] * e2[2] - e1[2] * e2[1],
@@ -119,8 +119,8 @@ def _best(
 def _direction(rows: Rows, at: Place, column: jax.Array) -> Vector:
     """Unit vector to a neighbour; zeros for an empty row."""
     is_real = column < load(rows.count, (at.atom,))
-    vector = tuple(jnp.where(is_real, load(rows.vector, (at.atom, column, x)), 0) for x in range(3))
-    return _divided(vector, jnp.sqrt(_dot(vector, vector)))
+    x, y, z = (jnp.where(is_real, load(rows.vector, (at.atom, column, axis)), 0) for axis in range(3))
+    return _divided((x, y, z), jnp.sqrt(_dot((x, y, z), (x, y, z))))
 
 
 def _divided(vector: Vector, length: jax.Array) -> Vector:

@@ -150,12 +150,12 @@ def forward_kernel(bases: Bases, dropout: float, inputs: Inputs, outputs: tuple[
     def add_values(chunk: Chunk, weights: jax.Array) -> jax.Array:
         return weights * gathered(inputs.v, chunk, at.head)
 
-    def add_distances(chunk: Chunk, weights: jax.Array) -> jax.Array:
-        return weights * _distance_gaussians(bases.distance, jnp.sqrt(chunk.square))
+    def add_distances(basis: DistanceBasis, chunk: Chunk, weights: jax.Array) -> jax.Array:
+        return weights * _distance_gaussians(basis, jnp.sqrt(chunk.square))
 
-    def add_angles(axis: int, chunk: Chunk, weights: jax.Array) -> jax.Array:
+    def add_angles(basis: AngleBasis, axis: int, chunk: Chunk, weights: jax.Array) -> jax.Array:
         distance = jnp.sqrt(chunk.square)
-        first, second = _angle_factors(bases.angle, _cosine(inputs.frames, at, axis, chunk, distance))
+        first, second = _angle_factors(basis, _cosine(inputs.frames, at, axis, chunk, distance))
         return (jnp.where(distance > 0, weights, 0) * first)[:, None, :] * second[None, :, :]
 
     def total_of(terms: Any, *sizes: int) -> jax.Array:
@@ -174,11 +174,13 @@ def forward_kernel(bases: Bases, dropout: float, inputs: Inputs, outputs: tuple[
 
     store_vector(totals.values, at, total_of(add_values, inputs.v.shape[-1]))
     if bases.distance:
-        store_vector(totals.distances, at, total_of(add_distances, bases.distance.size))
-    for axis in range(3 if bases.angle else 0):
-        where, mask = _angle_place(bases.angle, at, axis)
-        total = total_of(functools.partial(add_angles, axis), *bases.angle.constant.shape)
-        store(totals.angles, where, total, mask)
+        total = total_of(functools.partial(add_distances, bases.distance), bases.distance.size)
+        store_vector(totals.distances, at, total)
+    if bases.angle:
+        for axis in range(3):
+            where, mask = _angle_place(bases.angle, at, axis)
+            total = total_of(functools.partial(add_angles, bases.angle, axis), *bases.angle.constant.shape)
+            store(totals.angles, where, total, mask)
 
 
 def rows_kernel(
