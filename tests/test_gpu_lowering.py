@@ -28,6 +28,14 @@ from crystalframer_jax.model.regressor import CrystalFramer
 from crystalframer_jax.training.state import TargetStatistics
 from crystalframer_jax.training.step import initial_state, make_loss, make_recipe, make_train_step
 
+OTHERS = {  # than those of configs/
+    "max_static": lambda: changed(frame_method="max_static"),
+    "pca": lambda: changed(frame_method="pca"),
+    "weighted_pca": lambda: changed(frame_method="weighted_pca"),
+    "dropout": lambda: changed(dropout=0.1),
+    "odd sizes": lambda: changed(head_num=3, k_dim=5, v_dim=7, value_pe_angle_real=15, value_pe_dist_real=10),
+    "moduli": lambda: changed(cos_abs=1),
+}
 CONFIGS = {
     "default": default.get_config,
     "mp_flla": mp_flla.get_config,
@@ -37,12 +45,7 @@ CONFIGS = {
         for file in (jarvis, megnet, oqmd)
         for variant in VARIANTS
     },
-    "max_static": lambda: changed(frame_method="max_static"),
-    "pca": lambda: changed(frame_method="pca"),
-    "weighted_pca": lambda: changed(frame_method="weighted_pca"),
-    "dropout": lambda: changed(dropout=0.1),
-    "odd sizes": lambda: changed(head_num=3, k_dim=5, v_dim=7, value_pe_angle_real=15, value_pe_dist_real=10),
-    "moduli": lambda: changed(cos_abs=1),
+    **OTHERS,
 }
 SUMS = ("forward_kernel", "rows_kernel", "reverse_kernel")
 GPU = """
@@ -103,7 +106,9 @@ def test_every_configuration_is_among_them():
     assert len(CONFIGS) > 15 and {"default", "quickstart", "jarvis:crystalformer"} < set(different_models())
 
 
-@pytest.mark.parametrize("name", different_models())
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in OTHERS)) for name in different_models()]
+)
 def test_training_steps_are_lowered_for_a_gpu(name):
     config = CONFIGS[name]()
     step, shapes = training_step(config)

@@ -46,9 +46,9 @@ def test_all_products_of_the_blocks_have_bfloat16_factors_on_the_way_back_too():
     config = precise("bfloat16")
     dense, batched = products(jax.make_jaxpr(evaluate, static_argnums=0)(config, random_variables(config), batch()))
     assert dense.count((("bfloat16",), "float32", HIGHEST)) == 3 * 6  # q, k, v, out, linear1, linear2
-    embedding_and_head = 2 + 3 + 3
-    assert dense.count((("float32",), "float32", HIGHEST)) == embedding_and_head
-    assert len(dense) == 3 * 6 + embedding_and_head
+    others = 2 + 2 + 3 + 3  # embedding and pooling, with one gradient each, and two layers of the head
+    assert dense.count((("float32",), "float32", HIGHEST)) == others
+    assert len(dense) == 3 * 6 + others
     assert {factors for factors, *_ in batched} == {("float32",)}
 
 

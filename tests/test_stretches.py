@@ -143,6 +143,7 @@ def stopped_by_nan(config, workdir: Path, options: Options) -> tuple[str, dict]:
     return str(error.value).replace(str(workdir), "RUN"), json.loads((workdir / "nonfinite_step_5.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_inside_a_stretch_is_reported_as_with_single_steps(
     without_frames, folder, monkeypatch
 ):

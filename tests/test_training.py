@@ -193,7 +193,7 @@ def nan_at(monkeypatch, step: int) -> None:
     monkeypatch.setattr(loop, "make_loss", make_nan)
 
 
-@pytest.mark.parametrize("step", [3, 4, 5])
+@pytest.mark.parametrize("step", [pytest.param(3, marks=pytest.mark.slow), 4, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_loss_that_is_not_finite_stops_the_run(finished, folder, monkeypatch, step):
     """At every place of the second epoch; the run goes on from the checkpoint of the first as if nothing had been."""
     config, expected, _ = finished

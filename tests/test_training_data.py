@@ -28,7 +28,7 @@ def one_epoch(folder, target_set: str, targets: str, **changes):
 @pytest.mark.parametrize(
     ("name", "targets"),
     [
-        ("jarvis__oqmd_3d", "delta_e,stability"),
+        pytest.param("jarvis__oqmd_3d", "delta_e,stability", marks=pytest.mark.slow),
         ("mine", "target"),
     ],
 )

@@ -105,7 +105,9 @@ def test_a_loaded_run_makes_the_errors_of_its_summary(runs, name):
     assert {leaf.dtype for leaf in jax.tree.leaves(predictor.variables)} == {np.dtype(expected)}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [NAMES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in list(OPTIONS)[1:])]
+)
 def test_an_interrupted_run_ends_as_one_that_was_not(runs, name, folder, monkeypatch):
     config, expected, _ = runs(name)
     workdir = folder / f"interrupted-{name[:4]}"
