@@ -405,6 +405,7 @@ def test_no_figure_of_predictions_that_are_not_finite(run, folder, capsys, monke
 # Training
 
 
+@pytest.mark.slow
 def test_an_ensemble_is_trained_member_by_member_and_continues(folder, capsys, monkeypatch):
     """Its members are the runs of single trainings with seeds that count up; trained members are only reported."""
     config = tiny_config(folder / "data", ensemble_size=2)

@@ -18,6 +18,7 @@ from dense_sums import dense_sums
 from support import atom_places, batch_of, primitive, random_crystal, random_rotation, random_variables, small_config
 
 from crystalframer_jax.batch import Rows
+from crystalframer_jax.benchmark.cases import find_case
 from crystalframer_jax.kernels import backend
 from crystalframer_jax.kernels import rows as kernel_rows
 from crystalframer_jax.model import attention, frames, implementation
@@ -305,14 +306,14 @@ def test_kernels_find_a_frame_where_scores_round_differently(factor):
 
 @functools.cache
 def model_gradient(kind, sharded=False):
-    """Predictions of a small model and the gradient of their sum, for one implementation."""
+    """Predictions of a small model, for a case of the benchmark, and their gradient, for one implementation."""
     config = small_config(num_layers=1)
-    batch = batch_of([random_crystal(np.random.default_rng(26), size, 40.0) for size in (2, 5)], 6.0)
+    batch = find_case("supercell-40").batch()
     model, variables = CrystalFramer(config, kind), random_variables(config)
 
     def loss(params, batch):
         predictions = model.apply(variables | {"params": params}, batch)
-        return jnp.sum(predictions[:2]), predictions
+        return jnp.sum(predictions), predictions
 
     function = jax.value_and_grad(loss, has_aux=True)
     if sharded:

@@ -112,6 +112,7 @@ class StopAt(Interruption):
         return "" if self.left else "the test"
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(config, undisturbed, folder):
     """A stop takes place at the end of a stretch; those that follow begin elsewhere than without it."""
     workdir = folder / "stopped"

@@ -230,6 +230,7 @@ def test_skipped_steps_change_nothing_but_the_count(finished, folder, monkeypatc
     assert_equal_trees(state.swa_params, before.swa_params)
 
 
+@pytest.mark.slow
 def test_a_run_that_has_skipped_steps_goes_on_with_the_same_permission_only(finished, folder, monkeypatch):
     config, _, _ = finished
     nan_at(monkeypatch, 2)

@@ -192,6 +192,7 @@ def test_averages_of_the_weights_of_a_run(folder):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), found, expected)
 
 
+@pytest.mark.slow
 def test_training_on_a_part_of_the_data(folder):
     """Filters count atoms of training crystals; shares are of batches; validation and test keep all crystals."""
     config = tiny_config(
@@ -263,6 +264,7 @@ def test_fine_tuning_to_other_targets_keeps_all_but_the_output_layer(runs, folde
     assert_equal_trees(state.params | {"output": 0}, old | {"output": 0})
 
 
+@pytest.mark.slow
 def test_a_fine_tuned_run_says_where_it_came_from_and_differs_from_one_that_was_not(runs, folder):
     config, workdir, _ = runs("bfloat16, layer norms, lattice frames, draws")
     config = tuned(config, workdir, n_epochs=2, lr=1e-6)
