@@ -118,6 +118,7 @@ def test_training_tells_every_epoch_and_ends_with_a_table(run):
     assert cells == [*baseline, "-", "-"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_a_training_and_ends_it_well(run, environment, tmp_path):
     """The fixture `run` has prepared the data and compiled the programs."""
     workdir = tmp_path / "run"

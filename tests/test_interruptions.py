@@ -206,6 +206,7 @@ def mounted(disk: Path, options: str) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_clear_error_and_nothing_is_lost(finished, folder):
     """A disk that fills up while the training runs; made free again, it continues to the same bits."""
     config, expected = finished

@@ -63,6 +63,7 @@ def test_errors_without_leaked_crystals(tmp_path, capsys):
     assert "without leaks" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_does_not_go_on_with_other_data(tmp_path):
     config = one_epoch(tmp_path, "mine", "target")
     source = write_cifs(tmp_path / "mine", range(40))

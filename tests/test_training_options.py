@@ -176,6 +176,7 @@ def weights_after_each_step(config, workdir: Path) -> list:
     return after
 
 
+@pytest.mark.slow
 def test_averages_of_the_weights_of_a_run(folder):
     """Both by their definition from the weights after each step, in float64."""
     config = tiny_config(folder / "data", ema_decay=0.7, optimizer="sgd", lr=0.05, loss_func="Smooth_L1")
@@ -254,6 +255,7 @@ def test_fine_tuning_starts_from_the_predictions_of_the_old_run(runs, folder):
     assert int(state.step) == 0
 
 
+@pytest.mark.slow
 def test_fine_tuning_to_other_targets_keeps_all_but_the_output_layer(runs, folder):
     config, workdir, _ = runs("bfloat16, layer norms, lattice frames, draws")
     run = new_run(config, folder / "other")
@@ -275,6 +277,7 @@ def test_a_fine_tuned_run_says_where_it_came_from_and_differs_from_one_that_was_
     assert new == pytest.approx(old, rel=0.02) and new != old
 
 
+@pytest.mark.slow
 def test_layers_are_frozen_or_start_anew_by_name(runs, folder):
     """After training: frozen ones have the old bits, others do not; the output layer started at random."""
     config, workdir, _ = runs("BatchNorm, dropout, another pooling")
