@@ -22,7 +22,7 @@ from crystalframer_jax.batch import Rows
 from crystalframer_jax.kernels.backend import lanes, load, run, store
 from crystalframer_jax.kernels.rows import CHUNK, Chunk, Place, gathered, logits_of, over_chunks, place, vector_of
 from crystalframer_jax.model.basis import AngleBasis, Bases, DistanceBasis
-from crystalframer_jax.model.random_bits import draw
+from crystalframer_jax.model.random_bits import draw, kept
 
 NEGLIGIBLE = 1e-3  # weight of a chunk, in units of the rounding of 1 (1.2e-10 in float32)
 
@@ -280,8 +280,7 @@ def _kept(inputs: Inputs, row: Place, neighbor: jax.Array, dropout: float, dtype
     """Factors of the weights that drop pairs of atoms, see crystalframer_jax.model.lattice_sums."""
     if inputs.seeds is None:
         return 1.0
-    bits = draw(load(inputs.seeds, tuple(row)), neighbor)
-    return (bits >= jnp.uint32(min(round(dropout * 2**32), 2**32 - 1))).astype(dtype) / (1 - dropout)
+    return kept(draw(load(inputs.seeds, tuple(row)), neighbor), dropout, dtype)
 
 
 def _distance_gaussians(basis: DistanceBasis, distance: jax.Array) -> jax.Array:

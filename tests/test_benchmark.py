@@ -24,6 +24,7 @@ from crystalframer_jax.data.table import make_table
 from crystalframer_jax.model.layers import Dense
 from crystalframer_jax.neighbors import neighbor_rows
 from crystalframer_jax.shapes import shape_for
+from crystalframer_jax.training.layer_names import count_parameters
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "benchmark.py"
 CEILINGS = floor.Work(1e9, 1e10, 1e10)
@@ -167,7 +168,7 @@ def test_the_model_is_counted_layer_by_layer():
     H, dk, dv = config.head_num, config.k_dim, config.v_dim
     encodings = H * dv * (config.value_pe_dist_real + 3 * config.value_pe_angle_real) + H * dk
     embedding = 98 * config.model_dim
-    assert floor.count_parameters(params) == counted + encodings * config.num_layers + embedding
+    assert count_parameters(params) == counted + encodings * config.num_layers + embedding
 
 
 def test_work_grows_with_the_neighbors_and_training_costs_more_than_twice_a_prediction():

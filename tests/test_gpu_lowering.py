@@ -47,7 +47,6 @@ CONFIGS = {
     },
     **OTHERS,
 }
-SUMS = ("forward_kernel", "rows_kernel", "reverse_kernel")
 GPU = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472

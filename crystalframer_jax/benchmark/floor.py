@@ -22,9 +22,7 @@ update                  20 operations per parameter; parameters and both moments
 
 import dataclasses
 import itertools
-import math
 
-import jax
 import numpy as np
 
 from crystalframer_jax.batch import Batch
@@ -158,11 +156,6 @@ def head_layers(config: ModelConfig) -> list[tuple[int, int]]:
     """(inputs, outputs) of the dense layers after pooling."""
     widths = (config.model_dim, *config.embedding_dim, config.num_targets)
     return list(itertools.pairwise(widths))
-
-
-def count_parameters(params: dict) -> int:
-    """Numbers in a tree of parameters."""
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
 
 
 def _bases(config: ModelConfig) -> tuple[int, int, int, int]:

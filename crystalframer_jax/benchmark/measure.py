@@ -12,6 +12,7 @@ from crystalframer_jax.benchmark.cases import Case
 from crystalframer_jax.benchmark.model import Variant, attention_program, forward_program, train_step_program
 from crystalframer_jax.benchmark.timing import Program, Timing, take_turns
 from crystalframer_jax.model.implementation import Implementation
+from crystalframer_jax.training.layer_names import count_parameters
 
 BASELINE = "crystalformer"  # frame-free: what frames cost is counted from it
 STEPS = ("train step", "forward")
@@ -84,7 +85,7 @@ def work_of(measure: str, variant: Variant, size: floor.Size) -> floor.Work:
     """The least work of a measure."""
     model = variant.model
     if measure == "train step":
-        return floor.train_step(model, size, floor.count_parameters(variant.state.params))
+        return floor.train_step(model, size, count_parameters(variant.state.params))
     if measure == "forward":
         return floor.forward(model, size)
     backward = measure != "attention"

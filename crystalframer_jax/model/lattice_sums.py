@@ -21,7 +21,7 @@ from crystalframer_jax.model.blocks import (
     map_blocks,
     spatial_logits,
 )
-from crystalframer_jax.model.random_bits import draw
+from crystalframer_jax.model.random_bits import draw, kept
 from crystalframer_jax.model.reciprocal import WaveVectors
 
 Sums = tuple[jax.Array, jax.Array, jax.Array]
@@ -142,8 +142,7 @@ def _weights(logits: jax.Array, log_sum: jax.Array) -> jax.Array:
 
 def _kept(rows: Rows, seeds: jax.Array, dropout: float, dtype: jnp.dtype) -> jax.Array:
     """0 with probability `dropout`, else 1 / (1 - dropout), for every head and pair of atoms i, j: [n, H, M]."""
-    bits = draw(seeds[:, :, None], rows.index[:, None, :])
-    return (bits >= jnp.uint32(min(round(dropout * 2**32), 2**32 - 1))).astype(dtype) / (1 - dropout)
+    return kept(draw(seeds[:, :, None], rows.index[:, None, :]), dropout, dtype)
 
 
 def _without_self(x: jax.Array, distance: jax.Array) -> jax.Array:

@@ -31,6 +31,11 @@ def draw(seeds: jax.Array, numbers: jax.Array) -> jax.Array:
     return mix(seeds + numbers.astype(jnp.uint32) * jnp.uint32(0x9E3779B9))
 
 
+def kept(bits: jax.Array, dropout: float, dtype: jnp.dtype) -> jax.Array:
+    """0 for a share `dropout` of random uint32 `bits`, else 1 / (1 - dropout)."""
+    return (bits >= jnp.uint32(min(round(dropout * 2**32), 2**32 - 1))).astype(dtype) / (1 - dropout)
+
+
 def mix(bits: jax.Array) -> jax.Array:
     """Scramble uint32 values (the finaliser of MurmurHash3): random-looking and much cheaper than a PRNG call."""
     bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)

@@ -24,3 +24,10 @@ def layer_mask(params: Tree, layers: str, key: str) -> Tree:
 
 def _is_within(path: str, name: str) -> bool:
     return f"{path}/".startswith(f"{name}/")
+
+
+def count_parameters(params: Tree, frozen_layers: str = "") -> int:
+    """Number of trainable parameters."""
+    is_frozen = layer_mask(params, frozen_layers, "frozen_layers")
+    sizes = jax.tree.map(lambda leaf, frozen: 0 if frozen else leaf.size, params, is_frozen)
+    return sum(jax.tree.leaves(sizes))

@@ -24,12 +24,11 @@ from crystalframer_jax.training import plots
 from crystalframer_jax.training.averages import averages_in, batch_statistics_of_averages, ready_for_swa, weights_of
 from crystalframer_jax.training.checkpoint import MODEL_FIELDS, Checkpoints, on_this_device, read_json
 from crystalframer_jax.training.interruption import Interruption, TrainingInterrupted
-from crystalframer_jax.training.layer_names import layer_mask
+from crystalframer_jax.training.layer_names import count_parameters, layer_mask
 from crystalframer_jax.training.logging import MetricsLog, Progress, read_metrics, say
 from crystalframer_jax.training.nonfinite import batch_report
 from crystalframer_jax.training.pretrained import start_from
 from crystalframer_jax.training.report import (
-    count_parameters,
     describe,
     evaluate_candidates,
     mean_loss,

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -14,7 +13,6 @@ from crystalframer_jax.data.splits import SPLITS
 from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.inference.evaluation import mean_predictor_errors, regression_metrics, write_predictions
 from crystalframer_jax.training import plots
-from crystalframer_jax.training.layer_names import layer_mask
 from crystalframer_jax.training.logging import duration, table
 from crystalframer_jax.training.loss import loss_per_crystal
 from crystalframer_jax.training.state import TargetStatistics, Tree
@@ -36,13 +34,6 @@ def describe(config: ConfigDict) -> str:
         f"{config.num_layers} blocks of {config.head_num} heads, {frames}, domain {config.domain}, neighbors {reach}, "
         f"{config.precision}{start}"
     )
-
-
-def count_parameters(params: Tree, frozen_layers: str = "") -> int:
-    """Number of trainable parameters."""
-    is_frozen = layer_mask(params, frozen_layers, "frozen_layers")
-    sizes = jax.tree.map(lambda leaf, frozen: 0 if frozen else leaf.size, params, is_frozen)
-    return sum(jax.tree.leaves(sizes))
 
 
 def mean_loss(
