@@ -62,7 +62,8 @@ def get_config() -> ConfigDict:
     # Training
     config.seed = 123
     config.n_epochs = 2000
-    config.batch_size = 256
+    config.batch_size = 256  # crystals of a step, on all devices together
+    config.num_devices = 0  # of each process; 0: all that there are
     config.loss_func = "L1"  # L1 | MSE | Smooth_L1
     config.normalize_targets = "scale_bias"  # scale_bias | scale | bias | no
     config.train_filter_min = 0  # fewest and most atoms of a crystal to train on; 0: no limit

@@ -89,6 +89,7 @@ class Batch:
     lattice_vectors: jax.Array | None  # [B, K, 3] the short ones in canonical order, if the model has lattice frames
     scatter: Scatter | None  # if the model has pca frames
     crystal_sizes: jax.Array  # [B] int32 number of atoms, 0 for padding
+    crystal_place: jax.Array  # [B] int32 place of the crystal in the batch that several devices share, 0 for padding
     targets: jax.Array  # [B, T] label units
     target_mask: jax.Array  # [B, T] bool
 
@@ -107,11 +108,12 @@ def pack(
     shapes: Sequence[BatchShape],
     targets: np.ndarray | None = None,
     num_targets: int | None = None,
+    places: np.ndarray | None = None,
 ) -> Batch:
     """Pack crystals `indices` of the table into the first of `shapes` that holds them (numpy arrays).
 
     `targets` [len(indices), T] are labels in label units, not finite where unknown. Without them T is `num_targets`
-    (1 if not given) and the mask is False.
+    (1 if not given) and the mask is False. `places` are those of the crystals in a batch of which this is a part.
     Raises ValueError if no shape is large enough.
     """
     shape = fitting_shape(table, indices, shapes)
@@ -136,7 +138,9 @@ def pack(
     if targets is not None:
         known[: len(indices)] = np.isfinite(targets)
         all_targets[: len(indices)] = np.where(np.isfinite(targets), targets, 0)
-    padded_sizes: Any = np.pad(sizes, (0, shape.num_crystals - len(indices)))
+    padding = (0, shape.num_crystals - len(indices))
+    padded_sizes: Any = np.pad(sizes, padding)
+    padded_places: Any = np.pad(np.arange(len(indices)) if places is None else places, padding)
     dtype = shape.parts.dtype
     atom_in_crystal = np.arange(len(crystal)) - first_atom[crystal]
     return Batch(
@@ -149,6 +153,7 @@ def pack(
         lattice_vectors=_lattice_vectors(table, indices, shape) if shape.parts.lattice_vectors else None,
         scatter=_scatter(table, indices, shape) if shape.parts.scatter else None,
         crystal_sizes=padded_sizes.astype(np.int32),
+        crystal_place=padded_places.astype(np.int32),
         targets=all_targets.astype(dtype),
         target_mask=known,
     )

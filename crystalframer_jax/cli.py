@@ -138,7 +138,7 @@ def evaluate_main(argv: Sequence[str] | None = None) -> int:
         model = load_model(arguments.run, arguments.weights)
         dataset = dataset_of(model, arguments.run)
         indices = dataset.splits[arguments.split]
-        batches = batches_of(dataset, indices, model.config.batch_size, model.parts)
+        batches = batches_of(dataset, indices, model.config.batch_size, model.parts, model.devices.count)
         predictions = model.predict_table(dataset.table, *batches, arguments.num_frame_samples)
         over = model.spread_over(arguments.num_frame_samples)
         print(model.origin)

@@ -54,6 +54,7 @@ NEUTRAL_VALUES: dict[str, Any] = {
 
 # Hyperparameters that a trained model does not depend on.
 TRAINING_KEYS = (
+    "num_devices",
     "target_set",
     "seed",
     "n_epochs",
@@ -107,7 +108,13 @@ RESUMABLE_KEYS = (
 )
 
 # Those that may change unasked: they have no influence on the result.
-UNIMPORTANT_KEYS = ("data_dir", "keep_last_checkpoints", "model_checkpoint_save_top_k", "checkpoint_minutes")
+UNIMPORTANT_KEYS = (
+    "data_dir",
+    "num_devices",
+    "keep_last_checkpoints",
+    "model_checkpoint_save_top_k",
+    "checkpoint_minutes",
+)
 
 POSITIVE = (
     "num_layers",
@@ -132,6 +139,7 @@ POSITIVE = (
     "value_pe_angle_wscale",
 )
 NOT_NEGATIVE = (
+    "num_devices",
     "k_dim",
     "v_dim",
     "cutoff_radius",

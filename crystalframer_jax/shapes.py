@@ -2,16 +2,19 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from crystalframer_jax.config import NO_PARTS, BatchParts, ConfigError
 from crystalframer_jax.data.table import CrystalTable
+from crystalframer_jax.parallel import share_out
 
 CELL_BLOCK = 8  # the length of cell rows is padded to a multiple of this
 ATOM_BLOCK = 32  # atoms are padded to multiples of this, the block size of the lattice sums
 MOST_PLACES = 2**31 - 1  # of neighbours in a batch, which are counted in int32
 EDGE_BLOCK = 256  # neighbours are padded to multiples of this
+TRIALS = 500  # random batches by which shapes for several devices are planned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,22 +52,68 @@ def round_up(value: float, least: int) -> int:
 
 
 def plan_shapes(
-    table: CrystalTable, indices: np.ndarray, batch_size: int, longest_row: int, parts: BatchParts = NO_PARTS
+    table: CrystalTable,
+    indices: np.ndarray,
+    batch_size: int,
+    longest_row: int,
+    parts: BatchParts = NO_PARTS,
+    devices: int = 1,
 ) -> list[BatchShape]:
-    """At most two shapes for random batches of `batch_size` among the crystals `indices` [C] of the table.
+    """At most two shapes for the shares of devices in random batches among the crystals `indices` [C] of the table.
 
-    The first holds all but about one in five hundred random batches (mean + 3 standard deviations of the numbers of
-    atoms and of neighbours), the second the largest batch that can occur.
+    The first holds all but about one in five hundred random batches of `batch_size` (mean + 3 standard deviations of
+    the numbers of atoms and of neighbours; for several devices, the largest of TRIALS batches), the second the largest
+    share that can occur.
     """
     sizes, edges = table.num_atoms[indices], table.num_edges[indices]
     row_length = round_up(longest_row, ATOM_BLOCK)
     cell_length = round_up(int(sizes.max(initial=1)), CELL_BLOCK) if parts.cells else 0
-    planned = zip(_usual_and_largest(sizes, batch_size), _usual_and_largest(edges, batch_size), strict=True)
+    crystals = -(-batch_size // devices)
+    largest = [int(np.sort(x)[::-1][:crystals].sum()) for x in (sizes, edges)]
+    if devices == 1:
+        usual = [x.mean() * batch_size + 3 * x.std() * np.sqrt(batch_size) for x in (sizes, edges)]
+    else:
+        usual = _usual_shares(sizes, edges, batch_size, devices)
     shapes = [
-        BatchShape(_blocks(n, ATOM_BLOCK), row_length, batch_size, cell_length, parts, _blocks(max(e, 1), EDGE_BLOCK))
-        for n, e in planned
+        BatchShape(_blocks(n, ATOM_BLOCK), row_length, crystals, cell_length, parts, _blocks(max(e, 1), EDGE_BLOCK))
+        for n, e in (np.minimum(usual, largest), largest)
     ]
     return list(dict.fromkeys(shapes))
+
+
+def _usual_shares(sizes: np.ndarray, edges: np.ndarray, batch_size: int, devices: int) -> list[float]:
+    """The most atoms and neighbours that a device gets in TRIALS random batches."""
+    rng, most = np.random.default_rng(0), np.zeros(2)
+    for _ in range(TRIALS):
+        batch = rng.integers(len(sizes), size=batch_size)
+        shares = share_out(edges[batch], devices)
+        most = np.maximum(most, [max(x[batch[share]].sum() for share in shares) for x in (sizes, edges)])
+    return most.tolist()
+
+
+class Shared(NamedTuple):
+    """A batch that is shared out among devices."""
+
+    rows: np.ndarray  # of the table
+    shares: list[np.ndarray]  # which of them every device gets
+    shape: BatchShape  # that holds the largest share
+
+
+def shared_out(
+    table: CrystalTable, rows: np.ndarray, shapes: Sequence[BatchShape] | BatchParts, devices: int = 1
+) -> Shared:
+    """Share crystals out by their neighbours; the shape is the first of `shapes` that fits, or one with these parts.
+
+    Raises ValueError if none of the shapes fits.
+    """
+    shares = share_out(table.num_edges[rows], devices)
+    if isinstance(shapes, BatchParts):
+        own = [shape_for(table, rows[share], shapes) for share in shares]
+        names = ("num_atoms", "row_length", "num_crystals", "cell_length", "num_edges")
+        largest = {name: max(getattr(shape, name) for shape in own) for name in names}
+        return Shared(rows, shares, dataclasses.replace(own[0], **largest))
+    places = [shapes.index(fitting_shape(table, rows[share], shapes)) for share in shares]
+    return Shared(rows, shares, shapes[max(places)])
 
 
 def shape_for(table: CrystalTable, indices: np.ndarray, parts: BatchParts = NO_PARTS) -> BatchShape:
@@ -107,12 +156,6 @@ def ranges_of(offset: np.ndarray, indices: np.ndarray) -> np.ndarray:
     """All places of the segments `indices` of a flat column, one segment after the other."""
     starts, lengths = np.asarray(offset[indices]), lengths_of(offset, indices)
     return np.repeat(starts - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
-
-
-def _usual_and_largest(sizes: np.ndarray, batch_size: int) -> tuple[float, int]:
-    """Sum of the sizes of `batch_size` crystals: mean + 3 standard deviations, and the largest there can be."""
-    largest = int(np.sort(sizes)[::-1][:batch_size].sum())
-    return min(sizes.mean() * batch_size + 3 * sizes.std() * np.sqrt(batch_size), largest), largest
 
 
 def _blocks(number: float, block: int) -> int:

@@ -3,6 +3,9 @@
 python scripts/train.py --config=configs/quickstart.py --workdir=runs/quickstart [--config.lr=1e-3 ...]
 
 SIGTERM, SIGUSR1, Ctrl-C and the end of --max_minutes save the training and end it with exit status 0.
+
+All devices of this machine share the work. Several processes, also on several machines, do so with --distributed (under
+SLURM, Open MPI or Kubernetes) or with --coordinator_address, --num_processes and --process_id; see docs/distributed.md.
 """
 
 import sys
@@ -36,6 +39,20 @@ IMPLEMENTATION = flags.DEFINE_enum(
     "Of the attention: GPU kernels (pallas) where they work, or XLA.",
 )
 WANDB = flags.DEFINE_string("wandb", "", "Weights & Biases project to log to as well (pip install '.[wandb]').")
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Train together with the other processes that SLURM, Open MPI or Kubernetes has started."
+)
+COORDINATOR_ADDRESS = flags.DEFINE_string(
+    "coordinator_address", None, "Train together with other processes: host:port of process 0, with a free port."
+)
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train together.", lower_bound=1)
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
+WATCHDOG_MINUTES = flags.DEFINE_float(
+    "watchdog_minutes",
+    10.0,
+    "End processes that train together if one makes no progress for so long.",
+    lower_bound=0.05,
+)
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -45,17 +62,29 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a checkpoint otherwise
     use_compilation_cache()
+    from crystalframer_jax.distributed import failing_together, start
     from crystalframer_jax.training.interruption import Interruption, TrainingInterrupted
+    from crystalframer_jax.training.logging import say
     from crystalframer_jax.training.loop import Options
     from crystalframer_jax.training.train import train
 
-    options = Options(RESUME_WITH_CHANGES.value, SKIP_NONFINITE.value, WANDB.value, implementation=IMPLEMENTATION.value)
     interruption = Interruption(MAX_MINUTES.value, START)
+    processes = COORDINATOR_ADDRESS.value, NUM_PROCESSES.value, PROCESS_ID.value
     with reporting_errors(if_interrupted=" at once; the same command continues from the last checkpoint"):
+        if DISTRIBUTED.value or processes != (None, None, None):
+            start(*processes)
         try:
-            train(CONFIG.value, WORKDIR.value, options, interruption)
+            with failing_together(60 * WATCHDOG_MINUTES.value) as watchdog:
+                options = Options(
+                    RESUME_WITH_CHANGES.value,
+                    SKIP_NONFINITE.value,
+                    WANDB.value,
+                    implementation=IMPLEMENTATION.value,
+                    report=watchdog.report,
+                )
+                train(CONFIG.value, WORKDIR.value, options, interruption)
         except TrainingInterrupted as interrupted:
-            print(interrupted, flush=True)
+            say(str(interrupted))
 
 
 def parse(argv: list[str]) -> list[str]:

@@ -114,7 +114,9 @@ def full_rows(num_atoms, length):
     rows = Rows(index, vector, np.zeros_like(index), np.full(num_atoms, length, np.int32))
     sizes = np.array([num_atoms], np.int32)
     zeros = np.zeros(num_atoms, np.int32)
-    return Batch(zeros + 1, None, zeros, zeros, rows, None, None, None, sizes, np.zeros((1, 1)), np.ones((1, 1), bool))
+    return Batch(
+        zeros + 1, None, zeros, zeros, rows, None, None, None, sizes, 0 * sizes, np.zeros((1, 1)), np.ones((1, 1), bool)
+    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -43,7 +43,7 @@ def frames_of(method, batch, seeds=None, dtype=np.float32):
 
 
 def seeds_of(key, batch, heads=HEADS):
-    keys = keys_by_place(key, len(batch.crystal_sizes))
+    keys = keys_by_place(key, np.arange(len(batch.crystal_sizes)))
     return row_seeds(keys, batch.crystal_of_atom, batch.atom_in_crystal, heads)
 
 

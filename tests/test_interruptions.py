@@ -119,22 +119,6 @@ def test_killed_at_twenty_random_moments(finished, folder, seed):
     kill_and_continue(finished, folder / f"killed-{seed}", kills=5, seed=1 + seed)
 
 
-def test_a_run_continues_on_another_number_of_devices(finished, folder, monkeypatch):
-    """Saved with four devices at hand, continued here with one."""
-    config, expected = finished
-    workdir = folder / "devices"
-    with monkeypatch.context() as patch:
-        patch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
-        process = start_training(config, workdir, seconds_per_step=0.5)
-        wait_for_training(process)
-        time.sleep(1.5)
-        stop(process, signal.SIGTERM)
-    (environment,) = (workdir / "environment.jsonl").read_text().splitlines()
-    assert '"4 x cpu' in environment and 0 < steps_of(workdir)[-1] < 9
-    train(config, workdir)
-    assert_same_run(config, workdir, expected)
-
-
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_continues(finished, folder, capfd):
     config, expected = finished
     workdir = folder / "damaged"

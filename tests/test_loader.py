@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from test_data import assert_same_batch, open_small
 
-from crystalframer_jax.config import ConfigError
 from crystalframer_jax.data.loader import TrainingBatches
 from crystalframer_jax.data.store import Dataset
 
@@ -73,44 +72,16 @@ def test_a_batch_size_beyond_the_training_set_takes_all_of_it(dataset):
 def test_an_iterator_goes_on_from_its_state(dataset):
     """Exactly, also after it has prepared batches ahead."""
     batches = TrainingBatches(dataset, 7, n_epochs=2, seed=3)
-    iterator = batches.iterate(2)
+    iterator = batches.packed(2)
     for _ in range(4):
         next(iterator)
     state = iterator.get_state()
     rest = list(iterator)
     assert len(rest) == 6
-    again = batches.iterate(2)
+    again = batches.packed(2)
     again.set_state(state)
     for batch, expected in zip(again, rest, strict=True):
         assert_same_batch(batch, expected)
-
-
-# Training by several processes
-
-
-def test_processes_share_every_batch(dataset):
-    """Each packs its part; together these are the batches of one process, in the same order."""
-    whole = TrainingBatches(dataset, 12, n_epochs=2, seed=3)
-    parts = [TrainingBatches(dataset, 12, n_epochs=2, seed=3, shard=(index, 3)) for index in range(3)]
-    assert {len(part) for part in parts} == {len(whole)}
-    assert {shape.num_crystals for part in parts for shape in part.shapes} == {4}
-    for step in range(len(whole)):
-        assert np.concatenate([part.rows(step) for part in parts]).tolist() == whole.rows(step).tolist()
-    batch = parts[1][5]
-    assert batch.crystal_sizes.shape == (4,)
-    assert rows_of(batch, dataset) == whole.rows(5)[4:8].tolist()
-
-
-def test_a_batch_that_cannot_be_shared_equally_is_an_error(dataset):
-    with pytest.raises(ConfigError, match=r"batch_size=16 .* 3 processes; choose a multiple of 3, such as 15"):
-        TrainingBatches(dataset, 16, n_epochs=1, seed=0, shard=(0, 3))
-    with pytest.raises(ConfigError, match="48 training crystals are too few for 50 processes"):
-        TrainingBatches(dataset, 100, n_epochs=1, seed=0, shard=(0, 50))
-
-
-def test_processes_share_a_training_set_that_is_smaller_than_the_batch(dataset):
-    batches = TrainingBatches(dataset, 1000, n_epochs=1, seed=0, shard=(4, 5))
-    assert (batches.batch_size, len(batches.rows(0))) == (45, 9)
 
 
 def test_fill_factors_are_means_over_batches(dataset):

@@ -83,7 +83,7 @@ def alike(batch, draws=1, exponent=EXPONENT):
 
 
 def seeds_of(key, batch, draws=DRAWS):
-    keys = keys_by_place(key, len(batch.crystal_sizes))
+    keys = keys_by_place(key, np.arange(len(batch.crystal_sizes)))
     return compiled_seeds(keys, batch.crystal_of_atom, batch.atom_in_crystal, draws)
 
 
@@ -310,7 +310,7 @@ def test_draws_differ_between_steps_blocks_atoms_and_heads(method):
     step, place = jax.random.key(2), atom_places(batch)[0]
 
     def of_step(number, block):
-        keys = fold_in_all(keys_by_place(jax.random.fold_in(step, number), SHAPE.num_crystals), block)
+        keys = fold_in_all(keys_by_place(jax.random.fold_in(step, number), np.arange(SHAPE.num_crystals)), block)
         return row_seeds(keys, batch.crystal_of_atom, batch.atom_in_crystal, 1)[:, 0]
 
     e1 = []
@@ -391,7 +391,7 @@ def test_one_key_for_all_draws_alike_for_equal_crystals_and_keys_by_place_do_not
     atoms = batch.crystal_of_atom, batch.atom_in_crystal
     first, second = np.split(np.asarray(compiled_seeds(jnp.repeat(key, 3), *atoms, 8))[atom_places(batch)], 2)
     np.testing.assert_array_equal(first, second)
-    by_place = np.asarray(compiled_seeds(keys_by_place(key, 3), *atoms, 8))[atom_places(batch)]
+    by_place = np.asarray(compiled_seeds(keys_by_place(key, np.arange(3)), *atoms, 8))[atom_places(batch)]
     assert len(np.unique(by_place)) == by_place.size == 4 * 8
 
 
@@ -399,7 +399,9 @@ def test_seeds_differ_between_keys_crystals_blocks_atoms_and_heads():
     batch = batch_of([primitive("rock salt"), primitive("hcp")], RADIUS, shapes=BatchShape(32, 64, 3))
     atoms = batch.crystal_of_atom, batch.atom_in_crystal
     seeds = [
-        compiled_seeds(fold_in_all(keys_by_place(jax.random.key(seed), 3), block), *atoms, 8)[atom_places(batch)]
+        compiled_seeds(fold_in_all(keys_by_place(jax.random.key(seed), np.arange(3)), block), *atoms, 8)[
+            atom_places(batch)
+        ]
         for seed, block in itertools.product(range(3), range(4))
     ]
     assert len(np.unique(seeds)) == 3 * 4 * 4 * 8
@@ -414,7 +416,7 @@ def test_blocks_of_the_model_draw_independently():
         query = variables["params"][f"block_{block}"]["attention"]["q"]
         query["kernel"], query["bias"] = 0 * query["kernel"], 0 * query["bias"]
     apply = jax.jit(functools.partial(CrystalFramer(config).apply, mutable=["intermediates"]))
-    _, state = apply(variables, batch, keys_by_place(jax.random.key(6), SHAPE.num_crystals))
+    _, state = apply(variables, batch, keys_by_place(jax.random.key(6), np.arange(SHAPE.num_crystals)))
     blocks = [state["intermediates"][f"block_{block}"]["attention"]["frames"][0] for block in range(config.num_layers)]
     first, second = labels(np.array([frames[atom_places(batch), :, 0] for frames in blocks]))
     assert len(np.unique(first)) > 3

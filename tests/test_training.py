@@ -30,6 +30,7 @@ from crystalframer_jax.files import locked
 from crystalframer_jax.inference.predictor import Predictor
 from crystalframer_jax.training import loop, manifest
 from crystalframer_jax.training.checkpoint import CheckpointError, Checkpoints
+from crystalframer_jax.training.evaluator import Evaluator
 from crystalframer_jax.training.interruption import TrainingInterrupted
 from crystalframer_jax.training.logging import MetricsLog, read_metrics
 from crystalframer_jax.training.loop import Options, Run, TrainingError
@@ -222,7 +223,7 @@ def test_skipped_steps_change_nothing_but_the_count(finished, folder, monkeypatc
         nan_at(patch, 4)
         run = new_run(config, folder / "unused")
         before = run.initial_state()
-        skipping = make_train_step(run.recipe, run.loss, 1)
+        skipping = make_train_step(run.recipe, run.loss(None), 1)
         state = jax.tree.map(lambda x: x + jnp.asarray(4, x.dtype) if x.ndim == 0 else x + 0, before)
         state, result = skipping(dataclasses.replace(state, skipped_steps=jnp.array(0)), run.batches[4])
     assert not result["finite"] and (int(state.step), int(state.skipped_steps)) == (5, 1)
@@ -254,15 +255,15 @@ def test_skipping_is_counted_and_limited(finished, folder, monkeypatch, capsys):
 @pytest.mark.filterwarnings("ignore:Mean of empty slice")
 def test_predictions_that_are_not_finite_stop_the_run(finished, folder, monkeypatch):
     config, expected, _ = finished
-    predict = Run._predict
+    predict = Evaluator.predict
 
-    def broken(self, weights, rows, num_frame_samples):
-        predictions = predict(self, weights, rows, num_frame_samples)
+    def broken(self, weights, rows, *args):
+        predictions = predict(self, weights, rows, *args)
         return np.where(np.arange(len(rows))[:, None] == 1, np.nan, predictions)
 
     workdir = folder / "invalid"
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "_predict", broken)
+        patch.setattr(Evaluator, "predict", broken)
         with pytest.raises(TrainingError, match=r"validation loss is not finite after epoch 1 \(1 of 6 predictions"):
             train(config, workdir)
     train(config, workdir)

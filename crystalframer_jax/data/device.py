@@ -1,9 +1,8 @@
 """DeviceTable: a data set kept on the device, where its batches are gathered."""
 
 import dataclasses
-import functools
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,8 @@ import numpy as np
 from crystalframer_jax.batch import Batch, PackedRows, fractional_parts
 from crystalframer_jax.config import BatchParts
 from crystalframer_jax.data.table import CrystalTable
-from crystalframer_jax.shapes import BatchShape, fitting_shape
+from crystalframer_jax.parallel import ONE_DEVICE, Devices, largest_of_processes, stacked
+from crystalframer_jax.shapes import BatchShape, Shared
 
 SHARE_OF_MEMORY = 0.4  # of the device, that the columns may take; the rest is for training
 MOST_EDGES = 2**31 - 1  # they are counted in int32
@@ -37,48 +37,54 @@ class Columns:
     target_mask: jax.Array  # [C, T] bool
 
 
+class Chosen(NamedTuple):
+    """The crystals of a batch, or of the share of a device in it; with a first axis of K, of K batches."""
+
+    rows: Any  # [B] int32 rows of the table, -1 for padding
+    places: Any  # [B] int32 places in the whole batch, 0 for padding
+
+
+class Stretch(NamedTuple):
+    """Batches of one shape that follow one another: every array has a first axis of K more."""
+
+    batches: Batch
+
+
 class DeviceTable:
-    """Crystals and labels in the memory of the default device.
+    """Crystals and labels in the memory of every one of some devices (default: the default device).
 
     It serves models whose batches hold nothing but atoms, neighbours and labels, and crystals without shared sites;
     `serves` tells. Raises ValueError for others.
     """
 
-    def __init__(self, table: CrystalTable, labels: np.ndarray, parts: BatchParts):
+    def __init__(self, table: CrystalTable, labels: np.ndarray, parts: BatchParts, devices: Devices = ONE_DEVICE):
         if not serves(table, parts):
             raise ValueError(f"batches with {parts}, or of crystals with shared sites, are packed on the host")
-        self.table = table
-        self.columns = jax.device_put(_columns(table, labels, parts.dtype))
+        self.table, self.devices = table, devices
+        self.columns = devices.replicate(_columns(table, labels, parts.dtype))
+        self._one = devices.each(gather, split=(1,), splits_result=True, static=("shape",))
+        self._several = devices.each(_gather_several, split=(1,), splits_result=True, static=("shape",))
 
-    def gather(self, indices: np.ndarray, shapes: Sequence[BatchShape]) -> Batch:
-        """The very batch that `pack` makes of these crystals and their labels, on the device."""
-        shape = fitting_shape(self.table, indices, shapes)
-        return gather(self.columns, padded(indices, shape), shape)
+    def gather(self, work: Shared) -> Batch:
+        """The very batch that `pack` makes of these crystals and their labels; on every device its share."""
+        return self._one(self.columns, self._chosen([work], one=True), shape=work.shape)
 
+    def gather_several(self, works: Sequence[Shared]) -> Stretch:
+        """Such batches of one shape."""
+        return Stretch(self._several(self.columns, self._chosen(works), shape=works[0].shape))
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Stretch:
-    """K batches of one shape that follow one another, told by their crystals."""
-
-    columns: Columns
-    crystals: np.ndarray  # [K, B] rows of the table, -1 for padding
-    shape: BatchShape = dataclasses.field(metadata={"static": True})
-
-    def gathered(self) -> Batch:
-        """The batches, every array with a first axis of K more."""
-        return jax.lax.map(lambda indices: gather(self.columns, indices, self.shape), self.crystals)
-
-    def one_by_one(self) -> Iterator[Batch]:
-        """The batches one after the other."""
-        return (gather(self.columns, indices, self.shape) for indices in self.crystals)
-
-
-def padded(indices: np.ndarray, shape: BatchShape) -> np.ndarray:
-    """Rows of the table, and -1 for the places that are left: [B] int32."""
-    places = np.full(shape.num_crystals, -1, np.int32)
-    places[: len(indices)] = indices
-    return places
+    def _chosen(self, works: Sequence[Shared], one: bool = False) -> Chosen:
+        """The crystals of every device in some batches of one shape, or in `one`."""
+        of_process = []
+        for device in self.devices.of_process:
+            size = len(works), works[0].shape.num_crystals
+            chosen = Chosen(np.full(size, -1, np.int32), np.zeros(size, np.int32))
+            for number, (rows, shares, _) in enumerate(works):
+                share = shares[device]
+                chosen.rows[number, : len(share)] = rows[share]
+                chosen.places[number, : len(share)] = share
+            of_process.append(Chosen(chosen.rows[0], chosen.places[0]) if one else chosen)
+        return self.devices.put(stacked(of_process))
 
 
 def serves(table: CrystalTable, parts: BatchParts) -> bool:
@@ -87,18 +93,27 @@ def serves(table: CrystalTable, parts: BatchParts) -> bool:
     return plain and not len(table.shared_site) and int(table.edge_offset[-1]) <= MOST_EDGES
 
 
-def device_table_if_it_fits(table: CrystalTable, labels: np.ndarray, parts: BatchParts) -> DeviceTable | None:
-    """The crystals on the device, or None if it has no room for them (or no memory of its own), or does not serve."""
-    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
-    if not serves(table, parts) or _size(table, labels, parts.dtype) > SHARE_OF_MEMORY * memory:
+def device_table_if_it_fits(
+    table: CrystalTable, labels: np.ndarray, parts: BatchParts, devices: Devices = ONE_DEVICE
+) -> DeviceTable | None:
+    """The crystals on the devices; None if one has no room for them (or no memory of its own), or it does not serve.
+
+    Processes that train together find the same.
+    """
+    memory = min((device.memory_stats() or {}).get("bytes_limit", 0) for device in jax.local_devices())
+    lacks_room = _size(table, labels, parts.dtype) > SHARE_OF_MEMORY * memory
+    if not serves(table, parts) or largest_of_processes(int(lacks_room)):
         return None
-    return DeviceTable(table, labels, parts)
+    return DeviceTable(table, labels, parts, devices)
 
 
-@functools.partial(jax.jit, static_argnames="shape")
-def gather(columns: Columns, indices: jax.Array, shape: BatchShape) -> Batch:
-    """The batch of the crystals `indices` [B], -1 for padding; bit for bit as `pack` makes it."""
-    is_crystal, crystals = indices >= 0, jnp.maximum(indices, 0)
+def _gather_several(columns: Columns, chosen: Chosen, shape: BatchShape) -> Batch:
+    return jax.lax.map(lambda one: gather(columns, one, shape), chosen)
+
+
+def gather(columns: Columns, chosen: Chosen, shape: BatchShape) -> Batch:
+    """The batch of some crystals, bit for bit as `pack` makes it."""
+    is_crystal, crystals = chosen.rows >= 0, jnp.maximum(chosen.rows, 0)
     sizes, crystal, atom = _segments(columns.atom_offset, crystals, is_crystal, shape.num_atoms)
     lengths, _, edge = _segments(columns.edge_offset, crystals, is_crystal, shape.edges)
     is_atom = crystal < shape.num_crystals
@@ -135,6 +150,7 @@ def gather(columns: Columns, indices: jax.Array, shape: BatchShape) -> Batch:
         lattice_vectors=None,
         scatter=None,
         crystal_sizes=sizes,
+        crystal_place=chosen.places,
         targets=_kept(columns.targets[crystals], is_crystal),
         target_mask=columns.target_mask[crystals] & is_crystal[:, None],
     )

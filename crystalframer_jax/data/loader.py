@@ -9,20 +9,20 @@ import numpy as np
 
 from crystalframer_jax.batch import Batch, Fill, fill_factors, pack
 from crystalframer_jax.config import NO_PARTS, BatchParts, ConfigError
-from crystalframer_jax.data.device import DeviceTable, Stretch, device_table_if_it_fits, padded
+from crystalframer_jax.data.device import DeviceTable, Stretch, device_table_if_it_fits
 from crystalframer_jax.data.store import Dataset
-from crystalframer_jax.shapes import BatchShape, fitting_shape, plan_shapes
+from crystalframer_jax.parallel import ONE_DEVICE, Devices, stacked
+from crystalframer_jax.shapes import BatchShape, Shared, plan_shapes, shared_out
 
 
 class TrainingBatches:
     """All batches of a training run by step number; every epoch is shuffled, its incomplete last batch dropped.
 
     `atoms` are the fewest and most atoms (0: no limit) of a crystal to train on, `share` is that of the batches of an
-    epoch which are used. `shard` (index, count) is this process among those that train together: each packs its equal
-    part of every batch. `on_device` says whether the crystals are kept on the device and gathered there; None: if they
-    fit. Neither changes what the batches hold.
+    epoch which are used. Every batch is shared out among `devices` by its neighbours. `on_device` says whether the
+    crystals are kept on the devices and gathered there; None: if they fit. Neither changes what the batches hold.
 
-    Raises ConfigError if no crystal is left, or if processes cannot share a batch equally.
+    Raises ConfigError if no crystal is left.
     """
 
     def __init__(
@@ -34,19 +34,19 @@ class TrainingBatches:
         parts: BatchParts = NO_PARTS,
         atoms: tuple[int, int] = (0, 0),
         share: float = 1.0,
-        shard: tuple[int, int] = (0, 1),
         on_device: bool | None = None,
+        devices: Devices = ONE_DEVICE,
     ):
         self.dataset = dataset
         self.indices = _of_size(dataset, dataset.splits["train"], *atoms)
-        self.shard = shard
-        self.batch_size = _shared_batch_size(batch_size, len(self.indices), shard[1])
+        self.devices = devices
+        self.batch_size = min(batch_size, len(self.indices))
         self.steps_per_epoch = max(1, int(share * (len(self.indices) // self.batch_size)))
         self.n_epochs = n_epochs
         self.seed = seed
         self.parts = parts
         self.on_device = on_device
-        self.shapes = batch_shapes(dataset, self.batch_size // shard[1], parts)
+        self.shapes = batch_shapes(dataset, self.batch_size, parts, devices.count)
         self._order: tuple[int, np.ndarray] | None = None  # the last epoch asked for, and its order
 
     def __len__(self) -> int:
@@ -61,17 +61,34 @@ class TrainingBatches:
         return known[1]
 
     def rows(self, step: int) -> np.ndarray:
-        """The crystals of a step (this process's part of them), rows of the table."""
+        """The crystals of a step, rows of the table."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        index, count = self.shard
-        part = self.batch_size // count
-        start = position * self.batch_size + index * part
-        return self.order(epoch)[start : start + part]
+        return self.order(epoch)[position * self.batch_size : (position + 1) * self.batch_size]
+
+    def shared(self, step: int) -> Shared:
+        """The crystals of a step and what every device gets of them."""
+        return shared_out(self.dataset.table, self.rows(step), self.shapes, self.devices.count)
 
     def __getitem__(self, step: int) -> Batch:
-        """The batch of a step (numpy arrays)."""
-        chosen = self.rows(step)
-        return pack(self.dataset.table, chosen, self.shapes, self.dataset.labels[chosen])
+        """The batch of a step (numpy arrays), as `Devices.put` takes it."""
+        return stacked(self.parts_of(step))
+
+    def parts_of(self, step: int) -> list[Batch]:
+        """The shares that the devices of this process have in the batch of a step (numpy arrays)."""
+        table, labels, work = self.dataset.table, self.dataset.labels, self.shared(step)
+        of_process = [work.shares[device] for device in self.devices.of_process]
+        return [
+            pack(table, work.rows[share], [work.shape], labels[work.rows[share]], places=share) for share in of_process
+        ]
+
+    def imbalance(self, batches: int = 8) -> float:
+        """Neighbours of the device that has most, divided by their mean over the devices; mean of the first batches."""
+        edges, ratios = self.dataset.table.num_edges, []
+        for step in range(min(batches, len(self))):
+            rows, shares, _ = self.shared(step)
+            work = [edges[rows[share]].sum() for share in shares]
+            ratios.append(np.max(work) / np.mean(work))
+        return float(np.mean(ratios))
 
     def steps_of_last_epoch(self) -> range:
         """The steps of the last epoch."""
@@ -79,44 +96,47 @@ class TrainingBatches:
 
     def fill_factors(self, batches: int = 8) -> Fill:
         """Shares of the places that hold real data, means over the first batches."""
-        factors = [fill_factors(self[step]) for step in range(min(batches, len(self)))]
+        factors = [fill_factors(part) for step in range(min(batches, len(self))) for part in self.parts_of(step)]
         return Fill(*np.mean(factors, axis=0).tolist())
 
     @functools.cached_property
     def device_table(self) -> DeviceTable | None:
-        """The crystals on the device, if they are kept there."""
+        """The crystals on the devices, if they are kept there."""
         if self.on_device is None:
-            return device_table_if_it_fits(self.dataset.table, self.dataset.labels, self.parts)
-        return DeviceTable(self.dataset.table, self.dataset.labels, self.parts) if self.on_device else None
+            return device_table_if_it_fits(self.dataset.table, self.dataset.labels, self.parts, self.devices)
+        return (
+            DeviceTable(self.dataset.table, self.dataset.labels, self.parts, self.devices) if self.on_device else None
+        )
 
     def iterate(self, first_step: int) -> Iterator[Batch]:
-        """The batches from a step on: gathered on the device, or packed ahead by a background thread.
-
-        In the second case it is an iterator of Grain, with get_state and set_state.
-        """
+        """The batches from a step on, on the devices: gathered there, or packed ahead by a background thread."""
         table = self.device_table
         if table is not None:
-            return (table.gather(self.rows(step), self.shapes) for step in range(first_step, len(self)))
+            return (table.gather(self.shared(step)) for step in range(first_step, len(self)))
+        return map(self.devices.put, self.packed(first_step))
+
+    def packed(self, first_step: int) -> Iterator[Batch]:
+        """The batches from a step on as numpy arrays: an iterator of Grain, with get_state and set_state."""
         steps = grain.MapDataset.source(self)[first_step:]
         return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
-    def stretches(self, first_step: int, most: int) -> Iterator[Stretch]:
-        """The batches from a step on in stretches of `most`, less before the end of an epoch or a change of shape.
+    def stretches(self, first_step: int, steps_each: int) -> Iterator[Stretch | Batch]:
+        """The batches from a step on, gathered on the devices in stretches of `steps_each`.
 
-        Raises ValueError if the crystals are not kept on the device.
+        What is left before the end of an epoch or a change of shape comes batch by batch: every length of a stretch
+        would be another compiled program. Raises ValueError if the crystals are not kept on the devices.
         """
-        if self.device_table is None:
+        table, per_epoch = self.device_table, self.steps_per_epoch
+        if table is None:
             raise ValueError("stretches are gathered on the device, and the crystals are not kept there")
-        columns, per_epoch = self.device_table.columns, self.steps_per_epoch
         for epoch in range(first_step // per_epoch, self.n_epochs):
             steps = range(max(first_step, epoch * per_epoch), (epoch + 1) * per_epoch)
-            for shape, group in itertools.groupby(steps, self._shape):
-                while piece := list(itertools.islice(group, most)):
-                    yield Stretch(columns, np.stack([padded(self.rows(step), shape) for step in piece]), shape)
-
-    def _shape(self, step: int) -> BatchShape:
-        """The shape of the batch of a step."""
-        return fitting_shape(self.dataset.table, self.rows(step), self.shapes)
+            for _, group in itertools.groupby(map(self.shared, steps), lambda work: work.shape):
+                while piece := list(itertools.islice(group, steps_each)):
+                    if len(piece) == steps_each:
+                        yield table.gather_several(piece)
+                    else:
+                        yield from map(table.gather, piece)
 
 
 def _of_size(dataset: Dataset, rows: np.ndarray, fewest: int, most: int) -> np.ndarray:
@@ -131,20 +151,7 @@ def _of_size(dataset: Dataset, rows: np.ndarray, fewest: int, most: int) -> np.n
     return chosen
 
 
-def _shared_batch_size(batch_size: int, available: int, processes: int) -> int:
-    """The batch size, or as many of the `available` crystals as there are; a multiple of the number of processes."""
-    if batch_size % processes:
-        near = max(batch_size // processes, 1) * processes
-        raise ConfigError(
-            f"batch_size={batch_size} cannot be shared equally by {processes} processes; choose a multiple of "
-            f"{processes}, such as {near}"
-        )
-    if available < processes:
-        raise ConfigError(f"{available} training crystals are too few for {processes} processes; start fewer of them")
-    return min(batch_size, available // processes * processes)
-
-
-def batch_shapes(dataset: Dataset, batch_size: int, parts: BatchParts = NO_PARTS) -> list[BatchShape]:
-    """The shapes of all batches of a dataset, training and evaluation alike."""
+def batch_shapes(dataset: Dataset, batch_size: int, parts: BatchParts = NO_PARTS, devices: int = 1) -> list[BatchShape]:
+    """The shapes of all batches of a dataset, training and evaluation alike, shared out among some devices."""
     everything = np.concatenate(list(dataset.splits.values()))
-    return plan_shapes(dataset.table, everything, batch_size, dataset.table.longest_row, parts)
+    return plan_shapes(dataset.table, everything, batch_size, dataset.table.longest_row, parts, devices)

@@ -16,13 +16,12 @@ from crystalframer_jax.data.table import CrystalTable
 from crystalframer_jax.inference.evaluation import (
     Predictions,
     batches_of,
-    groups_by_atoms,
     mean_absolute_errors,
     mean_predictor_errors,
     regression_metrics,
     write_predictions,
 )
-from crystalframer_jax.inference.predictor import Predictor, crystals_of, table_of
+from crystalframer_jax.inference.predictor import Predictor, crystals_of, table_of, work_for
 from crystalframer_jax.neighbors import LatticeBox
 from crystalframer_jax.shapes import BatchShape
 from crystalframer_jax.training.checkpoint import CheckpointError, read_json
@@ -41,6 +40,7 @@ class Ensemble:
       names: of their run directories, or numbers.
       targets: name and unit of each target, which all members share; mean and standard deviation of the first member.
       config: of the first member.
+      devices: that share the work.
       parts: what a batch that serves all members holds.
       origin: where they come from, in words.
     """
@@ -51,7 +51,7 @@ class Ensemble:
             raise ConfigError("an ensemble needs at least one model")
         self.members = tuple(members)
         self.names = tuple(names) or tuple(str(number) for number in range(len(members)))
-        self.targets, self.config = members[0].targets, members[0].config
+        self.targets, self.config, self.devices = members[0].targets, members[0].config, members[0].devices
         for number, member in enumerate(self.members):
             if _outputs(member) != _outputs(self.members[0]):
                 raise ConfigError(
@@ -112,8 +112,9 @@ class Ensemble:
         samples = []
         for name, member in zip(self.names, self.members, strict=True):
             table = tables[member.cutoff]
-            groups = tqdm(groups_by_atoms(table), desc=f"model {name}", unit=" batches", disable=not progress)
-            samples.append(member.predict_table(table, groups, member.parts, num_frame_samples).mean)
+            groups, devices = work_for(table, member.devices)
+            shown = tqdm(groups, desc=f"model {name}", unit=" batches", disable=not progress)
+            samples.append(member.predict_table(table, shown, member.parts, num_frame_samples, devices).mean)
         return Predictions.over(np.stack(samples))
 
     def predict_table(
@@ -221,7 +222,7 @@ def ensemble_summary(ensemble: Ensemble, dataset: Dataset, folder: str | Path) -
     for split in ("val", "test"):
         indices = dataset.splits[split]
         labels = dataset.labels[indices]
-        batches = batches_of(dataset, indices, ensemble.config.batch_size, ensemble.parts)
+        batches = batches_of(dataset, indices, ensemble.config.batch_size, ensemble.parts, ensemble.devices.count)
         samples = ensemble.predict_members(dataset.table, *batches)
         predictions = Predictions.over(samples)
         baseline = mean_predictor_errors(labels, targets, train_labels)

@@ -17,7 +17,8 @@ from crystalframer_jax.data.device import DeviceTable
 from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.data.table import CrystalTable
 from crystalframer_jax.files import write_csv
-from crystalframer_jax.shapes import BatchShape, shape_for
+from crystalframer_jax.parallel import ONE_DEVICE, Devices, stacked
+from crystalframer_jax.shapes import BatchShape, Shared, shared_out
 from crystalframer_jax.training.state import TargetStatistics, to_label_units
 from crystalframer_jax.training.step import Forward
 
@@ -58,38 +59,49 @@ def predict_rows(
     shapes: Sequence[BatchShape] | BatchParts = NO_PARTS,
     num_frame_samples: int = 1,
     device_table: DeviceTable | None = None,
+    devices: Devices = ONE_DEVICE,
 ) -> Predictions:
     """Predictions for groups of table rows, in their order.
 
-    Every group is one batch, of the first of `shapes` that holds it, or of a shape of its own with the parts given.
+    Every group is one batch, of the first of `shapes` that holds it, or of a shape of its own with the parts given; it
+    is shared out among the `devices` that `forward` is compiled for.
     With `num_frame_samples` above 1 the mean is over as many draws among equally good frames, always the same draws
     for the same crystal; otherwise the first of them in canonical order are taken. Given the same crystals in a
     `device_table`, batches are gathered there; otherwise a thread packs them ahead.
     """
-    keys: list[jax.Array | None] = [None]
-    if num_frame_samples > 1:
-        keys = [jax.random.fold_in(jax.random.key(0), sample) for sample in range(num_frame_samples)]
+    samples = list(range(num_frame_samples)) if num_frame_samples > 1 else [None]
+    variables = devices.replicate(variables)
 
-    def batch_of(group: np.ndarray) -> tuple[int, Batch]:
-        fitting = [shape_for(table, group, shapes)] if isinstance(shapes, BatchParts) else shapes
+    def work_of(group: np.ndarray) -> tuple[Shared, Batch | None]:
+        work = shared_out(table, group, shapes, devices.count)
         if device_table is not None:
-            return len(group), device_table.gather(group, fitting)
-        return len(group), pack(table, group, fitting, num_targets=len(statistics))
+            return work, None
+        own = [group[work.shares[device]] for device in devices.of_process]
+        return work, stacked([pack(table, rows, [work.shape], num_targets=len(statistics)) for rows in own])
 
-    results = [np.zeros((len(keys), 0, len(statistics)))]
-    waiting: deque[tuple[int, list[jax.Array]]] = deque()
+    results = [np.zeros((len(samples), 0, len(statistics)))]
+    waiting: deque[tuple[Shared, list[jax.Array]]] = deque()
 
     def collect(at_most: int) -> None:
         while len(waiting) > at_most:
-            size, draws = waiting.popleft()
-            results.append(np.stack([np.asarray(draw, np.float64)[:size] for draw in draws]))
+            work, draws = waiting.popleft()
+            results.append(np.stack([_in_order(np.asarray(draw, np.float64), work) for draw in draws]))
 
-    for size, packed in map(batch_of, groups) if device_table is not None else _ahead(batch_of, groups):
-        batch = jax.device_put(packed)
-        waiting.append((size, [forward(variables, batch, key) for key in keys]))
-        collect(1)  # the device has the next batch before the results of this one are looked at
+    for work, packed in map(work_of, groups) if device_table is not None else _ahead(work_of, groups):
+        batch = devices.put(packed) if device_table is None else device_table.gather(work)
+        waiting.append((work, [forward(variables, batch, sample) for sample in samples]))
+        collect(1)  # the devices have the next batch before the results of this one are looked at
     collect(0)
     return Predictions.over(to_label_units(np.concatenate(results, axis=1), statistics))
+
+
+def _in_order(predictions: np.ndarray, work: Shared) -> np.ndarray:
+    """Predictions [C, T] in the order of the crystals, of those [devices, B, T], or [B, T] of one device."""
+    of_devices = predictions.reshape(-1, *predictions.shape[-2:])
+    ordered = np.zeros((len(work.rows), predictions.shape[-1]))
+    for found, share in zip(of_devices, work.shares, strict=True):
+        ordered[share] = found[: len(share)]
+    return ordered
 
 
 def _ahead(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
@@ -110,20 +122,21 @@ def groups_of(indices: np.ndarray, size: int) -> list[np.ndarray]:
 
 
 def batches_of(
-    dataset: Dataset, indices: np.ndarray, batch_size: int, parts: BatchParts
+    dataset: Dataset, indices: np.ndarray, batch_size: int, parts: BatchParts, devices: int = 1
 ) -> tuple[list[np.ndarray], list[BatchShape]]:
-    """Groups of `batch_size` rows of a dataset, and the shapes that training packs them into."""
+    """Groups of `batch_size` rows of a dataset, and the shapes that training on some devices packs them into."""
     from crystalframer_jax.data.loader import batch_shapes  # imports Grain, which predicting structures does not need
 
-    return groups_of(indices, batch_size), batch_shapes(dataset, batch_size, parts)
+    return groups_of(indices, batch_size), batch_shapes(dataset, batch_size, parts, devices)
 
 
-def groups_by_atoms(table: CrystalTable) -> list[np.ndarray]:
-    """Consecutive groups of all rows of a table, limited in atoms and crystals."""
+def groups_by_atoms(table: CrystalTable, devices: int = 1) -> list[np.ndarray]:
+    """Consecutive groups of all rows of a table, limited in atoms and crystals for each of some devices."""
     groups: list[list[int]] = []
     atoms = 0
     for row, size in enumerate(table.num_atoms):
-        if not groups or atoms + size > MAX_BATCH_ATOMS or len(groups[-1]) == MAX_BATCH_CRYSTALS:
+        is_full = bool(groups) and len(groups[-1]) == devices * MAX_BATCH_CRYSTALS
+        if not groups or atoms + size > devices * MAX_BATCH_ATOMS or is_full:
             groups.append([])
             atoms = 0
         groups[-1].append(row)

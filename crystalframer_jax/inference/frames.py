@@ -70,7 +70,7 @@ def compute_frames(
             x[place] = values
         seeds = None
         if key is not None:
-            keys = keys_by_place(key, len(batch.crystal_sizes))
+            keys = keys_by_place(key, batch.crystal_place)
             seeds = row_seeds(keys, batch.crystal_of_atom, batch.atom_in_crystal, q.shape[1])
         frames = _compiled(method, *padded, _unpacked(batch), tie_tolerance, seeds)
         return np.asarray(frames)[place]

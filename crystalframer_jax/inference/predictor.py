@@ -20,6 +20,7 @@ from crystalframer_jax.data.table import CrystalTable, make_table
 from crystalframer_jax.inference.evaluation import Predictions, frame_draws, groups_by_atoms, predict_rows
 from crystalframer_jax.model.regressor import CrystalFramer
 from crystalframer_jax.neighbors import LatticeBox, neighbor_rows
+from crystalframer_jax.parallel import ONE_DEVICE, Devices
 from crystalframer_jax.shapes import BatchShape, shape_for
 from crystalframer_jax.structure_files import as_crystals
 from crystalframer_jax.training.checkpoint import (
@@ -43,6 +44,7 @@ class Predictor:
     Attributes:
       targets: name, unit, mean and standard deviation of each target.
       cutoff: radius of the neighbour rows, Å.
+      devices: that share the work, all of this process; a few crystals are left to one.
       weights: which weights these are: "best", "last", "swa", "ema", or "given" as arrays.
       step: optimizer step of their checkpoint, 0 if given.
       origin: the same in words.
@@ -55,7 +57,7 @@ class Predictor:
         self.cutoff = neighbor_cutoff(config)
         self.weights, self.step, self.origin = "given", 0, "given parameters"
         self.parts = model_config(config).parts
-        self.forward = _forward_of(model_config(config))
+        self.devices = Devices.of_this_process()
 
     @classmethod
     def load(cls, run_dir: str | Path, weights: str | None = None) -> "Predictor":
@@ -124,8 +126,9 @@ class Predictor:
     ) -> Predictions:
         """As `predict`, with the standard deviation over the draws of frames: mean and spread, both [B, T]."""
         table = table_of(crystals_of(structures), self.cutoff)
-        groups = tqdm(groups_by_atoms(table), desc="predicting", unit=" batches", disable=not progress)
-        return self.predict_table(table, groups, self.parts, num_frame_samples)
+        groups, devices = work_for(table, self.devices)
+        shown = tqdm(groups, desc="predicting", unit=" batches", disable=not progress)
+        return self.predict_table(table, shown, self.parts, num_frame_samples, devices)
 
     def predict_table(
         self,
@@ -133,11 +136,23 @@ class Predictor:
         groups: Iterable[np.ndarray],
         shapes: Sequence[BatchShape] | BatchParts,
         num_frame_samples: int | None = None,
+        devices: Devices | None = None,
     ) -> Predictions:
-        """Predictions for groups of rows of a table whose neighbour rows have this predictor's cutoff."""
+        """Predictions for groups of rows of a table whose neighbour rows have this predictor's cutoff.
+
+        Each group is shared by all `devices` (default: those of the predictor).
+        """
+        devices = devices or self.devices
         with working_precision(self.config):
             return predict_rows(
-                self.forward, self.variables, table, groups, self.targets, shapes, self.draws(num_frame_samples)
+                _forward_of(model_config(self.config), devices),
+                self.variables,
+                table,
+                groups,
+                self.targets,
+                shapes,
+                self.draws(num_frame_samples),
+                devices=devices,
             )
 
     def draws(self, num_frame_samples: int | None) -> int:
@@ -165,10 +180,16 @@ def table_of(crystals: Sequence[Crystal], cutoff: float | LatticeBox) -> Crystal
     return make_table(crystals, [neighbor_rows(crystal, cutoff) for crystal in crystals])
 
 
+def work_for(table: CrystalTable, devices: Devices) -> tuple[list[np.ndarray], Devices]:
+    """Groups of crystals for some devices, or for one alone if it can take all crystals at once."""
+    groups = groups_by_atoms(table)
+    return (groups_by_atoms(table, devices.count), devices) if len(groups) > 1 else (groups, ONE_DEVICE)
+
+
 @functools.lru_cache(maxsize=8)
-def _forward_of(model: ModelConfig) -> Forward:
+def _forward_of(model: ModelConfig, devices: Devices) -> Forward:
     """The forward pass of a model, compiled once for all predictors of the same hyperparameters."""
-    return make_forward(CrystalFramer(model))
+    return make_forward(CrystalFramer(model), devices)
 
 
 def read_config(workdir: Path) -> ConfigDict:

@@ -13,8 +13,9 @@ from crystalframer_jax.model.basis import EXACT, AngleBasis, Bases, DistanceBasi
 from crystalframer_jax.model.frames import block_frames
 from crystalframer_jax.model.implementation import Implementation
 from crystalframer_jax.model.layers import ACTIVATIONS, Initializer, block_layer, layer_norm, t_fixup_gain
-from crystalframer_jax.model.random_bits import fold_in_all, keys_by_place, row_seeds
+from crystalframer_jax.model.random_bits import fold_in_all, keys_by_place, row_seeds, thinned
 from crystalframer_jax.model.reciprocal import WaveVectors
+from crystalframer_jax.parallel import total
 
 NO_SPREAD = 1e-5  # standard deviation of the width logits, relative to their mean, that is rounding only
 
@@ -34,6 +35,7 @@ class SelfAttention(nn.Module):
     config: ModelConfig
     block: int
     implementation: Implementation = "auto"
+    axis: str | None = None
 
     @nn.compact
     def __call__(
@@ -56,7 +58,7 @@ class SelfAttention(nn.Module):
 
         seeds = None
         if train and config.dropout:
-            keys = keys_by_place(self.make_rng("dropout"), batch.crystal_sizes.shape[0])
+            keys = keys_by_place(self.make_rng("dropout"), batch.crystal_place)
             seeds = row_seeds(keys, batch.crystal_of_atom, batch.atom_in_crystal, heads)
         domain = config.domain_of_block(self.block)
         real_heads = {"real": heads, "multihead": heads // 2}.get(domain, 0)
@@ -140,9 +142,9 @@ class SelfAttention(nn.Module):
         shift = self.variable("calibration", "shift", jnp.zeros, (), config.dtype)
         if calibrate:
             real = (batch.species > 0)[:, None]
-            number = jnp.sum(real) * logits.shape[1]
-            mean = jnp.sum(logits, where=real) / number
-            variance = jnp.sum((logits - mean) ** 2, where=real) / (number - 1)
+            number = total(jnp.sum(real), self.axis) * logits.shape[1]
+            mean = total(jnp.sum(logits, where=real), self.axis) / number
+            variance = total(jnp.sum((logits - mean) ** 2, where=real), self.axis) / (number - 1)
             varies = variance > (NO_SPREAD * mean) ** 2  # not so if one value is all there is
             scale.value, shift.value = jnp.where(varies, variance, 1) ** -0.5, -mean
         return (logits + jax.lax.stop_gradient(shift.value)) * jax.lax.stop_gradient(scale.value)
@@ -200,6 +202,7 @@ class EncoderBlock(nn.Module):
     config: ModelConfig
     block: int
     implementation: Implementation = "auto"
+    axis: str | None = None
 
     @nn.compact
     def __call__(
@@ -218,10 +221,13 @@ class EncoderBlock(nn.Module):
             return x if config.t_fixup_init else layer_norm(config, x, name)
 
         def dropped(x: jax.Array) -> jax.Array:
-            return nn.Dropout(config.dropout, deterministic=not train)(x)
+            if not (train and config.dropout):
+                return x
+            keys = keys_by_place(self.make_rng("dropout"), batch.crystal_place)
+            return thinned(x, row_seeds(keys, batch.crystal_of_atom, batch.atom_in_crystal, 1), config.dropout)
 
         gain = t_fixup_gain(config)
-        attention = SelfAttention(config, self.block, self.implementation, name="attention")
+        attention = SelfAttention(config, self.block, self.implementation, self.axis, name="attention")
         x = normed(x + dropped(attention(x, batch, frame_keys, calibrate, given_frames, train)), "norm1")
         hidden = ACTIVATIONS[config.t_activation](block_layer(config, x, config.ff_dim, "linear1", gain))
         return normed(x + dropped(block_layer(config, dropped(hidden), config.model_dim, "linear2", gain)), "norm2")

@@ -10,6 +10,7 @@ import numpy as np
 
 from crystalframer_jax.config import ModelConfig
 from crystalframer_jax.model.basis import EXACT
+from crystalframer_jax.parallel import total
 
 Initializer = Callable[..., jax.Array]  # (key, shape, dtype)
 ACTIVATIONS = {"relu": nn.relu, "gelu": lambda x: nn.gelu(x, approximate=False)}
@@ -101,7 +102,39 @@ def layer_norm(config: ModelConfig, x: jax.Array, name: str, affine: bool = True
     return layer(x)
 
 
-def head_norm(config: ModelConfig, x: jax.Array, real: jax.Array, name: str, by_batch: bool) -> jax.Array:
+class BatchNorm(nn.Module):
+    """(x - mean) / sqrt(variance + epsilon) * scale + bias, as PyTorch's BatchNorm1d but for the running variance.
+
+    `by_batch` mean and variance are those of the `real` rows on all devices of `axis`, else running averages in the
+    collection `batch_stats`, whose variance is, as that which is used, the one with divisor n.
+    """
+
+    dtype: np.dtype
+    by_batch: bool
+    axis: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, real: jax.Array) -> jax.Array:
+        """x [B, D], real [B] -> [B, D]."""
+        width = (x.shape[-1],)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, width, jnp.float32)
+        running_variance = self.variable("batch_stats", "var", jnp.ones, width, jnp.float32)
+        mean, variance = running_mean.value, running_variance.value
+        if self.by_batch:
+            number = total(jnp.sum(real), self.axis)
+            mean = total(jnp.sum(x, axis=0, where=real[:, None]), self.axis) / number
+            variance = total(jnp.sum((x - mean) ** 2, axis=0, where=real[:, None]), self.axis) / number
+            if not self.is_initializing():
+                running_mean.value += BATCH_NORM_MOMENTUM * (mean - running_mean.value)
+                running_variance.value += BATCH_NORM_MOMENTUM * (variance - running_variance.value)
+        scale = self.param("scale", nn.initializers.ones, width, self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, width, self.dtype)
+        return (x - mean) * (jax.lax.rsqrt(variance + EPSILON) * scale) + bias
+
+
+def head_norm(
+    config: ModelConfig, x: jax.Array, real: jax.Array, name: str, by_batch: bool, axis: str | None = None
+) -> jax.Array:
     """The normalisation `norm_type` of the output layers.
 
     bn: BatchNorm, over the crystals (or atoms) that are `real` [...] if `by_batch`, else by the running averages in
@@ -109,15 +142,7 @@ def head_norm(config: ModelConfig, x: jax.Array, real: jax.Array, name: str, by_
     InstanceNorm1d makes of [B, D].
     """
     if config.norm_type == "bn":
-        layer = nn.BatchNorm(
-            use_running_average=not by_batch,
-            momentum=1 - BATCH_NORM_MOMENTUM,
-            epsilon=EPSILON,
-            param_dtype=config.dtype,
-            use_fast_variance=False,
-            name=name,
-        )
-        return layer(x, mask=real[:, None])
+        return BatchNorm(config.dtype, by_batch, axis, name=name)(x, real)
     if config.norm_type in ("ln", "in"):
         return layer_norm(config, x, name, affine=config.norm_type == "ln")
     return x

@@ -16,9 +16,9 @@ def row_seeds(keys: jax.Array, crystal_of_atom: jax.Array, atom_in_crystal: jax.
     return jax.vmap(of_atom)(keys[crystal_of_atom], atom_in_crystal)
 
 
-def keys_by_place(key: jax.Array, number: int) -> jax.Array:
-    """Another key for every place in a batch, [number]."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(number))
+def keys_by_place(key: jax.Array, places: jax.Array) -> jax.Array:
+    """Another key for every one of the `places` [B] in a batch."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, places)
 
 
 def fold_in_all(keys: jax.Array, number: int) -> jax.Array:
@@ -29,6 +29,11 @@ def fold_in_all(keys: jax.Array, number: int) -> jax.Array:
 def draw(seeds: jax.Array, numbers: jax.Array) -> jax.Array:
     """A random uint32 for every seed (uint32) and number, which are broadcast."""
     return mix(seeds + numbers.astype(jnp.uint32) * jnp.uint32(0x9E3779B9))
+
+
+def thinned(x: jax.Array, seeds: jax.Array, dropout: float) -> jax.Array:
+    """Features [N, D], each 0 with probability `dropout` and else divided by 1 - dropout, from seeds [N, 1] uint32."""
+    return x * kept(draw(seeds, jnp.arange(x.shape[1])), dropout, x.dtype)
 
 
 def kept(bits: jax.Array, dropout: float, dtype: jnp.dtype) -> jax.Array:

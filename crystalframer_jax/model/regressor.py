@@ -12,6 +12,7 @@ from crystalframer_jax.model.basis import EXACT
 from crystalframer_jax.model.encoder import EncoderBlock
 from crystalframer_jax.model.implementation import Implementation
 from crystalframer_jax.model.layers import head_layer, head_norm, layer_norm
+from crystalframer_jax.parallel import total
 
 NUM_ELEMENTS = 98
 
@@ -23,11 +24,14 @@ class CrystalFramer(nn.Module):
     first training batch; only with normalize_gauss), `batch_stats` (running averages; only with norm_type=bn) and, if
     made mutable, `intermediates` (frames [N, H, 3, 3] and exponents a [N, H]).
 
-    `implementation` of the attention, see `framed_attention`; it changes results by rounding only.
+    `implementation` of the attention, see `framed_attention`; it changes results by rounding only. `axis` names the
+    devices among which a training batch is shared, see `parallel.Devices`: what is measured on the batch is then
+    measured on all of it.
     """
 
     config: ModelConfig
     implementation: Implementation = "auto"
+    axis: str | None = None
 
     @nn.compact
     def __call__(
@@ -54,7 +58,7 @@ class CrystalFramer(nn.Module):
         x = self._embed(batch, train)
         for block in range(config.num_layers):
             frames = None if given_frames is None else given_frames[block]
-            layer = EncoderBlock(config, block, self.implementation, name=f"block_{block}")
+            layer = EncoderBlock(config, block, self.implementation, self.axis, name=f"block_{block}")
             x = layer(x, batch, frame_keys, calibrate, frames, train)
         if not config.t_fixup_init:
             x = layer_norm(config, x, "norm")
@@ -63,13 +67,13 @@ class CrystalFramer(nn.Module):
         if config.pre_pooling_op.startswith("w"):
             x = head_layer(config, x, widths.pop(0), "pre_pooling")
         if config.pre_pooling_op == "w+bn+relu":
-            x = head_norm(config, x, batch.species > 0, "pre_pooling_norm", by_batch)
+            x = head_norm(config, x, batch.species > 0, "pre_pooling_norm", by_batch, self.axis)
         if config.pre_pooling_op.endswith("relu"):
             x = nn.relu(x)
         x = _pool(x, batch, config.pooling)
         for i, width in enumerate(widths):
             x = head_layer(config, x, width, f"dense_{i}")
-            x = nn.relu(head_norm(config, x, batch.crystal_sizes > 0, f"dense_{i}_norm", by_batch))
+            x = nn.relu(head_norm(config, x, batch.crystal_sizes > 0, f"dense_{i}_norm", by_batch, self.axis))
         return head_layer(config, x, config.num_targets, "output")
 
     def _embed(self, batch: Batch, train: bool) -> jax.Array:
@@ -86,21 +90,22 @@ class CrystalFramer(nn.Module):
         occupancies = occupancies.astype(table.dtype)
         x = jnp.matmul(occupancies, table, precision=EXACT)
         if config.scale_grad and train:
-            factor = rarity(occupancies, batch, config.scale_grad)[:, None]
+            factor = rarity(occupancies, batch, config.scale_grad, self.axis)[:, None]
             x = x + (factor - 1) * (x - jax.lax.stop_gradient(x))  # x itself, with a gradient times `factor`
         return x
 
 
-def rarity(occupancies: jax.Array, batch: Batch, largest: float) -> jax.Array:
+def rarity(occupancies: jax.Array, batch: Batch, largest: float, axis: str | None = None) -> jax.Array:
     """Factors [N] that raise the gradients of rare elements (scale_grad), at most `largest`.
 
     Inverse of the mean share of the element in the crystals of the batch, divided by its mean over the atoms.
     """
-    share = jnp.mean(_pool(occupancies, batch, "avr"), axis=0, where=(batch.crystal_sizes > 0)[:, None])
+    crystals = total(jnp.sum(batch.crystal_sizes > 0), axis)
+    share = total(jnp.sum(_pool(occupancies, batch, "avr"), axis=0), axis) / crystals
     frequency = jnp.matmul(occupancies, share, precision=EXACT)
     real = frequency > 0
     inverse = jnp.where(real, 1 / jnp.where(real, frequency, 1), 0)
-    mean = jnp.sum(inverse) / jnp.maximum(jnp.sum(real), 1)
+    mean = total(jnp.sum(inverse), axis) / jnp.maximum(total(jnp.sum(real), axis), 1)
     return jnp.minimum(inverse / jnp.where(mean > 0, mean, 1), largest)
 
 

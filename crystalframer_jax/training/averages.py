@@ -12,6 +12,7 @@ from crystalframer_jax.config import ConfigError
 from crystalframer_jax.data.loader import TrainingBatches
 from crystalframer_jax.model.layers import BATCH_NORM_MOMENTUM
 from crystalframer_jax.model.regressor import CrystalFramer
+from crystalframer_jax.parallel import ONE_DEVICE, Devices
 from crystalframer_jax.training.state import TrainState, Tree
 
 
@@ -72,7 +73,7 @@ def averages_in(state: TrainState) -> list[str]:
 
 def batch_statistics_of_averages(model: CrystalFramer, state: TrainState, batches: TrainingBatches) -> dict[str, Tree]:
     """The fields of `state` with BatchNorm statistics of averaged weights: means over the batches of the last epoch."""
-    statistics, steps = make_batch_statistics(model), batches.steps_of_last_epoch()
+    statistics, steps = make_batch_statistics(model, batches.devices), batches.steps_of_last_epoch()
     weights = {name: weights_of(state, name) for name in averages_in(state)}
     totals = {name: jax.tree.map(jnp.zeros_like, state.batch_stats) for name in weights}
     for batch in batches.iterate(steps.start) if weights else ():
@@ -81,8 +82,9 @@ def batch_statistics_of_averages(model: CrystalFramer, state: TrainState, batche
     return {f"{name}_batch_stats": jax.tree.map(lambda x: x / len(steps), total) for name, total in totals.items()}
 
 
-def make_batch_statistics(model: CrystalFramer) -> Callable[[Tree, Batch], Tree]:
+def make_batch_statistics(model: CrystalFramer, devices: Devices = ONE_DEVICE) -> Callable[[Tree, Batch], Tree]:
     """statistics(variables, batch) -> the means and variances that BatchNorm sees in this batch (batch_stats)."""
+    model = model.clone(axis=devices.axis)
 
     def statistics(variables: Tree, batch: Batch) -> Tree:
         start = jax.tree.map(jnp.zeros_like, variables["batch_stats"])
@@ -95,4 +97,4 @@ def make_batch_statistics(model: CrystalFramer) -> Callable[[Tree, Batch], Tree]
         )
         return jax.tree.map(lambda x: x / BATCH_NORM_MOMENTUM, changed["batch_stats"])
 
-    return jax.jit(statistics)
+    return devices.each(statistics, split=(1,))

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from crystalframer_jax.errors import UserError
 from crystalframer_jax.training import manifest
-from crystalframer_jax.training.orbax_habits import silence_leftovers, silenced, with_stored_types
+from crystalframer_jax.training.orbax_habits import silence_leftovers, silenced, this_process_alone, with_stored_types
 from crystalframer_jax.training.state import TrainState, Tree
 
 FOLDER = "checkpoints"
@@ -63,9 +63,17 @@ class Checkpoints:
         self._unfinished = self.folder / "unfinished"
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
-        handlers: dict[str, Any] = {item: ocp.StandardCheckpointHandler() for item in ("model", "training")}
-        handlers |= {item: ocp.JsonCheckpointHandler() for item in ("meta", "metrics")}
-        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
+        alone = this_process_alone()
+        handlers: dict[str, Any] = {
+            "model": ocp.StandardCheckpointHandler(multiprocessing_options=alone),
+            "training": ocp.StandardCheckpointHandler(multiprocessing_options=alone),
+            "meta": ocp.JsonCheckpointHandler(multiprocessing_options=alone),
+            "metrics": ocp.JsonCheckpointHandler(multiprocessing_options=alone),
+        }
+        composite = ocp.CompositeCheckpointHandler(
+            composite_options=ocp.CompositeOptions(multiprocessing_options=alone), **handlers
+        )
+        self._orbax = ocp.AsyncCheckpointer(composite, multiprocessing_options=alone)
         self._has_failed = False
         self._silence = contextlib.ExitStack()
         self._silence.enter_context(silenced())

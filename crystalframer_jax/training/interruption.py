@@ -52,11 +52,11 @@ class Interruption:
     @contextlib.contextmanager
     def stepping(self) -> Iterator[None]:
         """Only note requests, because the training is between two safe moments."""
-        self._is_stepping = True
+        before, self._is_stepping = self._is_stepping, True
         try:
             yield
         finally:
-            self._is_stepping = False
+            self._is_stepping = before
 
     def reason(self) -> str:
         """Why to stop now: "SIGTERM", "--max_minutes=5"; empty to go on. To be asked at every safe moment.

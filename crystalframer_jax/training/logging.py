@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from crystalframer_jax.errors import UserError
 from crystalframer_jax.files import json_text, replacing
+from crystalframer_jax.parallel import is_first_process
 
 
 class MetricsLog:
@@ -91,11 +92,15 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
 
 
 class Progress:
-    """Two bars, of the epochs of the run and of the crystals of an epoch; silent where the output is no terminal."""
+    """Two bars, of the epochs of the run and of the crystals of an epoch.
+
+    Silent where the output is no terminal, and in all processes but the first.
+    """
 
     def __init__(self, n_epochs: int, first_epoch: int, steps_per_epoch: int, batch_size: int):
+        silent = None if is_first_process() else True
         self.epochs = tqdm(
-            total=n_epochs, initial=first_epoch, desc="training", unit="epoch", dynamic_ncols=True, disable=None
+            total=n_epochs, initial=first_epoch, desc="training", unit="epoch", dynamic_ncols=True, disable=silent
         )
         self.steps = tqdm(
             total=steps_per_epoch * batch_size,
@@ -104,7 +109,7 @@ class Progress:
             position=1,
             leave=False,
             dynamic_ncols=True,
-            disable=None,
+            disable=silent,
         )
         self.batch_size = batch_size
         self.shown = not self.epochs.disable
@@ -132,9 +137,10 @@ class Progress:
 
 
 def say(text: str) -> None:
-    """Print a line above a progress bar, at once, also into a file."""
-    tqdm.write(text)
-    sys.stdout.flush()
+    """Print a line above a progress bar, at once, also into a file; of several processes the first does."""
+    if is_first_process():
+        tqdm.write(text)
+        sys.stdout.flush()
 
 
 def table(header: list[str], rows: list[list[Any]], num_left: int = 1) -> str:

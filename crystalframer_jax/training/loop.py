@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +15,24 @@ from crystalframer_jax.data.device import Stretch
 from crystalframer_jax.data.loader import TrainingBatches
 from crystalframer_jax.data.splits import SPLITS
 from crystalframer_jax.data.store import Dataset
-from crystalframer_jax.errors import UserError
 from crystalframer_jax.files import is_disk_full, write_json
-from crystalframer_jax.inference.evaluation import frame_draws, groups_of, mean_absolute_errors, predict_rows
+from crystalframer_jax.inference.evaluation import frame_draws
 from crystalframer_jax.model.implementation import Implementation
 from crystalframer_jax.model.regressor import CrystalFramer
+from crystalframer_jax.parallel import ONE_DEVICE, Devices, is_first_process, json_from_first_process, on_one_device
 from crystalframer_jax.training import plots
+from crystalframer_jax.training.agreement import NOTHING, SAVE, STOP, Agreement
 from crystalframer_jax.training.averages import averages_in, batch_statistics_of_averages, ready_for_swa, weights_of
-from crystalframer_jax.training.checkpoint import MODEL_FIELDS, Checkpoints, on_this_device, read_json
+from crystalframer_jax.training.checkpoint import read_json
+from crystalframer_jax.training.evaluator import Evaluator, TrainingError
 from crystalframer_jax.training.interruption import Interruption, TrainingInterrupted
 from crystalframer_jax.training.layer_names import count_parameters, layer_mask
 from crystalframer_jax.training.logging import MetricsLog, Progress, read_metrics, say
 from crystalframer_jax.training.nonfinite import batch_report
 from crystalframer_jax.training.pretrained import start_from
-from crystalframer_jax.training.report import (
-    describe,
-    evaluate_candidates,
-    mean_loss,
-    score_history,
-    summary_text,
-)
+from crystalframer_jax.training.report import describe, evaluate_candidates, score_history, summary_text
 from crystalframer_jax.training.results import EpochResults, StepResult
+from crystalframer_jax.training.run_checkpoints import RunCheckpoints
 from crystalframer_jax.training.run_directory import (
     as_json,
     record_environment,
@@ -43,18 +40,8 @@ from crystalframer_jax.training.run_directory import (
     stored_config,
 )
 from crystalframer_jax.training.state import TargetStatistics, TrainState, Tree
-from crystalframer_jax.training.step import (
-    initial_state,
-    make_forward,
-    make_loss,
-    make_recipe,
-    make_train_step,
-)
+from crystalframer_jax.training.step import initial_state, make_loss, make_recipe, make_train_step
 from crystalframer_jax.training.stretches import dispatches, make_stretch
-
-
-class TrainingError(UserError, RuntimeError):
-    """Training cannot go on; the message says where and why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +56,7 @@ class Options:
       implementation: of the attention, see model.attention.framed_attention.
       steps_per_dispatch: how many steps the device takes at a time, if the crystals are kept there. Requests to stop,
         checkpoints and the progress bar wait for the end of such a stretch.
+      report: called with what is being done, at every dispatch; of several processes at the same points in all.
     """
 
     resume_with_changes: Sequence[str] = ()
@@ -77,6 +65,7 @@ class Options:
     on_device: bool | None = None
     implementation: Implementation = "auto"
     steps_per_dispatch: int = 8
+    report: Callable[[str], None] = lambda progress: None
 
     def __post_init__(self):
         if self.steps_per_dispatch < 1:
@@ -84,7 +73,11 @@ class Options:
 
 
 class Run:
-    """A training run in its directory."""
+    """A training run in its directory.
+
+    Several processes may share the work, each with a Run of its own that takes the same steps. Only the first writes
+    into the directory.
+    """
 
     def __init__(
         self,
@@ -93,6 +86,7 @@ class Run:
         dataset: Dataset,
         options: Options | None = None,
         interruption: Interruption | None = None,
+        devices: Devices = ONE_DEVICE,
     ):
         self.config, self.workdir, self.dataset = config, workdir, dataset
         self.options, self.interruption = options or Options(), interruption or Interruption()
@@ -106,6 +100,7 @@ class Run:
             (config.train_filter_min, config.train_filter_max),
             config.train_percent_check,
             on_device=self.options.on_device,
+            devices=devices,
         )
         self.statistics = tuple(
             TargetStatistics.of(target, dataset.labels[self.batches.indices, t], config.normalize_targets)
@@ -113,36 +108,33 @@ class Run:
         )
         self.model, self.recipe = model, make_recipe(config, self.batches.steps_per_epoch)
         key = jax.random.key(config.seed)
-        self.forward = make_forward(model)
-        self.loss = make_loss(model, self.recipe, self.statistics, jax.random.fold_in(key, 1))
-        self.step = make_train_step(self.recipe, self.loss, self.options.skip_nonfinite)
-        self.stretch = make_stretch(self.recipe, self.loss, self.options.skip_nonfinite)
-        self.initial_state = lambda: initial_state(model, self.recipe, self.batches[0], jax.random.fold_in(key, 0))
+        self.evaluator = Evaluator(config, model, self.batches, self.statistics, self.options.report)
+        self.loss = lambda axis: make_loss(model, self.recipe, self.statistics, jax.random.fold_in(key, 1), axis)
+        loss, skip_nonfinite = self.loss(devices.axis), self.options.skip_nonfinite
+        self.step = make_train_step(self.recipe, loss, skip_nonfinite, devices)
+        self.stretch = make_stretch(self.recipe, loss, skip_nonfinite, devices)
+        self.initial_state = lambda: initial_state(
+            model, self.recipe, devices.put(self.batches[0]), jax.random.fold_in(key, 0), devices
+        )
+        self.agreement, self.request = Agreement(devices), ""
         self.saved_at = time.monotonic()
-        self.checkpoints = Checkpoints(
-            workdir,
-            writable=True,
-            keep_best=config.model_checkpoint_save_top_k,
-            keep_last=config.keep_last_checkpoints,
+        self.checkpoints = RunCheckpoints(
+            workdir, devices, config.model_checkpoint_save_top_k, config.keep_last_checkpoints
         )
 
     def finish(self) -> dict[str, Any]:
         """Train the epochs that are left, evaluate, write summary.json and print it."""
-        file = self.workdir / "summary.json"
         try:
             state, meta = self._start()
-            is_new = meta["epoch"] + 1 < self.config.n_epochs or self._has_changed()
-            store_config(self.config, self.workdir)
-            record_environment(self.workdir)
-            if is_new:
-                file.unlink(missing_ok=True)
+            summary = self._known_summary(meta)
             if meta["epoch"] + 1 < self.config.n_epochs:
                 with self.interruption.stepping():
                     state, meta = self._epochs(state, meta)
             self.checkpoints.wait()
-            if not file.exists():
-                write_json(file, self._summary(state, meta))
-            summary = read_json(file)
+            if summary is None:
+                summary = self._summary(state, meta)
+                if is_first_process():
+                    write_json(self.workdir / "summary.json", summary)
         except TrainingInterrupted as request:
             with self.interruption.stepping():
                 self.checkpoints.wait()
@@ -161,9 +153,16 @@ class Run:
         say("\n" + summary_text(summary))
         return summary
 
-    def _has_changed(self) -> bool:
-        """Whether hyperparameters are not those that the run had so far."""
-        return stored_config(self.workdir) != as_json(self.config)
+    def _known_summary(self, meta: dict[str, Any]) -> dict[str, Any] | None:
+        """The summary of a finished run, unless hyperparameters have changed; tells the directory what runs now."""
+        file, found = self.workdir / "summary.json", None
+        if is_first_process():
+            if meta["epoch"] + 1 < self.config.n_epochs or stored_config(self.workdir) != as_json(self.config):
+                file.unlink(missing_ok=True)
+            store_config(self.config, self.workdir)
+            record_environment(self.workdir)
+            found = read_json(file) if file.exists() else None
+        return json_from_first_process(found)
 
     def _start(self) -> tuple[TrainState, dict[str, Any]]:
         """The state to go on from, and the meta data of its checkpoint."""
@@ -171,7 +170,7 @@ class Run:
         like = jax.eval_shape(self.initial_state)
         for key in ("frozen_layers", "reinit_layers"):  # a misspelt layer is an error before anything is done
             layer_mask(like.params, self.config[key], key)
-        found = self.checkpoints.restore_latest(on_this_device(like))
+        found = self.checkpoints.restore_latest(like)
         if found is not None:
             state, meta = found
             self._check_resumable(state)
@@ -180,7 +179,7 @@ class Run:
             return ready_for_swa(state, self.recipe.swa_first_step), meta
         state = self.initial_state()
         if self.config.pretrained_model:
-            state = start_from(state, self.config, self.statistics)
+            state = self.batches.devices.replicate(start_from(state, self.config, self.statistics))
         trainable = count_parameters(state.params, self.config.frozen_layers)
         say(f"{self.dataset.name}: {splits}; {trainable:,} trainable parameters")
         say(describe(self.config))
@@ -190,6 +189,12 @@ class Run:
             f"up to {shape.row_length} neighbors ({fill.columns:.0%} filled)"
             f"{', gathered on the device' if self.batches.device_table else ''}"
         )
+        if (count := self.batches.devices.count) > 1:
+            processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+            say(
+                f"{self.batches.batch_size} crystals a step on {count} devices{processes}; the busiest has "
+                f"{self.batches.imbalance():.3f} times the mean number of neighbors"
+            )
         return state, {"epoch": -1, "seconds": 0.0, "results": []}
 
     def _check_resumable(self, state: TrainState) -> None:
@@ -210,12 +215,9 @@ class Run:
         """Train to the end; every epoch ends with validation and a checkpoint."""
         config, batches = self.config, self.batches
         first_epoch = meta["epoch"] + 1
-        log = MetricsLog(
-            self.workdir,
-            first_epoch,
-            first_epoch * batches.steps_per_epoch,
-            self.options.wandb_project,
-            as_json(config),
+        first_step, project = first_epoch * batches.steps_per_epoch, self.options.wandb_project
+        log = (
+            MetricsLog(self.workdir, first_epoch, first_step, project, as_json(config)) if is_first_process() else None
         )
         progress = Progress(config.n_epochs, first_epoch, batches.steps_per_epoch, batches.batch_size)
         source = dispatches(batches, int(state.step), self.options.steps_per_dispatch)
@@ -227,19 +229,21 @@ class Run:
                 if epoch == config.n_epochs - 1 and jax.tree.leaves(state.batch_stats):
                     fields = batch_statistics_of_averages(self.model, state, batches)
                     state = dataclasses.replace(state, **fields)
-                log.write(metrics)
+                if log:
+                    log.write(metrics)
                 meta = self._meta(epoch, seconds, [], metrics["val_mae"])
                 best = sorted([*best, metrics["val_loss"]])[: config.model_checkpoint_save_top_k]
-                reason, is_last = self.interruption.reason(), epoch == config.n_epochs - 1
-                if reason or is_last or metrics["val_loss"] in best or self._is_save_due():
+                wish, is_last = self.agreement.now(self._wish()), epoch == config.n_epochs - 1
+                if wish or is_last or metrics["val_loss"] in best:
                     self._save(state, meta, metrics["val_loss"])
                 progress.end_epoch()
                 say(self._epoch_line(metrics))
-                if reason and not is_last:
-                    raise TrainingInterrupted(f"stopped by {reason} after epoch {epoch + 1}")
+                if wish == STOP and not is_last:
+                    raise self._stopped(f"after epoch {epoch + 1}")
         finally:
             progress.close()
-            log.close()
+            if log:
+                log.close()
         return state, meta
 
     def _epoch(
@@ -264,28 +268,29 @@ class Run:
             state, result = advance(state, work, freeze_norm=freeze_norm)
             steps = results.add(result)
             position += steps
-            reason, is_last = self.interruption.reason(), position == batches.steps_per_epoch
-            is_due = reason or (not is_last and self._is_save_due())
-            if failed := results.take(all_of_them=bool(is_due or is_last)):
+            self.options.report(f"epoch {epoch + 1}, step {position} of {batches.steps_per_epoch}")
+            wish, is_last = self.agreement.after_dispatch(self._wish()), position == batches.steps_per_epoch
+            is_due = wish == STOP or (wish == SAVE and not is_last)
+            if failed := results.take(all_of_them=is_due or is_last):
                 raise self._not_finite(failed, state, epoch)
             for _ in range(steps):
                 progress.step(results.last_loss)
             if is_due:
                 meta = self._meta(epoch - 1, seconds + time.perf_counter() - start, results.taken, {})
                 self._save(state, meta, None)
-                if reason:
-                    raise TrainingInterrupted(f"stopped by {reason} in epoch {epoch + 1}")
+                if wish == STOP:
+                    raise self._stopped(f"in epoch {epoch + 1}")
         trained = time.perf_counter() - start
         if not results.taken:
             raise TrainingError(f"all steps of epoch {epoch + 1} were skipped; try a smaller lr")
-        val_loss, val_mae = self._validate(state, epoch)
+        val_loss, val_mae = self.evaluator.validate(weights_of(state), epoch)
         metrics = {
             "epoch": epoch,
             "step": int(state.step),
             **results.means(),
             "val_loss": val_loss,
             "val_mae": val_mae,
-            "lr": float(self.recipe.learning_rate(state.step - 1)),
+            "lr": float(self.recipe.learning_rate(int(state.step) - 1)),
             "skipped_steps": int(state.skipped_steps),
             "crystals_per_s": (batches.steps_per_epoch - first) * batches.batch_size / trained,
             "waiting_share": waited / trained,
@@ -296,8 +301,18 @@ class Run:
         """Whether BatchNorm keeps its statistics in an epoch."""
         return epoch >= self.config.n_epochs - self.config.freeze_bn_epochs
 
+    def _wish(self) -> int:
+        """What this process wishes to be done as soon as possible."""
+        self.request = self.interruption.reason()
+        if self.request:
+            return STOP
+        return SAVE if is_first_process() and self._is_save_due() else NOTHING
+
     def _is_save_due(self) -> bool:
         return time.monotonic() - self.saved_at > 60 * self.config.checkpoint_minutes
+
+    def _stopped(self, where: str) -> TrainingInterrupted:
+        return TrainingInterrupted(f"stopped by {self.request or 'a request to another process'} {where}")
 
     def _save(self, state: TrainState, meta: dict[str, Any], val_loss: float | None) -> None:
         self.checkpoints.save(state, meta, val_loss)
@@ -308,49 +323,19 @@ class Run:
         step = result.step  # the weights stand still since then, also if later steps were taken
         self.checkpoints.wait()
         last = self.checkpoints.last()
-        report = {"epoch": epoch, "last_good_checkpoint": last, "loss": str(result.loss)}
-        report |= {"grad_norm": str(result.grad_norm)}
-        report |= batch_report(self.loss, self.statistics, state, self.batches, step, self._freezes_norm(epoch))
         file = self.workdir / f"nonfinite_step_{step}.json"
-        write_json(file, report)
+        if is_first_process():
+            report = {"epoch": epoch, "last_good_checkpoint": last, "loss": str(result.loss)}
+            report |= {"grad_norm": str(result.grad_norm)}
+            frozen = self._freezes_norm(epoch)
+            report |= batch_report(self.loss(None), self.statistics, on_one_device(state), self.batches, step, frozen)
+            write_json(file, report)
         return TrainingError(
             f"the loss or its gradient is not finite at step {step} (epoch {epoch + 1}); {file} tells about its batch, "
             f"{'the last checkpoint is kept' if last else 'nothing was saved yet'}. Try a smaller lr (in a run that "
             "has a checkpoint: --config.lr=... --resume_with_changes=lr) or let such steps be skipped "
             "(--skip_nonfinite=10)"
         )
-
-    def _validate(self, state: TrainState, epoch: int) -> tuple[float, dict[str, float]]:
-        """Validation loss, and MAE of every target in label units; TrainingError if the loss is not finite."""
-        share, size = self.config.val_percent_check, self.batches.batch_size
-        rows = self.dataset.splits["val"]
-        rows = rows[: size * max(1, int(share * -(-len(rows) // size)))]
-        predictions = self._predict(weights_of(state), rows, num_frame_samples=1)
-        labels = self.dataset.labels[rows]
-        loss = mean_loss(self.config.loss_func, predictions, labels, self.statistics)
-        if not np.isfinite(loss):
-            bad = self.dataset.table.ids[rows[~np.isfinite(predictions).all(axis=1)]]
-            self.checkpoints.wait()
-            raise TrainingError(
-                f"the validation loss is not finite after epoch {epoch + 1} ({len(bad)} of {len(rows)} predictions are "
-                f"not, {', '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}); the checkpoint before it is kept, try a "
-                "smaller lr"
-            )
-        return loss, mean_absolute_errors(predictions, labels, self.statistics)
-
-    def _predict(self, weights: Tree, rows: np.ndarray, num_frame_samples: int) -> np.ndarray:
-        """Predictions [C, T] in label units for rows of the table."""
-        groups = groups_of(rows, self.batches.batch_size)
-        return predict_rows(
-            self.forward,
-            weights,
-            self.dataset.table,
-            groups,
-            self.statistics,
-            self.batches.shapes,
-            num_frame_samples,
-            self.batches.device_table,
-        ).mean
 
     def _meta(self, epoch: int, seconds: float, results: list, val_mae: dict[str, float]) -> dict[str, Any]:
         """What a checkpoint tells beside its arrays: the last finished epoch, the results of steps since then."""
@@ -368,7 +353,7 @@ class Run:
 
     def _summary(self, state: TrainState, meta: dict[str, Any]) -> dict[str, Any]:
         """The errors of the last, best and averaged weights, with the files and figures that go with them."""
-        epochs = read_metrics(self.workdir)
+        epochs = read_metrics(self.workdir) if is_first_process() else []
         if len(epochs) != self.config.n_epochs:
             say(f"warning: {self.workdir / 'metrics.jsonl'} tells of {len(epochs)} epochs only")
         first_swa_epoch = self.config.n_epochs - self.config.swa_epochs if self.config.swa_epochs else None
@@ -377,12 +362,13 @@ class Run:
         samples = frame_draws(self.config)
 
         def predict(weights: Tree, split: str) -> np.ndarray:
-            if reason := self.interruption.reason():
-                raise TrainingInterrupted(f"stopped by {reason} before the errors on {split} crystals")
-            return self._predict(weights, self.dataset.splits[split], samples)
+            if self.agreement.now(self._wish()) == STOP:
+                raise self._stopped(f"before the errors on {split} crystals")
+            return self.evaluator.predict(weights, self.dataset.splits[split], samples)
 
+        folder = self.workdir if is_first_process() else None
         errors = evaluate_candidates(
-            self._candidates(state), predict, self.dataset, self.statistics, self.config.loss_func, self.workdir
+            self._candidates(state), predict, self.dataset, self.statistics, self.config.loss_func, folder
         )
         return errors | {
             "score_history": score_history([line["val_loss"] for line in epochs]),
@@ -397,9 +383,6 @@ class Run:
     def _candidates(self, state: TrainState) -> dict[str, Tree]:
         """The weights of which one is selected: last, best and, if there are any, averages."""
         candidates = {"last": weights_of(state)}
-        best = self.checkpoints.best()
-        if best not in (None, self.checkpoints.last()):
-            like = on_this_device({name: getattr(state, name) for name in MODEL_FIELDS})
-            model = self.checkpoints.restore_model(best, like)
-            candidates["best"] = {name: model[name] for name in ("params", "calibration", "batch_stats")}
+        if best := self.checkpoints.best_model(state):
+            candidates["best"] = {name: best[name] for name in ("params", "calibration", "batch_stats")}
         return candidates | {name: weights_of(state, name) for name in averages_in(state)}

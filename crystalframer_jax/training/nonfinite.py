@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from crystalframer_jax.batch import pack
 from crystalframer_jax.data.loader import TrainingBatches
+from crystalframer_jax.shapes import shape_for
 from crystalframer_jax.training.state import TargetStatistics, TrainState
 from crystalframer_jax.training.step import LossFunction
 
@@ -23,17 +25,19 @@ def batch_report(
 ) -> dict[str, Any]:
     """The crystals of a step with their labels and losses, and norms of every layer, as JSON.
 
-    `state` has the weights before that step. Numbers that are not finite are texts ("nan", "inf").
+    `state` has the weights before that step, `loss` is that of one device, which gets the whole batch.
+    Numbers that are not finite are texts ("nan", "inf").
     """
-    rows = batches.rows(step)
+    rows, dataset = batches.rows(step), batches.dataset
+    labels = dataset.labels[rows]
+    batch = pack(dataset.table, rows, [shape_for(dataset.table, rows, batches.parts)], labels)
     at_step = dataclasses.replace(state, step=jnp.array(step, state.step.dtype))
     value_and_grad = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=3)
-    (_, (losses, _)), gradient = value_and_grad(state.params, at_step, batches[step], freeze_norm)
-    labels = batches.dataset.labels[rows]
+    (_, (losses, _)), gradient = value_and_grad(state.params, at_step, batch, freeze_norm)
     crystals = [
         {
-            "id": str(batches.dataset.table.ids[row]),
-            "atoms": int(batches.dataset.table.num_atoms[row]),
+            "id": str(dataset.table.ids[row]),
+            "atoms": int(dataset.table.num_atoms[row]),
             **{s.name: _number(label) for s, label in zip(statistics, labels[i], strict=True)},
             "loss": _number(losses[i]),
         }
@@ -42,7 +46,7 @@ def batch_report(
     layers = {
         name: {
             "parameters": _number(optax.global_norm(state.params[name])),
-            "gradient": _number(optax.global_norm(gradient[name])),
+            "gradient": _number(optax.global_norm(gradient[name]) / len(rows)),
         }
         for name in state.params
     }

@@ -1,4 +1,4 @@
-"""What Orbax does and a user should not meet: its messages on the terminal, and silent conversions of types."""
+"""What Orbax does and a user should not meet: messages on the terminal, silent conversions of types, waiting."""
 
 import contextlib
 import logging
@@ -12,6 +12,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from crystalframer_jax.training.state import Tree
+
+
+def this_process_alone() -> ocp.options.MultiprocessingOptions:
+    """Options for folders that only this process uses: in a distributed training Orbax would wait for the others."""
+    index = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process_{index}"
+    )
 
 
 @contextlib.contextmanager

@@ -69,12 +69,12 @@ def evaluate_candidates(
     dataset: Dataset,
     statistics: tuple[TargetStatistics, ...],
     loss: str,
-    workdir: Path,
+    workdir: Path | None,
 ) -> dict[str, Any]:
     """The part of summary.json about errors, in label units, of several weights of one model.
 
     Those with the smallest validation loss are selected: their test predictions become predictions_test.csv and
-    parity_test.png in `workdir`.
+    parity_test.png in `workdir`, if that is given.
     """
     labels = {split: dataset.labels[dataset.splits[split]] for split in SPLITS}
     predictions = {name: {s: predict(weights, s) for s in ("val", "test")} for name, weights in candidates.items()}
@@ -86,11 +86,12 @@ def evaluate_candidates(
         for name, by_split in predictions.items()
     }
     baseline = {split: mean_predictor_errors(labels[split], statistics, labels["train"]) for split in SPLITS}
-    on_test = predictions[selected]["test"]
-    ids = dataset.table.ids[dataset.splits["test"]]
-    write_predictions(workdir / "predictions_test.csv", ids, labels["test"], on_test, statistics)
-    names, units = [s.name for s in statistics], [s.unit for s in statistics]
-    plots.parity(labels["test"], on_test, names, units, workdir / "parity_test.png", split="test")
+    if workdir:
+        on_test = predictions[selected]["test"]
+        ids = dataset.table.ids[dataset.splits["test"]]
+        write_predictions(workdir / "predictions_test.csv", ids, labels["test"], on_test, statistics)
+        names, units = [s.name for s in statistics], [s.unit for s in statistics]
+        plots.parity(labels["test"], on_test, names, units, workdir / "parity_test.png", split="test")
     return {
         "test": {
             s.name: {

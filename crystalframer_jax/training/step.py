@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from crystalframer_jax.batch import Batch
 from crystalframer_jax.model.random_bits import keys_by_place
 from crystalframer_jax.model.regressor import CrystalFramer
+from crystalframer_jax.parallel import ONE_DEVICE, Devices, summed
 from crystalframer_jax.training.averages import averaged
 from crystalframer_jax.training.layer_names import layer_mask
 from crystalframer_jax.training.loss import loss_per_crystal
@@ -54,17 +55,19 @@ def working_precision(config: ConfigDict) -> contextlib.AbstractContextManager:
     return jax.enable_x64(True) if config.precision == "float64" else contextlib.nullcontext()
 
 
-def initial_state(model: CrystalFramer, recipe: Recipe, batch: Batch, key: jax.Array) -> TrainState:
-    """Random weights, with the Gaussian widths calibrated on `batch`, the first of the training."""
+def initial_state(
+    model: CrystalFramer, recipe: Recipe, batch: Batch, key: jax.Array, devices: Devices = ONE_DEVICE
+) -> TrainState:
+    """Random weights, with the Gaussian widths calibrated on `batch`, the first of the training, on all devices."""
+    model, key_data = model.clone(axis=devices.axis), jax.random.key_data(key)
 
-    @jax.jit
-    def build(batch: Batch, key: jax.Array) -> TrainState:
-        variables = model.init(key, batch)
+    def build(batch: Batch, key_data: jax.Array) -> TrainState:
+        variables = model.init(jax.random.wrap_key_data(key_data), batch)
         _, calibrated = model.apply(variables, batch, calibrate=True, mutable=["calibration"])
         batch_stats = jax.tree.map(lambda x: x.astype(model.config.dtype), variables.get("batch_stats", {}))
         return new_state(recipe, variables["params"], calibrated.get("calibration", {}), batch_stats)
 
-    return build(batch, key)
+    return devices.each(build, split=(0,))(batch, devices.replicate(key_data))
 
 
 def new_state(recipe: Recipe, params: Tree, calibration: Tree, batch_stats: Tree) -> TrainState:
@@ -92,16 +95,22 @@ def new_state(recipe: Recipe, params: Tree, calibration: Tree, batch_stats: Tree
 
 
 def make_loss(
-    model: CrystalFramer, recipe: Recipe, statistics: tuple[TargetStatistics, ...], key: jax.Array
+    model: CrystalFramer,
+    recipe: Recipe,
+    statistics: tuple[TargetStatistics, ...],
+    key: jax.Array,
+    axis: str | None = None,
 ) -> LossFunction:
-    """loss(params, state, batch, freeze_norm) -> (mean loss, (loss of each crystal [B], new batch_stats)).
+    """loss(params, state, batch, freeze_norm) -> (sum of the losses, (loss of each crystal [B], new batch_stats)).
 
-    Frames (among ties) and dropout are drawn from `key` folded with the step.
+    Frames (among ties) and dropout are drawn from `key` folded with the step, and with the place of the crystal in the
+    batch, of which every device of `axis` may have a share.
     """
+    model = model.clone(axis=axis)
 
     def loss(params: Tree, state: TrainState, batch: Batch, freeze_norm: bool) -> tuple[jax.Array, Any]:
         frame_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
-        frame_keys = keys_by_place(frame_key, batch.crystal_sizes.shape[0])
+        frame_keys = keys_by_place(frame_key, batch.crystal_place)
         variables = {"params": params, "calibration": state.calibration, "batch_stats": state.batch_stats}
         predictions, changed = model.apply(
             variables,
@@ -115,20 +124,24 @@ def make_loss(
         targets = standardise(batch.targets, statistics)
         losses = loss_per_crystal(recipe.loss, predictions, targets, batch.target_mask)
         batch_stats = state.batch_stats | changed.get("batch_stats", {})
-        return jnp.sum(losses) / jnp.sum(batch.crystal_sizes > 0), (losses, batch_stats)
+        return jnp.sum(losses), (losses, batch_stats)
 
     return loss
 
 
-def make_train_step(recipe: Recipe, loss: LossFunction, skip_nonfinite: int = 0) -> StepFunction:
-    """`train_step`, compiled; its state is consumed."""
-    step = train_step(recipe, loss, skip_nonfinite)
-    return jax.jit(step, donate_argnums=0, static_argnames="freeze_norm")
+def make_train_step(
+    recipe: Recipe, loss: LossFunction, skip_nonfinite: int = 0, devices: Devices = ONE_DEVICE
+) -> StepFunction:
+    """`train_step`, compiled for some devices; its state is consumed."""
+    step = train_step(recipe, loss, skip_nonfinite, devices.axis)
+    return devices.each(step, split=(1,), static=("freeze_norm",), donate=(0,))
 
 
-def train_step(recipe: Recipe, loss: LossFunction, skip_nonfinite: int = 0) -> StepFunction:
+def train_step(recipe: Recipe, loss: LossFunction, skip_nonfinite: int = 0, axis: str | None = None) -> StepFunction:
     """step(state, batch, freeze_norm=False) -> (state, result).
 
+    The loss is the mean over the crystals of the batch, of which every device of `axis` has a share; all take the same
+    step.
     The result has "step", "loss", "grad_norm" (before clipping), "finite" and "skipped_steps" (so far). With
     `freeze_norm` BatchNorm keeps its statistics. A step whose loss or gradient is not finite leaves all weights as they
     are and is counted; after more than `skip_nonfinite` of them nothing changes any more.
@@ -138,7 +151,10 @@ def train_step(recipe: Recipe, loss: LossFunction, skip_nonfinite: int = 0) -> S
     def step(state: TrainState, batch: Batch, freeze_norm: bool = False) -> tuple[TrainState, dict[str, jax.Array]]:
         is_frozen = layer_mask(state.params, recipe.frozen_layers, "frozen_layers")
         (value, (_, batch_stats)), gradient = gradient_of(state.params, state, batch, freeze_norm)
-        gradient = jax.tree.map(lambda g, frozen: jnp.zeros_like(g) if frozen else g, gradient, is_frozen)
+        number = jnp.sum(batch.crystal_sizes > 0).astype(value.dtype)
+        value, gradient, number = summed((value, gradient, number), axis)
+        value = value / number
+        gradient = jax.tree.map(lambda g, frozen: jnp.zeros_like(g) if frozen else g / number, gradient, is_frozen)
         grad_norm = optax.global_norm(gradient)
         updates, opt_state = recipe.optimizer.update(gradient, state.opt_state, state.params)
         rate = recipe.learning_rate(state.step)
@@ -159,15 +175,19 @@ def train_step(recipe: Recipe, loss: LossFunction, skip_nonfinite: int = 0) -> S
     return step
 
 
-def make_forward(model: CrystalFramer) -> Forward:
-    """forward(variables, batch, key) -> standardised predictions [B, T].
+def make_forward(model: CrystalFramer, devices: Devices = ONE_DEVICE) -> Forward:
+    """forward(variables, batch, sample) -> standardised predictions [B, T]; of several devices [devices, B, T].
 
-    Without key the first of several equally good frames is taken; a key draws one, the same for the same crystal
-    wherever it stands in a batch.
+    Without `sample` the first of several equally good frames is taken; the number of a sample draws one, the same for
+    the same crystal wherever it stands in a batch.
     """
 
-    def forward(variables: Tree, batch: Batch, key: jax.Array | None = None) -> Any:
-        keys = None if key is None else jnp.broadcast_to(key, batch.crystal_sizes.shape)
-        return model.apply(variables, batch, keys)
+    def forward(variables: Tree, batch: Batch, sample: int | None = None) -> Any:
+        keys = None
+        if sample is not None:
+            key = jax.random.fold_in(jax.random.key(0), sample)
+            keys = jnp.broadcast_to(key, batch.crystal_sizes.shape)
+        predictions = model.apply(variables, batch, keys)
+        return predictions if devices.axis is None else jax.lax.all_gather(predictions, devices.axis)
 
-    return jax.jit(forward)
+    return devices.each(forward, split=(1,))

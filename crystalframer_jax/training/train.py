@@ -1,8 +1,10 @@
 """Train one model, or the members of an ensemble, in a run directory."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from crystalframer_jax.config import ConfigError, neighbor_cutoff, target_names, validate
@@ -10,6 +12,7 @@ from crystalframer_jax.data.datasets import open_dataset
 from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.files import locked, write_json
 from crystalframer_jax.inference.ensemble import Ensemble, ensemble_summary, ensemble_text, is_ensemble, member_names
+from crystalframer_jax.parallel import Devices, from_first_process, is_first_process, json_from_first_process
 from crystalframer_jax.training.checkpoint import FOLDER
 from crystalframer_jax.training.interruption import Interruption
 from crystalframer_jax.training.logging import say
@@ -27,7 +30,8 @@ def train(
     """Train a model as `config` says, in the run directory `workdir`, and return the summary of the run.
 
     The same call continues a run that was interrupted, from its last checkpoint; batches, random draws and results
-    are those of a run that was not interrupted.
+    are those of a run that was not interrupted. All devices share the work, also those of several processes (see
+    crystalframer_jax.distributed) that make the same call; the first process writes into `workdir`.
 
     Raises ConfigError for a configuration that cannot be run or differs from that of the run directory, TrainingError
     if the loss is not finite or the disk is full, and TrainingInterrupted after having saved what there is if a signal
@@ -37,21 +41,45 @@ def train(
     if not str(workdir):
         raise ConfigError("the workdir is empty; name the directory of the run")
     workdir, options, interruption = Path(workdir), options or Options(), interruption or Interruption()
-    if config.ensemble_size > 1:
-        return _train_ensemble(config, workdir, options, interruption)
-    with interruption.listening():
+    devices = Devices.of_all_processes(config.num_devices)
+    with interruption.listening(), contextlib.ExitStack() as stack:
+        if jax.process_count() > 1:  # a request to stop waits until all processes can follow it
+            stack.enter_context(interruption.stepping())
+        if config.ensemble_size > 1:
+            return _train_ensemble(config, workdir, options, interruption)
         dataset = _open_dataset(config)
         if dataset.remark:
             say(f"{dataset.name}: {dataset.remark}")
-        with locked(workdir / "lock", f"{workdir}: another process is training there; wait for it or choose another"):
+        if is_first_process():
+            busy = f"{workdir}: another process is training there; wait for it or choose another"
+            stack.enter_context(locked(workdir / "lock", busy))
             check_config(config, workdir, options.resume_with_changes)
             check_data(dataset, workdir)
-            with working_precision(config):
-                return Run(config, workdir, dataset, options, interruption).finish()
+        with working_precision(config):
+            return Run(config, workdir, dataset, options, interruption, devices).finish()
 
 
 def _train_ensemble(config: ConfigDict, workdir: Path, options: Options, interruption: Interruption) -> dict[str, Any]:
     """Train the members of an ensemble one after the other in WORKDIR/member_N, with seeds that count up."""
+    if is_first_process():
+        _check_ensemble(config, workdir)
+    for number in range(config.ensemble_size):
+        say(f"\nmember {number + 1} of {config.ensemble_size}")
+        member = config.copy_and_resolve_references()
+        member.update(ensemble_size=1, seed=config.seed + number)
+        train(member, workdir / f"member_{number}", options, interruption)
+        if is_first_process():
+            write_json(workdir / "config.json", as_json(config))  # after the first, who checks it
+    summary = None
+    if is_first_process():
+        summary = ensemble_summary(Ensemble.load(workdir), _dataset(config), workdir)
+        write_json(workdir / "summary.json", summary)
+        say("\n" + ensemble_text(summary))
+    return json_from_first_process(summary)
+
+
+def _check_ensemble(config: ConfigDict, workdir: Path) -> None:
+    """Raise ConfigError if a directory holds something else than this ensemble."""
     if (workdir / FOLDER).exists():
         raise ConfigError(f"{workdir} holds a run with one model; choose another --workdir for an ensemble")
     beyond = member_names(workdir)[config.ensemble_size :] if is_ensemble(workdir) else []
@@ -59,18 +87,26 @@ def _train_ensemble(config: ConfigDict, workdir: Path, options: Options, interru
         raise ConfigError(
             f"ensemble_size={config.ensemble_size}: {workdir} has {', '.join(beyond)} already; move them away"
         )
-    with interruption.listening():
-        for number in range(config.ensemble_size):
-            say(f"\nmember {number + 1} of {config.ensemble_size}")
-            member = config.copy_and_resolve_references()
-            member.update(ensemble_size=1, seed=config.seed + number)
-            train(member, workdir / f"member_{number}", options, interruption)
-            write_json(workdir / "config.json", as_json(config))  # after the first, who checks it
-        summary = ensemble_summary(Ensemble.load(workdir), _open_dataset(config), workdir)
-    write_json(workdir / "summary.json", summary)
-    say("\n" + ensemble_text(summary))
-    return summary
 
 
 def _open_dataset(config: ConfigDict) -> Dataset:
+    """The data set of a training; of several processes the first prepares it before the others open it.
+
+    Raises ConfigError if they find different data.
+    """
+    if not is_first_process():
+        from_first_process(b"")
+    dataset = _dataset(config)
+    if is_first_process():
+        from_first_process(b"prepared")
+    digest = from_first_process(dataset.digest.encode()).decode()
+    if digest != dataset.digest:
+        raise ConfigError(
+            f"data_dir={config.data_dir!r}: process {jax.process_index()} finds other data under the name "
+            f"{dataset.name} ({dataset.digest}) than the first ({digest}); copy the prepared folder or use a shared one"
+        )
+    return dataset
+
+
+def _dataset(config: ConfigDict) -> Dataset:
     return open_dataset(config.target_set, target_names(config), neighbor_cutoff(config), config.data_dir)

@@ -257,7 +257,7 @@ def batches_of(kind, describe=None, dtype="float64"):
 
 def predict(config, kind, describe=None, frame_key=None, given_frames=None):
     """Predictions [number of crystals] of a model with random weights."""
-    keys = None if frame_key is None else keys_by_place(frame_key, SHAPE.num_crystals)
+    keys = None if frame_key is None else keys_by_place(frame_key, np.arange(SHAPE.num_crystals))
     predictions = []
     with jax.enable_x64(config.precision == "float64"):
         for batch in batches_of(kind, describe, config.precision):

@@ -1,0 +1,125 @@
+"""Two processes with four devices each train as one process with eight, whatever happens to one of them."""
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import jax
+import pytest
+from test_distributed_processes import environment, free_port
+from test_interruptions import steps_of
+from tiny import assert_same_run, start_training, tiny_config, tiny_runs
+
+SECONDS = 20
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Compiled programs are kept in a folder beside this one."""
+    folder = tmp_path_factory.mktemp("distributed")
+    with tiny_runs(folder.parent / "compiled"):
+        yield folder
+
+
+@pytest.fixture
+def config(folder):
+    """A run whose steps can be compared in float64."""
+    return tiny_config(folder / "data", precision="float64")
+
+
+class Processes:
+    """Processes that train together in a directory; none outlives the block."""
+
+    def __init__(self, monkeypatch, config, workdir: Path, number: int, devices: int, seconds_per_step: float = 0.0):
+        for name in set(os.environ) - set(environment()):
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("XLA_FLAGS", f"--xla_force_host_platform_device_count={devices}")
+        monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        together = [f"--coordinator_address=127.0.0.1:{free_port()}", f"--num_processes={number}"]
+        self.all = [
+            start_training(
+                config,
+                workdir,
+                *([*together, f"--process_id={process}", f"--watchdog_minutes={SECONDS / 60}"] if number > 1 else []),
+                seconds_per_step=seconds_per_step,
+            )
+            for process in range(number)
+        ]
+
+    def __enter__(self) -> list[subprocess.Popen]:
+        return self.all
+
+    def __exit__(self, *_):
+        for process in self.all:
+            process.kill()
+            process.communicate()
+
+
+def outcome(process: subprocess.Popen) -> tuple[int, str, list[str]]:
+    """Exit status, standard output, and the lines of standard error without the remarks of Gloo."""
+    output, errors = process.communicate(timeout=120)
+    return process.returncode, output, [line for line in errors.splitlines() if "connected" not in line]
+
+
+def wait_for(process: subprocess.Popen, beginning: str) -> str:
+    """Wait for a line that begins so, and return all that came before it."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith(beginning):
+            return "".join(lines)
+    raise AssertionError((lines, process.stderr.read()))
+
+
+def test_distributed_training_survives_the_end_of_a_process_to_the_bit(monkeypatch, folder, config):
+    """A request to stop to one process, then the sudden end of one, then the rest: as one process without all that."""
+    workdir, expected = folder / "two", folder / "one"
+    with Processes(monkeypatch, config, expected, 1, devices=8) as (alone,):
+        status, output, errors = outcome(alone)
+        assert (status, errors) == (0, []) and "16 crystals a step on 8 devices; the busiest has" in output
+
+    with Processes(monkeypatch, config, workdir, 2, devices=4, seconds_per_step=0.5) as (first, second):
+        wait_for(first, "16 crystals a step on 8 devices of 2 processes")
+        second.send_signal(signal.SIGTERM)
+        status, output, errors = outcome(first)
+        assert (status, errors) == (0, []) and "stopped by a request to another process" in output
+        status, output, errors = outcome(second)
+        assert (status, errors) == (0, []) and "epoch" not in output
+    (step,) = steps_of(workdir)
+    assert 0 < step < 9
+
+    with Processes(monkeypatch, config, workdir, 2, devices=4, seconds_per_step=0.5) as (first, second):
+        assert f"continuing {workdir} after {step} of 9 steps" in wait_for(first, "epoch")
+        second.kill()
+        begin = time.monotonic()
+        status, _, errors = outcome(first)
+        assert status == 1 and time.monotonic() - begin < SECONDS + 10
+        assert errors[-1].startswith(f"error: lost process 1 (host {socket.gethostname()})")
+        assert errors[-1].endswith("the same command continues from the last checkpoint")
+
+    with Processes(monkeypatch, config, workdir, 2, devices=4) as (first, second):
+        status, output, errors = outcome(first)
+        assert (status, errors) == (0, []) and f"continuing {workdir} after" in output and "predictor" in output
+        status, output, errors = outcome(second)
+        assert (status, errors) == (0, []) and "epoch" not in output
+    with jax.enable_x64(True):
+        assert_same_run(config, workdir, expected)
+
+
+def test_distributed_errors_that_all_processes_find_are_told_once(monkeypatch, folder, config):
+    """And those of the first process, the only one to look into the run directory, are told by the others too."""
+    (folder / "ensemble" / "member_0").mkdir(parents=True)
+    config.n_epochs = 0
+    with Processes(monkeypatch, config, folder / "none", 2, devices=1) as pair:
+        (status, _, first), (other, _, second) = map(outcome, pair)
+    assert (status, other) == (1, 1)
+    (line,) = first + second
+    assert "n_epochs=0" in line
+    config.update(n_epochs=1, swa_epochs=0)
+    with Processes(monkeypatch, config, folder / "ensemble", 2, devices=1) as pair:
+        (status, _, first), (other, _, second) = map(outcome, pair)
+    assert (status, other) == (1, 1) and "holds an ensemble; choose another" in first[-1]
+    assert second[-1] == first[-1] + "; the same command continues from the last checkpoint"
