@@ -102,6 +102,10 @@ class Devices:
 
         return jax.jit(on_all, static_argnames=static, donate_argnums=donate)
 
+    def stacked(self, parts: Sequence[Tree]) -> Tree:
+        """Trees of numpy arrays, one for each device of this process, as `put` takes them."""
+        return jax.tree.map(lambda *x: np.stack(x), *parts) if self.all else parts[0]
+
     def put(self, parts: Tree) -> Tree:
         """Arrays of this process on its devices: each with a first axis of them, taken apart; of one device, whole."""
         if not self.all:
@@ -124,11 +128,6 @@ class Devices:
 
 
 ONE_DEVICE = Devices()
-
-
-def stacked(parts: Sequence[Tree]) -> Tree:
-    """Trees of numpy arrays, one for each device of this process, as `Devices.put` takes them."""
-    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: np.stack(x), *parts)
 
 
 def on_one_device(tree: Tree) -> Tree:

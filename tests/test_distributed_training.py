@@ -13,6 +13,8 @@ from test_distributed_processes import environment, free_port
 from test_interruptions import steps_of
 from tiny import assert_same_run, start_training, tiny_config, tiny_runs
 
+from crystalframer_jax.training.logging import read_metrics
+
 SECONDS = 20
 
 
@@ -26,8 +28,8 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def config(folder):
-    """A run whose steps can be compared in float64."""
-    return tiny_config(folder / "data", precision="float64")
+    """Steps can be compared in float64; without frames programs are compiled sooner."""
+    return tiny_config(folder / "data", precision="float64", frame_method="no", value_pe_angle_real=0, dropout=0.1)
 
 
 class Processes:
@@ -74,13 +76,20 @@ def wait_for(process: subprocess.Popen, beginning: str) -> str:
     raise AssertionError((lines, process.stderr.read()))
 
 
-def test_distributed_training_survives_the_end_of_a_process_to_the_bit(monkeypatch, folder, config):
-    """A request to stop to one process, then the sudden end of one, then the rest: as one process without all that."""
-    workdir, expected = folder / "two", folder / "one"
-    with Processes(monkeypatch, config, expected, 1, devices=8) as (alone,):
-        status, output, errors = outcome(alone)
-        assert (status, errors) == (0, []) and "16 crystals a step on 8 devices; the busiest has" in output
+@pytest.fixture
+def one_process(monkeypatch, folder, config) -> Path:
+    """A run of one process on eight devices."""
+    workdir = folder / "one"
+    if not workdir.exists():
+        with Processes(monkeypatch, config, workdir, 1, devices=8) as (alone,):
+            status, output, errors = outcome(alone)
+            assert (status, errors) == (0, []) and "16 crystals a step on 8 devices; the busiest has" in output
+    return workdir
 
+
+def test_distributed_training_survives_the_end_of_a_process_to_the_bit(monkeypatch, folder, config, one_process):
+    """A request to stop to one process, then the sudden end of one, then the rest: as one process without all that."""
+    workdir = folder / "two"
     with Processes(monkeypatch, config, workdir, 2, devices=4, seconds_per_step=0.5) as (first, second):
         wait_for(first, "16 crystals a step on 8 devices of 2 processes")
         second.send_signal(signal.SIGTERM)
@@ -106,7 +115,7 @@ def test_distributed_training_survives_the_end_of_a_process_to_the_bit(monkeypat
         status, output, errors = outcome(second)
         assert (status, errors) == (0, []) and "epoch" not in output
     with jax.enable_x64(True):
-        assert_same_run(config, workdir, expected)
+        assert_same_run(config, workdir, one_process)
 
 
 def test_distributed_errors_that_all_processes_find_are_told_once(monkeypatch, folder, config):
@@ -123,3 +132,14 @@ def test_distributed_errors_that_all_processes_find_are_told_once(monkeypatch, f
         (status, _, first), (other, _, second) = map(outcome, pair)
     assert (status, other) == (1, 1) and "holds an ensemble; choose another" in first[-1]
     assert second[-1] == first[-1] + "; the same command continues from the last checkpoint"
+
+
+def test_distributed_processes_with_one_device_each(monkeypatch, folder, config, one_process):
+    """As SLURM starts them: the first epoch of eight devices, up to rounding."""
+    config.update(n_epochs=1, swa_epochs=0)
+    workdir = folder / "one-device-each"
+    with Processes(monkeypatch, config, workdir, 2, devices=1) as pair:
+        assert [(status, errors) for status, _, errors in map(outcome, pair)] == 2 * [(0, [])]
+    (line,), (expected, *_) = read_metrics(workdir), read_metrics(one_process)
+    for name in ("loss", "grad_norm", "val_loss"):
+        assert line[name] == pytest.approx(expected[name], rel=1e-9)

@@ -11,7 +11,7 @@ import numpy as np
 from crystalframer_jax.batch import Batch, PackedRows, fractional_parts
 from crystalframer_jax.config import BatchParts
 from crystalframer_jax.data.table import CrystalTable
-from crystalframer_jax.parallel import ONE_DEVICE, Devices, largest_of_processes, stacked
+from crystalframer_jax.parallel import ONE_DEVICE, Devices, largest_of_processes
 from crystalframer_jax.shapes import BatchShape, Shared
 
 SHARE_OF_MEMORY = 0.4  # of the device, that the columns may take; the rest is for training
@@ -84,7 +84,7 @@ class DeviceTable:
                 chosen.rows[number, : len(share)] = rows[share]
                 chosen.places[number, : len(share)] = share
             of_process.append(Chosen(chosen.rows[0], chosen.places[0]) if one else chosen)
-        return self.devices.put(stacked(of_process))
+        return self.devices.put(self.devices.stacked(of_process))
 
 
 def serves(table: CrystalTable, parts: BatchParts) -> bool:

@@ -11,7 +11,7 @@ from crystalframer_jax.batch import Batch, Fill, fill_factors, pack
 from crystalframer_jax.config import NO_PARTS, BatchParts, ConfigError
 from crystalframer_jax.data.device import DeviceTable, Stretch, device_table_if_it_fits
 from crystalframer_jax.data.store import Dataset
-from crystalframer_jax.parallel import ONE_DEVICE, Devices, stacked
+from crystalframer_jax.parallel import ONE_DEVICE, Devices
 from crystalframer_jax.shapes import BatchShape, Shared, plan_shapes, shared_out
 
 
@@ -71,7 +71,7 @@ class TrainingBatches:
 
     def __getitem__(self, step: int) -> Batch:
         """The batch of a step (numpy arrays), as `Devices.put` takes it."""
-        return stacked(self.parts_of(step))
+        return self.devices.stacked(self.parts_of(step))
 
     def parts_of(self, step: int) -> list[Batch]:
         """The shares that the devices of this process have in the batch of a step (numpy arrays)."""

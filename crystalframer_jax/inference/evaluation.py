@@ -17,7 +17,7 @@ from crystalframer_jax.data.device import DeviceTable
 from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.data.table import CrystalTable
 from crystalframer_jax.files import write_csv
-from crystalframer_jax.parallel import ONE_DEVICE, Devices, stacked
+from crystalframer_jax.parallel import ONE_DEVICE, Devices
 from crystalframer_jax.shapes import BatchShape, Shared, shared_out
 from crystalframer_jax.training.state import TargetStatistics, to_label_units
 from crystalframer_jax.training.step import Forward
@@ -77,7 +77,8 @@ def predict_rows(
         if device_table is not None:
             return work, None
         own = [group[work.shares[device]] for device in devices.of_process]
-        return work, stacked([pack(table, rows, [work.shape], num_targets=len(statistics)) for rows in own])
+        packed = [pack(table, rows, [work.shape], num_targets=len(statistics)) for rows in own]
+        return work, devices.stacked(packed)
 
     results = [np.zeros((len(samples), 0, len(statistics)))]
     waiting: deque[tuple[Shared, list[jax.Array]]] = deque()
