@@ -14,7 +14,7 @@ from support import batch_of, random_crystal, random_variables, small_config
 from crystalframer_jax.batch import Batch, Rows, pack
 from crystalframer_jax.benchmark import floor, report
 from crystalframer_jax.benchmark.cases import CASES, SMALL, find_case, unit_cell
-from crystalframer_jax.benchmark.measure import describe_case, measure_case, scaling, slope
+from crystalframer_jax.benchmark.measure import describe_case, measure_case, over_atoms, slope
 from crystalframer_jax.benchmark.model import Variant, attention_program
 from crystalframer_jax.benchmark.timing import Program, Timing, take_turns
 from crystalframer_jax.config import ConfigError
@@ -269,7 +269,7 @@ def test_compile_times_are_not_those_of_the_persistent_cache(tmp_path):
     assert asked == [False] and jax.config.jax_enable_compilation_cache == before and timing.compile_seconds > 0
 
 
-# Scaling
+# Cost against atoms
 
 
 def test_the_slope_is_the_exponent_of_a_power_law():
@@ -278,7 +278,7 @@ def test_the_slope_is_the_exponent_of_a_power_law():
     assert slope(atoms, np.array([1.0, 2.0, 100.0])) == pytest.approx(1.0)  # by hand: (2 - 0) / (4 - 2)
 
 
-def test_scaling_is_over_the_supercells_alone():
+def test_the_slope_is_over_the_supercells_alone():
     cases = [
         {"case": name, "crystals": n, "atoms": atoms} for name, n, atoms in (("a", 1, 10), ("b", 1, 20), ("c", 5, 9))
     ]
@@ -292,7 +292,7 @@ def test_scaling_is_over_the_supercells_alone():
             ("b", "y", None),
         )
     ]
-    (found,) = scaling(records, cases)
+    (found,) = over_atoms(records, cases)
     assert found["variant"] == "x" and found["atoms"] == [10, 20] and found["slope"] == pytest.approx(1.0)
 
 
@@ -349,12 +349,12 @@ def script():
 def test_the_script_writes_tables_and_json(script, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(script, "measure_ceilings", lambda: CEILINGS)
     file = tmp_path / "results.json"
-    options = ["--part=attention", "--part=scaling", "--case=supercell-40", "--variant=crystalformer"]
-    monkeypatch.setitem(script.MEASURES, "scaling", ("attention",))
+    options = ["--part=attention", "--part=atoms", "--case=supercell-40", "--variant=crystalformer"]
+    monkeypatch.setitem(script.MEASURES, "atoms", ("attention",))
     monkeypatch.setitem(script.MEASURES, "attention", ("attention",))
     script.main([*options, "--rounds=2", f"--json={file}"])
     results = json.loads(file.read_text())
-    assert {"device", "cores", "jax", "date", "ceilings", "cases", "measurements", "scaling"} == set(results)
+    assert {"device", "cores", "jax", "date", "ceilings", "cases", "measurements", "atoms"} == set(results)
     (record,) = results["measurements"]
     assert record["measure"] == "attention" and record["rounds"] == 2 and record["share_of_floor"] > 0
     out = capsys.readouterr().out

@@ -17,8 +17,13 @@ import jax
 import numpy as np
 import pytest
 
+from crystalframer_jax.config import ConfigError
+from crystalframer_jax.configs import default
 from crystalframer_jax.distributed import DistributedError, failing_together, start
 from crystalframer_jax.errors import UserError
+from crystalframer_jax.model.implementation import ImplementationError
+from crystalframer_jax.training import agreement
+from crystalframer_jax.training.agreement import agreed_implementation, check_alike
 from crystalframer_jax.training.interruption import TrainingInterrupted
 
 ROOT = Path(__file__).parent.parent
@@ -215,6 +220,8 @@ def test_distributed_start_says_what_is_missing_and_who_does_not_come():
     """In a process of its own, outside of any scheduler: the last attempt ends it."""
     code = """
 import sys
+from crystalframer_jax.config import ConfigError
+from crystalframer_jax.configs import default
 from crystalframer_jax.distributed import DistributedError, start
 taken, free = sys.argv[1:]
 for arguments in ((), (free,), (free, 2), (taken, 2, 0), (free, 2, 0, 1)):
@@ -238,6 +245,52 @@ for arguments in ((), (free,), (free, 2), (taken, 2, 0), (free, 2, 0, 1)):
     assert run.stderr.splitlines()[-1].startswith(
         f"error: process 0 has not met the others at {addresses[1]} within 1 s"
     )
+
+
+# What they must agree on
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"), [("lr", 1e-3, "--config.lr 0.001 there"), ("jax", "0.1", "jax 0.1 there")]
+)
+def test_distributed_processes_that_differ_are_an_error(monkeypatch, key, value, words):
+    config = default.get_config()
+    check_alike(config)
+    key = key if key == "jax" else f"--config.{key}"
+    monkeypatch.setattr(agreement, "json_from_first_process", lambda values: values | {key: value})
+    with pytest.raises(ConfigError, match=f"process 0 differs from the first .{words}.*same command"):
+        check_alike(config)
+
+
+@pytest.mark.parametrize("fails_here", [False, True])
+@pytest.mark.parametrize("fails_elsewhere", [False, True])
+def test_distributed_processes_use_kernels_if_all_can(monkeypatch, fails_here, fails_elsewhere):
+    def trace(implementation):
+        assert implementation == "pallas"
+        if fails_here:
+            raise ImplementationError("no memory")
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(agreement, "largest_of_processes", lambda number: max(number, int(fails_elsewhere)))
+    expected = "xla" if fails_here or fails_elsewhere else "auto"
+    assert agreed_implementation("auto", trace) == expected
+    assert agreed_implementation("xla", trace) == "xla" and agreed_implementation("pallas", trace) == "pallas"
+
+
+def test_distributed_job_for_slurm_starts_the_processes(tmp_path):
+    """The script with its arguments, in the folder it was submitted from; outside of SLURM it says so."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "activate").write_text(f"PATH={tmp_path}/bin:$PATH\n")
+    (tmp_path / "bin" / "srun").write_text('#!/bin/sh\necho "$PWD" "$@"\n')
+    (tmp_path / "bin" / "srun").chmod(0o755)
+    variables = {"PATH": os.environ["PATH"], "VENV": str(tmp_path)}
+    script = [ROOT / "scripts" / "slurm" / "train.sbatch", "--config=a b.py", "--workdir=w"]
+    run = subprocess.run(script, env=variables, capture_output=True, text=True)
+    assert run.returncode != 0 and "this script is for sbatch" in run.stderr
+    run = subprocess.run(script, env=variables | {"SLURM_SUBMIT_DIR": str(ROOT)}, capture_output=True, text=True)
+    arguments = f"{ROOT} --kill-on-bad-exit=1 python scripts/train.py --distributed --config=a b.py --workdir=w\n"
+    assert (run.returncode, run.stdout) == (0, arguments), run.stderr
 
 
 if __name__ == "__main__":

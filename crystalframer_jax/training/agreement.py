@@ -1,12 +1,18 @@
-"""What the processes of a training ask for, such as to stop, agreed upon so that all do it at the same step."""
+"""What the processes of a training must agree on: that they train the same, with what, and when they stop."""
 
+import importlib.metadata
 from collections import deque
+from collections.abc import Callable
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
-from crystalframer_jax.parallel import Devices, largest_of_processes
+from crystalframer_jax.config import ConfigError
+from crystalframer_jax.model.implementation import Implementation, ImplementationError
+from crystalframer_jax.parallel import Devices, json_from_first_process, largest_of_processes
 from crystalframer_jax.training.results import LAG
+from crystalframer_jax.training.run_directory import as_json
 
 NOTHING, SAVE, STOP = 0, 1, 2  # wishes; of several the largest is done
 
@@ -32,3 +38,37 @@ class Agreement:
     def now(self, wish: int) -> int:
         """What all agree to do, waiting for them."""
         return largest_of_processes(wish)
+
+
+def check_alike(config: ConfigDict) -> None:
+    """Raise ConfigError unless all processes train with the same hyperparameters, versions and kind of devices.
+
+    Otherwise their weights would drift apart.
+    """
+    values = {
+        **{f"--config.{key}": value for key, value in as_json(config).items() if key != "data_dir"},
+        **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "crystalframer-jax")},
+        "devices": sorted({device.device_kind for device in jax.local_devices()}),
+    }
+    first = json_from_first_process(values)
+    differing = [f"{key} {first[key]} there, {value} here" for key, value in values.items() if value != first.get(key)]
+    if differing:
+        raise ConfigError(
+            f"process {jax.process_index()} differs from the first ({'; '.join(differing)}): give all processes the "
+            "same command, environment and kind of devices"
+        )
+
+
+def agreed_implementation(implementation: Implementation, trace: Callable[[Implementation], object]) -> Implementation:
+    """`implementation`; "xla" for "auto" if the kernels do not work in one of several processes.
+
+    `trace` is called with an implementation and raises ImplementationError if that does not work here.
+    """
+    if implementation != "auto" or jax.process_count() == 1 or jax.default_backend() == "cpu":
+        return implementation
+    try:
+        trace("pallas")
+        fails = False
+    except ImplementationError:
+        fails = True
+    return "xla" if largest_of_processes(int(fails)) else implementation

@@ -21,7 +21,7 @@ from crystalframer_jax.model.implementation import Implementation
 from crystalframer_jax.model.regressor import CrystalFramer
 from crystalframer_jax.parallel import ONE_DEVICE, Devices, is_first_process, json_from_first_process, on_one_device
 from crystalframer_jax.training import plots
-from crystalframer_jax.training.agreement import NOTHING, SAVE, STOP, Agreement
+from crystalframer_jax.training.agreement import NOTHING, SAVE, STOP, Agreement, agreed_implementation
 from crystalframer_jax.training.averages import averages_in, batch_statistics_of_averages, ready_for_swa, weights_of
 from crystalframer_jax.training.checkpoint import read_json
 from crystalframer_jax.training.evaluator import Evaluator, TrainingError
@@ -40,7 +40,7 @@ from crystalframer_jax.training.run_directory import (
     stored_config,
 )
 from crystalframer_jax.training.state import TargetStatistics, TrainState, Tree
-from crystalframer_jax.training.step import initial_state, make_loss, make_recipe, make_train_step
+from crystalframer_jax.training.step import LossFunction, initial_state, make_loss, make_recipe, make_train_step
 from crystalframer_jax.training.stretches import dispatches, make_stretch
 
 
@@ -90,13 +90,13 @@ class Run:
     ):
         self.config, self.workdir, self.dataset = config, workdir, dataset
         self.options, self.interruption = options or Options(), interruption or Interruption()
-        model = CrystalFramer(model_config(config), self.options.implementation)
+        wanted = model_config(config)
         self.batches = TrainingBatches(
             dataset,
             config.batch_size,
             config.n_epochs,
             config.seed,
-            model.config.parts,
+            wanted.parts,
             (config.train_filter_min, config.train_filter_max),
             config.train_percent_check,
             on_device=self.options.on_device,
@@ -106,21 +106,33 @@ class Run:
             TargetStatistics.of(target, dataset.labels[self.batches.indices, t], config.normalize_targets)
             for t, target in enumerate(dataset.targets)
         )
-        self.model, self.recipe = model, make_recipe(config, self.batches.steps_per_epoch)
-        key = jax.random.key(config.seed)
-        self.evaluator = Evaluator(config, model, self.batches, self.statistics, self.options.report)
-        self.loss = lambda axis: make_loss(model, self.recipe, self.statistics, jax.random.fold_in(key, 1), axis)
+        self.recipe = make_recipe(config, self.batches.steps_per_epoch)
+        self.model = CrystalFramer(wanted, agreed_implementation(self.options.implementation, self._trace))
+        self.evaluator = Evaluator(config, self.model, self.batches, self.statistics, self.options.report)
         loss, skip_nonfinite = self.loss(devices.axis), self.options.skip_nonfinite
         self.step = make_train_step(self.recipe, loss, skip_nonfinite, devices)
         self.stretch = make_stretch(self.recipe, loss, skip_nonfinite, devices)
-        self.initial_state = lambda: initial_state(
-            model, self.recipe, devices.put(self.batches[0]), jax.random.fold_in(key, 0), devices
-        )
         self.agreement, self.request = Agreement(devices), ""
         self.saved_at = time.monotonic()
         self.checkpoints = RunCheckpoints(
             workdir, devices, config.model_checkpoint_save_top_k, config.keep_last_checkpoints
         )
+
+    def initial_state(self) -> TrainState:
+        """The state that the training starts from, on all devices."""
+        devices, key = self.batches.devices, jax.random.fold_in(jax.random.key(self.config.seed), 0)
+        return initial_state(self.model, self.recipe, devices.put(self.batches[0]), key, devices)
+
+    def loss(self, axis: str | None) -> LossFunction:
+        """The loss of the share that every device of `axis` has in a batch, see `make_loss`."""
+        key = jax.random.fold_in(jax.random.key(self.config.seed), 1)
+        return make_loss(self.model, self.recipe, self.statistics, key, axis)
+
+    def _trace(self, implementation: Implementation) -> None:
+        """Raise ImplementationError if a training step cannot be taken so by this process."""
+        self.model = CrystalFramer(model_config(self.config), implementation)
+        state, batch = jax.eval_shape(self.initial_state), self.batches.parts_of(0)[0]
+        jax.eval_shape(lambda state: self.loss(None)(state.params, state, batch, False), state)
 
     def finish(self) -> dict[str, Any]:
         """Train the epochs that are left, evaluate, write summary.json and print it."""

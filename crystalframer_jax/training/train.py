@@ -13,6 +13,7 @@ from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.files import locked, write_json
 from crystalframer_jax.inference.ensemble import Ensemble, ensemble_summary, ensemble_text, is_ensemble, member_names
 from crystalframer_jax.parallel import Devices, from_first_process, is_first_process, json_from_first_process
+from crystalframer_jax.training.agreement import check_alike
 from crystalframer_jax.training.checkpoint import FOLDER
 from crystalframer_jax.training.interruption import Interruption
 from crystalframer_jax.training.logging import say
@@ -45,6 +46,7 @@ def train(
     with interruption.listening(), contextlib.ExitStack() as stack:
         if jax.process_count() > 1:  # a request to stop waits until all processes can follow it
             stack.enter_context(interruption.stepping())
+        check_alike(config)
         if config.ensemble_size > 1:
             return _train_ensemble(config, workdir, options, interruption)
         dataset = _open_dataset(config)
