@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from crystalframer_jax.data.table import CrystalTable
-from crystalframer_jax.lattice import lattice_vectors
+from crystalframer_jax.lattice import COMBINATIONS, lattice_vectors
 from crystalframer_jax.shapes import ATOM_BLOCK, BatchShape, fitting_shape, lengths_of, ranges_of
 
 SMALLEST_SCATTER = 1e-12  # Å^2, sum of the eigenvalues; less is rounding
@@ -81,7 +81,7 @@ class Batch:
     """N atoms (padding included) of B crystals with T targets."""
 
     species: jax.Array  # [N] int32 atomic number, 0 for padding
-    occupancies: jax.Array | None  # [N, 98] share of each element, None if every site holds one atom
+    occupancies: jax.Array | None  # [N, 98] share of each element, None if every site of the table holds one atom
     crystal_of_atom: jax.Array  # [N] int32, B for padding
     atom_in_crystal: jax.Array  # [N] int32
     rows: Any  # Rows; PackedRows until `unpacked`
@@ -287,9 +287,10 @@ def _cells(
 
 def _lattice_vectors(table: CrystalTable, indices: np.ndarray, shape: BatchShape) -> Any:
     """[B, K, 3], zeros for padding."""
-    vectors = np.stack([lattice_vectors(lattice) for lattice in table.lattice[indices]])
-    padding = ((0, shape.num_crystals - len(indices)), (0, 0), (0, 0))
-    return np.pad(vectors, padding).astype(shape.parts.dtype)
+    vectors: Any = np.zeros((shape.num_crystals, len(COMBINATIONS), 3))
+    for place, lattice in enumerate(table.lattice[indices]):
+        vectors[place] = lattice_vectors(lattice)
+    return vectors.astype(shape.parts.dtype)
 
 
 def _scatter(table: CrystalTable, indices: np.ndarray, shape: BatchShape) -> Scatter:
@@ -306,13 +307,14 @@ def _scatter(table: CrystalTable, indices: np.ndarray, shape: BatchShape) -> Sca
 
 
 def _occupancies(table: CrystalTable, atoms: np.ndarray, place: np.ndarray, num_atoms: int, dtype: str) -> Any:
-    """Occupancies [N, 98] if any site of these atoms of the table is shared, else None."""
+    """Occupancies [N, 98] of these atoms if any site of the whole table is shared, else None.
+
+    So all batches of a table, and all shares of a batch, are of the same structure.
+    """
     if not len(table.shared_site):
         return None
     at = np.minimum(np.searchsorted(table.shared_site, atoms), len(table.shared_site) - 1)
     shared = table.shared_site[at] == atoms
-    if not shared.any():
-        return None
     occupancies = np.zeros((num_atoms, 98), dtype)
     occupancies[place, table.species[atoms] - 1] = 1
     occupancies[place[shared]] = table.shared_occupancy[at[shared]]

@@ -6,7 +6,7 @@ import numpy as np
 
 SAME_LENGTH = 1e-4  # Å; vectors whose lengths are closer than this count as equally long
 _STEPS = np.arange(-2, 3)
-_COMBINATIONS = np.delete(np.stack(np.meshgrid(_STEPS, _STEPS, _STEPS, indexing="ij"), -1).reshape(-1, 3), 62, axis=0)
+COMBINATIONS = np.delete(np.stack(np.meshgrid(_STEPS, _STEPS, _STEPS, indexing="ij"), -1).reshape(-1, 3), 62, axis=0)
 
 
 def lattice_vectors(lattice: np.ndarray) -> np.ndarray:
@@ -17,7 +17,7 @@ def lattice_vectors(lattice: np.ndarray) -> np.ndarray:
     change when the crystal is turned.
     """
     lattice = np.asarray(lattice, np.float64)
-    coefficients = _COMBINATIONS @ _reduction(np.round(lattice @ lattice.T, 9).tobytes())
+    coefficients = COMBINATIONS @ _reduction(np.round(lattice @ lattice.T, 9).tobytes())
     vectors = coefficients @ lattice
     length = np.sqrt(np.einsum("ki,ij,kj->k", coefficients, lattice @ lattice.T, coefficients))
     order = np.argsort(length, kind="stable")

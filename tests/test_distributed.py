@@ -19,8 +19,10 @@ from crystalframer_jax.batch import pack
 from crystalframer_jax.config import BatchParts, ConfigError
 from crystalframer_jax.data.device import DeviceTable
 from crystalframer_jax.data.loader import TrainingBatches
+from crystalframer_jax.data.table import make_table
 from crystalframer_jax.inference import evaluation
 from crystalframer_jax.inference.predictor import Predictor
+from crystalframer_jax.neighbors import neighbor_rows
 from crystalframer_jax.parallel import ONE_DEVICE, Devices, share_out, summed
 from crystalframer_jax.shapes import shape_for, shared_out
 from crystalframer_jax.training.evaluator import TrainingError
@@ -183,6 +185,22 @@ def test_every_device_gathers_its_share_to_the_bit(folder):
         assert_same_bits(jax.tree.map(lambda x, step=step: jnp.asarray(np.asarray(x)[:, step]), stretch), single[step])
 
 
+def test_shares_of_a_batch_are_alike_whatever_they_hold():
+    """Also those without crystals, and those of crystals without shared sites beside one with."""
+    rng, parts = np.random.default_rng(4), BatchParts(cells=True, lattice_vectors=True, scatter=True)
+    ordered, disordered = random_crystal(rng, 5), primitive("fcc")
+    occupancies = np.zeros((1, 98))
+    occupancies[0, [12, 30]] = 0.5
+    crystals = [ordered, dataclasses.replace(disordered, occupancies=occupancies)]
+    table = make_table(crystals, [neighbor_rows(crystal, 4.0) for crystal in crystals])
+    work = shared_out(table, np.arange(2), parts, 4)
+    packed = [pack(table, work.rows[share], [work.shape], places=share) for share in work.shares]
+    assert sorted(int(part.crystal_sizes.sum()) for part in packed) == [0, 0, 1, 5]
+    for part in packed[1:]:
+        assert jax.tree.structure(part) == jax.tree.structure(packed[0])
+        assert [x.shape for x in jax.tree.leaves(part)] == [x.shape for x in jax.tree.leaves(packed[0])]
+
+
 # Runs
 
 
@@ -262,6 +280,9 @@ def test_predictions_by_all_devices_come_in_the_order_of_the_crystals(on_one, fo
     """Crystals of all sizes, first frames and draws; a few crystals are left to one device."""
     rng = np.random.default_rng(5)
     crystals = [random_crystal(rng, int(size)) for size in rng.integers(1, 13, 41)] + [primitive("rock salt")]
+    occupancies = np.zeros((1, 98))
+    occupancies[0, [12, 30]] = 0.5
+    crystals.append(dataclasses.replace(primitive("fcc"), occupancies=occupancies))
     predictor = Predictor.load(folder / "one")
     assert predictor.devices.count == 8
     expected = {}

@@ -25,6 +25,7 @@ from crystalframer_jax.config import model_config, target_names
 from crystalframer_jax.configs import default, jarvis, megnet, mp_flla, oqmd, quickstart
 from crystalframer_jax.configs.variants import VARIANTS
 from crystalframer_jax.model.regressor import CrystalFramer
+from crystalframer_jax.parallel import AXIS, ONE_DEVICE, Devices
 from crystalframer_jax.training.state import TargetStatistics
 from crystalframer_jax.training.step import initial_state, make_loss, make_recipe, make_train_step
 
@@ -68,17 +69,17 @@ def changed(**changes):
     return config
 
 
-def training_step(config):
-    """The step of a training with kernels, its state and a batch, both as shapes."""
+def training_step(config, devices=ONE_DEVICE):
+    """The step of a training with kernels on some devices, its state and the share of a device, both as shapes."""
     model, recipe = model_config(config), make_recipe(config, 10)
     statistics = tuple(TargetStatistics(name, "", 0.0, 1.0) for name in target_names(config))
-    loss = make_loss(CrystalFramer(model, "pallas"), recipe, statistics, jax.random.key(0))
+    loss = make_loss(CrystalFramer(model, "pallas"), recipe, statistics, jax.random.key(0), devices.axis)
     batch = batch_of([primitive("perovskite")], 6.0, num_targets=len(statistics), parts=model.parts)
     state = jax.eval_shape(
         lambda batch: initial_state(CrystalFramer(model, "xla"), recipe, batch, jax.random.key(0)), batch
     )
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state, batch))
-    return make_train_step(recipe, loss), shapes
+    return make_train_step(recipe, loss, devices=devices), shapes
 
 
 @functools.cache
@@ -118,24 +119,43 @@ def test_training_steps_are_lowered_for_a_gpu(name):
     assert "stablehlo.dot" in text and "scatter" not in text  # sums by index have no fixed order
 
 
-def compile_for_gpu(name):
-    """Compile a training step for the GPU; prints how often each kernel is called in the compiled program."""
+def compile_for_gpu(name, number):
+    """Compile a training step for some GPUs; prints how often it calls each kernel and collective operation."""
     from jax.experimental import topologies
 
-    (gpu,) = topologies.get_topology_desc(platform="cuda", target_config=GPU, topology="1x1x1").devices
-    there = jax.sharding.SingleDeviceSharding(gpu)
-    step, shapes = training_step(CONFIGS[name]())
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there), shapes)
-    print(json.dumps(kernel_calls(step.trace(*shapes).lower().compile().as_text())))
+    gpus = topologies.get_topology_desc(platform="cuda", target_config=GPU, topology=f"1x1x{number}").devices
+    devices = Devices(tuple(gpus) if number > 1 else ())
+    step, (state, batch) = training_step(CONFIGS[name](), devices)
+    whole = part = jax.sharding.SingleDeviceSharding(gpus[0])
+    if number > 1:
+        whole, part = (jax.NamedSharding(devices.mesh, spec) for spec in (jax.P(), jax.P(AXIS)))
+        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((number, *x.shape), x.dtype), batch)
+    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), state)
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=part), batch)
+    text = step.trace(state, batch).lower().compile().as_text()
+    collectives = re.findall(r"= \S+ (all-[a-z-]+|reduce-scatter|collective-[a-z-]+)-done\(", text)
+    print(json.dumps(kernel_calls(text) + collections.Counter(collectives)))
+
+
+def compiled_calls(name, number=1):
+    """What `compile_for_gpu` prints, in a process of its own."""
+    if importlib.util.find_spec("jax_plugins.xla_cuda12") is None:
+        pytest.skip("the GPU compiler is not installed: see the head of this file")
+    command = [sys.executable, "-c", f"import test_gpu_lowering; test_gpu_lowering.compile_for_gpu({name!r}, {number})"]
+    environment = os.environ | {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
+    done = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", different_models())
 def test_training_steps_are_compiled_for_a_gpu(name):
-    if importlib.util.find_spec("jax_plugins.xla_cuda12") is None:
-        pytest.skip("the GPU compiler is not installed: see the head of this file")
-    command = [sys.executable, "-c", f"import test_gpu_lowering; test_gpu_lowering.compile_for_gpu({name!r})"]
-    environment = os.environ | {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
-    done = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == expected_calls(CONFIGS[name]())
+    assert compiled_calls(name) == expected_calls(CONFIGS[name]())
+
+
+@pytest.mark.slow
+def test_a_training_step_is_compiled_for_eight_gpus():
+    """They exchange the shares of the gradient once, and the sums once."""
+    expected = expected_calls(CONFIGS["default"]()) | {"all-to-all": 1, "all-gather": 1}
+    assert compiled_calls("default", 8) == expected
