@@ -111,6 +111,8 @@ class Devices:
         if not self.all:
             return jax.device_put(parts)
         sharding = NamedSharding(self.mesh, PartitionSpec(AXIS))
+        if jax.process_count() == 1:
+            return jax.device_put(parts, sharding)
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), parts)
 
     def replicate(self, tree: Tree) -> Tree:

@@ -14,7 +14,7 @@ CELL_BLOCK = 8  # the length of cell rows is padded to a multiple of this
 ATOM_BLOCK = 32  # atoms are padded to multiples of this, the block size of the lattice sums
 MOST_PLACES = 2**31 - 1  # of neighbours in a batch, which are counted in int32
 EDGE_BLOCK = 256  # neighbours are padded to multiples of this
-TRIALS = 500  # random batches by which shapes for several devices are planned
+TRIALS = 500, 128_000  # at most so many random batches, and crystals in them, by which shapes for devices are planned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ def plan_shapes(
     """At most two shapes for the shares of devices in random batches among the crystals `indices` [C] of the table.
 
     The first holds all but about one in five hundred random batches of `batch_size` (mean + 3 standard deviations of
-    the numbers of atoms and of neighbours; for several devices, the largest of TRIALS batches), the second the largest
+    the numbers of atoms and of neighbours; for several devices, the largest of 500 or less), the second the largest
     share that can occur.
     """
     sizes, edges = table.num_atoms[indices], table.num_edges[indices]
@@ -82,9 +82,9 @@ def plan_shapes(
 
 
 def _usual_shares(sizes: np.ndarray, edges: np.ndarray, batch_size: int, devices: int) -> list[float]:
-    """The most atoms and neighbours that a device gets in TRIALS random batches."""
+    """The most atoms and neighbours that a device gets in some random batches."""
     rng, most = np.random.default_rng(0), np.zeros(2)
-    for _ in range(TRIALS):
+    for _ in range(max(20, min(TRIALS[0], TRIALS[1] // batch_size))):
         batch = rng.integers(len(sizes), size=batch_size)
         shares = share_out(edges[batch], devices)
         most = np.maximum(most, [max(x[batch[share]].sum() for share in shares) for x in (sizes, edges)])
@@ -110,10 +110,18 @@ def shared_out(
     if isinstance(shapes, BatchParts):
         own = [shape_for(table, rows[share], shapes) for share in shares]
         names = ("num_atoms", "row_length", "num_crystals", "cell_length", "num_edges")
-        largest = {name: max(getattr(shape, name) for shape in own) for name in names}
-        return Shared(rows, shares, dataclasses.replace(own[0], **largest))
-    places = [shapes.index(fitting_shape(table, rows[share], shapes)) for share in shares]
-    return Shared(rows, shares, shapes[max(places)])
+        of_all = {name: max(getattr(shape, name) for shape in own) for name in names}
+        return Shared(rows, shares, dataclasses.replace(own[0], **of_all))
+    sizes, edges = table.num_atoms[rows], table.num_edges[rows]
+    counts = np.asarray(table.count)[ranges_of(table.atom_offset, rows)]
+    largest = BatchShape(
+        num_atoms=max(int(sizes[share].sum()) for share in shares),
+        row_length=int(counts.max(initial=1)),
+        num_crystals=max(len(share) for share in shares),
+        cell_length=int(sizes.max(initial=0)),
+        num_edges=max(int(edges[share].sum()) for share in shares),
+    )
+    return Shared(rows, shares, _fitting(largest, shapes))
 
 
 def shape_for(table: CrystalTable, indices: np.ndarray, parts: BatchParts = NO_PARTS) -> BatchShape:
@@ -130,20 +138,23 @@ def shape_for(table: CrystalTable, indices: np.ndarray, parts: BatchParts = NO_P
 
 def fitting_shape(table: CrystalTable, indices: np.ndarray, shapes: Sequence[BatchShape]) -> BatchShape:
     """The first of `shapes` that holds the crystals `indices` of the table; ValueError if there is none."""
-    sizes, edges = lengths_of(table.atom_offset, indices), int(lengths_of(table.edge_offset, indices).sum())
-    longest = int(np.asarray(table.count)[ranges_of(table.atom_offset, indices)].max(initial=1))
+    return shared_out(table, indices, shapes).shape
+
+
+def _fitting(largest: BatchShape, shapes: Sequence[BatchShape]) -> BatchShape:
+    """The first of `shapes` in which a batch with these numbers fits; ValueError if there is none."""
     for shape in shapes:
         if (
-            sizes.sum() <= shape.num_atoms
-            and edges <= shape.edges
-            and longest <= shape.row_length
-            and len(indices) <= shape.num_crystals
-            and (sizes.max(initial=0) <= shape.cell_length or not shape.parts.cells)
+            largest.num_atoms <= shape.num_atoms
+            and largest.num_edges <= shape.edges
+            and largest.row_length <= shape.row_length
+            and largest.num_crystals <= shape.num_crystals
+            and (largest.cell_length <= shape.cell_length or not shape.parts.cells)
         ):
             return shape
     raise ValueError(
-        f"{len(indices)} crystals with {sizes.sum()} atoms, {edges} neighbors and rows up to {longest} fit none of "
-        f"{shapes}"
+        f"{largest.num_crystals} crystals with {largest.num_atoms} atoms, {largest.num_edges} neighbors and rows up to "
+        f"{largest.row_length} fit none of {shapes}"
     )
 
 

@@ -46,7 +46,7 @@ class Heartbeat:
     host: str
     number: int = 0
     reports: int = 0
-    progress: str = "start"
+    progress: str = ""
     age: float = 0.0
     ended: str = ""
     knows: bool = False
@@ -95,7 +95,10 @@ class Watchdog:
         self._ending = threading.Lock()
 
     def report(self, progress: str) -> None:
-        """Tell how far the main thread is: in all processes at the same points, such as every step dispatched."""
+        """Tell how far the main thread is: in all processes at the same points, such as every step dispatched.
+
+        Until the first report, and after an empty one, the work may take any time.
+        """
         self._own.progress = progress
         self._own.reports += 1
         self._reported_at = self._clock
@@ -246,7 +249,8 @@ class Watchdog:
     def _judge_progress(self) -> str:
         """If the main thread of a process has not reported for too long: which processes are furthest behind."""
         working = {process: heard for process, heard in sorted(self._heard.items()) if not heard.beat.ended}
-        if all(heard.beat.reports == 0 or heard.stalled(self._clock) <= self.seconds for heard in working.values()):
+        limited = [heard for heard in working.values() if heard.beat.progress]
+        if all(heard.stalled(self._clock) <= self.seconds for heard in limited):
             return ""
         fewest = min(heard.beat.reports for heard in working.values())
         behind = [process for process, heard in working.items() if heard.beat.reports == fewest]

@@ -165,7 +165,9 @@ def forward_kernel(bases: Bases, dropout: float, inputs: Inputs, outputs: tuple[
             weights = weights_of(chunk)
 
             def added(total: jax.Array) -> jax.Array:
-                return total + terms(chunk, weights * _kept(inputs, at, chunk.neighbor, dropout, weights.dtype))
+                return total + terms(
+                    chunk, weights * _kept(inputs, at, Place(chunk.neighbor, at.head), dropout, weights.dtype)
+                )
 
             return jax.lax.cond(_matter(weights), added, lambda total: total, total)
 
@@ -214,7 +216,7 @@ def rows_kernel(
                     half = jnp.sum(coefficients[:, :, None] * second[None, :, :], axis=1)
                     from_angles += jnp.sum(half * first, axis=0)
                 weight_grad += jnp.where(distance > 0, from_angles, 0)
-            weight_grad *= _kept(inputs, at, chunk.neighbor, dropout, weights.dtype)
+            weight_grad *= _kept(inputs, at, Place(chunk.neighbor, at.head), dropout, weights.dtype)
             return weights * (weight_grad - row_mean)
 
         logit_grad = jax.lax.cond(_matter(weights), gradient, lambda _, w: jnp.zeros_like(w), chunk, weights)
@@ -244,7 +246,7 @@ def reverse_kernel(
         there = chunk.neighbor, at.head
         logits = jnp.sum(queries * k[:, None], axis=0) * scale + load(inputs.a, there, chunk.real) * chunk.square
         weights = jnp.where(chunk.real, jnp.exp(logits - load(log_sum, there, chunk.real)), 0)
-        weights *= _kept(inputs, Place(chunk.neighbor, at.head), at.atom, dropout, weights.dtype)
+        weights *= _kept(inputs, Place(chunk.neighbor, at.head), at, dropout, weights.dtype)
         column = load(inputs.rows.reverse, (at.atom, chunk.column), chunk.real) - chunk.neighbor * width
         logit_grad = load(logit_grads, (*there, jnp.where(chunk.real, column, 0)), chunk.real)
         k_grad, v_grad = carry
@@ -276,11 +278,11 @@ def _matter(weights: jax.Array) -> jax.Array:
     return ~(jnp.sum(weights, axis=0) <= NEGLIGIBLE * float(jnp.finfo(weights.dtype).eps))
 
 
-def _kept(inputs: Inputs, row: Place, neighbor: jax.Array, dropout: float, dtype: np.dtype) -> jax.Array | float:
+def _kept(inputs: Inputs, row: Place, neighbor: Place, dropout: float, dtype: np.dtype) -> jax.Array | float:
     """Factors of the weights that drop pairs of atoms, see crystalframer_jax.model.lattice_sums."""
     if inputs.seeds is None:
         return 1.0
-    return kept(draw(load(inputs.seeds, tuple(row)), neighbor), dropout, dtype)
+    return kept(draw(load(inputs.seeds, tuple(row)), load(inputs.seeds, tuple(neighbor))), dropout, dtype)
 
 
 def _distance_gaussians(basis: DistanceBasis, distance: jax.Array) -> jax.Array:

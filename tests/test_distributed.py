@@ -25,10 +25,12 @@ from crystalframer_jax.inference.predictor import Predictor
 from crystalframer_jax.neighbors import neighbor_rows
 from crystalframer_jax.parallel import ONE_DEVICE, Devices, share_out, summed
 from crystalframer_jax.shapes import shape_for, shared_out
+from crystalframer_jax.training.agreement import NOTHING, SAVE, STOP, Agreement
 from crystalframer_jax.training.evaluator import TrainingError
 from crystalframer_jax.training.interruption import Interruption, TrainingInterrupted
 from crystalframer_jax.training.logging import read_metrics
 from crystalframer_jax.training.loop import Options, Run
+from crystalframer_jax.training.results import LAG
 from crystalframer_jax.training.train import train
 
 COUNTS = (1, 2, 4, 8)
@@ -102,6 +104,23 @@ def test_a_number_of_devices_that_are_not_there_is_an_error():
     with pytest.raises(ConfigError, match=r"num_devices=9: this machine has 8 .*choose at most as many, or 0"):
         Devices.of_this_process(9)
     assert Devices.of_this_process(1) == ONE_DEVICE and Devices.of_all_processes().count == 8
+
+
+# Wishes
+
+
+@pytest.mark.parametrize("asked_at", [0, 3])
+def test_a_wish_of_one_process_is_done_once_by_all(monkeypatch, asked_at):
+    """As repeated by a process until it is done; known a few dispatches later."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    agreement = Agreement(Devices.of_this_process(8))
+    monkeypatch.undo()
+    agreed, is_done = [], False
+    for dispatch in range(9):
+        agreed.append(agreement.after_dispatch(SAVE if dispatch >= asked_at and not is_done else NOTHING))
+        is_done |= agreed[-1] == SAVE
+    assert agreed == (asked_at + LAG) * [NOTHING] + [SAVE] + (8 - asked_at - LAG) * [NOTHING]
+    assert Agreement(ONE_DEVICE).after_dispatch(STOP) == STOP
 
 
 # Steps

@@ -255,11 +255,11 @@ for arguments in ((), (free,), (free, 2), (taken, 2, 0), (free, 2, 0, 1)):
 )
 def test_distributed_processes_that_differ_are_an_error(monkeypatch, key, value, words):
     config = default.get_config()
-    check_alike(config)
+    check_alike(config, {})
     key = key if key == "jax" else f"--config.{key}"
     monkeypatch.setattr(agreement, "json_from_first_process", lambda values: values | {key: value})
     with pytest.raises(ConfigError, match=f"process 0 differs from the first .{words}.*same command"):
-        check_alike(config)
+        check_alike(config, {})
 
 
 @pytest.mark.parametrize("fails_here", [False, True])

@@ -83,7 +83,10 @@ def one_process(monkeypatch, folder, config) -> Path:
     if not workdir.exists():
         with Processes(monkeypatch, config, workdir, 1, devices=8) as (alone,):
             status, output, errors = outcome(alone)
-            assert (status, errors) == (0, []) and "16 crystals a step on 8 devices; the busiest has" in output
+            assert (status, errors) == (
+                0,
+                [],
+            ) and "batches of 16 crystals, shared by 8 devices: 2 crystals each in" in output
     return workdir
 
 
@@ -91,7 +94,7 @@ def test_distributed_training_survives_the_end_of_a_process_to_the_bit(monkeypat
     """A request to stop to one process, then the sudden end of one, then the rest: as one process without all that."""
     workdir = folder / "two"
     with Processes(monkeypatch, config, workdir, 2, devices=4, seconds_per_step=0.5) as (first, second):
-        wait_for(first, "16 crystals a step on 8 devices of 2 processes")
+        wait_for(first, "batches of 16 crystals, shared by 8 devices of 2 processes")
         second.send_signal(signal.SIGTERM)
         status, output, errors = outcome(first)
         assert (status, errors) == (0, []) and "stopped by a request to another process" in output

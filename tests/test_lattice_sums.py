@@ -20,6 +20,7 @@ from support import atom_places, batch_of, random_crystal, random_rotation
 from crystalframer_jax.model.attention import ValueEncoding, framed_attention
 from crystalframer_jax.model.basis import AngleBasis, Bases, DistanceBasis
 from crystalframer_jax.model.lattice_sums import SumOptions, lattice_sums
+from crystalframer_jax.model.random_bits import keys_by_place, row_seeds, thinned
 from crystalframer_jax.shapes import BatchShape
 
 HEADS, K_DIM, V_DIM = 2, 6, 5
@@ -376,6 +377,26 @@ def test_sums_and_gradients_with_dropout_equal_those_of_dense_sums(x64):
             assert relative_error(with_dropout[real], dense_value[real]) < 1e-10
             assert relative_error(without[real], dense_value[real]) > 0.1
         np.testing.assert_array_equal(with_dropout[~real], 0)
+
+
+def test_what_is_dropped_does_not_depend_on_the_places_in_a_batch(dtype):
+    """Seeds and pairs of the same crystals, which stand in another order and are cut into other blocks."""
+    first, second = (random_crystal(np.random.default_rng(seed), 7) for seed in (31, 32))
+    shares = []
+    for crystals, places in (([first, second], [4, 9]), ([second, first], [9, 4])):
+        batch = batch_of(crystals, 4.0, dtype)
+        keys = keys_by_place(jax.random.key(3), np.array([*places, 0, 0])[: len(batch.crystal_sizes)])
+        seeds = row_seeds(keys, batch.crystal_of_atom, batch.atom_in_crystal, 2)
+        assert seeds.dtype == np.uint32
+        q, k, v = np.ones((3, len(batch.species), 2, 4), dtype)
+        a = np.full((len(batch.species), 2), -0.2, dtype)
+        values = lattice_sums(SumOptions(BASES["neither"], dropout=0.4), q, k, v, a, batch.rows, None, seeds)[0]
+        order = np.lexsort((batch.atom_in_crystal, np.array([*places, 99, 99])[batch.crystal_of_atom]))[:14]
+        shares.append(np.asarray(values)[order])
+        dropped = np.asarray(thinned(np.ones((len(batch.species), 64), dtype), seeds[:, :1], 0.4))
+        assert np.mean(dropped == 0) == pytest.approx(0.4, abs=0.05) and dropped.mean() == pytest.approx(1, abs=0.1)
+    np.testing.assert_allclose(*shares, rtol=1e-5)
+    assert shares[0].std() > 0.01
 
 
 def test_gradients_with_dropout_equal_finite_differences(x64):

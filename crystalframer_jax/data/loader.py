@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Iterator
 
 import grain
+import jax
 import numpy as np
 
 from crystalframer_jax.batch import Batch, Fill, fill_factors, pack
@@ -98,6 +99,22 @@ class TrainingBatches:
         """Shares of the places that hold real data, means over the first batches."""
         factors = [fill_factors(part) for step in range(min(batches, len(self))) for part in self.parts_of(step)]
         return Fill(*np.mean(factors, axis=0).tolist())
+
+    def describe(self) -> str:
+        """How the crystals are packed, and shared by the devices, in one line."""
+        shape, fill = self.shapes[0], self.fill_factors()
+        packed = (
+            f"{shape.num_atoms} atom slots ({fill.atoms:.0%} filled) with up to {shape.row_length} neighbors "
+            f"({fill.columns:.0%} filled){', gathered on the device' if self.device_table else ''}"
+        )
+        if self.devices.count == 1:
+            return f"batches of {shape.num_crystals} crystals in {packed}"
+        processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+        return (
+            f"batches of {self.batch_size} crystals, shared by {self.devices.count} devices{processes}: "
+            f"{shape.num_crystals} crystals each in {packed}; the busiest has {self.imbalance():.3f} times the mean "
+            "number of neighbors"
+        )
 
     @functools.cached_property
     def device_table(self) -> DeviceTable | None:

@@ -54,6 +54,7 @@ def lattice_sums(
 
     q, k [N, H, d_k]; v [N, H, d_v]; a [N, H] in 1/Å^2, negative; frames [N, H, 3, 3] with rows e1, e2, e3, or None
     if there is no angle basis. `seeds` [N, H] uint32 switch dropout on: all images of an atom j are dropped together.
+    Pairs are drawn by the seeds of both atoms, wherever they stand in the batch.
     Padding atoms (empty rows) give zeros.
     """
     return _forward(options, q, k, v, a, rows, frames, seeds)[0]
@@ -62,12 +63,12 @@ def lattice_sums(
 def _forward(options, q, k, v, a, rows, frames, seeds):
     bases = options.bases
 
-    def block(rows, q, a, frames, seeds):
+    def block(rows, q, a, frames, own_seeds):
         logits = attention_logits(q, k, a, rows, options.waves)
         log_sum = jax.nn.logsumexp(logits, axis=-1)
         weights = _weights(logits, log_sum)
         if seeds is not None:
-            weights *= _kept(rows, seeds, options.dropout, weights.dtype)
+            weights *= _kept(rows, own_seeds, seeds, options.dropout, weights.dtype)
         values = gathered_sum(weights, v, rows)
         distance = jnp.sqrt(jnp.sum(rows.vector**2, axis=-1))
         dist_sum = jnp.zeros((*values.shape[:2], 0), q.dtype)
@@ -91,7 +92,7 @@ def _backward(options, residuals, gradients):
     # sum_m p dL/dp, needed by the derivative of the softmax, equals <sums, gradients>, also with dropout.
     mean_gradient = sum(jnp.sum(s * g, axis=tuple(range(2, s.ndim))) for s, g in zip(sums, gradients, strict=True))
 
-    def rows_pass(rows, q, a, frames, seeds, log_sum, mean_gradient, gradients):
+    def rows_pass(rows, q, a, frames, own_seeds, log_sum, mean_gradient, gradients):
         """dL/dq, dL/da, and for every neighbour dL/dlogit and the weight."""
         value_grad, dist_grad, angle_grad = gradients
         weights = _weights(attention_logits(q, k, a, rows, options.waves), log_sum)
@@ -105,7 +106,7 @@ def _backward(options, residuals, gradients):
             weight_grad += _without_self(from_angles, distance)
         summed_weights = weights
         if seeds is not None:
-            kept = _kept(rows, seeds, options.dropout, weights.dtype)
+            kept = _kept(rows, own_seeds, seeds, options.dropout, weights.dtype)
             weight_grad, summed_weights = weight_grad * kept, weights * kept
         logit_grad = weights * (weight_grad - mean_gradient[..., None])
         q_grad = gathered_sum(logit_grad, k, rows) * scale
@@ -140,9 +141,12 @@ def _weights(logits: jax.Array, log_sum: jax.Array) -> jax.Array:
     return jnp.exp(logits - jnp.where(jnp.isfinite(log_sum), log_sum, 0)[..., None])
 
 
-def _kept(rows: Rows, seeds: jax.Array, dropout: float, dtype: jnp.dtype) -> jax.Array:
-    """0 with probability `dropout`, else 1 / (1 - dropout), for every head and pair of atoms i, j: [n, H, M]."""
-    return kept(draw(seeds[:, :, None], rows.index[:, None, :]), dropout, dtype)
+def _kept(rows: Rows, own_seeds: jax.Array, seeds: jax.Array, dropout: float, dtype: jnp.dtype) -> jax.Array:
+    """0 with probability `dropout`, else 1 / (1 - dropout), for every head and pair of atoms i, j: [n, H, M].
+
+    Seeds of the atoms i [n, H] and of all atoms [N, H].
+    """
+    return kept(draw(own_seeds[:, :, None], jnp.asarray(seeds)[rows.index].swapaxes(1, 2)), dropout, dtype)
 
 
 def _without_self(x: jax.Array, distance: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ def row_seeds(keys: jax.Array, crystal_of_atom: jax.Array, atom_in_crystal: jax.
     """
 
     def of_atom(key: jax.Array, atom: jax.Array) -> jax.Array:
-        return jax.random.bits(jax.random.fold_in(key, atom), (heads,))
+        return jax.random.bits(jax.random.fold_in(key, atom), (heads,), jnp.uint32)
 
     return jax.vmap(of_atom)(keys[crystal_of_atom], atom_in_crystal)
 
@@ -27,7 +27,7 @@ def fold_in_all(keys: jax.Array, number: int) -> jax.Array:
 
 
 def draw(seeds: jax.Array, numbers: jax.Array) -> jax.Array:
-    """A random uint32 for every seed (uint32) and number, which are broadcast."""
+    """A random uint32 for every seed and number (uint32, or converted), which are broadcast."""
     return mix(seeds + numbers.astype(jnp.uint32) * jnp.uint32(0x9E3779B9))
 
 

@@ -3,6 +3,7 @@
 import importlib.metadata
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -33,19 +34,28 @@ class Agreement:
         if not self._is_shared:
             return wish
         self._pending.append(self._largest(self._devices.put(np.full(len(self._devices.of_process), wish, np.int32))))
-        return int(self._pending.popleft()) if len(self._pending) > LAG else NOTHING
+        agreed = int(self._pending.popleft()) if len(self._pending) > LAG else NOTHING
+        if agreed != NOTHING:
+            self._pending.clear()  # the same wish, repeated until it was known
+        return agreed
 
     def now(self, wish: int) -> int:
         """What all agree to do, waiting for them."""
+        self._pending.clear()
         return largest_of_processes(wish)
 
 
-def check_alike(config: ConfigDict) -> None:
-    """Raise ConfigError unless all processes train with the same hyperparameters, versions and kind of devices.
+def check_alike(config: ConfigDict, options: dict[str, Any]) -> None:
+    """Raise ConfigError unless all processes have the same hyperparameters, `options`, versions and kind of devices.
 
-    Otherwise their weights would drift apart.
+    Otherwise they would wait for one another, or their weights would drift apart.
     """
+    devices = [device.process_index for device in jax.devices()]
+    numbers = [devices.count(process) for process in range(jax.process_count())]
+    if len(set(numbers)) > 1:
+        raise ConfigError(f"the processes have {', '.join(map(str, numbers))} devices; give all of them as many")
     values = {
+        **{f"--{name}": value for name, value in options.items()},
         **{f"--config.{key}": value for key, value in as_json(config).items() if key != "data_dir"},
         **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "crystalframer-jax")},
         "devices": sorted({device.device_kind for device in jax.local_devices()}),

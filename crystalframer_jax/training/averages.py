@@ -71,12 +71,18 @@ def averages_in(state: TrainState) -> list[str]:
     return (["swa"] if int(state.swa_steps) else []) + (["ema"] if state.ema_params else [])
 
 
-def batch_statistics_of_averages(model: CrystalFramer, state: TrainState, batches: TrainingBatches) -> dict[str, Tree]:
-    """The fields of `state` with BatchNorm statistics of averaged weights: means over the batches of the last epoch."""
+def batch_statistics_of_averages(
+    model: CrystalFramer, state: TrainState, batches: TrainingBatches, report: Callable[[str], None]
+) -> dict[str, Tree]:
+    """The fields of `state` with BatchNorm statistics of averaged weights: means over the batches of the last epoch.
+
+    `report` is called at every batch.
+    """
     statistics, steps = make_batch_statistics(model, batches.devices), batches.steps_of_last_epoch()
     weights = {name: weights_of(state, name) for name in averages_in(state)}
     totals = {name: jax.tree.map(jnp.zeros_like, state.batch_stats) for name in weights}
-    for batch in batches.iterate(steps.start) if weights else ():
+    for number, batch in enumerate(batches.iterate(steps.start) if weights else (), 1):
+        report(f"BatchNorm statistics of averages, batch {number} of {len(steps)}")
         for name in weights:
             totals[name] = jax.tree.map(jnp.add, totals[name], statistics(weights[name], batch))
     return {f"{name}_batch_stats": jax.tree.map(lambda x: x / len(steps), total) for name, total in totals.items()}

@@ -191,22 +191,13 @@ class Run:
             return ready_for_swa(state, self.recipe.swa_first_step), meta
         state = self.initial_state()
         if self.config.pretrained_model:
-            state = self.batches.devices.replicate(start_from(state, self.config, self.statistics))
+            state = self.checkpoints.on_all(
+                lambda: start_from(on_one_device(state), self.config, self.statistics), like
+            )
         trainable = count_parameters(state.params, self.config.frozen_layers)
         say(f"{self.dataset.name}: {splits}; {trainable:,} trainable parameters")
         say(describe(self.config))
-        shape, fill = self.batches.shapes[0], self.batches.fill_factors()
-        say(
-            f"batches of {shape.num_crystals} crystals in {shape.num_atoms} atom slots ({fill.atoms:.0%} filled) with "
-            f"up to {shape.row_length} neighbors ({fill.columns:.0%} filled)"
-            f"{', gathered on the device' if self.batches.device_table else ''}"
-        )
-        if (count := self.batches.devices.count) > 1:
-            processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
-            say(
-                f"{self.batches.batch_size} crystals a step on {count} devices{processes}; the busiest has "
-                f"{self.batches.imbalance():.3f} times the mean number of neighbors"
-            )
+        say(self.batches.describe())
         return state, {"epoch": -1, "seconds": 0.0, "results": []}
 
     def _check_resumable(self, state: TrainState) -> None:
@@ -239,7 +230,7 @@ class Run:
                 done = meta["results"] if epoch == first_epoch else []
                 state, metrics, seconds = self._epoch(state, epoch, source, list(done), meta["seconds"], progress)
                 if epoch == config.n_epochs - 1 and jax.tree.leaves(state.batch_stats):
-                    fields = batch_statistics_of_averages(self.model, state, batches)
+                    fields = batch_statistics_of_averages(self.model, state, batches, self.options.report)
                     state = dataclasses.replace(state, **fields)
                 if log:
                     log.write(metrics)
@@ -342,6 +333,7 @@ class Run:
             frozen = self._freezes_norm(epoch)
             report |= batch_report(self.loss(None), self.statistics, on_one_device(state), self.batches, step, frozen)
             write_json(file, report)
+        json_from_first_process(None)  # the others wait for the report: their error would end this process
         return TrainingError(
             f"the loss or its gradient is not finite at step {step} (epoch {epoch + 1}); {file} tells about its batch, "
             f"{'the last checkpoint is kept' if last else 'nothing was saved yet'}. Try a smaller lr (in a run that "

@@ -33,7 +33,10 @@ def batch_report(
     batch = pack(dataset.table, rows, [shape_for(dataset.table, rows, batches.parts)], labels)
     at_step = dataclasses.replace(state, step=jnp.array(step, state.step.dtype))
     value_and_grad = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=3)
-    (_, (losses, _)), gradient = value_and_grad(state.params, at_step, batch, freeze_norm)
+    try:
+        (_, (losses, _)), gradient = value_and_grad(state.params, at_step, batch, freeze_norm)
+    except jax.errors.JaxRuntimeError as error:  # one device may lack the memory for what several share
+        return {"step": step, "ids": dataset.table.ids[rows].tolist(), "no_details": " ".join(str(error).split())[:300]}
     crystals = [
         {
             "id": str(dataset.table.ids[row]),

@@ -1,5 +1,6 @@
 """The checkpoints of a training: the first process writes and reads them, all processes get what it reads."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class RunCheckpoints:
         """See `Checkpoints.restore_latest`; `like` gives structure, shapes and types."""
         found = self.own.restore_latest(on_this_device(like)) if self.own else None
         meta = json_from_first_process(found and found[1])
-        return (self._on_all(found and found[0], like), meta) if meta is not None else None
+        return (self.on_all(lambda: found[0] if found else None, like), meta) if meta is not None else None
 
     def best_model(self, like: TrainState) -> dict[str, Any] | None:
         """MODEL_FIELDS of the checkpoint with the smallest validation loss, unless that is the newest."""
@@ -64,11 +65,12 @@ class RunCheckpoints:
             best = None if best == self.own.last() else best
         if json_from_first_process(best) is None:
             return None
-        found = self.own.restore_model(best, on_this_device(shapes)) if self.own and best is not None else None
-        return self._on_all(found, shapes)
+        own = self.own
+        return self.on_all(lambda: own.restore_model(best, on_this_device(shapes)) if own and best else None, shapes)
 
-    def _on_all(self, tree: Tree, like: Tree) -> Any:
-        """Arrays of the first process on all devices."""
+    def on_all(self, read: Callable[[], Tree], like: Tree) -> Any:
+        """The arrays that the first process reads, on all devices; `like` has their shapes and types."""
+        tree = read() if is_first_process() else None
         if jax.process_count() > 1:
             tree = arrays_from_first_process(tree, like)
         return self.devices.replicate(tree)

@@ -46,7 +46,9 @@ def train(
     with interruption.listening(), contextlib.ExitStack() as stack:
         if jax.process_count() > 1:  # a request to stop waits until all processes can follow it
             stack.enter_context(interruption.stepping())
-        check_alike(config)
+        alike = ("skip_nonfinite", "implementation", "on_device", "steps_per_dispatch")
+        check_alike(config, {name: getattr(options, name) for name in alike})
+        options.report("")  # preparing data may take its time
         if config.ensemble_size > 1:
             return _train_ensemble(config, workdir, options, interruption)
         dataset = _open_dataset(config)
@@ -72,6 +74,7 @@ def _train_ensemble(config: ConfigDict, workdir: Path, options: Options, interru
         train(member, workdir / f"member_{number}", options, interruption)
         if is_first_process():
             write_json(workdir / "config.json", as_json(config))  # after the first, who checks it
+    options.report("")  # one process predicts with all members, and the others wait
     summary = None
     if is_first_process():
         summary = ensemble_summary(Ensemble.load(workdir), _dataset(config), workdir)
