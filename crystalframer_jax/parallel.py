@@ -174,7 +174,8 @@ def share_out(work: np.ndarray, number: int) -> list[np.ndarray]:
         shares = np.argsort(load, kind="stable")[: len(pieces)]
         owner[pieces] = shares
         load[shares] += work[pieces]
-    return [np.flatnonzero(owner == share) for share in range(number)]
+    ends = np.cumsum(np.bincount(owner, minlength=number))
+    return np.split(np.argsort(owner, kind="stable"), ends[:-1])
 
 
 # Processes that run together

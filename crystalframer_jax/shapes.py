@@ -106,20 +106,26 @@ def shared_out(
 
     Raises ValueError if none of the shapes fits.
     """
-    shares = share_out(table.num_edges[rows], devices)
+    sizes, edges = lengths_of(table.atom_offset, rows), lengths_of(table.edge_offset, rows)
+    shares = share_out(edges, devices)
     if isinstance(shapes, BatchParts):
         own = [shape_for(table, rows[share], shapes) for share in shares]
         names = ("num_atoms", "row_length", "num_crystals", "cell_length", "num_edges")
         of_all = {name: max(getattr(shape, name) for shape in own) for name in names}
         return Shared(rows, shares, dataclasses.replace(own[0], **of_all))
-    sizes, edges = table.num_atoms[rows], table.num_edges[rows]
+    placed, owner = np.concatenate(shares), np.repeat(np.arange(devices), [len(share) for share in shares])
+
+    def most(numbers: np.ndarray) -> int:
+        """The largest sum over a share."""
+        return int(np.bincount(owner, numbers[placed], minlength=devices).max())
+
     counts = np.asarray(table.count)[ranges_of(table.atom_offset, rows)]
     largest = BatchShape(
-        num_atoms=max(int(sizes[share].sum()) for share in shares),
+        num_atoms=most(sizes),
         row_length=int(counts.max(initial=1)),
         num_crystals=max(len(share) for share in shares),
         cell_length=int(sizes.max(initial=0)),
-        num_edges=max(int(edges[share].sum()) for share in shares),
+        num_edges=most(edges),
     )
     return Shared(rows, shares, _fitting(largest, shapes))
 

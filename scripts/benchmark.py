@@ -1,9 +1,10 @@
 """Measure training steps, predictions, the attention alone and the input pipeline; docs/benchmark.md explains.
 
 python scripts/benchmark.py [--part=PART] [--case=NAME] [--variant=NAME] [--implementation=NAME] [--json=FILE]
+python scripts/benchmark.py --scaling [--variant=NAME] [--implementation=NAME] [--json=FILE]
 
-Options that choose can be given several times. Without them everything is measured; on a CPU all but bundled-1024,
-which takes minutes more.
+Options that choose can be given several times. Without them everything is measured but the scaling over devices; on a
+CPU all but bundled-1024, which takes minutes more.
 """
 
 import argparse
@@ -21,15 +22,16 @@ import joblib
 from crystalframer_jax.benchmark import report
 from crystalframer_jax.benchmark.cases import BUNDLED, CASES, SMALL
 from crystalframer_jax.benchmark.ceilings import measure_ceilings
-from crystalframer_jax.benchmark.measure import ATTENTION, STEPS, describe_case, measure_case, scaling
+from crystalframer_jax.benchmark.devices import make_cpu_devices, measure_devices
+from crystalframer_jax.benchmark.measure import ATTENTION, STEPS, describe_case, measure_case, over_atoms
 from crystalframer_jax.benchmark.model import Variant
 from crystalframer_jax.benchmark.pipeline import any_target, measure_pipeline
 from crystalframer_jax.cli import reporting_errors
 from crystalframer_jax.configs import default
 from crystalframer_jax.configs.variants import VARIANTS, with_variant
 
-PARTS = ("steps", "attention", "scaling", "pipeline")
-MEASURES = {"steps": STEPS, "attention": ATTENTION, "scaling": (*STEPS, *ATTENTION)}
+PARTS = ("steps", "attention", "atoms", "pipeline")
+MEASURES = {"steps": STEPS, "attention": ATTENTION, "atoms": (*STEPS, *ATTENTION)}
 SLOW_ON_CPU = ("bundled-1024",)
 SECONDS = 10.0  # for the rounds of a case and measure, at least 5 of them
 
@@ -38,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print tables, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--part", action="append", choices=PARTS, help="default: all")
+    parser.add_argument("--scaling", action="store_true", help="nothing but training steps on 1, 2, 4, ... devices")
     parser.add_argument("--case", action="append", choices=CASES, metavar="NAME", help=", ".join(CASES))
     parser.add_argument("--variant", action="append", choices=VARIANTS, help="default: all")
     parser.add_argument(
@@ -52,9 +55,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--rounds={arguments.rounds} must be positive")
     if arguments.json and not os.access(arguments.json.absolute().parent, os.W_OK):
         parser.error(f"--json={arguments.json}: there is no such folder, or it cannot be written to")
+    if arguments.scaling:
+        check_scaling(parser, arguments)
+        make_cpu_devices()
     on_cpu = jax.default_backend() == "cpu"
     skipped = SMALL + SLOW_ON_CPU * on_cpu
-    parts = arguments.part or PARTS
+    parts = () if arguments.scaling else arguments.part or PARTS
     results: dict[str, Any] = {
         "device": jax.devices()[0].device_kind,
         "cores": joblib.cpu_count(),
@@ -63,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     report.print_header(results)
     with reporting_errors():
+        if arguments.scaling:
+            results["devices"] = measure_scaling(arguments, on_cpu)
         if "pipeline" in parts:
             any_target(arguments.target_set, arguments.data_dir)  # an unknown name is an error before all measurements
         if set(parts) & set(MEASURES):
@@ -81,6 +89,27 @@ def main(argv: Sequence[str] | None = None) -> None:
             arguments.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
+def check_scaling(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Leave with an error if --scaling is given together with what it has no use for."""
+    for name in ("part", "case"):
+        if getattr(arguments, name):
+            parser.error(f"--scaling measures nothing else; leave --{name} out")
+    for name in ("variant", "implementation"):
+        if len(getattr(arguments, name) or ()) > 1:
+            parser.error(f"--scaling takes one --{name}")
+
+
+def measure_scaling(arguments: argparse.Namespace, on_cpu: bool) -> dict[str, Any]:
+    """Training steps on several devices and the model on paper, printed as tables."""
+    (name,) = arguments.variant or ["default"]
+    (implementation,) = arguments.implementation or ["xla" if on_cpu else "pallas"]
+    print(f"{name} {implementation}: training steps on up to {jax.local_device_count()} devices, for minutes ...")
+    variant = Variant(name, with_variant(default.get_config(), name))
+    results = measure_devices(variant, implementation, report.print_line, arguments.rounds, data_dir=arguments.data_dir)
+    report.print_devices(results)
+    return results
+
+
 def measure_models(
     parts: Sequence[str],
     cases: Sequence[str],
@@ -95,7 +124,7 @@ def measure_models(
     described, records = [], []
     for name in cases:
         case = CASES[name]
-        wanted = [part for part in parts if part in MEASURES and (part != "scaling" or not case.batch_size)]
+        wanted = [part for part in parts if part in MEASURES and (part != "atoms" or not case.batch_size)]
         measures = list(dict.fromkeys(measure for part in wanted for measure in MEASURES[part]))
         if not measures:
             continue
@@ -110,12 +139,12 @@ def measure_models(
         "ceilings": {f"{name} per s": rate for name, rate in dataclasses.asdict(ceilings).items()},
         "cases": described,
         "measurements": records,
-        "scaling": scaling(records, described),
+        "atoms": over_atoms(records, described),
     }
     report.print_ceilings(results["ceilings"])
     report.print_cases(described)
     report.print_measures(records)
-    report.print_scaling(results["scaling"])
+    report.print_over_atoms(results["atoms"])
     return results
 
 

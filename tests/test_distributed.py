@@ -38,21 +38,20 @@ COUNTS = (1, 2, 4, 8)
 
 @pytest.fixture(scope="module", autouse=True)
 def eight_devices(tmp_path_factory):
-    """Eight CPU devices instead of one, for the tests of this file; programs are compiled quickly, not well."""
+    """Eight CPU devices instead of one, for the tests of this file."""
     before = jax.config.jax_num_cpu_devices
-    with_new_devices(8, in_haste=True)
+    with_new_devices(8)
     assert len(jax.devices()) == 8
     with tiny_runs(tmp_path_factory.mktemp("compiled")):
         yield
-    with_new_devices(before, in_haste=False)
+    with_new_devices(before)
 
 
-def with_new_devices(number: int, in_haste: bool) -> None:
+def with_new_devices(number: int) -> None:
     """Let JAX look for devices anew; no array and no program outlives that."""
     jax.clear_caches()
     jax.extend.backend.clear_backends()
     jax.config.update("jax_num_cpu_devices", number)
-    jax.config.update("jax_disable_most_optimizations", in_haste)
 
 
 @pytest.fixture(scope="module")
@@ -282,6 +281,7 @@ def test_stretches_on_all_devices_are_single_steps(on_one, folder):
     np.testing.assert_allclose(first, losses, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_on_one_device_stops_all(on_one, folder, monkeypatch):
     config, _ = on_one
     config.num_devices = 8

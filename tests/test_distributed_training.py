@@ -39,7 +39,6 @@ class Processes:
         for name in set(os.environ) - set(environment()):
             monkeypatch.delenv(name)
         monkeypatch.setenv("XLA_FLAGS", f"--xla_force_host_platform_device_count={devices}")
-        monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
         together = [f"--coordinator_address=127.0.0.1:{free_port()}", f"--num_processes={number}"]
         self.all = [
             start_training(

@@ -174,6 +174,7 @@ def test_members_with_different_radii_and_targets_of_batches(folder, crystals, m
     assert "4.0" in one_line(error) and "5.0" in one_line(error)
 
 
+@pytest.mark.slow
 def test_one_table_serves_members_that_need_different_parts(folder):
     """float64 beside float32, lattice frames and attention in reciprocal space beside neighbours alone."""
     members = [

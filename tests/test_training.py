@@ -346,6 +346,7 @@ def test_a_run_cannot_become_shorter_than_it_is(finished):
     assert json.loads((workdir / "config.json").read_text())["n_epochs"] == 3
 
 
+@pytest.mark.slow
 def test_an_average_that_has_begun_keeps_its_beginning(finished, folder):
     """The run is at step 9 and its average began with step 6: it may begin anew later, but not earlier."""
     config, workdir, _ = finished

@@ -151,6 +151,7 @@ def test_averaged_weights_have_batch_statistics_of_their_own(runs, average):
     )
 
 
+@pytest.mark.slow
 def test_batch_statistics_stand_still_in_the_last_epochs(runs, folder):
     """Another number of epochs without them would move them; those of the first epoch are kept to the bit."""
     config, _, _ = runs("BatchNorm, dropout, another pooling")
@@ -336,6 +337,7 @@ def test_targets_are_matched_by_name_and_new_ones_start_at_random(runs, folder):
     np.testing.assert_allclose(output["bias"][1], 2 * before["bias"][0] + 2 / old.std, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_averaged_weights_without_batch_statistics_are_refused(runs, folder, monkeypatch):
     """In the middle of the averaging, before the end of the training."""
     config, _, _ = runs("BatchNorm, dropout, another pooling")

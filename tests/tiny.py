@@ -25,8 +25,11 @@ from crystalframer_jax.training.state import TrainState
 
 
 @contextlib.contextmanager
-def tiny_runs(compiled: Path) -> Iterator[None]:
-    """Register the target set "small" (60 crystals), and keep compiled programs in a folder: runs share them."""
+def tiny_runs(compiled: Path, optimized: bool = False) -> Iterator[None]:
+    """Register the target set "small" (60 crystals), and keep compiled programs in a folder: runs share them.
+
+    Programs are compiled in half the time if they need not be `optimized`.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(TARGET_SETS, "small", small_set())
         changes = {
@@ -37,8 +40,10 @@ def tiny_runs(compiled: Path) -> Iterator[None]:
         before = {name: getattr(jax.config, name) for name in changes}
         for name, value in changes.items():
             jax.config.update(name, value)
+        jax.config.update("jax_disable_most_optimizations", not optimized)
         compilation_cache.reset_cache()
         yield
+        jax.config.update("jax_disable_most_optimizations", False)
         for name, value in before.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()

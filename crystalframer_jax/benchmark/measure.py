@@ -93,7 +93,7 @@ def work_of(measure: str, variant: Variant, size: floor.Size) -> floor.Work:
     return work + floor.attention_backward(model, size) if backward else work
 
 
-def scaling(records: Sequence[Record], cases: Sequence[Record]) -> list[Record]:
+def over_atoms(records: Sequence[Record], cases: Sequence[Record]) -> list[Record]:
     """Log-log slope of the time over the number of atoms of the supercells, wherever there are two or more."""
     atoms = {case["case"]: case["atoms"] for case in cases if case["crystals"] == 1}
     found: dict[tuple[str, str, str], list[tuple[int, float]]] = {}

@@ -13,7 +13,7 @@ from crystalframer_jax.config import NO_PARTS, BatchParts, ConfigError
 from crystalframer_jax.data.device import DeviceTable, Stretch, device_table_if_it_fits
 from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.parallel import ONE_DEVICE, Devices
-from crystalframer_jax.shapes import BatchShape, Shared, plan_shapes, shared_out
+from crystalframer_jax.shapes import BatchShape, Shared, lengths_of, plan_shapes, shared_out
 
 
 class TrainingBatches:
@@ -84,10 +84,10 @@ class TrainingBatches:
 
     def imbalance(self, batches: int = 8) -> float:
         """Neighbours of the device that has most, divided by their mean over the devices; mean of the first batches."""
-        edges, ratios = self.dataset.table.num_edges, []
+        ratios, edge_offset = [], self.dataset.table.edge_offset
         for step in range(min(batches, len(self))):
             rows, shares, _ = self.shared(step)
-            work = [edges[rows[share]].sum() for share in shares]
+            work = [lengths_of(edge_offset, rows[share]).sum() for share in shares]
             ratios.append(np.max(work) / np.mean(work))
         return float(np.mean(ratios))
 

@@ -36,6 +36,7 @@ OURS_ALONE = (
     "keep_last_checkpoints",
     "checkpoint_minutes",
     "ensemble_size",
+    "num_devices",
 )
 
 # The values with which the official keys of WITHOUT_COUNTERPART are written for the official code, which asks for them
