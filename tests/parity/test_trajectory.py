@@ -21,7 +21,7 @@ from crystalframer_jax.neighbors import neighbor_rows
 from crystalframer_jax.shapes import shape_for
 from crystalframer_jax.training.optimizer import Schedule
 from crystalframer_jax.training.state import TrainState, to_label_units
-from crystalframer_jax.training.step import make_loss, make_recipe, make_train_step, new_state
+from crystalframer_jax.training.step import make_forward, make_loss, make_recipe, make_train_step, new_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,10 +79,10 @@ def trajectory() -> Trajectory:
         results.append(result)
         after.append(jax.tree.map(np.array, state.params))
 
-    predictions = {}
+    predictions, forward = {}, make_forward(model)
     for name, weights in (("final", state.params), ("swa", state.swa_params)):
         parts = [
-            predictor.forward({"params": weights, "calibration": state.calibration}, pack(table, half, [shape]))
+            forward({"params": weights, "calibration": state.calibration}, pack(table, half, [shape]))
             for half in np.split(np.arange(16), 2)
         ]
         predictions[name] = to_label_units(np.concatenate(parts), predictor.targets)
