@@ -10,4 +10,7 @@ source scripts/environment.sh
 ruff check .
 ruff format --check .
 mypy
-python -m pytest -n 2 --dist loadfile "$@"  # most of the time is spent compiling, on one core
+# Most of the time is spent compiling, on one core: all but the programs that tests want optimized are compiled in haste.
+# As users compile them: JAX_DISABLE_MOST_OPTIMIZATIONS=0 scripts/test.sh
+export JAX_DISABLE_MOST_OPTIMIZATIONS=${JAX_DISABLE_MOST_OPTIMIZATIONS-1}
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -24,3 +24,11 @@ def _programs_of_one_file_only():
     """Drops compiled programs after each file: a process with thousands of them runs out of memory maps and crashes."""
     yield
     jax.clear_caches()
+
+
+LONG_FILES = ("test_distributed", "test_interruptions", "test_training", "test_cli", "test_golden", "test_stretches")
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest come first, so that the two processes of scripts/test.sh end together."""
+    items.sort(key=lambda item: not item.path.stem.startswith(LONG_FILES))

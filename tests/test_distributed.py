@@ -270,6 +270,7 @@ def test_a_run_goes_on_with_any_number_of_devices(on_one, folder):
     np.testing.assert_allclose(*(table[1:, 1:].astype(float) for table in tables), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_stretches_on_all_devices_are_single_steps(on_one, folder):
     """With the crystals on every device."""
     config, (losses, _) = on_one

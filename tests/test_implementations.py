@@ -398,6 +398,7 @@ def test_the_check_notices_kernels_that_are_wrong(monkeypatch):
     assert "differ" in attention._check.__wrapped__(bases, *options)
 
 
+@pytest.mark.slow
 def test_the_check_in_float64_with_dropout(monkeypatch):
     bases, options = Bases(None, None), (0.3, (1, 2), 3, np.dtype(np.float64))
     assert attention._check.__wrapped__(bases, *options) == ""

@@ -87,6 +87,7 @@ def test_100_000_crystals_within_a_memory_bound(tmp_path):
     assert figures["worker"] < 0.5e9
 
 
+@pytest.mark.slow
 def test_workers_need_no_memory_for_the_whole_set(tmp_path):
     figures = whole_run(tmp_path, 3_000)
     assert figures["iterated"] == 2_400 // 256 * 256

@@ -40,10 +40,11 @@ def tiny_runs(compiled: Path, optimized: bool = False) -> Iterator[None]:
         before = {name: getattr(jax.config, name) for name in changes}
         for name, value in changes.items():
             jax.config.update(name, value)
+        in_haste = jax.config.read("jax_disable_most_optimizations")
         jax.config.update("jax_disable_most_optimizations", not optimized)
         compilation_cache.reset_cache()
         yield
-        jax.config.update("jax_disable_most_optimizations", False)
+        jax.config.update("jax_disable_most_optimizations", in_haste)
         for name, value in before.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()

@@ -108,7 +108,8 @@ def evaluate(config, variables, batch, loss_weights, frames):
 
 # Some are compiled as users do; the others without optimisation, in half the time.
 AS_USERS_DO = ("max", "max_full_size", "lightweight_forward_only", "crystalformer_real", "crystalformer_real_reci")
-OPTIMISED = jax.jit(evaluate, static_argnums=0)
+FULLY = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+OPTIMISED = jax.jit(evaluate, static_argnums=0, compiler_options=FULLY)
 PLAIN = jax.jit(evaluate, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
 
 
