@@ -82,6 +82,7 @@ def test_signals_save_within_an_epoch_and_the_run_continues_to_the_same_bits(fin
     assert_same_run(config, workdir, expected)
 
 
+@pytest.mark.slow
 def test_the_time_limit_saves_and_stops_in_time(finished, folder):
     config, expected = finished
     workdir = folder / "limited"

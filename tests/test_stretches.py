@@ -158,7 +158,8 @@ def test_a_loss_that_is_not_finite_inside_a_stretch_is_reported_as_with_single_s
     assert "not finite at step 5 (epoch 1)" in message and (report["step"], report["loss"]) == (5, "nan")
 
 
-@pytest.mark.parametrize(("allowed", "steps_taken"), [(0, 2), pytest.param(1, 4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("allowed", "steps_taken"), [(0, 2), (1, 4)])
 def test_steps_after_one_that_is_not_finite(without_frames, folder, monkeypatch, capsys, allowed, steps_taken):
     """Without permission weights and counts stand still since then; else the next steps are those of single steps."""
     nan_at(monkeypatch, 5)

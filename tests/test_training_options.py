@@ -47,7 +47,7 @@ OPTIONS = {
     },
 }
 
-NAMES = [pytest.param(name, marks=pytest.mark.slow) if "draws" in name else name for name in OPTIONS]
+NAMES = [pytest.param(name, marks=pytest.mark.slow) if "BatchNorm" not in name else name for name in OPTIONS]
 
 
 @pytest.fixture(scope="module")

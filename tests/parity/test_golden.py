@@ -149,8 +149,26 @@ def run_case(name, dtype):
 NEEDS_FOLDER = pytest.mark.skipif(
     not os.environ.get(EXTRA_FOLDER), reason=f"{EXTRA_FOLDER} is unset: it names a folder with more golden files"
 )
+# Variations of "max" that take long to compile: in float64 among the slow tests.
+LONG = (
+    "lightweight_forward_only",
+    "max_cos_abs",
+    "max_full_size",
+    "max_gelu",
+    "max_pool_max",
+    "max_prepool_relu_two_targets",
+    "max_scales_per_block",
+)
+
+
+def marks_of(name, dtype):
+    """The marks of a golden file in one precision."""
+    marks = [NEEDS_FOLDER] if name in EXTRA_CASES else []
+    return [*marks, pytest.mark.slow] if name in LONG and dtype == np.float64 else marks
+
+
 PARAMETERS = [
-    pytest.param(name, dtype, id=f"{name}-{dtype.__name__}", marks=NEEDS_FOLDER if name in EXTRA_CASES else ())
+    pytest.param(name, dtype, id=f"{name}-{dtype.__name__}", marks=marks_of(name, dtype))
     for name in CASES + EXTRA_CASES
     for dtype in (np.float32, np.float64)
 ]
