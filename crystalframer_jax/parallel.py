@@ -178,6 +178,12 @@ def share_out(work: np.ndarray, number: int) -> list[np.ndarray]:
     return np.split(np.argsort(owner, kind="stable"), ends[:-1])
 
 
+def imbalance(work: np.ndarray, shares: Sequence[np.ndarray]) -> float:
+    """The work of the largest share, divided by the mean over the shares."""
+    of_shares = [work[share].sum() for share in shares]
+    return float(np.max(of_shares) / np.mean(of_shares))
+
+
 # Processes that run together
 
 

@@ -1,5 +1,8 @@
 """Fixtures shared by the tests. Helper functions are in support.py, the float64 reference in brute_force.py."""
 
+import importlib.util
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -24,6 +27,16 @@ def _programs_of_one_file_only():
     """Drops compiled programs after each file: a process with thousands of them runs out of memory maps and crashes."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def script():
+    """scripts/benchmark.py as a module of the test's own."""
+    file = Path(__file__).parent.parent / "scripts" / "benchmark.py"
+    specification = importlib.util.spec_from_file_location("benchmark_script", file)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
 
 
 LONG_FILES = ("test_distributed", "test_interruptions", "test_training", "test_cli", "test_golden", "test_stretches")

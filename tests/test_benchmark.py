@@ -1,9 +1,7 @@
 """The benchmark: named cases, counts of the least work, measurements that go on when one fails, tables and JSON."""
 
-import importlib.util
 import json
 import math
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +24,6 @@ from crystalframer_jax.neighbors import neighbor_rows
 from crystalframer_jax.shapes import shape_for
 from crystalframer_jax.training.layer_names import count_parameters
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "benchmark.py"
 CEILINGS = floor.Work(1e9, 1e10, 1e10)
 
 
@@ -336,14 +333,6 @@ def test_an_implementation_that_fails_is_reported_and_the_rest_is_measured(measu
     assert sum(line.startswith("supercell-40  lightweight") for line in lines) == 2
     told = [line for line in lines if line.startswith("failed: ")]
     assert len(told) == 1 and "supercell-40 crystalformer none: ValueError" in told[0]
-
-
-@pytest.fixture
-def script():
-    specification = importlib.util.spec_from_file_location("benchmark_script", SCRIPT)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
 
 
 def test_the_script_writes_tables_and_json(script, tmp_path, capsys, monkeypatch):

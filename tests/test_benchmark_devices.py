@@ -1,9 +1,7 @@
 """Scaling over devices: the model on paper, the arithmetic of speed-up, fit and check, tables and arguments."""
 
 import dataclasses
-import importlib.util
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -16,7 +14,6 @@ from crystalframer_jax.benchmark.devices import CoreClock, Setting, check, devic
 from crystalframer_jax.benchmark.timing import Timing, take_turns
 from crystalframer_jax.parallel import share_out
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "benchmark.py"
 BYTES = 3.8e6
 EVEN = Sharing(1.0, 0.0)
 COMPUTE = Compute(fixed=1e-3, per_crystal=1e-5)
@@ -291,14 +288,6 @@ def test_tables_say_what_forced_devices_cannot_show(results, capsys):
     report.print_devices(results | {"forced_cpu_devices": 0, "shared_cores": 0})
     out = capsys.readouterr().out
     assert "/ min(" not in out and "core s" not in out
-
-
-@pytest.fixture
-def script():
-    specification = importlib.util.spec_from_file_location("benchmark_script", SCRIPT)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
 
 
 def test_scaling_measures_nothing_else_and_writes_it(script, results, tmp_path, monkeypatch, capsys):

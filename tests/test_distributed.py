@@ -13,7 +13,7 @@ import pytest
 from support import primitive, random_crystal
 from test_device import assert_same_bits
 from test_training import nan_at
-from tiny import open_tiny, tiny_config, tiny_runs
+from tiny import StopAt, open_tiny, tiny_config, tiny_runs
 
 from crystalframer_jax.batch import pack
 from crystalframer_jax.config import BatchParts, ConfigError
@@ -27,7 +27,7 @@ from crystalframer_jax.parallel import ONE_DEVICE, Devices, share_out, summed
 from crystalframer_jax.shapes import shape_for, shared_out
 from crystalframer_jax.training.agreement import NOTHING, SAVE, STOP, Agreement
 from crystalframer_jax.training.evaluator import TrainingError
-from crystalframer_jax.training.interruption import Interruption, TrainingInterrupted
+from crystalframer_jax.training.interruption import TrainingInterrupted
 from crystalframer_jax.training.logging import read_metrics
 from crystalframer_jax.training.loop import Options, Run
 from crystalframer_jax.training.results import LAG
@@ -220,18 +220,6 @@ def test_shares_of_a_batch_are_alike_whatever_they_hold():
 
 
 # Runs
-
-
-class StopAt(Interruption):
-    """Asks to stop when it is asked for the given time."""
-
-    def __init__(self, question: int):
-        super().__init__()
-        self.left = question
-
-    def reason(self) -> str:
-        self.left -= 1
-        return "" if self.left > 0 else "the test"
 
 
 def results_of(workdir: Path) -> tuple[np.ndarray, dict]:

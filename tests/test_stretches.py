@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from test_training import nan_at
-from tiny import assert_equal_trees, open_tiny, stored_state, tiny_config, tiny_runs
+from tiny import StopAt, assert_equal_trees, open_tiny, stored_state, tiny_config, tiny_runs
 
 from crystalframer_jax.data.device import Stretch
 from crystalframer_jax.training import loop
@@ -98,18 +98,6 @@ def test_stretches_change_no_bit(config, undisturbed, folder, monkeypatch):
     run.finish()
     assert lengths == [4, 4, 1, 4, 4, 1] and saved == [4, 8, 9, 13, 17, 18]
     assert_same_bits(Finished.read(config, folder / "four"), undisturbed)
-
-
-class StopAt(Interruption):
-    """Asks to stop after some number of dispatches."""
-
-    def __init__(self, dispatches: int):
-        super().__init__()
-        self.left = dispatches
-
-    def reason(self) -> str:
-        self.left -= 1
-        return "" if self.left else "the test"
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from crystalframer_jax.configs import default
 from crystalframer_jax.data.datasets import open_dataset
 from crystalframer_jax.data.registry import TARGET_SETS
 from crystalframer_jax.training.checkpoint import Checkpoints
+from crystalframer_jax.training.interruption import Interruption
 from crystalframer_jax.training.logging import read_metrics
 from crystalframer_jax.training.loop import Run
 from crystalframer_jax.training.state import TrainState
@@ -91,6 +92,18 @@ def start_training(config: ConfigDict, workdir: Path, *flags: str, seconds_per_s
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+class StopAt(Interruption):
+    """Asks to stop when it is asked for the given time."""
+
+    def __init__(self, question: int):
+        super().__init__()
+        self.left = question
+
+    def reason(self) -> str:
+        self.left -= 1
+        return "" if self.left > 0 else "the test"
 
 
 def stored_state(config: ConfigDict, workdir: Path) -> tuple[TrainState, dict]:

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from crystalframer_jax.data.store import Dataset
+from crystalframer_jax.parallel import imbalance
 from crystalframer_jax.shapes import plan_shapes, shared_out
 
 NUMBERS_OF_GPUS = (1, 2, 4, 8, 16, 64, 256, 1024)
@@ -127,8 +128,7 @@ def sharing(dataset: Dataset, batch: int, devices: int, batches: int = BATCHES) 
         start = time.perf_counter()
         shares = shared_out(table, rows, shapes, devices).shares
         seconds.append(time.perf_counter() - start)
-        work = [table.num_edges[rows[share]].sum() for share in shares]
-        ratios.append(np.max(work) / np.mean(work))
+        ratios.append(imbalance(table.num_edges[rows], shares))
     return Sharing(float(np.mean(ratios)), min(seconds))
 
 

@@ -60,7 +60,7 @@ class DeviceTable:
     def __init__(self, table: CrystalTable, labels: np.ndarray, parts: BatchParts, devices: Devices = ONE_DEVICE):
         if not serves(table, parts):
             raise ValueError(f"batches with {parts}, or of crystals with shared sites, are packed on the host")
-        self.table, self.devices = table, devices
+        self.devices = devices
         self.columns = devices.replicate(_columns(table, labels, parts.dtype))
         self._one = devices.each(gather, split=(1,), splits_result=True, static=("shape",))
         self._several = devices.each(_gather_several, split=(1,), splits_result=True, static=("shape",))

@@ -12,7 +12,7 @@ from crystalframer_jax.batch import Batch, Fill, fill_factors, pack
 from crystalframer_jax.config import NO_PARTS, BatchParts, ConfigError
 from crystalframer_jax.data.device import DeviceTable, Stretch, device_table_if_it_fits
 from crystalframer_jax.data.store import Dataset
-from crystalframer_jax.parallel import ONE_DEVICE, Devices
+from crystalframer_jax.parallel import ONE_DEVICE, Devices, imbalance
 from crystalframer_jax.shapes import BatchShape, Shared, lengths_of, plan_shapes, shared_out
 
 
@@ -84,12 +84,9 @@ class TrainingBatches:
 
     def imbalance(self, batches: int = 8) -> float:
         """Neighbours of the device that has most, divided by their mean over the devices; mean of the first batches."""
-        ratios, edge_offset = [], self.dataset.table.edge_offset
-        for step in range(min(batches, len(self))):
-            rows, shares, _ = self.shared(step)
-            work = [lengths_of(edge_offset, rows[share]).sum() for share in shares]
-            ratios.append(np.max(work) / np.mean(work))
-        return float(np.mean(ratios))
+        works = map(self.shared, range(min(batches, len(self))))
+        edge_offset = self.dataset.table.edge_offset
+        return float(np.mean([imbalance(lengths_of(edge_offset, work.rows), work.shares) for work in works]))
 
     def steps_of_last_epoch(self) -> range:
         """The steps of the last epoch."""
