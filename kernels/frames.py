@@ -1,4 +1,4 @@
-"""Kernel for max frames, see crystalframer_jax.model.frames: one program for the frame of one atom and head.
+"""Kernel for max frames, see crystalframer_jax.ops.frames: one program for the frame of one atom and head.
 
 It goes along the row four times: for the best score and the choice among those within the tolerance, once for each of
 the two axes.
@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from crystalframer_jax.batch import Rows
+from crystalframer_jax.batching.batch import Rows
 from crystalframer_jax.kernels.backend import load, run, store
 from crystalframer_jax.kernels.rows import Chunk, Place, gathered, logits_of, over_chunks, place, vector_of
-from crystalframer_jax.model.random_bits import draw, mix
+from crystalframer_jax.ops.random_bits import draw, mix
 
 END = 2**31 - 1  # beyond all columns
 Vector = tuple[jax.Array, jax.Array, jax.Array]
@@ -31,7 +31,7 @@ class Inputs(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """Constants of crystalframer_jax.model.frames."""
+    """Constants of crystalframer_jax.ops.frames."""
 
     tie_tolerance: float
     parallel: float
@@ -46,7 +46,7 @@ def max_frames(
     limits: Limits,
     seeds: jax.Array | None,
 ) -> jax.Array:
-    """What crystalframer_jax.model.frames.max_frames returns, by a kernel: [N, H, 3, 3]."""
+    """What crystalframer_jax.ops.frames.max_frames returns, by a kernel: [N, H, 3, 3]."""
     shape = jax.ShapeDtypeStruct((*a.shape, 3, 3), q.dtype)
     kernel = functools.partial(frames_kernel, limits)
     return run(kernel, a.size, shape, Inputs(q, k, a, rows, seeds))

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from crystalframer_jax.batch import Rows
+from crystalframer_jax.batching.batch import Rows
 from crystalframer_jax.kernels.backend import lanes, load, program
 
 CHUNK = 32  # neighbours at once, one for each thread of a warp

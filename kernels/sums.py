@@ -1,4 +1,4 @@
-"""Kernels for the lattice sums of one block and their gradient, see crystalframer_jax.model.lattice_sums.
+"""Kernels for the lattice sums of one block and their gradient, see crystalframer_jax.ops.lattice_sums.
 
 Every program has one atom and one head. The forward kernel goes through the row twice: for the log-sum-exp, and for the
 sums. The gradient recomputes the weights from it: one kernel goes along the rows, and leaves dL/dlogit of every
@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crystalframer_jax.batch import Rows
+from crystalframer_jax.batching.batch import Rows
 from crystalframer_jax.kernels.backend import lanes, load, run, store
 from crystalframer_jax.kernels.rows import CHUNK, Chunk, Place, gathered, logits_of, over_chunks, place, vector_of
-from crystalframer_jax.model.basis import AngleBasis, Bases, DistanceBasis
-from crystalframer_jax.model.random_bits import draw, kept
+from crystalframer_jax.ops.basis import AngleBasis, Bases, DistanceBasis
+from crystalframer_jax.ops.random_bits import draw, kept
 
 NEGLIGIBLE = 1e-3  # weight of a chunk, in units of the rounding of 1 (1.2e-10 in float32)
 
@@ -279,7 +279,7 @@ def _matter(weights: jax.Array) -> jax.Array:
 
 
 def _kept(inputs: Inputs, row: Place, neighbor: Place, dropout: float, dtype: np.dtype) -> jax.Array | float:
-    """Factors of the weights that drop pairs of atoms, see crystalframer_jax.model.lattice_sums."""
+    """Factors of the weights that drop pairs of atoms, see crystalframer_jax.ops.lattice_sums."""
     if inputs.seeds is None:
         return 1.0
     return kept(draw(load(inputs.seeds, tuple(row)), load(inputs.seeds, tuple(neighbor))), dropout, dtype)

@@ -18,15 +18,15 @@ from typing import Any
 
 import jax
 import joblib
+from benchmarking import report
+from benchmarking.cases import BUNDLED, CASES, SMALL
+from benchmarking.ceilings import measure_ceilings
+from benchmarking.devices import make_cpu_devices, measure_devices
+from benchmarking.measure import ATTENTION, STEPS, describe_case, measure_case, over_atoms
+from benchmarking.model import Variant
+from benchmarking.pipeline import any_target, measure_pipeline
 
-from crystalframer_jax.benchmark import report
-from crystalframer_jax.benchmark.cases import BUNDLED, CASES, SMALL
-from crystalframer_jax.benchmark.ceilings import measure_ceilings
-from crystalframer_jax.benchmark.devices import make_cpu_devices, measure_devices
-from crystalframer_jax.benchmark.measure import ATTENTION, STEPS, describe_case, measure_case, over_atoms
-from crystalframer_jax.benchmark.model import Variant
-from crystalframer_jax.benchmark.pipeline import any_target, measure_pipeline
-from crystalframer_jax.cli import reporting_errors
+from crystalframer_jax.cli.common import reporting_errors
 from crystalframer_jax.configs import default
 from crystalframer_jax.configs.variants import VARIANTS, with_variant
 

@@ -5,7 +5,7 @@ python scripts/evaluate.py RUN [--split=test] [--weights=best] [--output=predict
 
 import sys
 
-from crystalframer_jax.cli import evaluate_main
+from crystalframer_jax.cli.evaluate import evaluate_main
 
 if __name__ == "__main__":
     sys.exit(evaluate_main())

@@ -5,7 +5,7 @@ python scripts/import_torch_checkpoint.py FILE.ckpt --workdir=RUN [--target_set=
 
 import sys
 
-from crystalframer_jax.inference.exchange_cli import import_main
+from crystalframer_jax.cli.convert import import_main
 
 if __name__ == "__main__":
     sys.exit(import_main())

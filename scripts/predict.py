@@ -5,7 +5,7 @@ python scripts/predict.py RUN FILE... [--output=predictions.csv]
 
 import sys
 
-from crystalframer_jax.cli import predict_main
+from crystalframer_jax.cli.predict import predict_main
 
 if __name__ == "__main__":
     sys.exit(predict_main())

@@ -2,6 +2,6 @@
 
 import sys
 
-from crystalframer_jax.data.prepare_cli import prepare_main
+from crystalframer_jax.cli.prepare import prepare_main
 
 sys.exit(prepare_main())

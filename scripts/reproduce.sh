@@ -84,7 +84,8 @@ import json
 import sys
 from pathlib import Path
 
-from crystalframer_jax.training.logging import read_metrics, table
+from crystalframer_jax.training.logging import read_metrics
+from crystalframer_jax.text import table
 
 benchmark, jobs = sys.argv[1:]
 jobs = [line.split() for line in jobs.splitlines()]

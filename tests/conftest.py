@@ -32,7 +32,7 @@ def _programs_of_one_file_only():
 @pytest.fixture
 def script():
     """scripts/benchmark.py as a module of the test's own."""
-    file = Path(__file__).parent.parent / "scripts" / "benchmark.py"
+    file = Path(__file__).parents[1] / "scripts" / "benchmark.py"
     specification = importlib.util.spec_from_file_location("benchmark_script", file)
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)

@@ -12,15 +12,18 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import crystalframer_jax
-from crystalframer_jax.batch import Batch, pack, unpacked
+from crystalframer_jax.batching.batch import Batch, pack, unpacked
+from crystalframer_jax.batching.shapes import BatchShape, shape_for
+from crystalframer_jax.batching.table import make_table
 from crystalframer_jax.config import NO_PARTS, BatchParts, ModelConfig, model_config, validate
 from crystalframer_jax.configs import default
-from crystalframer_jax.crystal import Crystal
-from crystalframer_jax.data.table import make_table
 from crystalframer_jax.model.regressor import CrystalFramer
-from crystalframer_jax.neighbors import LatticeBox, neighbor_rows
-from crystalframer_jax.shapes import BatchShape, shape_for
+from crystalframer_jax.structures.crystal import Crystal
+from crystalframer_jax.structures.neighbors import LatticeBox, neighbor_rows
 
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+GOLDEN = ROOT / "tests" / "golden"
 BUNDLED = Path(crystalframer_jax.__file__).parent / "data" / "bundled" / "mp_flla_2015.jsonl.gz"
 
 # Configurations

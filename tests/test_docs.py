@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from support import random_variables, small_config
 
+from crystalframer_jax.config.hyperparameters import ALLOWED_VALUES, WITHOUT_COUNTERPART
 from crystalframer_jax.configs import default
-from crystalframer_jax.hyperparameters import ALLOWED_VALUES, WITHOUT_COUNTERPART
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -100,7 +100,7 @@ def test_options_on_command_lines_exist(page):
     known = default.get_config()
     for line in re.findall(r"^python (scripts/\w+\.py .*)$", page.read_text(), re.MULTILINE):
         script, *options = line.split()
-        sources = [ROOT / script, *(ROOT / "crystalframer_jax").glob("**/*cli.py")]
+        sources = [ROOT / script, *(ROOT / "crystalframer_jax" / "cli").glob("*.py")]
         source = "".join(file.read_text() for file in sources)
         for option in options:
             if option.startswith("--config."):

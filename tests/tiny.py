@@ -8,18 +8,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
-from test_data import small_set
+from small_sets import small_set
 
 from crystalframer_jax.config import neighbor_cutoff, target_names
 from crystalframer_jax.configs import default
 from crystalframer_jax.data.datasets import open_dataset
 from crystalframer_jax.data.registry import TARGET_SETS
-from crystalframer_jax.training.checkpoint import Checkpoints
-from crystalframer_jax.training.interruption import Interruption
+from crystalframer_jax.parallel.interruption import Interruption
+from crystalframer_jax.runs.checkpoints import Checkpoints
+from crystalframer_jax.training import loop
 from crystalframer_jax.training.logging import read_metrics
 from crystalframer_jax.training.loop import Run
 from crystalframer_jax.training.state import TrainState
@@ -131,3 +133,27 @@ def assert_same_run(config: ConfigDict, workdir: Path, expected: Path) -> None:
     assert meta | {"seconds": 0} == other_meta | {"seconds": 0}
     assert int(state.step) == 9 and int(state.swa_steps) == 3
     assert any(np.any(leaf) for leaf in jax.tree.leaves(state.swa_params))
+
+
+def nan_at(monkeypatch, step: int) -> None:
+    """Let the loss of one step be NaN in every run that is made from now on."""
+    make = loop.make_loss
+
+    def make_nan(*args):
+        loss = make(*args)
+
+        def loss_with_nan(params, state, *args):
+            value, rest = loss(params, state, *args)
+            return value * jnp.where(state.step == step, jnp.nan, 1), rest
+
+        return loss_with_nan
+
+    monkeypatch.setattr(loop, "make_loss", make_nan)
+
+
+def assert_same_bits(actual, expected) -> None:
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for (path, a), e in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
+        name = jax.tree_util.keystr(path)
+        assert isinstance(a, jax.Array) and a.dtype == e.dtype and a.shape == e.shape, name
+        assert np.asarray(a).tobytes() == np.asarray(e).tobytes(), name

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from support import batch_of, random_crystal, small_config
 
+from crystalframer_jax.batching.shapes import BatchShape
 from crystalframer_jax.config import BatchParts
-from crystalframer_jax.hyperparameters import ALLOWED_VALUES
+from crystalframer_jax.config.hyperparameters import ALLOWED_VALUES
 from crystalframer_jax.model.regressor import CrystalFramer
-from crystalframer_jax.shapes import BatchShape
 
 RADIUS = 5.0  # Å: rows below 48, the shortest length that is compiled
 SHAPE = BatchShape(16, 48, 4)

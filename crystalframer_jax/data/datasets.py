@@ -4,11 +4,11 @@ import re
 from pathlib import Path
 
 from crystalframer_jax.config import ConfigError
-from crystalframer_jax.data.origins import Bundled
 from crystalframer_jax.data.prepare import is_current, prepare
 from crystalframer_jax.data.registry import TARGET_SETS
+from crystalframer_jax.data.sources import Bundled
 from crystalframer_jax.data.store import Dataset, data_folder, load_dataset
-from crystalframer_jax.neighbors import LatticeBox
+from crystalframer_jax.structures.neighbors import LatticeBox
 
 
 def open_dataset(name: str, targets: tuple[str, ...], cutoff: float | LatticeBox, data_dir: str = "") -> Dataset:

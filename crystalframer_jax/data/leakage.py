@@ -20,10 +20,10 @@ from pymatgen.optimization.neighbors import find_points_in_spheres
 from scipy.spatial import KDTree
 from tqdm import tqdm
 
-from crystalframer_jax.crystal import Crystal
 from crystalframer_jax.data.build import SMALL, Columns, num_processes, processes
 from crystalframer_jax.data.splits import SPLITS
 from crystalframer_jax.data.store import crystal_at
+from crystalframer_jax.structures.crystal import Crystal
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -8,12 +8,12 @@ import grain
 import jax
 import numpy as np
 
-from crystalframer_jax.batch import Batch, Fill, fill_factors, pack
+from crystalframer_jax.batching.batch import Batch, Fill, fill_factors, pack
+from crystalframer_jax.batching.device_table import DeviceTable, Stretch, device_table_if_it_fits
+from crystalframer_jax.batching.shapes import BatchShape, Shared, lengths_of, plan_shapes, shared_out
 from crystalframer_jax.config import NO_PARTS, BatchParts, ConfigError
-from crystalframer_jax.data.device import DeviceTable, Stretch, device_table_if_it_fits
 from crystalframer_jax.data.store import Dataset
-from crystalframer_jax.parallel import ONE_DEVICE, Devices, imbalance
-from crystalframer_jax.shapes import BatchShape, Shared, lengths_of, plan_shapes, shared_out
+from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices, imbalance
 
 
 class TrainingBatches:

@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from crystalframer_jax.crystal import Crystal, CrystalError
+from crystalframer_jax.batching.table import CRYSTAL_COLUMNS, crystal_columns
 from crystalframer_jax.data.build import Columns, build_parts, join_parts
 from crystalframer_jax.data.leakage import Leak, find_leaks
 from crystalframer_jax.data.records import BadRecord, DataError, Record, Source, crystal_of
 from crystalframer_jax.data.registry import TargetSet
 from crystalframer_jax.data.splits import SPLITS, differences, given_split, random_split, split_by_group
 from crystalframer_jax.data.store import digest_of, mapped_columns, parts_folder, read_columns, writing
-from crystalframer_jax.data.table import CRYSTAL_COLUMNS, crystal_columns
 from crystalframer_jax.files import locked, write_csv
+from crystalframer_jax.structures.crystal import Crystal, CrystalError
 
 CRYSTALS_FORMAT = 1  # to be raised when crystals or their columns change
 LONGEST_ID = 200  # characters

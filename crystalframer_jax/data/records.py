@@ -9,32 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from crystalframer_jax.crystal import Crystal, CrystalError
 from crystalframer_jax.errors import UserError
+from crystalframer_jax.structures.crystal import Crystal, CrystalError
 
 
 class DataError(UserError, ValueError):
     """Data that cannot be prepared; the message is one line naming the file and the remedy."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """A property to predict: its name here, the field of the source that holds it, and its unit ("" if unknown).
-
-    With `log10` the label is the decimal logarithm of the field; the unit is that of the label.
-    """
-
-    name: str
-    field: str
-    unit: str
-    log10: bool = False
-
-    def label(self, value: Any) -> float:
-        """The label for a value of the field, NaN if there is none."""
-        number = parse_label(value)
-        if not self.log10:
-            return number
-        return math.log10(number) if number > 0 else math.nan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +37,26 @@ class Record:
     labels: tuple[float, ...]
     split: str = ""
     group: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A property to predict: its name here, the field of the source that holds it, and its unit ("" if unknown).
+
+    With `log10` the label is the decimal logarithm of the field; the unit is that of the label.
+    """
+
+    name: str
+    field: str
+    unit: str
+    log10: bool = False
+
+    def label(self, value: Any) -> float:
+        """The label for a value of the field, NaN if there is none."""
+        number = parse_label(value)
+        if not self.log10:
+            return number
+        return math.log10(number) if number > 0 else math.nan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +115,7 @@ def crystal_of(record: Record) -> Crystal:
 
 
 def _crystal_of_file(path: Path, id: str) -> Crystal:
-    from crystalframer_jax.structure_files import read_crystals
+    from crystalframer_jax.structures.files import read_crystals
 
     crystals = read_crystals(path)
     if len(crystals) != 1:

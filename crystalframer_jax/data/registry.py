@@ -6,8 +6,8 @@ import importlib.resources
 import json
 
 from crystalframer_jax.config import ConfigError
-from crystalframer_jax.data.origins import Bundled, FigsharePickles, JarvisArchive
 from crystalframer_jax.data.records import Target
+from crystalframer_jax.data.sources import Bundled, FigsharePickles, JarvisArchive
 from crystalframer_jax.data.splits import SplitFacts
 
 MEGNET_COUNTS = (60_000, 5_000, 4_239)

@@ -23,14 +23,14 @@ import numpy as np
 import platformdirs
 from tqdm import tqdm
 
-from crystalframer_jax.crystal import Crystal
+from crystalframer_jax.batching.table import CRYSTAL_COLUMNS, ROW_COLUMNS, CrystalTable, row_columns
 from crystalframer_jax.data.build import Columns, build_parts, join_parts
 from crystalframer_jax.data.records import DataError, Target
 from crystalframer_jax.data.registry import TARGET_SETS, find_target
 from crystalframer_jax.data.splits import SPLITS
-from crystalframer_jax.data.table import CRYSTAL_COLUMNS, ROW_COLUMNS, CrystalTable, row_columns
 from crystalframer_jax.files import json_text, locked, sha256
-from crystalframer_jax.neighbors import LatticeBox, neighbor_rows
+from crystalframer_jax.structures.crystal import Crystal
+from crystalframer_jax.structures.neighbors import LatticeBox, neighbor_rows
 
 ROWS_FORMAT = 3  # to be raised when neighbour rows or their columns change
 CHUNK_ATOMS = 10_000  # atoms whose neighbours a worker process finds at a time; about 100 MB

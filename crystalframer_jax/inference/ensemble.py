@@ -10,23 +10,18 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from crystalframer_jax.batching.shapes import BatchShape
+from crystalframer_jax.batching.table import CrystalTable
+from crystalframer_jax.batching.targets import TargetStatistics
 from crystalframer_jax.config import BatchParts, ConfigError
 from crystalframer_jax.data.store import Dataset
-from crystalframer_jax.data.table import CrystalTable
-from crystalframer_jax.inference.evaluation import (
-    Predictions,
-    batches_of,
-    mean_absolute_errors,
-    mean_predictor_errors,
-    regression_metrics,
-    write_predictions,
-)
+from crystalframer_jax.inference.evaluation import Predictions, batches_of
 from crystalframer_jax.inference.predictor import Predictor, crystals_of, table_of, work_for
-from crystalframer_jax.neighbors import LatticeBox
-from crystalframer_jax.shapes import BatchShape
-from crystalframer_jax.training.checkpoint import CheckpointError, read_json
-from crystalframer_jax.training.logging import table as text_table
-from crystalframer_jax.training.state import TargetStatistics
+from crystalframer_jax.reporting.metrics import mean_absolute_errors, mean_predictor_errors, regression_metrics
+from crystalframer_jax.reporting.predictions import write_predictions
+from crystalframer_jax.runs.checkpoints import CheckpointError, read_json
+from crystalframer_jax.structures.neighbors import LatticeBox
+from crystalframer_jax.text import table as text_table
 
 
 class Ensemble:
@@ -194,7 +189,7 @@ def plot_calibration(
 
     Labels are [C, T]. Returns the files and, by target, the numbers of `training.plots.calibration`.
     """
-    from crystalframer_jax.training import plots  # imports matplotlib
+    from crystalframer_jax.reporting import plots  # imports matplotlib
 
     files: list[Path] = []
     found: dict[str, Any] = {}
@@ -248,7 +243,7 @@ def _write_files(
     folder: Path, dataset: Dataset, predictions: Predictions, targets: tuple[TargetStatistics, ...]
 ) -> dict[str, dict[str, float]]:
     """Files and figures of the test crystals; returns the miscalibration area of each target."""
-    from crystalframer_jax.training import plots  # imports matplotlib
+    from crystalframer_jax.reporting import plots  # imports matplotlib
 
     indices = dataset.splits["test"]
     ids, labels = dataset.table.ids[indices], dataset.labels[indices]

@@ -1,26 +1,23 @@
 """Predictions for many crystals, and the errors they make."""
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from crystalframer_jax.batch import Batch, pack
+from crystalframer_jax.batching.batch import Batch, pack
+from crystalframer_jax.batching.device_table import DeviceTable
+from crystalframer_jax.batching.shapes import BatchShape, Shared, shared_out
+from crystalframer_jax.batching.table import CrystalTable
+from crystalframer_jax.batching.targets import TargetStatistics, to_label_units
 from crystalframer_jax.config import NO_PARTS, BatchParts, ConfigError, model_config
-from crystalframer_jax.data.device import DeviceTable
 from crystalframer_jax.data.store import Dataset
-from crystalframer_jax.data.table import CrystalTable
-from crystalframer_jax.files import write_csv
-from crystalframer_jax.parallel import ONE_DEVICE, Devices
-from crystalframer_jax.shapes import BatchShape, Shared, shared_out
-from crystalframer_jax.training.state import TargetStatistics, to_label_units
-from crystalframer_jax.training.step import Forward
+from crystalframer_jax.inference.forward import Forward
+from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices
 
 MAX_BATCH_ATOMS = 1024  # a larger crystal is a batch of its own
 MAX_BATCH_CRYSTALS = 128
@@ -143,83 +140,3 @@ def groups_by_atoms(table: CrystalTable, devices: int = 1) -> list[np.ndarray]:
         groups[-1].append(row)
         atoms += size
     return [np.array(group) for group in groups]
-
-
-def mean_absolute_errors(
-    predictions: np.ndarray, labels: np.ndarray, statistics: tuple[TargetStatistics, ...]
-) -> dict[str, float]:
-    """MAE of every target over its known (finite) labels, in label units; predictions and labels [C, T].
-
-    NaN where no label is known; a prediction that is not finite makes the error not finite.
-    """
-    _check_shapes(predictions, labels)
-    known = np.isfinite(labels)
-    errors = [np.abs(predictions - labels)[known[:, t], t] for t in range(len(statistics))]
-    return {s.name: float(e.mean()) if e.size else math.nan for s, e in zip(statistics, errors, strict=True)}
-
-
-def mean_predictor_errors(
-    labels: np.ndarray, statistics: tuple[TargetStatistics, ...], train_labels: np.ndarray | None = None
-) -> dict[str, float]:
-    """MAE of predicting the mean of the training labels for every crystal, labels [C, T].
-
-    Without training labels [C, T] their mean is taken from the statistics (which hold it unless `normalize_targets`
-    leaves the targets where they are).
-    """
-    mean = [s.mean for s in statistics] if train_labels is None else np.nanmean(train_labels, axis=0)
-    return mean_absolute_errors(np.broadcast_to(mean, labels.shape), labels, statistics)
-
-
-def regression_metrics(
-    predictions: np.ndarray, labels: np.ndarray, statistics: tuple[TargetStatistics, ...]
-) -> dict[str, dict[str, float | None]]:
-    """{target: {"mae", "rmse", "r2"}} over its known (finite) labels, label units; predictions and labels [C, T].
-
-    R^2 = 1 - sum (prediction - label)^2 / sum (label - mean label)^2: 1 is perfect, 0 as good as the mean of these
-    labels. It is None where they do not vary, and everything is None where none is known. A prediction that is not
-    finite makes the metrics not finite.
-    """
-    _check_shapes(predictions, labels)
-    return {s.name: _metrics(predictions[:, t], labels[:, t]) for t, s in enumerate(statistics)}
-
-
-def _metrics(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:
-    """The metrics of one target, [C]."""
-    known = np.isfinite(labels)
-    if not known.any():
-        return {"mae": None, "rmse": None, "r2": None}
-    values = np.asarray(labels[known], np.float64)
-    errors = np.asarray(predictions[known], np.float64) - values
-    r2 = None
-    if np.ptp(values) > 0:
-        r2 = float(1 - np.sum(errors**2) / np.sum((values - values.mean()) ** 2))
-    return {"mae": float(np.abs(errors).mean()), "rmse": float(np.sqrt(np.mean(errors**2))), "r2": r2}
-
-
-def _check_shapes(predictions: np.ndarray, labels: np.ndarray) -> None:
-    if predictions.shape != labels.shape:
-        raise ValueError(f"predictions {predictions.shape} and labels {labels.shape} differ in shape")
-
-
-def write_predictions(
-    file: str | Path,
-    ids: Sequence[str] | np.ndarray,
-    labels: np.ndarray,
-    predictions: np.ndarray,
-    statistics: tuple[TargetStatistics, ...],
-    spread: np.ndarray | None = None,
-) -> None:
-    """Write labels and predictions [C, T] as CSV: id,target,prediction, with several targets
-    id,target_A,prediction_A,target_B,prediction_B, and after them the spreads, if given: spread or spread_A,spread_B.
-
-    The units are those of the labels. Numbers have all their digits; an unknown label is an empty cell.
-    """
-    _check_shapes(predictions, labels)
-    ends = [f"_{s.name}" for s in statistics] if len(statistics) > 1 else [""]
-    header = ["id", *(f"{kind}{end}" for end in ends for kind in ("target", "prediction"))]
-    columns = [np.where(np.isfinite(labels), labels.astype(object), ""), predictions.astype(object)]
-    rows = np.stack(columns, axis=2).reshape(len(labels), 2 * len(statistics))
-    if spread is not None:
-        header += [f"spread{end}" for end in ends]
-        rows = np.concatenate([rows, spread.astype(object)], axis=1)
-    write_csv(file, header, [[str(id), *row] for id, row in zip(ids, rows.tolist(), strict=True)])

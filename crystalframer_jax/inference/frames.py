@@ -5,15 +5,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from crystalframer_jax.batch import pack, unpacked
+from crystalframer_jax.batching.batch import pack, unpacked
+from crystalframer_jax.batching.shapes import shape_for
+from crystalframer_jax.batching.table import make_table
 from crystalframer_jax.config import BatchParts, ConfigError
-from crystalframer_jax.crystal import CrystalError
-from crystalframer_jax.data.table import make_table
-from crystalframer_jax.model.frames import METHODS, block_frames
-from crystalframer_jax.model.random_bits import keys_by_place, row_seeds
-from crystalframer_jax.neighbors import neighbor_rows
-from crystalframer_jax.shapes import shape_for
-from crystalframer_jax.structure_files import as_crystals
+from crystalframer_jax.model.frames import block_frames
+from crystalframer_jax.ops.frames import METHODS
+from crystalframer_jax.ops.random_bits import keys_by_place, row_seeds
+from crystalframer_jax.structures.crystal import CrystalError
+from crystalframer_jax.structures.files import as_crystals
+from crystalframer_jax.structures.neighbors import neighbor_rows
 
 _compiled = jax.jit(block_frames, static_argnums=(0, 5))
 _unpacked = jax.jit(unpacked)

@@ -12,18 +12,17 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from crystalframer_jax.batch import pack
+from crystalframer_jax.batching.batch import pack
+from crystalframer_jax.batching.shapes import BatchShape, shape_for
+from crystalframer_jax.batching.table import CrystalTable, make_table
+from crystalframer_jax.batching.targets import TargetStatistics
 from crystalframer_jax.config import BatchParts, ModelConfig, model_config, neighbor_cutoff
 from crystalframer_jax.configs import default
-from crystalframer_jax.crystal import Crystal
-from crystalframer_jax.data.table import CrystalTable, make_table
 from crystalframer_jax.inference.evaluation import Predictions, frame_draws, groups_by_atoms, predict_rows
+from crystalframer_jax.inference.forward import Forward, make_forward, working_precision
 from crystalframer_jax.model.regressor import CrystalFramer
-from crystalframer_jax.neighbors import LatticeBox, neighbor_rows
-from crystalframer_jax.parallel import ONE_DEVICE, Devices
-from crystalframer_jax.shapes import BatchShape, shape_for
-from crystalframer_jax.structure_files import as_crystals
-from crystalframer_jax.training.checkpoint import (
+from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices, Tree
+from crystalframer_jax.runs.checkpoints import (
     FOLDER,
     MODEL_FIELDS,
     CheckpointError,
@@ -31,8 +30,9 @@ from crystalframer_jax.training.checkpoint import (
     on_this_device,
     read_json,
 )
-from crystalframer_jax.training.state import TargetStatistics, Tree
-from crystalframer_jax.training.step import Forward, make_forward, working_precision
+from crystalframer_jax.structures.crystal import Crystal
+from crystalframer_jax.structures.files import as_crystals
+from crystalframer_jax.structures.neighbors import LatticeBox, neighbor_rows
 
 AVERAGES = {"swa": "swa_epochs", "ema": "ema_decay"}  # averaged weights, and what switches them on
 WEIGHTS = ("best", "last", *AVERAGES)

@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crystalframer_jax.batch import CellRows, Rows
+from crystalframer_jax.batching.batch import CellRows, Rows
 from crystalframer_jax.kernels import sums as kernels
-from crystalframer_jax.model.basis import EXACT, Bases
 from crystalframer_jax.model.implementation import (
     Implementation,
     check_arrays,
@@ -18,8 +17,9 @@ from crystalframer_jax.model.implementation import (
     difference,
     uses_kernels,
 )
-from crystalframer_jax.model.lattice_sums import SumOptions, lattice_sums
-from crystalframer_jax.model.reciprocal import WaveVectors
+from crystalframer_jax.ops.basis import EXACT, Bases
+from crystalframer_jax.ops.lattice_sums import SumOptions, lattice_sums
+from crystalframer_jax.ops.reciprocal import WaveVectors
 
 
 @jax.tree_util.register_dataclass

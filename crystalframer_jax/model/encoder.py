@@ -6,16 +6,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from crystalframer_jax.batch import Batch, CellRows
+from crystalframer_jax.batching.batch import Batch, CellRows
 from crystalframer_jax.config import ModelConfig
 from crystalframer_jax.model.attention import ValueEncoding, framed_attention, reciprocal_attention
-from crystalframer_jax.model.basis import EXACT, AngleBasis, Bases, DistanceBasis
 from crystalframer_jax.model.frames import block_frames
 from crystalframer_jax.model.implementation import Implementation
 from crystalframer_jax.model.layers import ACTIVATIONS, Initializer, block_layer, layer_norm, t_fixup_gain
-from crystalframer_jax.model.random_bits import fold_in_all, keys_by_place, row_seeds, thinned
-from crystalframer_jax.model.reciprocal import WaveVectors
-from crystalframer_jax.parallel import total
+from crystalframer_jax.ops.basis import EXACT, AngleBasis, Bases, DistanceBasis
+from crystalframer_jax.ops.random_bits import fold_in_all, keys_by_place, row_seeds, thinned
+from crystalframer_jax.ops.reciprocal import WaveVectors
+from crystalframer_jax.parallel.devices import total
 
 NO_SPREAD = 1e-5  # standard deviation of the width logits, relative to their mean, that is rounding only
 

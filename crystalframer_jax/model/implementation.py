@@ -14,7 +14,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from crystalframer_jax.batch import Rows
+from crystalframer_jax.batching.batch import Rows
 from crystalframer_jax.errors import UserError
 from crystalframer_jax.kernels import backend
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from crystalframer_jax.config import ModelConfig
-from crystalframer_jax.model.basis import EXACT
-from crystalframer_jax.parallel import total
+from crystalframer_jax.ops.basis import EXACT
+from crystalframer_jax.parallel.devices import total
 
 Initializer = Callable[..., jax.Array]  # (key, shape, dtype)
 ACTIVATIONS = {"relu": nn.relu, "gelu": lambda x: nn.gelu(x, approximate=False)}

@@ -6,13 +6,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from crystalframer_jax.batch import Batch, unpacked
+from crystalframer_jax.batching.batch import Batch, unpacked
 from crystalframer_jax.config import ModelConfig
-from crystalframer_jax.model.basis import EXACT
 from crystalframer_jax.model.encoder import EncoderBlock
 from crystalframer_jax.model.implementation import Implementation
 from crystalframer_jax.model.layers import head_layer, head_norm, layer_norm
-from crystalframer_jax.parallel import total
+from crystalframer_jax.ops.basis import EXACT
+from crystalframer_jax.parallel.devices import total
 
 NUM_ELEMENTS = 98
 

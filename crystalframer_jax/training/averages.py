@@ -7,12 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from crystalframer_jax.batch import Batch
+from crystalframer_jax.batching.batch import Batch
 from crystalframer_jax.config import ConfigError
 from crystalframer_jax.data.loader import TrainingBatches
 from crystalframer_jax.model.layers import BATCH_NORM_MOMENTUM
 from crystalframer_jax.model.regressor import CrystalFramer
-from crystalframer_jax.parallel import ONE_DEVICE, Devices
+from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices
 from crystalframer_jax.training.state import TrainState, Tree
 
 

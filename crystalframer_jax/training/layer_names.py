@@ -1,12 +1,9 @@
 """Layers named in a configuration: "embedding,block_0/attention" are paths in the tree of parameters."""
 
-from typing import Any
-
 import jax
 
 from crystalframer_jax.config import ConfigError
-
-Tree = Any  # nested dict of arrays
+from crystalframer_jax.parallel.devices import Tree
 
 
 def layer_mask(params: Tree, layers: str, key: str) -> Tree:

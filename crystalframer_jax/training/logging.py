@@ -1,7 +1,6 @@
 """What a run writes about itself: progress on the terminal, metrics.jsonl, TensorBoard events, tables."""
 
 import json
-import math
 import os
 import secrets
 import sys
@@ -12,7 +11,7 @@ from tqdm import tqdm
 
 from crystalframer_jax.errors import UserError
 from crystalframer_jax.files import json_text, replacing
-from crystalframer_jax.parallel import is_first_process
+from crystalframer_jax.parallel.processes import is_first_process
 
 
 class MetricsLog:
@@ -141,35 +140,3 @@ def say(text: str) -> None:
     if is_first_process():
         tqdm.write(text)
         sys.stdout.flush()
-
-
-def table(header: list[str], rows: list[list[Any]], num_left: int = 1) -> str:
-    """Text columns, the first `num_left` aligned left and the others right; numbers with four decimals."""
-    cells = [header] + [[_cell(value) for value in row] for row in rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = []
-    for row in cells:
-        aligned = [
-            cell.ljust(width) if i < num_left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(aligned))
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.4f}" if math.isfinite(value) else "-"
-    return str(value)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as 3 h 05 min, 4 min 07 s or 12 s."""
-    hours, rest = divmod(round(seconds), 3600)
-    minutes, seconds = divmod(rest, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"

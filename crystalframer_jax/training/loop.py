@@ -10,8 +10,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from crystalframer_jax.batching.device_table import Stretch
+from crystalframer_jax.batching.targets import TargetStatistics
 from crystalframer_jax.config import ConfigError, model_config
-from crystalframer_jax.data.device import Stretch
 from crystalframer_jax.data.loader import TrainingBatches
 from crystalframer_jax.data.splits import SPLITS
 from crystalframer_jax.data.store import Dataset
@@ -19,29 +20,31 @@ from crystalframer_jax.files import is_disk_full, write_json
 from crystalframer_jax.inference.evaluation import frame_draws
 from crystalframer_jax.model.implementation import Implementation
 from crystalframer_jax.model.regressor import CrystalFramer
-from crystalframer_jax.parallel import ONE_DEVICE, Devices, is_first_process, json_from_first_process, on_one_device
-from crystalframer_jax.training import plots
-from crystalframer_jax.training.agreement import NOTHING, SAVE, STOP, Agreement, agreed_implementation
-from crystalframer_jax.training.averages import averages_in, batch_statistics_of_averages, ready_for_swa, weights_of
-from crystalframer_jax.training.checkpoint import read_json
-from crystalframer_jax.training.evaluator import Evaluator, TrainingError
-from crystalframer_jax.training.interruption import Interruption, TrainingInterrupted
-from crystalframer_jax.training.layer_names import count_parameters, layer_mask
-from crystalframer_jax.training.logging import MetricsLog, Progress, read_metrics, say
-from crystalframer_jax.training.nonfinite import batch_report
-from crystalframer_jax.training.pretrained import start_from
-from crystalframer_jax.training.report import describe, evaluate_candidates, score_history, summary_text
-from crystalframer_jax.training.results import EpochResults, StepResult
-from crystalframer_jax.training.run_checkpoints import RunCheckpoints
-from crystalframer_jax.training.run_directory import (
+from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices, on_one_device
+from crystalframer_jax.parallel.interruption import Interruption, TrainingInterrupted
+from crystalframer_jax.parallel.processes import is_first_process, json_from_first_process
+from crystalframer_jax.reporting import plots
+from crystalframer_jax.reporting.summary import describe, score_history, summary_text
+from crystalframer_jax.runs.checkpoints import read_json
+from crystalframer_jax.runs.run_checkpoints import RunCheckpoints
+from crystalframer_jax.runs.run_directory import (
     as_json,
     record_environment,
     store_config,
     stored_config,
 )
-from crystalframer_jax.training.state import TargetStatistics, TrainState, Tree
+from crystalframer_jax.training.averages import averages_in, batch_statistics_of_averages, ready_for_swa, weights_of
+from crystalframer_jax.training.consensus import NOTHING, SAVE, STOP, Agreement, agreed_implementation
+from crystalframer_jax.training.errors import TrainingError
+from crystalframer_jax.training.layer_names import count_parameters, layer_mask
+from crystalframer_jax.training.logging import MetricsLog, Progress, read_metrics, say
+from crystalframer_jax.training.nonfinite import batch_report
+from crystalframer_jax.training.pretrained import start_from
+from crystalframer_jax.training.results import EpochResults, StepResult
+from crystalframer_jax.training.state import TrainState, Tree
 from crystalframer_jax.training.step import LossFunction, initial_state, make_loss, make_recipe, make_train_step
 from crystalframer_jax.training.stretches import dispatches, make_stretch
+from crystalframer_jax.training.validation import Evaluator, evaluate_candidates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +106,9 @@ class Run:
             devices=devices,
         )
         self.statistics = tuple(
-            TargetStatistics.of(target, dataset.labels[self.batches.indices, t], config.normalize_targets)
+            TargetStatistics.of(
+                target.name, target.unit, dataset.labels[self.batches.indices, t], config.normalize_targets
+            )
             for t, target in enumerate(dataset.targets)
         )
         self.recipe = make_recipe(config, self.batches.steps_per_epoch)

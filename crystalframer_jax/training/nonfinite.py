@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from crystalframer_jax.batch import pack
+from crystalframer_jax.batching.batch import pack
+from crystalframer_jax.batching.shapes import shape_for
+from crystalframer_jax.batching.targets import TargetStatistics
 from crystalframer_jax.data.loader import TrainingBatches
-from crystalframer_jax.shapes import shape_for
-from crystalframer_jax.training.state import TargetStatistics, TrainState
+from crystalframer_jax.training.state import TrainState
 from crystalframer_jax.training.step import LossFunction
 
 

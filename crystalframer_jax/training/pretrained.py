@@ -8,10 +8,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from crystalframer_jax.batching.targets import TargetStatistics
 from crystalframer_jax.config import ConfigError, model_config, neighbor_cutoff
 from crystalframer_jax.inference.predictor import Predictor
 from crystalframer_jax.training.layer_names import layer_mask
-from crystalframer_jax.training.state import TargetStatistics, TrainState, Tree
+from crystalframer_jax.training.state import TrainState, Tree
 
 # What may differ between the two: it does not change what the weights compute, but for rounding and draws.
 MAY_DIFFER = ("num_targets", "dropout", "scale_grad", "precision", "tie_tolerance")

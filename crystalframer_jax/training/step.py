@@ -1,6 +1,5 @@
 """Initialisation, the training step and the forward pass, as compiled functions."""
 
-import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -10,17 +9,17 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from crystalframer_jax.batch import Batch
-from crystalframer_jax.model.random_bits import keys_by_place
+from crystalframer_jax.batching.batch import Batch
+from crystalframer_jax.batching.targets import TargetStatistics, standardise
 from crystalframer_jax.model.regressor import CrystalFramer
-from crystalframer_jax.parallel import ONE_DEVICE, Devices, summed
+from crystalframer_jax.ops.random_bits import keys_by_place
+from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices, summed
 from crystalframer_jax.training.averages import averaged
 from crystalframer_jax.training.layer_names import layer_mask
 from crystalframer_jax.training.loss import loss_per_crystal
 from crystalframer_jax.training.optimizer import Schedule, learning_rate, make_optimizer
-from crystalframer_jax.training.state import TargetStatistics, TrainState, Tree, standardise
+from crystalframer_jax.training.state import TrainState, Tree
 
-Forward = Callable[..., jax.Array]
 LossFunction = Callable[..., tuple[jax.Array, Any]]
 StepFunction = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
 
@@ -48,11 +47,6 @@ def make_recipe(config: ConfigDict, steps_per_epoch: int) -> Recipe:
         ema_decay=config.ema_decay,
         frozen_layers=config.frozen_layers,
     )
-
-
-def working_precision(config: ConfigDict) -> contextlib.AbstractContextManager:
-    """Switches float64 on in JAX while a model of precision=float64 is at work; nothing else needs to."""
-    return jax.enable_x64(True) if config.precision == "float64" else contextlib.nullcontext()
 
 
 def initial_state(
@@ -173,21 +167,3 @@ def train_step(recipe: Recipe, loss: LossFunction, skip_nonfinite: int = 0, axis
         return counted, result | {"step": state.step, "skipped_steps": counted.skipped_steps}
 
     return step
-
-
-def make_forward(model: CrystalFramer, devices: Devices = ONE_DEVICE) -> Forward:
-    """forward(variables, batch, sample) -> standardised predictions [B, T]; of several devices [devices, B, T].
-
-    Without `sample` the first of several equally good frames is taken; the number of a sample draws one, the same for
-    the same crystal wherever it stands in a batch.
-    """
-
-    def forward(variables: Tree, batch: Batch, sample: int | None = None) -> Any:
-        keys = None
-        if sample is not None:
-            key = jax.random.fold_in(jax.random.key(0), sample)
-            keys = jnp.broadcast_to(key, batch.crystal_sizes.shape)
-        predictions = model.apply(variables, batch, keys)
-        return predictions if devices.axis is None else jax.lax.all_gather(predictions, devices.axis)
-
-    return devices.each(forward, split=(1,))

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import jax
 
-from crystalframer_jax.batch import Batch
-from crystalframer_jax.data.device import Stretch
+from crystalframer_jax.batching.batch import Batch
+from crystalframer_jax.batching.device_table import Stretch
 from crystalframer_jax.data.loader import TrainingBatches
-from crystalframer_jax.parallel import ONE_DEVICE, Devices
+from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices
 from crystalframer_jax.training.state import TrainState
 from crystalframer_jax.training.step import LossFunction, Recipe, StepFunction, train_step
 

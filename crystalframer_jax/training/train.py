@@ -12,14 +12,15 @@ from crystalframer_jax.data.datasets import open_dataset
 from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.files import locked, write_json
 from crystalframer_jax.inference.ensemble import Ensemble, ensemble_summary, ensemble_text, is_ensemble, member_names
-from crystalframer_jax.parallel import Devices, from_first_process, is_first_process, json_from_first_process
-from crystalframer_jax.training.agreement import check_alike
-from crystalframer_jax.training.checkpoint import FOLDER
-from crystalframer_jax.training.interruption import Interruption
+from crystalframer_jax.inference.forward import working_precision
+from crystalframer_jax.parallel.devices import Devices
+from crystalframer_jax.parallel.interruption import Interruption
+from crystalframer_jax.parallel.processes import from_first_process, is_first_process, json_from_first_process
+from crystalframer_jax.runs.checkpoints import FOLDER
+from crystalframer_jax.runs.run_directory import as_json, check_config, check_data
+from crystalframer_jax.training.consensus import check_alike
 from crystalframer_jax.training.logging import say
 from crystalframer_jax.training.loop import Options, Run
-from crystalframer_jax.training.run_directory import as_json, check_config, check_data
-from crystalframer_jax.training.step import working_precision
 
 
 def train(
@@ -32,7 +33,7 @@ def train(
 
     The same call continues a run that was interrupted, from its last checkpoint; batches, random draws and results
     are those of a run that was not interrupted. All devices share the work, also those of several processes (see
-    crystalframer_jax.distributed) that make the same call; the first process writes into `workdir`.
+    crystalframer_jax.parallel.distributed) that make the same call; the first process writes into `workdir`.
 
     Raises ConfigError for a configuration that cannot be run or differs from that of the run directory, TrainingError
     if the loss is not finite or the disk is full, and TrainingInterrupted after having saved what there is if a signal

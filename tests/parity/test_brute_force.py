@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from support import atom_places, batch_of, config_from_official, random_crystal
 
+from crystalframer_jax.config.hyperparameters import ALLOWED_VALUES
 from crystalframer_jax.configs import default
-from crystalframer_jax.hyperparameters import ALLOWED_VALUES
-from crystalframer_jax.inference.official import variables_from_official
 from crystalframer_jax.model.regressor import CrystalFramer
-from crystalframer_jax.neighbors import LatticeBox
+from crystalframer_jax.official.state import variables_from_official
+from crystalframer_jax.structures.neighbors import LatticeBox
 
 # Å, in both. The reference takes whole lattice images beyond it: at these scales what it adds has weights of exp(-20)
 # and less. Rows have fewer than 48 neighbors, the shortest length that is compiled.

@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 from support import atom_places, batch_of, config_from_official
 
-from crystalframer_jax.crystal import Crystal
-from crystalframer_jax.inference.official import official_from_params, variables_from_official
+from crystalframer_jax.batching.shapes import BatchShape
 from crystalframer_jax.model.regressor import CrystalFramer
-from crystalframer_jax.shapes import BatchShape
+from crystalframer_jax.official.state import official_from_params, variables_from_official
+from crystalframer_jax.structures.crystal import Crystal
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = [

@@ -11,17 +11,19 @@ import optax
 import pytest
 from tiny import assert_equal_trees
 
-from crystalframer_jax.batch import pack
+from crystalframer_jax.batching.batch import pack
+from crystalframer_jax.batching.shapes import shape_for
+from crystalframer_jax.batching.table import make_table
+from crystalframer_jax.batching.targets import to_label_units
 from crystalframer_jax.config import model_config, neighbor_cutoff
-from crystalframer_jax.crystal import Crystal
-from crystalframer_jax.data.table import make_table
-from crystalframer_jax.inference.official import load_official, variables_from_official
+from crystalframer_jax.inference.forward import make_forward
 from crystalframer_jax.model.regressor import CrystalFramer
-from crystalframer_jax.neighbors import neighbor_rows
-from crystalframer_jax.shapes import shape_for
+from crystalframer_jax.official.state import load_official, variables_from_official
+from crystalframer_jax.structures.crystal import Crystal
+from crystalframer_jax.structures.neighbors import neighbor_rows
 from crystalframer_jax.training.optimizer import Schedule
-from crystalframer_jax.training.state import TrainState, to_label_units
-from crystalframer_jax.training.step import make_forward, make_loss, make_recipe, make_train_step, new_state
+from crystalframer_jax.training.state import TrainState
+from crystalframer_jax.training.step import make_loss, make_recipe, make_train_step, new_state
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,13 +33,13 @@ from support import (
     small_config,
 )
 
+from crystalframer_jax.batching.shapes import BatchShape
 from crystalframer_jax.config import BatchParts
-from crystalframer_jax.crystal import Crystal
-from crystalframer_jax.lattice import lattice_vectors
-from crystalframer_jax.model.frames import METHODS
-from crystalframer_jax.model.random_bits import keys_by_place
 from crystalframer_jax.model.regressor import CrystalFramer
-from crystalframer_jax.shapes import BatchShape
+from crystalframer_jax.ops.frames import METHODS
+from crystalframer_jax.ops.random_bits import keys_by_place
+from crystalframer_jax.structures.crystal import Crystal
+from crystalframer_jax.structures.lattice import lattice_vectors
 
 # Of the bundled set, crystals with all atoms on general positions: those of the space groups P1 and P-1, and some of
 # others. Then one or two crystals of each of many groups of higher symmetry, first some whose predictions depend on the

@@ -1,0 +1,212 @@
+"""DeviceTable: a data set kept on the device, where its batches are gathered."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from crystalframer_jax.batching.batch import Batch, PackedRows, fractional_parts
+from crystalframer_jax.batching.shapes import BatchShape, Shared
+from crystalframer_jax.batching.table import CrystalTable
+from crystalframer_jax.config import BatchParts
+from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices
+from crystalframer_jax.parallel.processes import largest_of_processes
+
+SHARE_OF_MEMORY = 0.4  # of the device, that the columns may take; the rest is for training
+MOST_EDGES = 2**31 - 1  # they are counted in int32
+CHUNK = 16_384  # crystals whose coordinates are computed at once
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """C crystals with A atoms, E neighbours and T targets, see CrystalTable and PackedRows."""
+
+    atom_offset: jax.Array  # [C + 1] int32
+    edge_offset: jax.Array  # [C + 1] int32
+    basis: jax.Array  # [C, 3, 3]
+    species: jax.Array  # [A] int8
+    coarse: jax.Array  # [A, 3] int32
+    fine: jax.Array  # [A, 3]
+    count: jax.Array  # [A] unsigned
+    image: jax.Array  # [E, 3] signed
+    reverse: jax.Array  # [E] unsigned
+    targets: jax.Array  # [C, T] label units, 0 where unknown
+    target_mask: jax.Array  # [C, T] bool
+
+
+class Chosen(NamedTuple):
+    """The crystals of a batch, or of the share of a device in it; with a first axis of K, of K batches."""
+
+    rows: Any  # [B] int32 rows of the table, -1 for padding
+    places: Any  # [B] int32 places in the whole batch, 0 for padding
+
+
+class Stretch(NamedTuple):
+    """Batches of one shape that follow one another: every array has a first axis of K more."""
+
+    batches: Batch
+
+
+class DeviceTable:
+    """Crystals and labels in the memory of every one of some devices (default: the default device).
+
+    It serves models whose batches hold nothing but atoms, neighbours and labels, and crystals without shared sites;
+    `serves` tells. Raises ValueError for others.
+    """
+
+    def __init__(self, table: CrystalTable, labels: np.ndarray, parts: BatchParts, devices: Devices = ONE_DEVICE):
+        if not serves(table, parts):
+            raise ValueError(f"batches with {parts}, or of crystals with shared sites, are packed on the host")
+        self.devices = devices
+        self.columns = devices.replicate(_columns(table, labels, parts.dtype))
+        self._one = devices.each(gather, split=(1,), splits_result=True, static=("shape",))
+        self._several = devices.each(_gather_several, split=(1,), splits_result=True, static=("shape",))
+
+    def gather(self, work: Shared) -> Batch:
+        """The very batch that `pack` makes of these crystals and their labels; on every device its share."""
+        return self._one(self.columns, self._chosen([work], one=True), shape=work.shape)
+
+    def gather_several(self, works: Sequence[Shared]) -> Stretch:
+        """Such batches of one shape."""
+        return Stretch(self._several(self.columns, self._chosen(works), shape=works[0].shape))
+
+    def _chosen(self, works: Sequence[Shared], one: bool = False) -> Chosen:
+        """The crystals of every device in some batches of one shape, or in `one`."""
+        of_process = []
+        for device in self.devices.of_process:
+            size = len(works), works[0].shape.num_crystals
+            chosen = Chosen(np.full(size, -1, np.int32), np.zeros(size, np.int32))
+            for number, (rows, shares, _) in enumerate(works):
+                share = shares[device]
+                chosen.rows[number, : len(share)] = rows[share]
+                chosen.places[number, : len(share)] = share
+            of_process.append(Chosen(chosen.rows[0], chosen.places[0]) if one else chosen)
+        return self.devices.put(self.devices.stacked(of_process))
+
+
+def serves(table: CrystalTable, parts: BatchParts) -> bool:
+    """Whether a DeviceTable can make the batches of these crystals."""
+    plain = not (parts.cells or parts.lattice_vectors or parts.scatter)
+    return plain and not len(table.shared_site) and int(table.edge_offset[-1]) <= MOST_EDGES
+
+
+def device_table_if_it_fits(
+    table: CrystalTable, labels: np.ndarray, parts: BatchParts, devices: Devices = ONE_DEVICE
+) -> DeviceTable | None:
+    """The crystals on the devices; None if one has no room for them (or no memory of its own), or it does not serve.
+
+    Processes that train together find the same.
+    """
+    memory = min((device.memory_stats() or {}).get("bytes_limit", 0) for device in jax.local_devices())
+    lacks_room = _size(table, labels, parts.dtype) > SHARE_OF_MEMORY * memory
+    if not serves(table, parts) or largest_of_processes(int(lacks_room)):
+        return None
+    return DeviceTable(table, labels, parts, devices)
+
+
+def _gather_several(columns: Columns, chosen: Chosen, shape: BatchShape) -> Batch:
+    return jax.lax.map(lambda one: gather(columns, one, shape), chosen)
+
+
+def gather(columns: Columns, chosen: Chosen, shape: BatchShape) -> Batch:
+    """The batch of some crystals, bit for bit as `pack` makes it."""
+    is_crystal, crystals = chosen.rows >= 0, jnp.maximum(chosen.rows, 0)
+    sizes, crystal, atom = _segments(columns.atom_offset, crystals, is_crystal, shape.num_atoms)
+    lengths, _, edge = _segments(columns.edge_offset, crystals, is_crystal, shape.edges)
+    is_atom = crystal < shape.num_crystals
+    is_edge = jnp.arange(shape.edges) < jnp.sum(lengths)
+    counts = jnp.where(is_atom, columns.count[atom].astype(jnp.int32), 0)
+    order = jnp.argsort(-counts, stable=True)  # longest rows first
+    place = jnp.zeros_like(counts).at[order].set(jnp.arange(shape.num_atoms, dtype=jnp.int32))
+
+    def per_atom(values: jax.Array, fill: int = 0) -> jax.Array:
+        return _kept(values[order], is_atom[order], fill)
+
+    row_ends = jnp.cumsum(counts, dtype=jnp.int32)
+    row = jnp.searchsorted(row_ends, jnp.arange(shape.edges, dtype=jnp.int32), side="right")
+    inside = jnp.minimum(crystal, shape.num_crystals - 1)
+    first_atom, first_edge = jnp.cumsum(sizes) - sizes, jnp.cumsum(lengths) - lengths
+    return Batch(
+        species=per_atom(columns.species[atom].astype(jnp.int32)),
+        occupancies=None,
+        crystal_of_atom=per_atom(crystal, fill=shape.num_crystals),
+        atom_in_crystal=per_atom(jnp.arange(shape.num_atoms, dtype=jnp.int32) - first_atom[inside]),
+        rows=PackedRows(
+            start=per_atom(row_ends - counts),
+            crystal_start=per_atom(first_edge[inside]),
+            count=per_atom(counts),
+            center=_kept(place[jnp.minimum(row, shape.num_atoms - 1)], is_edge),
+            image=_kept(columns.image[edge], is_edge),
+            reverse=_kept(columns.reverse[edge], is_edge),
+            coarse=per_atom(columns.coarse[atom]),
+            fine=per_atom(columns.fine[atom]),
+            basis=_kept(columns.basis[crystals], is_crystal),
+            row_length=shape.row_length,
+        ),
+        cells=None,
+        lattice_vectors=None,
+        scatter=None,
+        crystal_sizes=sizes,
+        crystal_place=chosen.places,
+        targets=_kept(columns.targets[crystals], is_crystal),
+        target_mask=columns.target_mask[crystals] & is_crystal[:, None],
+    )
+
+
+def _segments(
+    offset: jax.Array, crystals: jax.Array, is_crystal: jax.Array, length: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Segments of a flat column one after the other, padded to `length`; all int32.
+
+    Their lengths [B], and for every place the segment (B for padding) and the place in the column (0 for padding).
+    """
+    lengths = jnp.where(is_crystal, offset[crystals + 1] - offset[crystals], 0)
+    ends = jnp.cumsum(lengths, dtype=jnp.int32)
+    places = jnp.arange(length, dtype=jnp.int32)
+    segment = jnp.searchsorted(ends, places, side="right").astype(jnp.int32)
+    inside = jnp.minimum(segment, len(crystals) - 1)
+    source = offset[crystals][inside] + places - (ends - lengths)[inside]
+    return lengths, segment, jnp.where(segment < len(crystals), source, 0)
+
+
+def _kept(values: jax.Array, is_real: jax.Array, fill: int = 0) -> jax.Array:
+    """`values` [n, ...] with `fill` where not `is_real` [n]."""
+    return jnp.where(is_real.reshape(-1, *(1,) * (values.ndim - 1)), values, jnp.asarray(fill, values.dtype))
+
+
+def _columns(table: CrystalTable, labels: np.ndarray, dtype: str) -> Columns:
+    """Columns as numpy arrays."""
+    known = np.isfinite(labels)
+    parts = []
+    for start in range(0, max(len(table), 1), CHUNK):
+        offset = np.asarray(table.atom_offset[start : start + CHUNK + 1])
+        position = np.asarray(table.position[offset[0] : offset[-1]])
+        crystal = np.repeat(np.arange(len(offset) - 1), np.diff(offset))
+        parts.append(fractional_parts(position, crystal, np.asarray(table.basis[start : start + CHUNK]), dtype))
+    coarse, fine = (np.concatenate(part) for part in zip(*parts, strict=True))
+    columns: dict[str, Any] = dict(
+        atom_offset=table.atom_offset.astype(np.int32),
+        edge_offset=table.edge_offset.astype(np.int32),
+        basis=table.basis.astype(dtype),
+        species=np.asarray(table.species),
+        coarse=coarse,
+        fine=fine,
+        count=np.asarray(table.count),
+        image=np.asarray(table.image),
+        reverse=np.asarray(table.reverse),
+        targets=np.where(known, labels, 0).astype(dtype),
+        target_mask=known,
+    )
+    return Columns(**columns)
+
+
+def _size(table: CrystalTable, labels: np.ndarray, dtype: str) -> int:
+    """Bytes that the columns take."""
+    number = np.dtype(dtype).itemsize
+    crystals = len(table) * (8 + 9 * number + labels.shape[1] * (number + 1))
+    atoms = len(table.species) * (1 + 3 * (4 + number) + table.count.itemsize)
+    return crystals + atoms + table.image.nbytes + table.reverse.nbytes

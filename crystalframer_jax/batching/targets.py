@@ -1,0 +1,47 @@
+"""The targets of a model: what standardises their labels, and the way back to label units."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from crystalframer_jax.config import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetStatistics:
+    """A target with what standardises its labels: mean and population standard deviation, in label units."""
+
+    name: str
+    unit: str
+    mean: float
+    std: float
+
+    @classmethod
+    def of(cls, name: str, unit: str, labels: np.ndarray, normalize_targets: str = "scale_bias") -> "TargetStatistics":
+        """Statistics of the known training labels [C]; ConfigError if they do not vary.
+
+        As `normalize_targets` says, mean and standard deviation ("scale_bias"), the mean alone with 1 ("bias"), 0 with
+        the root mean square ("scale"), or 0 and 1 ("no").
+        """
+        known = labels[np.isfinite(labels)]
+        if not known.size or known.std() == 0:
+            raise ConfigError(f"targets={name!r}: {known.size} training labels that do not vary")
+        mean = known.mean() if "bias" in normalize_targets else 0.0
+        std = np.sqrt(np.mean((known - mean) ** 2)) if "scale" in normalize_targets else 1.0
+        return cls(name, unit, float(mean), float(std))
+
+
+def standardise(labels: jax.Array, statistics: tuple[TargetStatistics, ...]) -> jax.Array:
+    """(labels - mean) / std, [B, T]."""
+    mean = jnp.array([s.mean for s in statistics], labels.dtype)
+    std = jnp.array([s.std for s in statistics], labels.dtype)
+    return (labels - mean) / std
+
+
+def to_label_units(predictions: np.ndarray, statistics: tuple[TargetStatistics, ...]) -> np.ndarray:
+    """Model output [..., T] times std plus mean, float64."""
+    mean = np.array([s.mean for s in statistics])
+    std = np.array([s.std for s in statistics])
+    return np.asarray(predictions, np.float64) * std + mean

@@ -1,0 +1,1 @@
+"""The commands behind scripts/: arguments, what they print, errors in one line."""

@@ -1,0 +1,50 @@
+"""The command lines of scripts/: arguments, tables, files of results, errors in one line."""
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+
+import platformdirs
+
+from crystalframer_jax.errors import UserError
+from crystalframer_jax.inference.predictor import WEIGHTS
+
+RUN_HELP = "run directory, of one model or of an ensemble, or a checkpoint (RUN/checkpoints/STEP)"
+SAMPLES_HELP = "average K draws among equally good frames and show their spread; default: as configured for the run"
+WEIGHTS_HELP = "default: those that the finished run selected by validation error, else best"
+
+
+@contextlib.contextmanager
+def reporting_errors(if_interrupted: str = "", leave_at_once: bool = True) -> Iterator[None]:
+    """Print an error that the user can mend in one line and leave with status 1; with status 130 after Ctrl-C.
+
+    To `leave_at_once` then is for commands with threads that would take minutes to wait for: what they are writing is
+    dropped. Others clean up first.
+    """
+    try:
+        yield
+    except (UserError, OSError) as error:
+        sys.exit("error: " + " ".join(str(error).split()))
+    except KeyboardInterrupt:
+        print(f"\ninterrupted{if_interrupted}", file=sys.stderr, flush=True)
+        os._exit(130) if leave_at_once else sys.exit(130)
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs in the user's cache folder, so that only the first run waits for the compiler."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(platformdirs.user_cache_path("crystalframer_jax") / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def model_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """The arguments of every command that predicts: the run, its weights, draws of frames."""
+    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
+    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
+    parser.add_argument("--weights", choices=WEIGHTS, help=WEIGHTS_HELP)
+    parser.add_argument("--num_frame_samples", type=int, metavar="K", help=SAMPLES_HELP)
+    return parser

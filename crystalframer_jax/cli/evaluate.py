@@ -1,0 +1,118 @@
+"""Errors of a trained model on the splits of its dataset."""
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from crystalframer_jax.batching.targets import TargetStatistics
+from crystalframer_jax.cli.common import model_parser, reporting_errors, use_compilation_cache
+from crystalframer_jax.config import ConfigError, target_names
+from crystalframer_jax.data.datasets import open_dataset
+from crystalframer_jax.data.store import Dataset
+from crystalframer_jax.errors import UserError
+from crystalframer_jax.inference.ensemble import Ensemble, load_model, plot_calibration
+from crystalframer_jax.inference.evaluation import Predictions, batches_of
+from crystalframer_jax.inference.predictor import Predictor
+from crystalframer_jax.reporting.metrics import mean_predictor_errors, regression_metrics
+from crystalframer_jax.reporting.predictions import write_predictions
+from crystalframer_jax.text import table
+
+
+def evaluate_main(argv: Sequence[str] | None = None) -> int:
+    """Print the errors of a trained model or an ensemble on a split of its dataset."""
+    parser = model_parser("evaluate.py", "Errors of a trained model or an ensemble on a split of its dataset.")
+    parser.add_argument("--split", choices=("train", "val", "test"), default="test")
+    parser.add_argument("--output", type=Path, help="write id, labels and predictions to this CSV file")
+    parser.add_argument(
+        "--plot",
+        type=_png,
+        metavar="FILE.png",
+        help="draw predictions against labels or, of an ensemble, errors against standard deviations (a figure for "
+        "each target, its name added to FILE)",
+    )
+    arguments = parser.parse_args(argv)
+    use_compilation_cache()
+    with reporting_errors():
+        model = load_model(arguments.run, arguments.weights)
+        dataset = dataset_of(model, arguments.run)
+        indices = dataset.splits[arguments.split]
+        batches = batches_of(dataset, indices, model.config.batch_size, model.parts, model.devices.count)
+        predictions = model.predict_table(dataset.table, *batches, arguments.num_frame_samples)
+        over = model.spread_over(arguments.num_frame_samples)
+        print(model.origin)
+        print(error_table(model.targets, dataset, arguments.split, predictions, over))
+        if arguments.output:
+            ids, labels = dataset.table.ids[indices], dataset.labels[indices]
+            spread = predictions.spread if over else None
+            write_predictions(arguments.output, ids, labels, predictions.mean, model.targets, spread)
+            print(f"wrote {arguments.output}")
+        if arguments.plot:
+            for file in plot_errors(arguments.plot, model, dataset, arguments.split, predictions):
+                print(f"wrote {file}")
+    return 0
+
+
+def dataset_of(model: Predictor | Ensemble, run: str) -> Dataset:
+    """The dataset that a model was trained on; ConfigError if it is not known here."""
+    config = model.config
+    if not config.target_set:
+        raise ConfigError(
+            f"{run} was imported without a dataset known here, so there is nothing to evaluate it on; "
+            "predict structure files, or import it again with --target_set and --targets"
+        )
+    return open_dataset(config.target_set, target_names(config), model.cutoff, config.data_dir)
+
+
+def error_table(
+    targets: tuple[TargetStatistics, ...], dataset: Dataset, split: str, predictions: Predictions, over: str
+) -> str:
+    """Errors of predictions for a split, a line for each target; `over` says what their spread is over, if any.
+
+    If crystals of the split are also in training, further lines are without them.
+    """
+    rows = dataset.splits[split]
+    kinds = {"": np.ones(len(rows), bool)}
+    leaked = np.isin(rows, dataset.leaked)
+    if leaked.any():
+        kinds[", without leaks"] = ~leaked
+    header = [f"{dataset.name}, {split}", "unit", "crystals", "MAE", "RMSE", "R2", "mean predictor"]
+    header += [f"mean std over {over}"] if over else []
+    lines = []
+    for kind, chosen in kinds.items():
+        labels = dataset.labels[rows[chosen]]
+        metrics = regression_metrics(predictions.mean[chosen], labels, targets)
+        baseline = mean_predictor_errors(labels, targets, dataset.labels[dataset.splits["train"]])
+        for t, s in enumerate(targets):
+            errors = [math.nan if value is None else value for value in metrics[s.name].values()]
+            known = np.isfinite(labels[:, t])
+            line = [s.name + kind, s.unit, int(known.sum()), *errors, baseline[s.name]]
+            lines.append([*line, *([float(predictions.spread[chosen][known, t].mean())] if over else [])])
+    return table(header, lines)
+
+
+def plot_errors(
+    file: Path, model: Predictor | Ensemble, dataset: Dataset, split: str, predictions: Predictions
+) -> list[Path]:
+    """Parity of a single model, calibration of an ensemble; returns the files written."""
+    from crystalframer_jax.reporting import plots  # imports matplotlib
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    labels = dataset.labels[dataset.splits[split]]
+    not_finite = int((~np.isfinite(predictions.mean)).any(axis=1).sum())
+    if not_finite:
+        raise UserError(f"{file} is not drawn: {not_finite} of {len(labels)} predictions are not finite")
+    if isinstance(model, Ensemble):
+        return plot_calibration(file, labels, predictions, model.targets)[0]
+    names, units = [s.name for s in model.targets], [s.unit for s in model.targets]
+    plots.parity(labels, predictions.mean, names, units, file, split)
+    return [file]
+
+
+def _png(text: str) -> Path:
+    """The name of a figure."""
+    if not text.lower().endswith(".png"):
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in .png")
+    return Path(text)

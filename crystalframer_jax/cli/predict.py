@@ -1,0 +1,65 @@
+"""Predict structure files with a trained model."""
+
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from crystalframer_jax.cli.common import model_parser, reporting_errors, use_compilation_cache
+from crystalframer_jax.files import write_csv
+from crystalframer_jax.inference.ensemble import load_model
+from crystalframer_jax.structures.crystal import Crystal, CrystalError
+from crystalframer_jax.structures.files import read_crystals
+from crystalframer_jax.text import table
+
+
+def predict_main(argv: Sequence[str] | None = None) -> int:
+    """Predict files; returns 1 if any of them could not be used (the others are predicted all the same)."""
+    parser = model_parser("predict.py", "Predict structure files with a trained model or an ensemble.")
+    parser.add_argument("files", metavar="FILE", nargs="+", help="CIF, POSCAR/CONTCAR or extended XYZ")
+    parser.add_argument("--output", type=Path, help="write the predictions to this CSV file")
+    arguments = parser.parse_args(argv)
+    use_compilation_cache()
+    with reporting_errors():
+        model = load_model(arguments.run, arguments.weights)
+        crystals, errors = read_all(arguments.files)
+        if crystals:
+            progress = len(crystals) > 100 and sys.stderr.isatty()
+            predictions = model.predict_with_spread(crystals, arguments.num_frame_samples, progress)
+            header = ["structure", "formula", "atoms", *(f"{t.name} ({t.unit})" for t in model.targets)]
+            values = predictions.mean
+            if over := model.spread_over(arguments.num_frame_samples):
+                header += [f"{t.name} std over {over} ({t.unit})" for t in model.targets]
+                values = np.concatenate(predictions, axis=1)
+            rows = [
+                [crystal.id, crystal.formula, crystal.num_atoms, *line]
+                for crystal, line in zip(crystals, values.tolist(), strict=True)
+            ]
+            print(table(header, rows))
+            finite = np.isfinite(predictions.mean).all(axis=1)
+            errors += [f"{crystals[i].id}: the prediction is not finite" for i in np.flatnonzero(~finite)]
+        for error in errors:
+            print(f"error: {error}", file=sys.stderr)
+        if crystals and arguments.output:
+            write_csv(arguments.output, header, rows)
+            print(f"wrote {arguments.output}")
+    return 1 if errors else 0
+
+
+def read_all(files: Sequence[str]) -> tuple[list[Crystal], list[str]]:
+    """The crystals of all files that can be used, and one line for each file that cannot. Warnings go to stderr."""
+    crystals: list[Crystal] = []
+    errors: list[str] = []
+    for file in files:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            try:
+                crystals += read_crystals(file)
+            except CrystalError as error:
+                errors.append(str(error))
+        for warning in caught:
+            if issubclass(warning.category, UserWarning):
+                print(f"warning: {warning.message}", file=sys.stderr)
+    return crystals, errors

@@ -1,0 +1,160 @@
+"""The command line of scripts/prepare_data.py."""
+
+import argparse
+import contextlib
+import json
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from crystalframer_jax.cli.common import reporting_errors
+from crystalframer_jax.config import ConfigError, neighbor_cutoff
+from crystalframer_jax.configs import default
+from crystalframer_jax.data.custom.source import OwnData, own_source
+from crystalframer_jax.data.datasets import folder_of, prepared_sets
+from crystalframer_jax.data.prepare import Preparation, prepare
+from crystalframer_jax.data.records import DataError, Source, Target
+from crystalframer_jax.data.registry import TARGET_SETS, TargetSet
+from crystalframer_jax.data.sources import Bundled
+from crystalframer_jax.data.store import data_folder, load_dataset
+from crystalframer_jax.files import is_disk_full, locked
+from crystalframer_jax.text import table
+
+DESCRIPTION = """Prepare a target set for training: one that is known (without --target_set they are listed), or your
+own crystals (--source names them: a folder with id_prop.csv, a CSV with a column of file names, extended XYZ, JSON or
+JSON lines, pickles of the official project)."""
+OWN_FLAGS = ("targets", "units", "structure_column", "id_column", "split_column", "group_column", "allow_pickle")
+
+
+def prepare_main(argv: Sequence[str] | None = None) -> int:
+    """Prepare a target set, or list them."""
+    arguments = _parser().parse_args(argv)
+    with reporting_errors("; the same command goes on from here", leave_at_once=False), _telling_full_disks():
+        if not arguments.target_set:
+            if arguments.source:
+                raise ConfigError("name the target set to make of --source by --target_set=NAME")
+            print(_listing(arguments.data_dir))
+            return 0
+        name = arguments.target_set
+        folder, known = folder_of(name, arguments.data_dir), TARGET_SETS.get(name)
+        if arguments.source is not None and not arguments.source.exists():
+            raise DataError(f"--source={arguments.source}: there is no such file or folder")
+        source = _known_source(known, arguments) if known else _own_source(name, arguments)
+        options = Preparation(arguments.split_seed, arguments.max_bad_share, arguments.unofficial, arguments.workers)
+        if not prepare(folder, source, known, options):
+            print(f"{name} is prepared already, in {folder}")
+        names = tuple(target.name for target in source.targets)
+        dataset = load_dataset(folder, names, neighbor_cutoff(default.get_config()), options.workers)
+        trainable = [
+            target
+            for target, labels in zip(names, dataset.labels.T, strict=True)
+            if all(np.isfinite(labels[rows]).any() for rows in dataset.splits.values())
+        ]
+        flags = [f"--config.target_set={name}", f"--config.targets={','.join(trainable)}"]
+        flags += [f"--config.data_dir={arguments.data_dir}"] if arguments.data_dir else []
+        print(f"train on it with {shlex.join(flags)}")
+    return 0
+
+
+@contextlib.contextmanager
+def _telling_full_disks() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        raise DataError("the disk is full; make room, and the same command goes on with what is done") from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="prepare_data.py", description=DESCRIPTION, allow_abbrev=False)
+    add = parser.add_argument
+    add("--target_set", default="", metavar="NAME", help="a known target set, or a name for your own")
+    add("--source", type=_path, help="file or folder to read; known target sets are downloaded without it")
+    add("--data_dir", default="", metavar="DIR", help="where prepared data are kept; default: the user's cache folder")
+    add("--unofficial", action="store_true", help="take a source whose splits are not those of published numbers")
+    share = Preparation.max_bad_share
+    add("--max_bad_share", type=_share, default=share, metavar="SHARE", help=f"of records to skip; default: {share}")
+    add("--workers", type=_count, default=0, metavar="N", help="processes; default: one for each core")
+    add("--split_seed", type=int, default=Preparation.split_seed, metavar="SEED", help="of random splits")
+    own = parser.add_argument_group("your own crystals").add_argument
+    own("--targets", type=_names, default=(), metavar="NAME,...", help="labels to take; default: all numeric ones")
+    own("--units", type=_names, default=(), metavar="UNIT,...", help="their units, such as eV/atom,GPa")
+    own("--structure_column", default=OwnData.structure_column, metavar="NAME", help="of the file names in a CSV")
+    own("--id_column", default=OwnData.id_column, metavar="NAME", help="column or field with the names of crystals")
+    own("--split_column", default=OwnData.split_column, metavar="NAME", help="column or field with train, val, test")
+    own("--group_column", default=OwnData.group_column, metavar="NAME", help="groups that must not be split up")
+    own("--allow_pickle", action="store_true", help="read .pkl files, through an allow-list")
+    return parser
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
+
+
+def _share(text: str) -> float:
+    share = float(text)
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return share
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return number
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _known_source(known: TargetSet, arguments: argparse.Namespace) -> Source:
+    """The source of a known target set, downloaded unless it is given."""
+    unused = [f"--{flag}" for flag in OWN_FLAGS if getattr(arguments, flag) != getattr(OwnData, flag)]
+    if unused:
+        raise ConfigError(f"{unused[0]} is for your own crystals; {known.name} is known, choose another name for yours")
+    if known.official_splits and arguments.split_seed != Preparation.split_seed and not arguments.unofficial:
+        raise ConfigError(f"{known.name} has official splits: leave --split_seed out, or add --unofficial")
+    if isinstance(known.origin, Bundled):
+        if arguments.source:
+            raise ConfigError(f"{known.name} comes with the package; leave --source out")
+        return known.origin.open(known.targets)
+    if arguments.source:
+        files = known.origin.given(arguments.source)
+    else:
+        downloads = data_folder(arguments.data_dir) / "downloads"
+        with locked(downloads / ".lock"):
+            files = known.origin.fetch(downloads)
+    return known.origin.open(files, known.targets)
+
+
+def _own_source(name: str, arguments: argparse.Namespace) -> Source:
+    """The source of a user's own crystals."""
+    if not arguments.source:
+        raise ConfigError(
+            f"target set {name!r} is not known: name your crystals with --source, or choose one of "
+            f"{', '.join(TARGET_SETS)}"
+        )
+    if arguments.group_column and arguments.split_column != OwnData.split_column:
+        raise ConfigError("--split_column and --group_column contradict each other: give one of them")
+    return own_source(arguments.source, OwnData(**{flag: getattr(arguments, flag) for flag in OWN_FLAGS}))
+
+
+def _listing(data_dir: str) -> str:
+    """A table of all target sets, known and prepared."""
+    root = data_folder(data_dir)
+    rows = []
+    for name in (*TARGET_SETS, *prepared_sets(root)):
+        manifest, known = root / name / "crystals" / "manifest.json", TARGET_SETS.get(name)
+        state = "bundled" if known and isinstance(known.origin, Bundled) else "not prepared"
+        targets = known.targets if known else ()
+        if manifest.exists():
+            content = json.loads(manifest.read_text())
+            state = f"{content['crystals']:,} crystals"
+            targets = tuple(Target(**target) for target in content["targets"])
+        rows.append([name, ", ".join(f"{t.name} ({t.unit})" if t.unit else t.name for t in targets), state])
+    return table(["target set", "targets", f"in {root}"], rows, num_left=2)

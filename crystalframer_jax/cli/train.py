@@ -1,0 +1,100 @@
+"""Train a model, or continue a training that was interrupted."""
+
+import sys
+import time
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from crystalframer_jax.cli.common import reporting_errors, use_compilation_cache
+from crystalframer_jax.config import ConfigError, check_overrides
+
+START = time.monotonic()
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "File of hyperparameters, such as configs/quickstart.py, or FILE:VARIANT."
+)
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, summary.")
+RESUME_WITH_CHANGES = flags.DEFINE_list(
+    "resume_with_changes", [], "Hyperparameters, separated by commas, that may differ from those of the run so far."
+)
+SKIP_NONFINITE = flags.DEFINE_integer(
+    "skip_nonfinite", 0, "How many steps may be skipped because their loss or gradient is not finite.", lower_bound=0
+)
+MAX_MINUTES = flags.DEFINE_float(
+    "max_minutes", None, "Save and stop so many minutes after the start, at the latest.", lower_bound=0
+)
+IMPLEMENTATION = flags.DEFINE_enum(
+    "implementation",
+    "auto",
+    ["auto", "xla", "pallas"],
+    "Of the attention: GPU kernels (pallas) where they work, or XLA.",
+)
+WANDB = flags.DEFINE_string("wandb", "", "Weights & Biases project to log to as well (pip install '.[wandb]').")
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Train together with the other processes that SLURM, Open MPI or Kubernetes has started."
+)
+COORDINATOR_ADDRESS = flags.DEFINE_string(
+    "coordinator_address", None, "Train together with other processes: host:port of process 0, with a free port."
+)
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train together.", lower_bound=1)
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
+WATCHDOG_MINUTES = flags.DEFINE_float(
+    "watchdog_minutes",
+    10.0,
+    "End processes that train together if one makes no progress for so long.",
+    lower_bound=0.05,
+)
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(argv: list[str]) -> None:
+    """Train with the flags given."""
+    if argv[1:]:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a checkpoint otherwise
+    use_compilation_cache()
+    from crystalframer_jax.parallel.distributed import failing_together, start
+    from crystalframer_jax.parallel.interruption import Interruption, TrainingInterrupted
+    from crystalframer_jax.training.logging import say
+    from crystalframer_jax.training.loop import Options
+    from crystalframer_jax.training.train import train
+
+    interruption = Interruption(MAX_MINUTES.value, START)
+    processes = COORDINATOR_ADDRESS.value, NUM_PROCESSES.value, PROCESS_ID.value
+    with reporting_errors(if_interrupted=" at once; the same command continues from the last checkpoint"):
+        if DISTRIBUTED.value or processes != (None, None, None):
+            start(*processes)
+        try:
+            with failing_together(60 * WATCHDOG_MINUTES.value) as watchdog:
+                options = Options(
+                    RESUME_WITH_CHANGES.value,
+                    SKIP_NONFINITE.value,
+                    WANDB.value,
+                    implementation=IMPLEMENTATION.value,  # type: ignore[arg-type]  # one of its values
+                    report=watchdog.report,
+                )
+                train(CONFIG.value, WORKDIR.value or "", options, interruption)
+        except TrainingInterrupted as interrupted:
+            say(str(interrupted))
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Parse the command line; a misspelt hyperparameter is an error in one line."""
+    with reporting_errors():
+        check_overrides(argv)
+        for argument in argv:
+            name, _, file = argument.partition("=")
+            file = file.partition(":")[0]  # what follows names a variant
+            if name in ("--config", "-config") and not Path(file).is_file():
+                raise ConfigError(f"--config={file}: there is no such file; see the folder configs/")
+        try:
+            return flags.FLAGS(argv)
+        except (flags.Error, OSError) as error:
+            text = str(error).rpartition("ConfigError: ")[2]  # of a configuration file, without its traceback
+            sys.exit("error: " + " ".join(text.split()))
+
+
+def train_main() -> None:
+    """Train as the command line says."""
+    app.run(main, flags_parser=parse)

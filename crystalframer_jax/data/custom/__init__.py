@@ -1,0 +1,1 @@
+"""Users' own crystals: folders, tables, JSON, extended XYZ, pickles."""

@@ -1,0 +1,1 @@
+"""Files from elsewhere: downloads, archives read as streams, pickles that run nothing."""

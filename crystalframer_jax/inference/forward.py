@@ -1,0 +1,38 @@
+"""The forward pass as a compiled function."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from crystalframer_jax.batching.batch import Batch
+from crystalframer_jax.model.regressor import CrystalFramer
+from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices, Tree
+
+Forward = Callable[..., jax.Array]
+
+
+def working_precision(config: ConfigDict) -> contextlib.AbstractContextManager:
+    """Switches float64 on in JAX while a model of precision=float64 is at work; nothing else needs to."""
+    return jax.enable_x64(True) if config.precision == "float64" else contextlib.nullcontext()
+
+
+def make_forward(model: CrystalFramer, devices: Devices = ONE_DEVICE) -> Forward:
+    """forward(variables, batch, sample) -> standardised predictions [B, T]; of several devices [devices, B, T].
+
+    Without `sample` the first of several equally good frames is taken; the number of a sample draws one, the same for
+    the same crystal wherever it stands in a batch.
+    """
+
+    def forward(variables: Tree, batch: Batch, sample: int | None = None) -> Any:
+        keys = None
+        if sample is not None:
+            key = jax.random.fold_in(jax.random.key(0), sample)
+            keys = jnp.broadcast_to(key, batch.crystal_sizes.shape)
+        predictions = model.apply(variables, batch, keys)
+        return predictions if devices.axis is None else jax.lax.all_gather(predictions, devices.axis)
+
+    return devices.each(forward, split=(1,))

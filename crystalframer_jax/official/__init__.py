@@ -1,0 +1,1 @@
+"""The format of the official PyTorch project: hyperparameters, state dicts, checkpoint files."""

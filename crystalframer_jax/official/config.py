@@ -1,0 +1,186 @@
+"""Hyperparameters of the official PyTorch implementation: read from its files, and written for it."""
+
+import os
+import reprlib
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from crystalframer_jax.config import (
+    ConfigError,
+    model_config,
+    target_names,
+    unknown_key_message,
+    validate,
+    validate_model,
+)
+from crystalframer_jax.config.hyperparameters import NEUTRAL_VALUES, TRAINING_KEYS, WITHOUT_COUNTERPART
+from crystalframer_jax.configs import default
+from crystalframer_jax.data.registry import TARGET_SETS
+
+# Keys that the official training script reads or adds, beside those of its JSON files.
+SCRIPT_KEYS = ("param_file", "training_data", "ddp")
+
+# Our keys that the official code does not have.
+OURS_ALONE = (
+    "data_dir",
+    "cutoff_radius",
+    "tie_tolerance",
+    "precision",
+    "num_frame_samples",
+    "bias_weight_decay",
+    "reinit_layers",
+    "frozen_layers",
+    "ema_decay",
+    "keep_last_checkpoints",
+    "checkpoint_minutes",
+    "ensemble_size",
+    "num_devices",
+)
+
+# The values with which the official keys of WITHOUT_COUNTERPART are written for the official code, which asks for them
+# and has no defaults: those of its JSON files. NEUTRAL_VALUES has the others: those are also asked for on reading.
+OFFICIAL_ALONE: dict[str, Any] = {
+    "experiment_name": "crystalframer_jax",
+    "save_path": "result/latticeformer",
+    "encoder_name": "latticeformer",
+    "minimum_range": True,
+    "num_workers": 0,
+    "use_cuda_code": True,
+    "reproduciblity_state": 2,
+    "symm_break_noise": 1e-5,
+}
+
+ALIASES = {"norm_type": {"id": "no"}}  # official values with another name here
+NOT_TAKEN_OVER = ("targets", "target_set", "pretrained_model")  # they are looked after one by one
+MAX_CHARACTERS, MAX_INTEGER = 4000, 2**53  # of a hyperparameter that makes sense
+# Training settings of which all keep our defaults if one is not available or they do not go together.
+JUDGED_TOGETHER = (
+    ("n_epochs", "swa_epochs", "freeze_bn_epochs"),
+    ("optimizer", "adam_betas"),
+    ("lr_sch", "sch_params"),
+    ("train_filter_min", "train_filter_max"),
+)
+
+
+def config_from_official(official: Mapping[str, Any]) -> tuple[ConfigDict, list[str]]:
+    """Our configuration from official hyperparameters, and those ("key=value") that it does not take over.
+
+    A trained model does not depend on how it was trained: a training setting that is missing or not available here (a
+    schedule without steps, no best checkpoint) keeps our default; those not available are listed. `target_set` is empty
+    unless the name is known here.
+
+    Raises ConfigError, naming the key, if the model itself is not available here, or if a hyperparameter of the model
+    is missing: the official defaults are others than ours, and another cos_abs or pooling would go unnoticed.
+    """
+    config = default.get_config()
+    for key, value in official.items():
+        _check_plain(key, value)
+        if key not in config and key not in WITHOUT_COUNTERPART and key not in SCRIPT_KEYS:
+            raise ConfigError(unknown_key_message(key, list(config)))
+        if key in NEUTRAL_VALUES and value != NEUTRAL_VALUES[key]:
+            raise ConfigError(f"{key}={value!r} is not available: {WITHOUT_COUNTERPART[key]}")
+    missing = [key for key in config if key not in (*TRAINING_KEYS, *OURS_ALONE) and official.get(key) is None]
+    if missing:
+        raise ConfigError(
+            f"hyperparameters of the model are missing: {', '.join(missing)}; give them with --config=FILE.json"
+        )
+    given = {key: value for key, value in official.items() if key in config and key not in NOT_TAKEN_OVER}
+    for key, value in given.items():
+        if key not in TRAINING_KEYS:
+            _set(config, key, value)
+    config.targets = _targets(official["targets"])
+    validate_model(config)
+    name = official.get("target_set")
+    config.target_set = name if isinstance(name, str) and name in TARGET_SETS else ""
+    return _with_training_keys(config, {key: value for key, value in given.items() if key in TRAINING_KEYS})
+
+
+def _check_plain(key: Any, value: Any) -> None:
+    """Raise ConfigError if a hyperparameter is not a name with a value, or a list of them, of sensible size."""
+    if not isinstance(key, str) or len(key) > MAX_CHARACTERS:
+        raise ConfigError(f"the hyperparameter {reprlib.repr(key)} is a {type(key).__name__}, not a name")
+    values = value if isinstance(value, list | tuple) else (value,)
+    is_plain = all(
+        v is None or isinstance(v, float | str | os.PathLike) or (isinstance(v, int) and abs(v) <= MAX_INTEGER)
+        for v in values
+    )
+    if not is_plain or sum(len(str(v)) + 2 for v in values) > MAX_CHARACTERS:
+        raise ConfigError(f"{key[:100]}={reprlib.repr(value)} is not a number, a text or a list of them, or too long")
+
+
+def _targets(targets: Any) -> str:
+    """The official targets, a name or a list of names, as we write them."""
+    names = targets if isinstance(targets, list | tuple) else [targets]
+    if not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"targets={targets!r} is neither a name nor a list of names")
+    return ",".join(names)
+
+
+def _set(config: ConfigDict, key: str, value: Any) -> None:
+    """Set a key of ours to an official value."""
+    try:
+        config[key] = _as_ours(config, key, value)
+    except TypeError as error:
+        raise ConfigError(f"{key}={value!r} is of the wrong type; the default is {config[key]!r}") from error
+
+
+def _as_ours(config: ConfigDict, key: str, value: Any) -> Any:
+    """An official value as we write it."""
+    if isinstance(config[key], tuple):
+        return tuple(value) if isinstance(value, list | tuple) else (value,)
+    return ALIASES.get(key, {}).get(value, value) if isinstance(value, str) else value
+
+
+def _with_training_keys(config: ConfigDict, given: dict[str, Any]) -> tuple[ConfigDict, list[str]]:
+    """The configuration with the training settings that can be used here, and those that cannot ("key=value")."""
+    together = {key for group in JUDGED_TOGETHER for key in group}
+    groups = JUDGED_TOGETHER + tuple((key,) for key in given if key not in together)
+    left_out = []
+    for group in groups:
+        trial = config.copy_and_resolve_references()
+        try:
+            for key in group:
+                if key in given:
+                    _set(trial, key, given[key])
+            validate(trial)
+        except ConfigError:
+            kept = {key: config[key] for key in group if key in given}
+            left_out += [
+                f"{key}={reprlib.repr(given[key])}" for key in kept if _as_ours(config, key, given[key]) != kept[key]
+            ]
+        else:
+            config = trial
+    return config, left_out
+
+
+def official_from_config(config: ConfigDict) -> dict[str, Any]:
+    """Every official hyperparameter, with the values of our configuration.
+
+    Raises ConfigError if the official code cannot run such a model.
+    """
+    _check_official_limits(config)
+    left_out = OURS_ALONE if config.optimizer == "sgd" else (*OURS_ALONE, "momentum")  # read for sgd alone
+    values = {key: config[key] for key in config if key not in left_out}
+    official = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+    names = target_names(config)
+    official["targets"] = names[0] if len(names) == 1 else list(names)
+    official["target_set"] = config.target_set or None
+    official["pretrained_model"] = None
+    return official | NEUTRAL_VALUES | OFFICIAL_ALONE
+
+
+def _check_official_limits(config: ConfigDict) -> None:
+    """Raise ConfigError for models that exist here and not in the official code."""
+    model = model_config(config)
+    usual = config.model_dim // config.head_num
+    if config.model_dim % config.head_num or (model.k_dim, model.v_dim) != (usual, usual):
+        raise ConfigError(
+            f"k_dim={config.k_dim}, v_dim={config.v_dim}: the official code works only with model_dim / head_num"
+        )
+    hidden = len(config.embedding_dim) - config.pre_pooling_op.startswith("w")
+    if hidden < 1:
+        raise ConfigError(
+            f"embedding_dim={tuple(config.embedding_dim)}: the official code needs a layer between pooling and output"
+        )

@@ -1,0 +1,342 @@
+"""Run directories from checkpoints of the official implementation, and such checkpoints from runs."""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from crystalframer_jax.batching.targets import TargetStatistics
+from crystalframer_jax.config import ConfigError, ModelConfig, model_config, target_names
+from crystalframer_jax.data.registry import TARGET_SETS, target_set
+from crystalframer_jax.errors import UserError
+from crystalframer_jax.files import write_json
+from crystalframer_jax.inference.forward import working_precision
+from crystalframer_jax.inference.predictor import Predictor, all_zero, stored_fields
+from crystalframer_jax.official.checkpoint_file import (
+    Arrays,
+    OfficialCheckpoint,
+    read_checkpoint,
+    write_checkpoint,
+)
+from crystalframer_jax.official.config import config_from_official, official_from_config
+from crystalframer_jax.official.state import (
+    RAW_UNIT,
+    UNKNOWN_UNIT,
+    OfficialStateError,
+    Tree,
+    official_from_variables,
+    target_statistics,
+    variables_from_official,
+)
+from crystalframer_jax.runs.checkpoints import FOLDER, Checkpoints, on_this_device
+
+RUN_FILES = ("config.json", "summary.json", FOLDER)
+
+
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """What was imported or exported, and what a user should know of it.
+
+    Attributes:
+      config: of the run.
+      targets: name, unit, mean and standard deviation of each target.
+      parameters: how many numbers are trained.
+      weights: those that prediction uses: on import "last" (the model of the file) or "swa"; on export, of which run.
+      has_average: whether there are averaged weights beside them.
+      epoch, step: of the training.
+      notes: a sentence each.
+    """
+
+    config: ConfigDict
+    targets: tuple[TargetStatistics, ...]
+    parameters: int
+    weights: str
+    has_average: bool
+    epoch: int
+    step: int
+    notes: list[str]
+
+
+def import_checkpoint(
+    file: str | Path,
+    workdir: str | Path,
+    hyper_parameters: Mapping[str, Any] | None = None,
+    data: str = "",
+    targets: tuple[str, ...] = (),
+    units: tuple[str, ...] = (),
+    target_mean: tuple[float, ...] = (),
+    target_std: tuple[float, ...] = (),
+    weights: str | None = None,
+) -> Exchange:
+    """Write a run directory with the model of an official checkpoint; `Predictor.load` and the scripts accept it.
+
+    `hyper_parameters`: official ones, for those that the file does not have. `data`: name of the target set that the
+    model was trained on, which gives the units. `targets`, `units`: names instead of the official ones, and units.
+    `target_mean`, `target_std`: of the training labels, if the file does not have them. `weights`: "model" or "swa",
+    those that prediction uses by default; without it "swa" if the file has averaged weights.
+
+    Raises UserError in one of its kinds, and writes nothing, if the file cannot be used or `workdir` is not empty.
+    """
+    file, workdir = Path(file).expanduser(), Path(workdir).expanduser()
+    _check_free(workdir)
+    checkpoint = read_checkpoint(file)
+    given, has_average = hyper_parameters or {}, checkpoint.swa_state is not None
+    if weights not in (None, "model", "swa"):
+        raise ConfigError(f"weights={weights!r} are not in a file; allowed: model, swa")
+    if weights == "swa" and not has_average:
+        raise UserError(f"{file} has no averaged weights; leave --weights out, or give --weights=model")
+    found = {key: value for key, value in checkpoint.hyper_parameters.items() if value is not None}
+    if not found and not given:
+        raise UserError(f"{file} has no hyperparameters: give those of its training with --config=FILE.json")
+    with _about(file):
+        config, left_out = config_from_official({**given, **found})
+        scaling = _scaling(checkpoint, target_mean, target_std)
+        statistics = _describe_targets(config, scaling, data, targets, units)
+    fields = _model_fields(file, checkpoint, model_config(config))
+    selected = "swa" if has_average and weights != "model" else "last"
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(fields["params"]))
+    notes = _import_notes(given, found, left_out, statistics, config)
+    run = Exchange(config, statistics, parameters, selected, has_average, checkpoint.epoch, checkpoint.step, notes)
+    with _complete_or_not_there(workdir) as folder:
+        _write_run(folder, run, fields, file.name)
+    return run
+
+
+def _write_run(folder: Path, run: Exchange, fields: dict[str, Tree], origin: str) -> None:
+    """The files of a run directory."""
+    targets = [dataclasses.asdict(s) for s in run.targets]
+    write_json(folder / "config.json", json.loads(run.config.to_json()))
+    checkpoints = Checkpoints(folder, writable=True)
+    try:
+        meta = {"epoch": run.epoch, "seconds": 0.0, "targets": targets, "val_mae": {}}
+        checkpoints.save_weights(run.step, fields, meta)
+    finally:
+        checkpoints.close()
+    summary = {
+        "selected_weights": run.weights,
+        "imported_from": origin,
+        "units": {s.name: s.unit for s in run.targets},
+        "parameters": run.parameters,
+    }
+    write_json(folder / "summary.json", summary)
+
+
+@contextmanager
+def _about(origin: object) -> Iterator[None]:
+    """Put into errors what they are about."""
+    try:
+        yield
+    except (ConfigError, OfficialStateError) as error:
+        raise type(error)(f"{origin}: {error}") from error
+
+
+def _import_notes(
+    given: Mapping[str, Any],
+    found: Mapping[str, Any],
+    left_out: list[str],
+    statistics: tuple[TargetStatistics, ...],
+    config: ConfigDict,
+) -> list[str]:
+    """What a user should know about an imported model, a sentence each."""
+    notes = []
+    ignored = [key for key in given if key in found and _as_json(found[key]) != _as_json(given[key])]
+    if ignored:
+        notes.append(f"the file has other values than --config, and they count: {', '.join(ignored)}")
+    if left_out:
+        notes.append(f"training settings that are not available keep our defaults: {', '.join(left_out)}")
+    if statistics[0].unit == RAW_UNIT:
+        notes.append(
+            "no target_mean or no target_std: predictions are the raw output of the model, without a unit, and cannot "
+            "be evaluated; give --target_mean and --target_std of the training labels"
+        )
+    return notes + _frame_notes(config)
+
+
+def _as_json(value: Any) -> Any:
+    """A hyperparameter as JSON has it."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _check_free(workdir: Path) -> None:
+    """Raise UserError unless a run can be written there."""
+    if not workdir.exists():
+        return
+    if not workdir.is_dir():
+        raise UserError(f"{workdir} is a file; choose another --workdir")
+    found = [name for name in RUN_FILES if (workdir / name).exists()]
+    if found:
+        raise UserError(f"{workdir} holds a run already ({', '.join(found)}); choose another --workdir")
+    if any(workdir.iterdir()):
+        raise UserError(f"{workdir} is not empty; choose another --workdir")
+
+
+@contextmanager
+def _complete_or_not_there(workdir: Path) -> Iterator[Path]:
+    """A folder beside `workdir` that takes its name at the end; a process that is killed leaves `workdir` free."""
+    workdir = workdir.resolve()
+    folder = workdir.with_name(f".{workdir.name}.importing.{os.getpid()}")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        _check_free(workdir)
+        os.replace(folder, workdir)  # an empty folder may be there
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _scaling(
+    checkpoint: OfficialCheckpoint, mean: tuple[float, ...], std: tuple[float, ...]
+) -> tuple[Any | None, Any | None]:
+    """Mean and standard deviation of the targets: those of the file, or those given where it has none."""
+    scaling = []
+    for name, found, given in (
+        ("target_mean", checkpoint.target_mean, mean),
+        ("target_std", checkpoint.target_std, std),
+    ):
+        if found is not None and given:
+            raise ConfigError(f"the file has its own {name}; leave --{name} out")
+        scaling.append(given or None if found is None else found)
+    return scaling[0], scaling[1]
+
+
+def _describe_targets(
+    config: ConfigDict,
+    scaling: tuple[Any | None, Any | None],
+    data: str,
+    targets: tuple[str, ...],
+    units: tuple[str, ...],
+) -> tuple[TargetStatistics, ...]:
+    """Names, units and scaling of the targets; sets `targets` and `target_set` of the configuration."""
+    names = target_names(config)
+    for option, given in (("targets", targets), ("units", units)):
+        if given and len(given) != len(names):
+            raise ConfigError(f"--{option}={','.join(given)}: the model has {len(names)} ({', '.join(names)})")
+    config.targets = ",".join(targets or names)
+    names = target_names(config)
+    if data:
+        config.target_set = data
+        known = tuple(target_set(data).target(name).unit for name in names)
+    elif config.target_set and set(names) <= {target.name for target in TARGET_SETS[config.target_set].targets}:
+        known = tuple(target_set(config.target_set).target(name).unit for name in names)
+    else:
+        config.target_set = ""
+        known = (UNKNOWN_UNIT,) * len(names)
+    if any(values is None for values in scaling):
+        if units:
+            raise ConfigError(f"--units={','.join(units)} needs target_mean and target_std: raw output has no unit")
+        config.target_set = ""  # its labels are not what the model predicts
+    return target_statistics(names, *scaling, units or known)
+
+
+def _model_fields(file: Path, checkpoint: OfficialCheckpoint, model: ModelConfig) -> dict[str, Tree]:
+    """The model's part of a checkpoint of ours."""
+    last = _variables(f"{file}", checkpoint.state, model)
+    average = {"params": jax.tree.map(np.zeros_like, last["params"]), "batch_stats": last["batch_stats"]}
+    if checkpoint.swa_state is not None:
+        average = _variables(f"{file}, averaged weights", checkpoint.swa_state, model)
+        pairs = zip(*(jax.tree.leaves(v["calibration"]) for v in (last, average)), strict=True)
+        if not all(np.isclose(a, b, rtol=1e-6, atol=0) for a, b in pairs):
+            raise OfficialStateError(
+                f"{file}: gauss_scale of the averaged weights is not that of the last; they are of two trainings"
+            )
+    averages = {"swa_params": average["params"], "swa_batch_stats": average["batch_stats"]}
+    return last | averages | {"ema_params": {}, "ema_batch_stats": {}}  # the official code has none
+
+
+def _variables(origin: str, state: Arrays, model: ModelConfig) -> dict[str, Tree]:
+    """Our variables in the type of the model, each in memory of its own."""
+    with _about(origin):
+        variables = variables_from_official(state, model)
+    return jax.tree.map(lambda leaf: np.array(leaf, model.dtype, order="C"), variables)
+
+
+def _frame_notes(config: ConfigDict) -> list[str]:
+    """Frames that are not the same in the two implementations."""
+    if not config.value_pe_angle_real or config.frame_method not in ("max_static", "weighted_pca"):
+        return []
+    return [f"frame_method={config.frame_method}: here as published, the official code departs; predictions differ"]
+
+
+def export_checkpoint(
+    run: str | Path, file: str | Path, weights: str | None = None, overwrite: bool = False
+) -> Exchange:
+    """Write a checkpoint that the official code can load from a run directory, or one of its checkpoints.
+
+    `weights`: "best", "last" or "swa" for the model itself; without it, those that the finished run selected. The
+    averaged weights, if there are any, are stored as such in any case. A `file` that exists is replaced only with
+    `overwrite`.
+
+    Raises CheckpointError if there is no such model or a part of it is damaged, ConfigError if the official code has no
+    such model.
+    """
+    run, file = Path(run).expanduser(), Path(file).expanduser()
+    if file.is_dir() or (file.exists() and not overwrite):
+        raise UserError(f"{file} is a folder" if file.is_dir() else f"{file} exists; replace it with --overwrite")
+    predictor = Predictor.load(run, weights)
+    config, model = predictor.config, model_config(predictor.config)
+    official = official_from_config(config)
+    epoch, average = _epoch_and_average(run, predictor)
+    notes = _export_notes(config)
+    if average and all_zero(average["batch_stats"]):
+        average = None
+        notes.append("the averaged weights are left out: their BatchNorm statistics come at the end of the training")
+    checkpoint = OfficialCheckpoint(
+        hyper_parameters=official,
+        state=official_from_variables(predictor.variables, model),
+        swa_state=official_from_variables(average, model) if average else None,
+        target_mean=np.array([s.mean for s in predictor.targets]),
+        target_std=np.array([s.std for s in predictor.targets]),
+        epoch=epoch,
+        step=predictor.step,
+    )
+    write_checkpoint(file, checkpoint)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(predictor.variables["params"]))
+    return Exchange(
+        config, predictor.targets, parameters, predictor.origin, bool(average), epoch, predictor.step, notes
+    )
+
+
+def _epoch_and_average(run: Path, predictor: Predictor) -> tuple[int, Tree | None]:
+    """Epoch of the weights of the predictor, and the variables with averaged weights if there are any.
+
+    The average is that of the same checkpoint, or for a run directory of the last one.
+    """
+    is_checkpoint = run.parent.name == FOLDER and run.name.isdigit()
+    checkpoints = Checkpoints(run.parent.parent if is_checkpoint else run)
+    try:
+        epoch = checkpoints.meta(predictor.step)["epoch"]
+        if not predictor.config.swa_epochs:
+            return epoch, None
+        if predictor.weights == "swa":
+            return epoch, predictor.variables
+        last = checkpoints.last() if predictor.weights == "best" else None
+        step = predictor.step if last is None else last
+        with working_precision(predictor.config):
+            like = stored_fields(predictor.config, predictor.variables)
+            fields = checkpoints.restore_model(step, on_this_device(like))
+    finally:
+        checkpoints.close()
+    average = {"params": fields["swa_params"], "batch_stats": fields["swa_batch_stats"]}
+    return epoch, None if all_zero(average["params"]) else average | {"calibration": fields["calibration"]}
+
+
+def _export_notes(config: ConfigDict) -> list[str]:
+    """What the official code computes differently, a sentence each."""
+    notes = _frame_notes(config)
+    if config.cutoff_radius:
+        notes.append(
+            f"cutoff_radius={config.cutoff_radius} has no official counterpart: the official code takes "
+            f"adaptive_cutoff_sigma={config.adaptive_cutoff_sigma}"
+        )
+    if config.precision != "float32":
+        notes.append(f"precision={config.precision}: the official model stores and computes in float32")
+    return notes

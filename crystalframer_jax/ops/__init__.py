@@ -1,0 +1,1 @@
+"""Lattice sums, frames and what they are made of: pure functions of arrays, the reference for the kernels."""

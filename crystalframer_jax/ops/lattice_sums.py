@@ -1,0 +1,160 @@
+"""The lattice sums of one block: softmax over periodic neighbours, weighted sums of values and basis functions.
+
+Encodings are linear in the basis functions, so the weighted basis is summed first and projected once per atom. The
+gradient is written by hand: it recomputes the weights from the stored log-sum-exp and reaches k_j and v_j through
+the reverse neighbours, by gathers only. Positions and frames get no gradient.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from crystalframer_jax.batching.batch import Rows
+from crystalframer_jax.ops.basis import EXACT, AngleBasis, Bases
+from crystalframer_jax.ops.blocks import (
+    attention_logits,
+    gathered_dots,
+    gathered_sum,
+    is_neighbor,
+    map_blocks,
+    spatial_logits,
+)
+from crystalframer_jax.ops.random_bits import draw, kept
+from crystalframer_jax.ops.reciprocal import WaveVectors
+
+Sums = tuple[jax.Array, jax.Array, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class SumOptions:
+    """What is summed and how; static."""
+
+    bases: Bases
+    waves: WaveVectors | None = None  # attention in reciprocal space: rows are CellRows, and there are no bases
+    dropout: float = 0.0  # share of the pairs of atoms whose weights are dropped, given seeds
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def lattice_sums(
+    options: SumOptions,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    a: jax.Array,
+    rows: Rows,
+    frames: jax.Array | None,
+    seeds: jax.Array | None = None,
+) -> Sums:
+    """Softmax-weighted sums over the neighbour rows.
+
+    With p = softmax over the row of q . k_j / sqrt(d_k) + a d^2 this returns sum p v_j [N, H, d_v],
+    sum p b_dist [N, H, D_dist] and sum over d > 0 of p b_angle for each frame axis [N, H, 3, D_angle].
+
+    q, k [N, H, d_k]; v [N, H, d_v]; a [N, H] in 1/Å^2, negative; frames [N, H, 3, 3] with rows e1, e2, e3, or None
+    if there is no angle basis. `seeds` [N, H] uint32 switch dropout on: all images of an atom j are dropped together.
+    Pairs are drawn by the seeds of both atoms, wherever they stand in the batch.
+    Padding atoms (empty rows) give zeros.
+    """
+    return _forward(options, q, k, v, a, rows, frames, seeds)[0]
+
+
+def _forward(options, q, k, v, a, rows, frames, seeds):
+    bases = options.bases
+
+    def block(rows, q, a, frames, own_seeds):
+        logits = attention_logits(q, k, a, rows, options.waves)
+        log_sum = jax.nn.logsumexp(logits, axis=-1)
+        weights = _weights(logits, log_sum)
+        if seeds is not None:
+            weights *= _kept(rows, own_seeds, seeds, options.dropout, weights.dtype)
+        values = gathered_sum(weights, v, rows)
+        distance = jnp.sqrt(jnp.sum(rows.vector**2, axis=-1))
+        dist_sum = jnp.zeros((*values.shape[:2], 0), q.dtype)
+        if bases.distance:
+            dist_sum = jnp.einsum("nhm,nmt->nht", weights, bases.distance(distance), precision=EXACT)
+        angle_sum = jnp.zeros((*values.shape[:2], 3, 0), q.dtype)
+        if bases.angle:
+            cosine = _cosines(bases.angle, rows, distance, frames)
+            weights = jnp.broadcast_to(_without_self(weights, distance)[:, :, None], cosine.shape)
+            angle_sum = bases.angle.weighted_sum(cosine, weights)
+        return (values, dist_sum, angle_sum), log_sum
+
+    sums, log_sum = map_blocks(block, rows, q, a, frames, seeds)
+    return sums, (q, k, v, a, rows, frames, seeds, log_sum, sums)
+
+
+def _backward(options, residuals, gradients):
+    q, k, v, a, rows, frames, seeds, log_sum, sums = residuals
+    bases, width = options.bases, rows.index.shape[1]
+    scale = q.shape[-1] ** -0.5
+    # sum_m p dL/dp, needed by the derivative of the softmax, equals <sums, gradients>, also with dropout.
+    mean_gradient = sum(jnp.sum(s * g, axis=tuple(range(2, s.ndim))) for s, g in zip(sums, gradients, strict=True))
+
+    def rows_pass(rows, q, a, frames, own_seeds, log_sum, mean_gradient, gradients):
+        """dL/dq, dL/da, and for every neighbour dL/dlogit and the weight."""
+        value_grad, dist_grad, angle_grad = gradients
+        weights = _weights(attention_logits(q, k, a, rows, options.waves), log_sum)
+        distance = jnp.sqrt(jnp.sum(rows.vector**2, axis=-1))
+        weight_grad = gathered_dots(value_grad, v, rows)
+        if bases.distance:
+            basis = bases.distance(distance)
+            weight_grad += jnp.einsum("nht,nmt->nhm", dist_grad, basis, precision=EXACT)
+        if bases.angle:
+            from_angles = bases.angle.combination(_cosines(bases.angle, rows, distance, frames), angle_grad)
+            weight_grad += _without_self(from_angles, distance)
+        summed_weights = weights
+        if seeds is not None:
+            kept = _kept(rows, own_seeds, seeds, options.dropout, weights.dtype)
+            weight_grad, summed_weights = weight_grad * kept, weights * kept
+        logit_grad = weights * (weight_grad - mean_gradient[..., None])
+        q_grad = gathered_sum(logit_grad, k, rows) * scale
+        _, to_a = jax.vjp(lambda a: spatial_logits(a, rows, options.waves), a)
+        (a_grad,) = to_a(logit_grad)
+        padding = ((0, 0), (0, width - rows.index.shape[1]), (0, 0))
+        per_neighbor = [jnp.pad(x.swapaxes(1, 2), padding) for x in (logit_grad, summed_weights)]
+        return q_grad, a_grad, *per_neighbor
+
+    q_grad, a_grad, logit_grad, weights = map_blocks(
+        rows_pass, rows, q, a, frames, seeds, log_sum, mean_gradient, gradients
+    )
+    logit_grad, weights = (x.reshape(-1, x.shape[-1]) for x in (logit_grad, weights))
+
+    def reverse_pass(rows):
+        """dL/dk_j and dL/dv_j: the rows that contain atom j are those of its own neighbours."""
+
+        def back(x):
+            return jnp.where(is_neighbor(rows)[..., None], x[rows.reverse], 0).swapaxes(1, 2)
+
+        return gathered_sum(back(logit_grad), q, rows) * scale, gathered_sum(back(weights), gradients[0], rows)
+
+    k_grad, v_grad = map_blocks(reverse_pass, rows)
+    return q_grad, k_grad, v_grad, a_grad, None, None, None
+
+
+lattice_sums.defvjp(_forward, _backward)
+
+
+def _weights(logits: jax.Array, log_sum: jax.Array) -> jax.Array:
+    """softmax from logits [n, H, M] and their log-sum-exp [n, H]; 0 in the padding and in empty rows."""
+    return jnp.exp(logits - jnp.where(jnp.isfinite(log_sum), log_sum, 0)[..., None])
+
+
+def _kept(rows: Rows, own_seeds: jax.Array, seeds: jax.Array, dropout: float, dtype: jnp.dtype) -> jax.Array:
+    """0 with probability `dropout`, else 1 / (1 - dropout), for every head and pair of atoms i, j: [n, H, M].
+
+    Seeds of the atoms i [n, H] and of all atoms [N, H].
+    """
+    return kept(draw(own_seeds[:, :, None], jnp.asarray(seeds)[rows.index].swapaxes(1, 2)), dropout, dtype)
+
+
+def _without_self(x: jax.Array, distance: jax.Array) -> jax.Array:
+    """x [n, H, M] with 0 where the neighbour is the atom itself (distance [n, M] is 0)."""
+    return jnp.where((distance > 0)[:, None, :], x, 0)
+
+
+def _cosines(angle: AngleBasis, rows: Rows, distance: jax.Array, frames: jax.Array) -> jax.Array:
+    """Argument of the angle basis: e . u (or its modulus) for each frame axis, [n, H, 3, M]."""
+    unit = rows.vector / jnp.where(distance > 0, distance, 1)[..., None]
+    return angle.argument(jnp.einsum("nhed,nmd->nhem", frames, unit, precision=EXACT))

@@ -1,0 +1,185 @@
+"""The devices that share the work of a batch, of one process or of several, and sums over them."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jax.sharding import NamedSharding, PartitionSpec
+
+from crystalframer_jax.config import ConfigError
+
+AXIS = "devices"
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """Devices that run the same program, each on its share of a batch.
+
+    Attributes:
+      all: in the order of their shares, those of a process one after the other; empty: the default device alone.
+    """
+
+    all: tuple[jax.Device, ...] = ()
+
+    @classmethod
+    def of(cls, processes: Sequence[int], number: int = 0) -> "Devices":
+        """The devices of some processes, or the first `number` of each; ConfigError if one has fewer."""
+        chosen: list[jax.Device] = []
+        for process in processes:
+            here = [device for device in jax.devices() if device.process_index == process]
+            if number > len(here):
+                raise ConfigError(
+                    f"num_devices={number}: {'process ' + str(process) if len(processes) > 1 else 'this machine'} has "
+                    f"{len(here)} ({here[0].device_kind}); choose at most as many, or 0 for all"
+                )
+            chosen += here[: number or len(here)]
+        return cls(tuple(chosen) if len(chosen) > 1 else ())
+
+    @classmethod
+    def of_this_process(cls, number: int = 0) -> "Devices":
+        """All devices of this process, or the first `number`; ConfigError if there are fewer."""
+        return cls.of([jax.process_index()], number)
+
+    @classmethod
+    def of_all_processes(cls, number: int = 0) -> "Devices":
+        """All devices of the processes that run together, or the first `number` of each; ConfigError likewise."""
+        return cls.of(range(jax.process_count()), number)
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return max(len(self.all), 1)
+
+    @property
+    def axis(self) -> str | None:
+        """Name of the axis that `each` maps over; None for one device."""
+        return AXIS if self.all else None
+
+    @property
+    def of_process(self) -> list[int]:
+        """Which of them belong to this process."""
+        return [i for i, device in enumerate(self.all) if device.process_index == jax.process_index()] or [0]
+
+    @property
+    def mesh(self) -> jax.sharding.Mesh:
+        """All of them along AXIS."""
+        return jax.sharding.Mesh(np.array(self.all), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def each(
+        self,
+        function: Callable,
+        split: Sequence[int],
+        splits_result: bool = False,
+        static: Sequence[str] = (),
+        donate: Sequence[int] = (),
+    ) -> Any:
+        """`function` compiled (jax.jit) to run on every device.
+
+        Of the arguments whose numbers are in `split` every device gets its own part (see `put`), of others the whole
+        (see `replicate`). The results are parts as well if it `splits_result`, else the same on all devices. `static`
+        are names of keyword arguments, `donate` numbers of arguments that are consumed, as in jax.jit.
+        """
+        if not self.all:
+            return jax.jit(function, static_argnames=static, donate_argnums=donate)
+
+        def on_all(*arguments: Tree, **options: Any) -> Tree:
+            def on_one(*arguments: Tree) -> Tree:
+                own = [jax.tree.map(lambda x: x[0], a) if i in split else a for i, a in enumerate(arguments)]
+                result = function(*own, **options)
+                return jax.tree.map(lambda x: x[None], result) if splits_result else result
+
+            part, whole = PartitionSpec(AXIS), PartitionSpec()
+            specs = tuple(part if i in split else whole for i in range(len(arguments)))
+            out = part if splits_result else whole
+            return jax.shard_map(on_one, mesh=self.mesh, in_specs=specs, out_specs=out, check_vma=False)(*arguments)
+
+        return jax.jit(on_all, static_argnames=static, donate_argnums=donate)
+
+    def stacked(self, parts: Sequence[Tree]) -> Tree:
+        """Trees of numpy arrays, one for each device of this process, as `put` takes them."""
+        return jax.tree.map(lambda *x: np.stack(x), *parts) if self.all else parts[0]
+
+    def put(self, parts: Tree) -> Tree:
+        """Arrays of this process on its devices: each with a first axis of them, taken apart; of one device, whole."""
+        if not self.all:
+            return jax.device_put(parts)
+        sharding = NamedSharding(self.mesh, PartitionSpec(AXIS))
+        if jax.process_count() == 1:
+            return jax.device_put(parts, sharding)
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), parts)
+
+    def replicate(self, tree: Tree) -> Tree:
+        """Arrays (equal in all processes) on every device."""
+        if not self.all:
+            return jax.device_put(tree)
+        sharding = NamedSharding(self.mesh, PartitionSpec())
+
+        def of(x: Any) -> jax.Array:
+            if isinstance(x, jax.core.Tracer) or (isinstance(x, jax.Array) and x.sharding == sharding):
+                return x
+            return jax.make_array_from_process_local_data(sharding, np.asarray(x), np.shape(x))
+
+        return jax.tree.map(of, tree)
+
+
+ONE_DEVICE = Devices()
+
+
+def on_one_device(tree: Tree) -> Tree:
+    """Arrays that are the same on all devices, on one of this process."""
+    return jax.tree.map(lambda x: x.addressable_data(0) if isinstance(x, jax.Array) else x, tree)
+
+
+def summed(tree: Tree, axis: str | None) -> Tree:
+    """The sum of arrays over the devices of `axis` (None: one device); not to be differentiated.
+
+    The numbers are added in an order that depends on how many devices there are, but not on which processes they belong
+    to or how they are connected. Every device adds up a share of all numbers: as many bytes as in other all-reductions.
+    """
+    if axis is None:
+        return tree
+    vector, restored = ravel_pytree(tree)
+    number = jax.lax.axis_size(axis)
+    shares = jnp.pad(vector, (0, -len(vector) % number)).reshape(number, -1)
+    shares = jax.lax.all_to_all(shares, axis, 0, 0)  # the share of this device, from each
+    while len(shares) > 1:
+        half = len(shares) // 2
+        shares = jnp.concatenate([shares[:half] + shares[half : 2 * half], shares[2 * half :]])
+    return restored(jax.lax.all_gather(shares[0], axis, tiled=True)[: len(vector)])
+
+
+def total(x: jax.Array, axis: str | None) -> jax.Array:
+    """The sum of an array over the devices of `axis` (None: one device), with its gradient."""
+    return x if axis is None else jax.lax.psum(x, axis)
+
+
+def share_out(work: np.ndarray, number: int) -> list[np.ndarray]:
+    """Places in `work` [n] in shares of nearly equal work, as equal as possible in number too; each ascending.
+
+    Round by round, the most laborious pieces that are left go to the shares with the least work so far.
+    """
+    if number == 1:
+        return [np.arange(len(work))]
+    order, load = np.argsort(-work, kind="stable"), np.zeros(number)
+    owner = np.empty(len(work), np.int64)
+    for start in range(0, len(work), number):
+        pieces = order[start : start + number]
+        shares = np.argsort(load, kind="stable")[: len(pieces)]
+        owner[pieces] = shares
+        load[shares] += work[pieces]
+    ends = np.cumsum(np.bincount(owner, minlength=number))
+    return np.split(np.argsort(owner, kind="stable"), ends[:-1])
+
+
+def imbalance(work: np.ndarray, shares: Sequence[np.ndarray]) -> float:
+    """The work of the largest share, divided by the mean over the shares."""
+    of_shares = [work[share].sum() for share in shares]
+    return float(np.max(of_shares) / np.mean(of_shares))
+
+
+# Processes that run together

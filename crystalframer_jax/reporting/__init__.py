@@ -1,0 +1,1 @@
+"""What is told of predictions: metrics, tables, figures, files."""

@@ -1,0 +1,65 @@
+"""What a training says of itself: the model at its start, the errors, files and figures at its end."""
+
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from crystalframer_jax.config import neighbor_cutoff
+from crystalframer_jax.data.splits import SPLITS
+from crystalframer_jax.text import duration, table
+
+WINDOW, BEST = 50, 10  # of the score history: epochs in a running mean, epochs in the mean of the best
+
+
+def describe(config: ConfigDict) -> str:
+    """What model a configuration is, in a line."""
+    frames = f"{config.frame_method} frames" if config.value_pe_angle_real else "no frames (Crystalformer)"
+    cutoff = neighbor_cutoff(config)
+    reach = (
+        f"within {cutoff:.2f} Å" if isinstance(cutoff, float) else f"in a box of {2 * cutoff.lattice_range + 1}^3 cells"
+    )
+    start = f", starting from {config.pretrained_model}" if config.pretrained_model else ""
+    return (
+        f"{config.num_layers} blocks of {config.head_num} heads, {frames}, domain {config.domain}, neighbors {reach}, "
+        f"{config.precision}{start}"
+    )
+
+
+def score_history(val_losses: list[float]) -> dict[str, float]:
+    """Figures of the validation losses of all epochs (none: none), those that the official code logs (its hp/...).
+
+    The last, the smallest, the mean over the last 50 epochs, the smallest such mean, and the mean of the 10 smallest.
+    """
+    losses = np.array(val_losses)
+    if not losses.size:
+        return {}
+    running = [losses[max(0, end - WINDOW) : end].mean() for end in range(1, len(losses) + 1)]
+    return {
+        "val": float(losses[-1]),
+        "min": float(losses.min()),
+        f"avr{WINDOW}": float(running[-1]),
+        f"min_avr{WINDOW}": float(min(running)),
+        f"mean_min{BEST}": float(np.sort(losses)[:BEST].mean()),
+    }
+
+
+def summary_text(summary: dict[str, Any]) -> str:
+    """The table at the end of a run."""
+    rows = []
+    selected = summary["selected_weights"]
+    for target, unit in summary["units"].items():
+        for name, errors in summary["mae"].items():
+            label = f"{target} ({unit}), {name} weights" + (" *" if name == selected else "")
+            mae = [errors.get(split, {}).get(target) for split in SPLITS]
+            rows.append([label, *mae, *(summary[m][name]["test"][target] for m in ("rmse", "r2"))])
+        baseline = summary["mean_predictor_mae"]
+        rows.append([f"{target} ({unit}), mean predictor", *(baseline[s][target] for s in SPLITS), None, None])
+    text = table(["MAE", *SPLITS, "test RMSE", "test R2"], rows)
+    skipped = summary["skipped_steps"]
+    return (
+        f"{text}\n* selected: smallest validation loss\n"
+        f"{summary['epochs']} epochs in {duration(summary['seconds'])}, {summary['crystals_per_s']:.0f} crystals/s, "
+        f"{summary['parameters']:,} trainable parameters"
+        + (f"; {skipped} steps that were not finite were skipped" if skipped else "")
+    )

@@ -1,0 +1,71 @@
+"""The checkpoints of a training: the first process writes and reads them, all processes get what it reads."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from crystalframer_jax.parallel.devices import Devices, Tree
+from crystalframer_jax.parallel.processes import arrays_from_first_process, is_first_process, json_from_first_process
+from crystalframer_jax.runs.checkpoints import MODEL_FIELDS, Checkpoints, on_this_device
+
+
+class RunCheckpoints:
+    """As `Checkpoints`, for a state that is the same on all devices of all processes.
+
+    What is restored is on all devices again, however many there were. Only the first process needs the folder.
+    """
+
+    def __init__(self, workdir: Path, devices: Devices, keep_best: int, keep_last: int):
+        self.devices = devices
+        self.own = Checkpoints(workdir, True, keep_best, keep_last) if is_first_process() else None
+
+    def save(self, state: Tree, meta: dict[str, Any], validation_loss: float | None) -> None:
+        """See `Checkpoints.save`."""
+        if self.own:
+            copies = jax.tree.map(np.array, state)  # Orbax refuses arrays on one of several processes' devices
+            self.own.save(copies, meta, validation_loss)
+
+    def wait(self) -> None:
+        """See `Checkpoints.wait`."""
+        if self.own:
+            self.own.wait()
+
+    def close(self) -> None:
+        """See `Checkpoints.close`."""
+        if self.own:
+            self.own.close()
+
+    def last(self) -> int | None:
+        """Step of the newest checkpoint; None in all processes but the first."""
+        return self.own.last() if self.own else None
+
+    def losses(self) -> list[float]:
+        """The validation losses of the checkpoints that are there; none in all processes but the first."""
+        return self.own.losses() if self.own else []
+
+    def restore_latest(self, like: Tree) -> tuple[Tree, dict[str, Any]] | None:
+        """See `Checkpoints.restore_latest`; `like` gives structure, shapes and types."""
+        found = self.own.restore_latest(on_this_device(like)) if self.own else None
+        meta = json_from_first_process(found and found[1])
+        return (self.on_all(lambda: found[0] if found else None, like), meta) if meta is not None else None
+
+    def best_model(self, like: Tree) -> dict[str, Any] | None:
+        """MODEL_FIELDS of the checkpoint with the smallest validation loss, unless that is the newest."""
+        shapes, best = {name: getattr(like, name) for name in MODEL_FIELDS}, None
+        if self.own:
+            best = self.own.best()
+            best = None if best == self.own.last() else best
+        if json_from_first_process(best) is None:
+            return None
+        own = self.own
+        return self.on_all(lambda: own.restore_model(best, on_this_device(shapes)) if own and best else None, shapes)
+
+    def on_all(self, read: Callable[[], Tree], like: Tree) -> Any:
+        """The arrays that the first process reads, on all devices; `like` has their shapes and types."""
+        tree = read() if is_first_process() else None
+        if jax.process_count() > 1:
+            tree = arrays_from_first_process(tree, like)
+        return self.devices.replicate(tree)

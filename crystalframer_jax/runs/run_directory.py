@@ -1,0 +1,152 @@
+"""The run directory: who may train in it, with which hyperparameters, and what software has."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from crystalframer_jax.config import ConfigError, target_names
+from crystalframer_jax.config.hyperparameters import RESUMABLE_KEYS, UNIMPORTANT_KEYS
+from crystalframer_jax.configs import default
+from crystalframer_jax.data.store import Dataset
+from crystalframer_jax.files import write_json
+from crystalframer_jax.runs.checkpoints import FOLDER, read_json
+
+REPORTED_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pymatgen")
+
+
+def check_config(config: ConfigDict, workdir: Path, resume_with_changes: Sequence[str] = ()) -> None:
+    """Raise ConfigError unless this run may be in that directory.
+
+    It may if the directory is new, or the run there was started with the same values; of those named in
+    `resume_with_changes`, RESUMABLE_KEYS may have changed.
+    """
+    unknown = [key for key in resume_with_changes if key not in config]
+    if unknown:
+        raise ConfigError(
+            f"--resume_with_changes={','.join(resume_with_changes)}: there is no hyperparameter {unknown[0]}"
+        )
+    summary = workdir / "summary.json"
+    if summary.exists() and "imported_from" in read_json(summary):
+        raise ConfigError(
+            f"{workdir} holds imported weights; to train them further choose another --workdir and "
+            f"--config.pretrained_model={workdir}"
+        )
+    if (workdir / "member_0").exists():
+        raise ConfigError(f"{workdir} holds an ensemble; choose another --workdir")
+    before, values = stored_config(workdir), as_json(config)
+    if before:
+        changed = [key for key in _changed(before, values) if key not in UNIMPORTANT_KEYS]
+        _check_changes(workdir, changed, before, values, resume_with_changes)
+
+
+def check_data(dataset: Dataset, workdir: Path) -> None:
+    """Raise ConfigError if a run was started with other data than these; data.json tells which they are."""
+    file = workdir / "data.json"
+    values = {"target_set": dataset.name, "digest": dataset.digest, "remark": dataset.remark}
+    before = read_json(file) if file.exists() and stored_config(workdir) else values
+    if before["digest"] != values["digest"]:
+        raise ConfigError(
+            f"{workdir} was started with other data under the name {dataset.name} ({before['digest']}, now "
+            f"{values['digest']}): prepare those again, or choose another --workdir"
+        )
+    write_json(file, values)
+
+
+def store_config(config: ConfigDict, workdir: Path) -> None:
+    """Write config.json; values that have changed since are kept in config_changes.jsonl."""
+    before, values = stored_config(workdir), as_json(config)
+    changed = _changed(before, values) if before else []
+    if changed:
+        record = {"time": _now(), "changes": {key: [before.get(key), values.get(key)] for key in changed}}
+        with (workdir / "config_changes.jsonl").open("a") as stream:
+            stream.write(json.dumps(record) + "\n")
+    if changed or not before:
+        write_json(workdir / "config.json", values)
+
+
+def stored_config(workdir: Path) -> dict[str, Any]:
+    """config.json of a run; empty if nothing was trained there that could be lost."""
+    file = workdir / "config.json"
+    if not file.exists() or not any((workdir / FOLDER).glob("[0-9]*")):
+        return {}
+    return as_json(default.get_config()) | read_json(file)  # keys that are new since then had their defaults
+
+
+def _changed(before: dict[str, Any], values: dict[str, Any]) -> list[str]:
+    return [key for key in sorted({*values, *before}) if values.get(key) != before.get(key)]
+
+
+def _check_changes(
+    workdir: Path, changed: list[str], before: dict[str, Any], values: dict[str, Any], allowed: Sequence[str]
+) -> None:
+    """Raise ConfigError unless all hyperparameters that changed may change and were named."""
+    changes = ", ".join(f"{key} {before.get(key)!r} -> {values.get(key)!r}" for key in changed if key not in allowed)
+    fixed = [key for key in changed if key not in RESUMABLE_KEYS]
+    if fixed and set(changed) <= set(allowed):
+        raise ConfigError(
+            f"{', '.join(fixed)} cannot change within a run; choose another --workdir, and "
+            f"--config.pretrained_model={workdir} to start from its weights"
+        )
+    if changes:
+        keys = ",".join(changed)
+        remedy = "" if fixed else f", or go on with them by --resume_with_changes={keys}"
+        raise ConfigError(
+            f"{workdir} holds a run with other hyperparameters ({changes}); choose another --workdir{remedy}"
+        )
+
+
+def as_json(config: ConfigDict) -> dict[str, Any]:
+    """The hyperparameters as config.json has them."""
+    values = json.loads(config.to_json())
+    values["targets"] = ",".join(target_names(config))
+    return values
+
+
+def record_environment(workdir: Path) -> None:
+    """Append to environment.jsonl what runs from now on: command, versions, device, commit of a source checkout."""
+    device = jax.local_devices()[0]
+    record = {
+        "time": _now(),
+        "command": sys.argv,
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in REPORTED_PACKAGES},
+        "crystalframer_jax": importlib.metadata.version("crystalframer-jax"),
+        "git_commit": _git_commit(),
+        "device": f"{jax.local_device_count()} x {device.device_kind} ({device.platform})",
+        "cores": os.cpu_count(),
+    }
+    with (workdir / "environment.jsonl").open("a") as stream:
+        stream.write(json.dumps(record) + "\n")
+
+
+def _now() -> str:
+    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def _git_commit() -> str | None:
+    """The commit of the source checkout that runs, with "+changes" if files differ from it; None if installed."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists() or not (root / "pyproject.toml").exists():
+        return None
+    try:
+        commit, changes = (
+            subprocess.run(
+                ["git", "-C", str(root), *words], capture_output=True, text=True, check=True, timeout=10
+            ).stdout.strip()
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+changes" if changes else "")

@@ -1,0 +1,1 @@
+"""Crystals: from files and other packages, their lattices and neighbours."""

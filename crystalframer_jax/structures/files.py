@@ -1,0 +1,251 @@
+"""Structure files: CIF, POSCAR and extended XYZ, read by pymatgen and ASE, with nothing lost in silence."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from crystalframer_jax.structures.crystal import (
+    OCCUPANCY_TOLERANCE,
+    Crystal,
+    CrystalError,
+    composition_amounts,
+    crystal_from_amounts,
+    site_amounts,
+)
+
+if TYPE_CHECKING:  # both are slow to import, and ASE is optional
+    from ase import Atoms
+    from pymatgen.core import Structure
+
+CIF_OCCUPANCY_TOLERANCE = 1.05  # refined occupancies up to this are scaled to 1
+CIF_SITE_TOLERANCE = 1.5e-3  # fractional; images of a coordinate written as 0.333 differ by 0.001
+SYMOP_ITEM = "equiv_pos_as_xyz|symop_operation_xyz"
+GROUP_ITEM = "^_(symmetry|space_group)_.*(name_H|IT_number|Int_Tables)"
+
+ACCEPTED_FILES = "CIF (.cif), POSCAR (POSCAR*, CONTCAR*, .vasp, .poscar), extended XYZ (.extxyz, .xyz)"
+
+
+def as_crystals(item: Crystal | Structure | Atoms | str | os.PathLike[str]) -> list[Crystal]:
+    """The crystals of a path, a pymatgen `Structure`, ASE `Atoms` or a `Crystal`; raises `CrystalError`."""
+    if isinstance(item, Crystal):
+        return [item]
+    if isinstance(item, (str, os.PathLike)):
+        return read_crystals(item)
+    from pymatgen.core import SiteCollection
+
+    if isinstance(item, SiteCollection):
+        return [Crystal.from_pymatgen(item)]
+    if "ase" in sys.modules and isinstance(item, sys.modules["ase"].Atoms):
+        return [Crystal.from_ase(item)]
+    kinds = "a path, a pymatgen Structure, ASE Atoms or a Crystal"
+    raise CrystalError(f"cannot make a crystal of {type(item).__name__!r}; pass {kinds}")
+
+
+def read_crystals(path: str | os.PathLike[str]) -> list[Crystal]:
+    """All crystals of a CIF, POSCAR or extended XYZ file, in the order of the file.
+
+    Cells are kept as given: no reduction, no symmetrisation. The atoms of a CIF are those that pymatgen makes
+    of the listed sites and symmetry operations, in its order (by electronegativity), inside the cell; other
+    files keep their order and positions. A `UserWarning` tells of a CIF whose sites do not add up to its
+    formula, or whose hydrogens have no coordinates.
+
+    Returns:
+      Crystals with id "<path>", or "<path>#<1-based index>" if the file has several.
+
+    Raises:
+      CrystalError: the file cannot be read or parsed, is of another kind, or holds an unusable crystal.
+    """
+    path = Path(path)
+    name = str(path)
+    suffix = path.suffix.lower()
+    text = _read_text(path)
+    if suffix == ".cif":
+        return cif_crystals(text, name)
+    if suffix in (".extxyz", ".xyz"):
+        return extxyz_crystals(text, name)
+    if suffix in (".vasp", ".poscar") or path.name.upper().startswith(("POSCAR", "CONTCAR")):
+        return [Crystal.from_pymatgen(_read_poscar(text, name), name)]
+    raise CrystalError(f"{path}: unknown kind of file; rename it to one of: {ACCEPTED_FILES}")
+
+
+def cif_crystals(text: str, name: str) -> list[Crystal]:
+    """The crystals of the text of a CIF file, see `read_crystals`; `name` stands for the path."""
+    return [_crystal_of_cif(block, id) for id, block in _with_ids(name, _cif_blocks(text, name))]
+
+
+def extxyz_crystals(text: str, name: str) -> list[Crystal]:
+    """The crystals of the text of an extended XYZ file, see `read_crystals`; `name` stands for the path."""
+    return [Crystal.from_ase(frame, id) for id, frame in _with_ids(name, _read_extxyz(text, name))]
+
+
+def _with_ids(name: str, items: list[Any]) -> list[tuple[str, Any]]:
+    return [(f"{name}#{i}" if len(items) > 1 else name, item) for i, item in enumerate(items, 1)]
+
+
+def _read_text(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8-sig", errors="replace")
+    except OSError as error:
+        raise CrystalError(f"{path}: cannot be read ({error.strerror}); pass the path of a file") from error
+    if not text.strip():
+        raise CrystalError(f"{path}: the file is empty; write the structure again")
+    return text
+
+
+@contextlib.contextmanager
+def _parsing(where: str, kind: str) -> Iterator[None]:
+    """Silences the warnings of a parser and turns whatever it raises into a one-line `CrystalError`."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except CrystalError:
+        raise
+    except Exception as error:
+        cause = error.__cause__ or error
+        known: dict[type, str] = {
+            IndexError: "it ends early",
+            np.linalg.LinAlgError: "the cell has no volume",
+        }
+        reason = " ".join(known.get(type(cause), f"{type(cause).__name__}: {cause}").split())
+        raise CrystalError(f"{where}: cannot be read as {kind} ({reason}); correct the file") from error
+
+
+def _read_extxyz(text: str, name: str) -> list[Atoms]:
+    try:
+        from ase.io.extxyz import read_xyz
+    except ImportError as error:
+        raise CrystalError(f"{name}: reading extended XYZ needs ASE; pip install ase") from error
+    file = io.StringIO(text)
+    with _parsing(name, "extended XYZ"):
+        frames = list(read_xyz(file, index=slice(None)))
+    if not frames or file.read().strip():  # ASE stops at the first empty line
+        raise CrystalError(f"{name}: empty line before or after frame {len(frames)}; remove it")
+    return frames
+
+
+def _read_poscar(text: str, name: str) -> Structure:
+    from pymatgen.io.vasp import Poscar
+
+    lines = [line.split("#")[0] for line in text.split("\n")]
+    with _parsing(name, "POSCAR"):
+        scale = float(lines[1])
+        if scale < 0:  # the volume of the cell; pymatgen would multiply Cartesian coordinates by it
+            volume = abs(np.linalg.det([[float(x) for x in line.split()] for line in lines[2:5]]))
+            lines[1] = f"{np.cbrt(-scale / volume):.17g}"
+        poscar = Poscar.from_str("\n".join(lines), read_velocities=False)
+        if not poscar.true_names:
+            raise CrystalError(f"{name}: no element names; write them on line 6, above the numbers of atoms")
+        _check_poscar_is_whole(lines, len(poscar.structure), name)
+    return poscar.structure
+
+
+def _check_poscar_is_whole(lines: list[str], num_atoms: int, name: str) -> None:
+    """Raises for what pymatgen passes over: element names without a count, coordinates beyond the counts."""
+    first = next(i for i in range(5, len(lines)) if lines[i].split()[0].isdigit())
+    mode = first + max(first - 5, 1)  # as many lines of counts as of names; VASP 4 has no names
+    num_names, num_counts = (len(" ".join(part).split()) for part in (lines[5:first], lines[first:mode]))
+    if first > 5 and num_names != num_counts:
+        raise CrystalError(f"{name}: {num_names} element names for {num_counts} counts; make them agree")
+    end = mode + 1 + num_atoms + (lines[mode].strip()[:1] in ("s", "S"))
+    if re.match(r"\s*[-+.\d]+\S*\s+[-+.\d]+\S*\s+[-+.\d]", "".join(lines[end : end + 1])):
+        raise CrystalError(f"{name}: coordinates beyond the {num_atoms} atoms counted; correct the counts")
+
+
+def _cif_blocks(text: str, name: str) -> list[str]:
+    """The data blocks that list atoms. Parsed one by one: pymatgen overwrites blocks of equal name."""
+    blocks = ["data_" + block for block in re.split(r"^\s*data_", text, flags=re.M | re.I)[1:]]
+    has_atoms = re.compile(r"^\s*_atom_site[._](label|type_symbol|fract|cartn)", re.M | re.I)
+    blocks = [block for block in blocks if has_atoms.search(block)]
+    if not blocks:
+        raise CrystalError(f"{name}: no atoms; a CIF needs a data_ block with an _atom_site_ loop")
+    return blocks
+
+
+def _crystal_of_cif(block: str, id: str) -> Crystal:
+    from pymatgen.io.cif import CifParser
+
+    with _parsing(id, "CIF"):
+        parser = CifParser.from_str(block, site_tolerance=CIF_SITE_TOLERANCE, check_cif=False)
+        (data,) = parser.as_dict().values()
+        if sum(key.startswith(("_cell_length_", "_cell_angle_")) for key in data) < 6:
+            raise CrystalError(f"{id}: no lattice; add the six items _cell_length_* and _cell_angle_*")
+        if not isinstance(data["_atom_site_label"], list):
+            raise CrystalError(f"{id}: the _atom_site_ items are not a table; put them in a loop_")
+        # pymatgen's own check of occupancies counts deuterium and hydrogen of one site twice
+        (structure,) = parser.parse_structures(primitive=False, check_occu=False, on_error="raise")
+        sites = sorted(structure, key=lambda s: (s.species.average_electroneg, s.species.formula))
+        amounts, fract = site_amounts(sites, id), np.array([site.frac_coords for site in sites])
+        _check_cif_symmetry(data, [operation.rotation_matrix for operation in parser.symmetry_operations], id)
+        _check_cif_rows(data, fract, amounts.sum(axis=1), id)
+    attached = set(data.get("_atom_site_attached_hydrogens", [])) - {"0", ".", "?"}
+    if attached or "implicit_hydrogens" in structure.site_properties:
+        warnings.warn(f"{id}: left out hydrogens of water or others without coordinates", stacklevel=4)
+    amounts[amounts < 1e-6] = 0  # pymatgen writes an occupancy of 0 as 1e-8
+    total = amounts.sum(axis=1, keepdims=True)
+    amounts /= np.where((total > 1) & (total <= CIF_OCCUPANCY_TOLERANCE), total, 1)
+    present = total[:, 0] > 0
+    lattice = structure.lattice.matrix
+    crystal = crystal_from_amounts(amounts[present], fract[present] @ lattice, lattice, id)
+    formula = str(data.get("_chemical_formula_sum", "?"))
+    if not _has_composition(amounts.sum(axis=0), formula):
+        warnings.warn(f"{id}: the sites make {crystal.formula}, the file states {formula}", stacklevel=4)
+    return crystal
+
+
+def _check_cif_symmetry(data: dict[str, Any], rotations: list[np.ndarray], where: str) -> None:
+    """Raises where pymatgen falls back to P1 because it does not understand the symmetry, and loses atoms."""
+    listed = [data[key] for key in data if re.search(SYMOP_ITEM, key) and data[key] not in ("?", ".")]
+    if listed:
+        is_understood = len(rotations) == (1 if isinstance(listed[0], str) else len(listed[0]))
+    else:
+        groups = [data[key] for key in data if re.search(GROUP_ITEM, key)]
+        named = {re.sub(r"[\s_]", "", str(group)).upper() for group in groups} - {"P1", "1", "?", ".", ""}
+        is_understood = len(rotations) > 1 or not named
+    if not is_understood or not np.allclose(np.abs(np.linalg.det(rotations)), 1):
+        raise CrystalError(f"{where}: symmetry not understood; list it as _space_group_symop_operation_xyz")
+
+
+def _check_cif_rows(data: dict[str, Any], sites: np.ndarray, amounts: np.ndarray, where: str) -> None:
+    """Raises for rows pymatgen passes over (unknown element, occupancy ".") or reads as 0 (coordinate ".").
+
+    `sites` [n, 3] are the fractional coordinates that it found, `amounts` [n] the atoms on each.
+    """
+    from pymatgen.io.cif import str2float
+
+    labels = data["_atom_site_label"]
+    coordinates = zip(*(data[f"_atom_site_fract_{axis}"] for axis in "xyz"), strict=True)
+    occupancies = data.get("_atom_site_occupancy", ["1"] * len(labels))
+    stated = np.zeros(len(sites))
+    for label, fract, text in zip(labels, coordinates, occupancies, strict=True):
+        offset = sites - [str2float(x) for x in fract]
+        offset = np.abs(offset - np.round(offset)).max(axis=1)
+        site = offset.argmin()
+        occupancy = 1.0 if text in (".", "?") else str2float(text)
+        stated[site] += occupancy
+        is_short = amounts[site] < stated[site] - OCCUPANCY_TOLERANCE
+        if "." in fract or occupancy < 0 or is_short or offset[site] > 3 * CIF_SITE_TOLERANCE:
+            remedy = "give it an _atom_site_type_symbol, three coordinates and an occupancy"
+            raise CrystalError(f"{where}: site {label} is not understood; {remedy}")
+
+
+def _has_composition(found: np.ndarray, formula: str) -> bool:
+    """Whether amounts [98] have the elements and, to 0.01, the proportions of a formula; true of "?"."""
+    from pymatgen.core import Composition
+
+    try:
+        stated = composition_amounts(Composition(formula), formula)
+    except ValueError:
+        return True
+    is_near = np.abs(found / found.sum() - stated / max(stated.sum(), 1e-9)).max() < 0.01
+    return bool(is_near and np.array_equal(found > 0, stated > 0))

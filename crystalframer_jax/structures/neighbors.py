@@ -1,0 +1,180 @@
+"""Neighbour rows: for every atom the sorted list of periodic neighbours that the lattice sums run over.
+
+The row of atom i holds every (j, n) with |p_j + nL - p_i| <= r_c, the atom itself (distance 0) included. Rows are in
+canonical order and the relation is symmetric: (i, j, n) is present if and only if (j, i, -n) is. All in float64.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from crystalframer_jax.structures.crystal import Crystal, CrystalError
+
+SHELL_TOLERANCE = 1e-4  # Å; distances closer than this are one shell of neighbours
+COLLINEAR = 0.999  # |cos| from which two directions cannot span a frame
+SMALLEST_DISTANCE = 1e-3  # Å
+MOST_IN_BOX = 20_000_000  # neighbours; about 2 GB while they are sorted
+RADIUS_TOLERANCE = 1e-6  # Å; a shell at the cutoff is taken whole, whatever the rounding of its distances
+
+
+@dataclasses.dataclass(frozen=True)
+class LatticeBox:
+    """In place of a radius: the images n in [-lattice_range, lattice_range]^3 of every pair of atoms.
+
+    What is in the box depends on the choice of the cell and of the atoms in it, and grows with the square of their
+    number. It is here for models that the official code trained so.
+    """
+
+    lattice_range: int
+
+    @property
+    def images(self) -> np.ndarray:
+        """[(2 R + 1)^3, 3] int64."""
+        steps = np.arange(-self.lattice_range, self.lattice_range + 1)
+        return np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), -1).reshape(-1, 3)
+
+
+@dataclasses.dataclass(frozen=True)
+class NeighborRows:
+    """The rows of one crystal, one after the other (n atoms, E neighbours in all)."""
+
+    count: np.ndarray  # [n] int32 length of each row
+    index: np.ndarray  # [E] int32 neighbour atom j
+    image: np.ndarray  # [E, 3] int32 lattice image n of the neighbour
+    reverse: np.ndarray  # [E] int32 place of (j, i, -n) among the E
+
+    @property
+    def center(self) -> np.ndarray:
+        """Atom i that each neighbour belongs to, [E]."""
+        return np.repeat(np.arange(len(self.count), dtype=np.int32), self.count)
+
+
+def neighbor_rows(crystal: Crystal, cutoff: float | LatticeBox) -> NeighborRows:
+    """Neighbour rows of a crystal within `cutoff` (a radius in Å, or a box of lattice images), in canonical order.
+
+    Canonical order is by distance and, within a shell (distances closer than 1e-4 Å), by (j, n1, n2, n3). If all
+    neighbours of an atom lie on one line, its row is enlarged (and the rows of its new neighbours with it) up to the
+    nearest shell that spans a frame.
+
+    Raises ValueError if the cutoff is not a positive number, CrystalError if a box holds too many neighbours.
+    """
+    if isinstance(cutoff, LatticeBox):
+        number = crystal.num_atoms**2 * len(cutoff.images)
+        if number > MOST_IN_BOX:
+            raise CrystalError(
+                f"{crystal.id}: {number:,} neighbors of {crystal.num_atoms} atoms in {len(cutoff.images)} cells "
+                f"(adaptive_cutoff_sigma=0) are more than {MOST_IN_BOX:,}; choose a radius"
+            )
+        return _canonical(crystal, *_in_box(crystal, cutoff))
+    if not (np.isfinite(cutoff) and cutoff > 0):
+        raise ValueError(f"the cutoff radius {cutoff} Å must be a positive number")
+    everyone = np.arange(crystal.num_atoms)
+    i, j, n = _within(crystal, everyone, cutoff)
+    radius = np.full(crystal.num_atoms, float(cutoff))
+    lonely = everyone[~_spans_a_frame(crystal, i, j, n)]
+    if len(lonely):
+        radius[lonely] = _frame_radius(crystal, lonely, cutoff)
+        li, lj, ln = _within(crystal, lonely, radius[lonely].max())
+        keep = _distance(crystal, li, lj, ln) <= radius[li]
+        li, lj, ln = li[keep], lj[keep], ln[keep]
+        edges = np.concatenate(
+            [np.column_stack([i, j, n]), np.column_stack([li, lj, ln]), np.column_stack([lj, li, -ln])]
+        )
+        edges = np.unique(edges, axis=0)
+        i, j, n = edges[:, 0], edges[:, 1], edges[:, 2:]
+    return _canonical(crystal, i, j, n)
+
+
+def displacements(crystal: Crystal, rows: NeighborRows) -> np.ndarray:
+    """Vectors p_j + nL - p_i of all neighbours, [E, 3] Å; exactly zero for the atom itself."""
+    p = crystal.positions
+    return p[rows.index] - p[rows.center] + rows.image @ crystal.lattice
+
+
+def _in_box(crystal: Crystal, box: LatticeBox) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All (i, j, n) with n in the box: i [E], j [E], n [E, 3]."""
+    atoms, images = np.arange(crystal.num_atoms), box.images
+    i, j, n = (x.ravel() for x in np.meshgrid(atoms, atoms, np.arange(len(images)), indexing="ij"))
+    return i, j, images[n]
+
+
+def _within(crystal: Crystal, centers: np.ndarray, radius: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All (i, j, n) with i among `centers` [c] and distance <= radius: i [E], j [E], n [E, 3]."""
+    from pymatgen.optimization.neighbors import find_points_in_spheres
+
+    i, j, n, _ = find_points_in_spheres(
+        np.ascontiguousarray(crystal.positions, dtype=np.float64),
+        np.ascontiguousarray(crystal.positions[centers], dtype=np.float64),
+        float(radius + 2 * RADIUS_TOLERANCE),  # the distances that decide are computed below
+        np.array([1, 1, 1], dtype=np.int64),
+        np.ascontiguousarray(crystal.lattice, dtype=np.float64),
+        1e-8,
+    )
+    i, n = centers[i], np.rint(n).astype(np.int64)
+    keep = _distance(crystal, i, j, n) <= radius + RADIUS_TOLERANCE  # alike for both directions of a pair
+    return i[keep], j[keep], n[keep]
+
+
+def _distance(crystal: Crystal, i: np.ndarray, j: np.ndarray, n: np.ndarray) -> np.ndarray:
+    """Distances [E] in Å from the metric of the lattice: the same bits for (i, j, n) and (j, i, -n)."""
+    metric = crystal.lattice @ crystal.lattice.T
+    fractional = crystal.positions @ np.linalg.inv(crystal.lattice)
+    x, y, z = ((fractional[j] - fractional[i]) + n).T
+    square = metric[0, 0] * x * x + metric[1, 1] * y * y + metric[2, 2] * z * z
+    square += 2 * (metric[0, 1] * x * y + metric[0, 2] * x * z + metric[1, 2] * y * z)
+    return np.sqrt(np.maximum(square, 0))
+
+
+def _spans_a_frame(crystal: Crystal, i: np.ndarray, j: np.ndarray, n: np.ndarray) -> np.ndarray:
+    """Whether the neighbours of each atom point along more than one line, [number of atoms] bool."""
+    vector = crystal.positions[j] - crystal.positions[i] + n @ crystal.lattice
+    distance = np.linalg.norm(vector, axis=1)
+    other = distance > SMALLEST_DISTANCE
+    i, unit = i[other], vector[other] / distance[other, None]
+    first = np.full((crystal.num_atoms, 3), np.nan)
+    first[i[::-1]] = unit[::-1]
+    spans = np.zeros(crystal.num_atoms, bool)
+    spans[i[np.abs(np.sum(first[i] * unit, axis=1)) < COLLINEAR]] = True
+    return spans
+
+
+def _frame_radius(crystal: Crystal, atoms: np.ndarray, cutoff: float) -> np.ndarray:
+    """Radius [a] in Å at which the neighbours of each of `atoms` [a] stop lying on one line."""
+    radius, search = np.full(len(atoms), np.inf), cutoff
+    while np.isinf(radius).any():
+        search *= 1.5
+        for a in np.flatnonzero(np.isinf(radius)):
+            i, j, n = _within(crystal, atoms[a : a + 1], search)
+            distance = _distance(crystal, i, j, n)
+            order = np.argsort(distance, kind="stable")
+            i, j, n, distance = i[order], j[order], n[order], distance[order]
+            unit = crystal.positions[j] - crystal.positions[i] + n @ crystal.lattice
+            unit, distance = unit[distance > SMALLEST_DISTANCE], distance[distance > SMALLEST_DISTANCE]
+            unit = unit / distance[:, None]
+            off_line = np.flatnonzero(np.abs(unit @ unit[:1].T) < COLLINEAR)
+            if len(off_line):
+                radius[a] = distance[off_line[0]] + SHELL_TOLERANCE
+    return radius
+
+
+def _canonical(crystal: Crystal, i: np.ndarray, j: np.ndarray, n: np.ndarray) -> NeighborRows:
+    """Sort into canonical order and find the reverse of every neighbour."""
+    distance = _distance(crystal, i, j, n)
+    itself = (i == j) & ~n.any(axis=1)
+    distance[itself] = 0.0
+    by_distance = np.lexsort((distance, i))
+    new_row = np.diff(i[by_distance], prepend=-1) != 0
+    new_shell = np.diff(distance[by_distance], prepend=0) > SHELL_TOLERANCE
+    shell = np.empty(len(i), dtype=np.int64)
+    shell[by_distance] = np.cumsum(new_row | new_shell)
+    order = np.lexsort((n[:, 2], n[:, 1], n[:, 0], j, shell))
+    i, j, n = i[order], j[order], n[order]
+
+    forward = np.lexsort((n[:, 2], n[:, 1], n[:, 0], j, i))
+    backward = np.lexsort((-n[:, 2], -n[:, 1], -n[:, 0], i, j))
+    if not (np.array_equal(i[forward], j[backward]) and np.array_equal(n[forward], -n[backward])):
+        raise RuntimeError(f"{crystal.id}: the neighbour relation is not symmetric; please report this crystal")
+    reverse = np.empty(len(i), dtype=np.int32)
+    reverse[forward] = backward
+    count = np.bincount(i, minlength=crystal.num_atoms)
+    return NeighborRows(count.astype(np.int32), j.astype(np.int32), n.astype(np.int32), reverse)
