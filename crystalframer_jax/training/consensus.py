@@ -14,7 +14,7 @@ from crystalframer_jax.model.implementation import Implementation, Implementatio
 from crystalframer_jax.parallel.devices import Devices
 from crystalframer_jax.parallel.processes import json_from_first_process, largest_of_processes
 from crystalframer_jax.runs.run_directory import as_json
-from crystalframer_jax.training.results import LAG
+from crystalframer_jax.training.ledger import LAG
 
 NOTHING, SAVE, STOP = 0, 1, 2  # wishes; of several the largest is done
 

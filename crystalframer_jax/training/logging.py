@@ -4,11 +4,14 @@ import json
 import os
 import secrets
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from crystalframer_jax.batching.targets import TargetStatistics
+from crystalframer_jax.data.loader import TrainingBatches
 from crystalframer_jax.errors import UserError
 from crystalframer_jax.files import json_text, replacing
 from crystalframer_jax.parallel.processes import is_first_process
@@ -119,11 +122,11 @@ class Progress:
         self.steps.set_description(f"epoch {epoch + 1}", refresh=False)
         self.steps.update(steps_done * self.batch_size)
 
-    def step(self, loss: float | None) -> None:
-        """One batch more; `loss` is that of one of the last batches."""
+    def advance(self, steps_done: int, loss: float | None) -> None:
+        """Move the bar of the epoch to the steps that are done now; `loss` is that of one of the last ones."""
         if loss is not None:
             self.steps.set_postfix(loss=f"{loss:.4f}", refresh=False)
-        self.steps.update(self.batch_size)
+        self.steps.update(steps_done * self.batch_size - self.steps.n)
 
     def end_epoch(self) -> None:
         """One epoch more."""
@@ -133,6 +136,45 @@ class Progress:
         """Remove the bar of the epoch and leave that of the run."""
         self.steps.close()
         self.epochs.close()
+
+
+class Logbook:
+    """What is written and shown of a training, epoch by epoch: metrics, progress bars, a line for each.
+
+    Attributes:
+      progress: the bars.
+    """
+
+    def __init__(
+        self, workdir: Path, batches: TrainingBatches, first_epoch: int, wandb_project: str = "", config: Any = None
+    ):
+        """`config` is told to Weights & Biases."""
+        self._n_epochs, self._metrics = batches.n_epochs, None
+        if is_first_process():
+            first_step = first_epoch * batches.steps_per_epoch
+            self._metrics = MetricsLog(workdir, first_epoch, first_step, wandb_project, config)
+        self.progress = Progress(batches.n_epochs, first_epoch, batches.steps_per_epoch, batches.batch_size)
+
+    def __enter__(self) -> "Logbook":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.close()
+        if self._metrics:
+            self._metrics.close()
+
+    def end_epoch(self, metrics: dict[str, Any], statistics: Sequence[TargetStatistics]) -> None:
+        """Write the metrics of an epoch and print them in a line."""
+        if self._metrics:
+            self._metrics.write(metrics)
+        self.progress.end_epoch()
+        errors = ", ".join(f"{s.name} {metrics['val_mae'][s.name]:.4f} {s.unit}" for s in statistics)
+        number = f"{metrics['epoch'] + 1:>{len(str(self._n_epochs))}}/{self._n_epochs}"
+        waited = f"  waited {metrics['waiting_share']:.0%} for data" if metrics["waiting_share"] >= 0.01 else ""
+        say(
+            f"epoch {number}  loss {metrics['loss']:.4f}  val MAE {errors}  lr {metrics['lr']:.2e}  "
+            f"{metrics['crystals_per_s']:.0f} crystals/s{waited}"
+        )
 
 
 def say(text: str) -> None:

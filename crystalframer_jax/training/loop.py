@@ -1,8 +1,7 @@
 """The training run: epochs, validation, checkpoints, resume, and what is left at the end."""
 
 import dataclasses
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from crystalframer_jax.batching.batch import Batch
 from crystalframer_jax.batching.device_table import Stretch
 from crystalframer_jax.batching.targets import TargetStatistics
 from crystalframer_jax.config import ConfigError, model_config
@@ -34,13 +34,14 @@ from crystalframer_jax.runs.run_directory import (
     stored_config,
 )
 from crystalframer_jax.training.averages import averages_in, batch_statistics_of_averages, ready_for_swa, weights_of
-from crystalframer_jax.training.consensus import NOTHING, SAVE, STOP, Agreement, agreed_implementation
+from crystalframer_jax.training.consensus import SAVE, STOP, agreed_implementation
 from crystalframer_jax.training.errors import TrainingError
 from crystalframer_jax.training.layer_names import count_parameters, layer_mask
-from crystalframer_jax.training.logging import MetricsLog, Progress, read_metrics, say
+from crystalframer_jax.training.ledger import Ledger, StepResult
+from crystalframer_jax.training.logging import Logbook, read_metrics, say
 from crystalframer_jax.training.nonfinite import batch_report
 from crystalframer_jax.training.pretrained import start_from
-from crystalframer_jax.training.results import EpochResults, StepResult
+from crystalframer_jax.training.requests import Requests
 from crystalframer_jax.training.state import TrainState, Tree
 from crystalframer_jax.training.step import LossFunction, initial_state, make_loss, make_recipe, make_train_step
 from crystalframer_jax.training.stretches import dispatches, make_stretch
@@ -80,6 +81,17 @@ class Run:
 
     Several processes may share the work, each with a Run of its own that takes the same steps. Only the first writes
     into the directory.
+
+    Attributes, none of which changes:
+      config, workdir, dataset, options: as given.
+      batches: the batches of all steps, and the devices that share them.
+      statistics: what standardises the targets.
+      recipe: loss, optimizer, learning rate, averages.
+      model: the Flax module.
+      evaluator: predictions for the splits of the dataset.
+      step, stretch: one optimizer step, or several in one dispatch, compiled.
+      requests: what the training is asked to do: to save, to stop.
+      checkpoints: those of the run directory.
     """
 
     def __init__(
@@ -92,7 +104,8 @@ class Run:
         devices: Devices = ONE_DEVICE,
     ):
         self.config, self.workdir, self.dataset = config, workdir, dataset
-        self.options, self.interruption = options or Options(), interruption or Interruption()
+        self.options = options or Options()
+        self._interruption = interruption or Interruption()
         wanted = model_config(config)
         self.batches = TrainingBatches(
             dataset,
@@ -105,39 +118,36 @@ class Run:
             on_device=self.options.on_device,
             devices=devices,
         )
+        labels = dataset.labels[self.batches.indices]
         self.statistics = tuple(
-            TargetStatistics.of(
-                target.name, target.unit, dataset.labels[self.batches.indices, t], config.normalize_targets
-            )
+            TargetStatistics.of(target.name, target.unit, labels[:, t], config.normalize_targets)
             for t, target in enumerate(dataset.targets)
         )
         self.recipe = make_recipe(config, self.batches.steps_per_epoch)
         self.model = CrystalFramer(wanted, agreed_implementation(self.options.implementation, self._trace))
         self.evaluator = Evaluator(config, self.model, self.batches, self.statistics, self.options.report)
-        loss, skip_nonfinite = self.loss(devices.axis), self.options.skip_nonfinite
-        self.step = make_train_step(self.recipe, loss, skip_nonfinite, devices)
-        self.stretch = make_stretch(self.recipe, loss, skip_nonfinite, devices)
-        self.agreement, self.request = Agreement(devices), ""
-        self.saved_at = time.monotonic()
+        step = self.recipe, self.loss(devices.axis), self.options.skip_nonfinite, devices
+        self.step, self.stretch = make_train_step(*step), make_stretch(*step)
+        self.requests = Requests(self._interruption, config.checkpoint_minutes, devices)
         self.checkpoints = RunCheckpoints(
             workdir, devices, config.model_checkpoint_save_top_k, config.keep_last_checkpoints
         )
 
-    def initial_state(self) -> TrainState:
-        """The state that the training starts from, on all devices."""
+    def initial_state(self, model: CrystalFramer | None = None) -> TrainState:
+        """The state that the training (of `model` instead, if given) starts from, on all devices."""
         devices, key = self.batches.devices, jax.random.fold_in(jax.random.key(self.config.seed), 0)
-        return initial_state(self.model, self.recipe, devices.put(self.batches[0]), key, devices)
+        return initial_state(model or self.model, self.recipe, devices.put(self.batches[0]), key, devices)
 
-    def loss(self, axis: str | None) -> LossFunction:
-        """The loss of the share that every device of `axis` has in a batch, see `make_loss`."""
+    def loss(self, axis: str | None, model: CrystalFramer | None = None) -> LossFunction:
+        """The loss of the part that every device of `axis` has of a batch, see `make_loss`."""
         key = jax.random.fold_in(jax.random.key(self.config.seed), 1)
-        return make_loss(self.model, self.recipe, self.statistics, key, axis)
+        return make_loss(model or self.model, self.recipe, self.statistics, key, axis)
 
     def _trace(self, implementation: Implementation) -> None:
         """Raise ImplementationError if a training step cannot be taken so by this process."""
-        self.model = CrystalFramer(model_config(self.config), implementation)
-        state, batch = jax.eval_shape(self.initial_state), self.batches.parts_of(0)[0]
-        jax.eval_shape(lambda state: self.loss(None)(state.params, state, batch, False), state)
+        model = CrystalFramer(model_config(self.config), implementation)
+        state, batch = jax.eval_shape(lambda: self.initial_state(model)), self.batches.parts_of(0)[0]
+        jax.eval_shape(lambda state: self.loss(None, model)(state.params, state, batch, False), state)
 
     def finish(self) -> dict[str, Any]:
         """Train the epochs that are left, evaluate, write summary.json and print it."""
@@ -145,7 +155,7 @@ class Run:
             state, meta = self._start()
             summary = self._known_summary(meta)
             if meta["epoch"] + 1 < self.config.n_epochs:
-                with self.interruption.stepping():
+                with self._interruption.stepping():
                     state, meta = self._epochs(state, meta)
             self.checkpoints.wait()
             if summary is None:
@@ -153,7 +163,7 @@ class Run:
                 if is_first_process():
                     write_json(self.workdir / "summary.json", summary)
         except TrainingInterrupted as request:
-            with self.interruption.stepping():
+            with self._interruption.stepping():
                 self.checkpoints.wait()
             last = self.checkpoints.last()
             saved = f"saved at step {last:,}" if last else "nothing was trained yet"
@@ -170,16 +180,104 @@ class Run:
         say("\n" + summary_text(summary))
         return summary
 
-    def _known_summary(self, meta: dict[str, Any]) -> dict[str, Any] | None:
-        """The summary of a finished run, unless hyperparameters have changed; tells the directory what runs now."""
-        file, found = self.workdir / "summary.json", None
+    # Training
+
+    def _epochs(self, state: TrainState, meta: dict[str, Any]) -> tuple[TrainState, dict[str, Any]]:
+        """Train to the end; every epoch ends with validation and, if it may be of use, a checkpoint."""
+        config, batches, first = self.config, self.batches, meta["epoch"] + 1
+        chunks = dispatches(batches, int(state.step), self.options.steps_per_dispatch)
+        best = self.checkpoints.losses()
+        with Logbook(self.workdir, batches, first, self.options.wandb_project, as_json(config)) as log:
+            for epoch in range(first, config.n_epochs):
+                ledger = Ledger(epoch, batches, int(state.step), meta, self.options.skip_nonfinite, log.progress)
+                state = self._epoch(state, ledger, chunks)
+                metrics = self._validated(state, ledger)
+                is_last = epoch == config.n_epochs - 1
+                if is_last and jax.tree.leaves(state.batch_stats):
+                    fields = batch_statistics_of_averages(self.model, state, batches, self.options.report)
+                    state = dataclasses.replace(state, **fields)
+                log.end_epoch(metrics, self.statistics)
+                meta = self._meta(epoch, ledger.seconds, [], metrics["val_mae"])
+                best = sorted([*best, metrics["val_loss"]])[: config.model_checkpoint_save_top_k]
+                request = self.requests.now()
+                if request or is_last or metrics["val_loss"] in best:
+                    self._save(state, meta, metrics["val_loss"])
+                if request == STOP and not is_last:
+                    raise self.requests.stopped(f"after epoch {epoch + 1}")
+        return state, meta
+
+    def _epoch(self, state: TrainState, ledger: Ledger, chunks: Iterator[Batch | Stretch]) -> TrainState:
+        """Take the steps of an epoch that are left, a chunk at a time; save and stop when asked to."""
+        epoch, freeze_norm = ledger.epoch, self._freezes_norm(ledger.epoch)
+        while not ledger.is_complete:
+            chunk = ledger.next_of(chunks)
+            advance = self.stretch if isinstance(chunk, Stretch) else self.step
+            state, result = advance(state, chunk, freeze_norm=freeze_norm)
+            ledger.add(result)
+            self.options.report(f"epoch {epoch + 1}, step {ledger.position} of {ledger.steps}")
+            request = self.requests.after_chunk()
+            is_due = request == STOP or (request == SAVE and not ledger.is_complete)
+            if failed := ledger.look(at_all=is_due or ledger.is_complete):
+                raise self._not_finite(failed, state, epoch)
+            if is_due:
+                self._save(state, self._meta(epoch - 1, ledger.seconds, ledger.results, {}), None)
+            if request == STOP:
+                raise self.requests.stopped(f"in epoch {epoch + 1}")
+        if not ledger.results:
+            raise TrainingError(f"all steps of epoch {epoch + 1} were skipped; try a smaller lr")
+        return state
+
+    def _validated(self, state: TrainState, ledger: Ledger) -> dict[str, Any]:
+        """The metrics of an epoch whose steps were all taken, with those of validation."""
+        trained, step = ledger.metrics(), int(state.step)
+        val_loss, val_mae = self.evaluator.validate(weights_of(state), ledger.epoch)
+        return {
+            "epoch": ledger.epoch,
+            "step": step,
+            "loss": trained.loss,
+            "grad_norm": trained.grad_norm,
+            "val_loss": val_loss,
+            "val_mae": val_mae,
+            "lr": float(self.recipe.learning_rate(step - 1)),
+            "skipped_steps": int(state.skipped_steps),
+            "crystals_per_s": trained.crystals_per_s,
+            "waiting_share": trained.waiting_share,
+        }
+
+    def _freezes_norm(self, epoch: int) -> bool:
+        """Whether BatchNorm keeps its statistics in an epoch."""
+        return epoch >= self.config.n_epochs - self.config.freeze_bn_epochs
+
+    def _save(self, state: TrainState, meta: dict[str, Any], val_loss: float | None) -> None:
+        self.checkpoints.save(state, meta, val_loss)
+        self.requests.saved()
+
+    def _meta(self, epoch: int, seconds: float, results: list, val_mae: dict[str, float]) -> dict[str, Any]:
+        """What a checkpoint tells beside its arrays: the last finished epoch, the results of steps since then."""
+        targets = [dataclasses.asdict(s) for s in self.statistics]
+        return {"epoch": epoch, "seconds": seconds, "results": results, "targets": targets, "val_mae": val_mae}
+
+    def _not_finite(self, result: StepResult, state: TrainState, epoch: int) -> TrainingError:
+        """Write a report of the batch of a step that was not finite; its error."""
+        step = result.step  # the weights stand still since then, also if later steps were taken
+        self.checkpoints.wait()
+        last = self.checkpoints.last()
+        file = self.workdir / f"nonfinite_step_{step}.json"
         if is_first_process():
-            if meta["epoch"] + 1 < self.config.n_epochs or stored_config(self.workdir) != as_json(self.config):
-                file.unlink(missing_ok=True)
-            store_config(self.config, self.workdir)
-            record_environment(self.workdir)
-            found = read_json(file) if file.exists() else None
-        return json_from_first_process(found)
+            report = {"epoch": epoch, "last_good_checkpoint": last, "loss": str(result.loss)}
+            report |= {"grad_norm": str(result.grad_norm)}
+            frozen = self._freezes_norm(epoch)
+            report |= batch_report(self.loss(None), self.statistics, on_one_device(state), self.batches, step, frozen)
+            write_json(file, report)
+        json_from_first_process(None)  # the others wait for the report: their error would end this process
+        return TrainingError(
+            f"the loss or its gradient is not finite at step {step} (epoch {epoch + 1}); {file} tells about its batch, "
+            f"{'the last checkpoint is kept' if last else 'nothing was saved yet'}. Try a smaller lr (in a run that "
+            "has a checkpoint: --config.lr=... --resume_with_changes=lr) or let such steps be skipped "
+            "(--skip_nonfinite=10)"
+        )
+
+    # Its start and its end
 
     def _start(self) -> tuple[TrainState, dict[str, Any]]:
         """The state to go on from, and the meta data of its checkpoint."""
@@ -219,146 +317,16 @@ class Run:
                 f"--skip_nonfinite={skipped} or more"
             )
 
-    def _epochs(self, state: TrainState, meta: dict[str, Any]) -> tuple[TrainState, dict[str, Any]]:
-        """Train to the end; every epoch ends with validation and a checkpoint."""
-        config, batches = self.config, self.batches
-        first_epoch = meta["epoch"] + 1
-        first_step, project = first_epoch * batches.steps_per_epoch, self.options.wandb_project
-        log = (
-            MetricsLog(self.workdir, first_epoch, first_step, project, as_json(config)) if is_first_process() else None
-        )
-        progress = Progress(config.n_epochs, first_epoch, batches.steps_per_epoch, batches.batch_size)
-        source = dispatches(batches, int(state.step), self.options.steps_per_dispatch)
-        best = self.checkpoints.losses()[: config.model_checkpoint_save_top_k]
-        try:
-            for epoch in range(first_epoch, config.n_epochs):
-                done = meta["results"] if epoch == first_epoch else []
-                state, metrics, seconds = self._epoch(state, epoch, source, list(done), meta["seconds"], progress)
-                if epoch == config.n_epochs - 1 and jax.tree.leaves(state.batch_stats):
-                    fields = batch_statistics_of_averages(self.model, state, batches, self.options.report)
-                    state = dataclasses.replace(state, **fields)
-                if log:
-                    log.write(metrics)
-                meta = self._meta(epoch, seconds, [], metrics["val_mae"])
-                best = sorted([*best, metrics["val_loss"]])[: config.model_checkpoint_save_top_k]
-                wish, is_last = self.agreement.now(self._wish()), epoch == config.n_epochs - 1
-                if wish or is_last or metrics["val_loss"] in best:
-                    self._save(state, meta, metrics["val_loss"])
-                progress.end_epoch()
-                say(self._epoch_line(metrics))
-                if wish == STOP and not is_last:
-                    raise self._stopped(f"after epoch {epoch + 1}")
-        finally:
-            progress.close()
-            if log:
-                log.close()
-        return state, meta
-
-    def _epoch(
-        self, state: TrainState, epoch: int, source: Any, done: list, seconds: float, progress: Progress
-    ) -> tuple[TrainState, dict[str, Any], float]:
-        """The steps of an epoch that are left, and its validation: the state, its metrics and the seconds so far.
-
-        `done` are [loss, gradient norm] of the steps that are done, without those that were skipped.
-        """
-        batches = self.batches
-        start = time.perf_counter()
-        first = int(state.step) - epoch * batches.steps_per_epoch
-        freeze_norm = self._freezes_norm(epoch)
-        progress.start_epoch(epoch, first)
-        results = EpochResults(epoch, done, self.options.skip_nonfinite)
-        position, waited = first, 0.0
-        while position < batches.steps_per_epoch:
-            asked = time.perf_counter()
-            work = next(source)
-            waited += time.perf_counter() - asked
-            advance = self.stretch if isinstance(work, Stretch) else self.step
-            state, result = advance(state, work, freeze_norm=freeze_norm)
-            steps = results.add(result)
-            position += steps
-            self.options.report(f"epoch {epoch + 1}, step {position} of {batches.steps_per_epoch}")
-            wish, is_last = self.agreement.after_dispatch(self._wish()), position == batches.steps_per_epoch
-            is_due = wish == STOP or (wish == SAVE and not is_last)
-            if failed := results.take(all_of_them=is_due or is_last):
-                raise self._not_finite(failed, state, epoch)
-            for _ in range(steps):
-                progress.step(results.last_loss)
-            if is_due:
-                meta = self._meta(epoch - 1, seconds + time.perf_counter() - start, results.taken, {})
-                self._save(state, meta, None)
-                if wish == STOP:
-                    raise self._stopped(f"in epoch {epoch + 1}")
-        trained = time.perf_counter() - start
-        if not results.taken:
-            raise TrainingError(f"all steps of epoch {epoch + 1} were skipped; try a smaller lr")
-        val_loss, val_mae = self.evaluator.validate(weights_of(state), epoch)
-        metrics = {
-            "epoch": epoch,
-            "step": int(state.step),
-            **results.means(),
-            "val_loss": val_loss,
-            "val_mae": val_mae,
-            "lr": float(self.recipe.learning_rate(int(state.step) - 1)),
-            "skipped_steps": int(state.skipped_steps),
-            "crystals_per_s": (batches.steps_per_epoch - first) * batches.batch_size / trained,
-            "waiting_share": waited / trained,
-        }
-        return state, metrics, seconds + time.perf_counter() - start
-
-    def _freezes_norm(self, epoch: int) -> bool:
-        """Whether BatchNorm keeps its statistics in an epoch."""
-        return epoch >= self.config.n_epochs - self.config.freeze_bn_epochs
-
-    def _wish(self) -> int:
-        """What this process wishes to be done as soon as possible."""
-        self.request = self.interruption.reason()
-        if self.request:
-            return STOP
-        return SAVE if is_first_process() and self._is_save_due() else NOTHING
-
-    def _is_save_due(self) -> bool:
-        return time.monotonic() - self.saved_at > 60 * self.config.checkpoint_minutes
-
-    def _stopped(self, where: str) -> TrainingInterrupted:
-        return TrainingInterrupted(f"stopped by {self.request or 'a request to another process'} {where}")
-
-    def _save(self, state: TrainState, meta: dict[str, Any], val_loss: float | None) -> None:
-        self.checkpoints.save(state, meta, val_loss)
-        self.saved_at = time.monotonic()
-
-    def _not_finite(self, result: StepResult, state: TrainState, epoch: int) -> TrainingError:
-        """Write a report of the batch of a step that was not finite; its error."""
-        step = result.step  # the weights stand still since then, also if later steps were taken
-        self.checkpoints.wait()
-        last = self.checkpoints.last()
-        file = self.workdir / f"nonfinite_step_{step}.json"
+    def _known_summary(self, meta: dict[str, Any]) -> dict[str, Any] | None:
+        """The summary of a finished run, unless hyperparameters have changed; tells the directory what runs now."""
+        file, found = self.workdir / "summary.json", None
         if is_first_process():
-            report = {"epoch": epoch, "last_good_checkpoint": last, "loss": str(result.loss)}
-            report |= {"grad_norm": str(result.grad_norm)}
-            frozen = self._freezes_norm(epoch)
-            report |= batch_report(self.loss(None), self.statistics, on_one_device(state), self.batches, step, frozen)
-            write_json(file, report)
-        json_from_first_process(None)  # the others wait for the report: their error would end this process
-        return TrainingError(
-            f"the loss or its gradient is not finite at step {step} (epoch {epoch + 1}); {file} tells about its batch, "
-            f"{'the last checkpoint is kept' if last else 'nothing was saved yet'}. Try a smaller lr (in a run that "
-            "has a checkpoint: --config.lr=... --resume_with_changes=lr) or let such steps be skipped "
-            "(--skip_nonfinite=10)"
-        )
-
-    def _meta(self, epoch: int, seconds: float, results: list, val_mae: dict[str, float]) -> dict[str, Any]:
-        """What a checkpoint tells beside its arrays: the last finished epoch, the results of steps since then."""
-        targets = [dataclasses.asdict(s) for s in self.statistics]
-        return {"epoch": epoch, "seconds": seconds, "results": results, "targets": targets, "val_mae": val_mae}
-
-    def _epoch_line(self, metrics: dict[str, Any]) -> str:
-        errors = ", ".join(f"{s.name} {metrics['val_mae'][s.name]:.4f} {s.unit}" for s in self.statistics)
-        number = f"{metrics['epoch'] + 1:>{len(str(self.config.n_epochs))}}/{self.config.n_epochs}"
-        waited = f"  waited {metrics['waiting_share']:.0%} for data" if metrics["waiting_share"] >= 0.01 else ""
-        return (
-            f"epoch {number}  loss {metrics['loss']:.4f}  val MAE {errors}  lr {metrics['lr']:.2e}  "
-            f"{metrics['crystals_per_s']:.0f} crystals/s{waited}"
-        )
+            if meta["epoch"] + 1 < self.config.n_epochs or stored_config(self.workdir) != as_json(self.config):
+                file.unlink(missing_ok=True)
+            store_config(self.config, self.workdir)
+            record_environment(self.workdir)
+            found = read_json(file) if file.exists() else None
+        return json_from_first_process(found)
 
     def _summary(self, state: TrainState, meta: dict[str, Any]) -> dict[str, Any]:
         """The errors of the last, best and averaged weights, with the files and figures that go with them."""
@@ -371,8 +339,8 @@ class Run:
         samples = frame_draws(self.config)
 
         def predict(weights: Tree, split: str) -> np.ndarray:
-            if self.agreement.now(self._wish()) == STOP:
-                raise self._stopped(f"before the errors on {split} crystals")
+            if self.requests.now() == STOP:
+                raise self.requests.stopped(f"before the errors on {split} crystals")
             return self.evaluator.predict(weights, self.dataset.splits[split], samples)
 
         folder = self.workdir if is_first_process() else None

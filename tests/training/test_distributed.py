@@ -26,9 +26,9 @@ from crystalframer_jax.parallel.interruption import TrainingInterrupted
 from crystalframer_jax.structures.neighbors import neighbor_rows
 from crystalframer_jax.training.consensus import NOTHING, SAVE, STOP, Agreement
 from crystalframer_jax.training.errors import TrainingError
+from crystalframer_jax.training.ledger import LAG
 from crystalframer_jax.training.logging import read_metrics
 from crystalframer_jax.training.loop import Options, Run
-from crystalframer_jax.training.results import LAG
 from crystalframer_jax.training.train import train
 
 COUNTS = (1, 2, 4, 8)

@@ -14,9 +14,9 @@ from tiny import StopAt, assert_equal_trees, nan_at, open_tiny, stored_state, ti
 from crystalframer_jax.batching.device_table import Stretch
 from crystalframer_jax.parallel.interruption import Interruption, TrainingInterrupted
 from crystalframer_jax.training import loop
-from crystalframer_jax.training.logging import read_metrics
+from crystalframer_jax.training.ledger import Ledger
+from crystalframer_jax.training.logging import Logbook, read_metrics
 from crystalframer_jax.training.loop import Options, Run, TrainingError
-from crystalframer_jax.training.results import EpochResults
 from crystalframer_jax.training.state import TrainState
 
 SINGLE, FOUR = Options(on_device=True, steps_per_dispatch=1), Options(on_device=True, steps_per_dispatch=4)
@@ -91,7 +91,7 @@ def undisturbed(config, folder) -> Finished:
 def test_stretches_change_no_bit(config, undisturbed, folder, monkeypatch):
     """Nor do checkpoints, which wait for the end of a stretch."""
     run = run_of(config, folder / "four", FOUR)
-    monkeypatch.setattr(run, "_is_save_due", lambda: True)
+    monkeypatch.setattr(run.requests, "_is_save_due", lambda: True)
     lengths, saved, save = dispatched(run), [], run.checkpoints.save
     monkeypatch.setattr(run.checkpoints, "save", lambda state, *x: saved.append(int(state.step)) or save(state, *x))
     run.finish()
@@ -160,14 +160,16 @@ def test_steps_after_one_that_is_not_finite(without_frames, folder, monkeypatch,
     ended, result = run.stretch(jax.tree.map(jax.numpy.array, start), second)
     assert_equal_trees(ended, state)
     assert (int(ended.step), int(ended.skipped_steps)) == (4 + steps_taken, 1)
-    results = EpochResults(0, [], allowed)
-    assert results.add(result) == 4
-    failed = results.take(all_of_them=True)
+    with Logbook(run.workdir, run.batches, 0) as log:
+        ledger = Ledger(0, run.batches, 4, {"results": [], "seconds": 0.0}, allowed, log.progress)
+        ledger.add(result)
+        assert ledger.position == 8
+        failed = ledger.look(at_all=True)
     if allowed:
-        assert failed is None and len(results.taken) == 3
+        assert failed is None and len(ledger.results) == 3
         assert "epoch 1: skipped a step with loss nan" in capsys.readouterr().out
     else:
-        assert (failed.step, failed.finite, failed.skipped_steps) == (5, False, 1) and len(results.taken) == 1
+        assert (failed.step, failed.finite, failed.skipped_steps) == (5, False, 1) and len(ledger.results) == 1
 
 
 def test_batches_packed_on_the_host_take_a_dispatch_each(config, folder):
