@@ -260,7 +260,7 @@ class Checkpoints:
     def restore_state(self, step: int, like: Tree) -> tuple[Tree, dict[str, Any]]:
         """The training state of a step, with the structure and placement of `like`, and its meta data."""
         items = self._restore(step, _items(jax.tree.map(ocp.utils.to_shape_dtype_struct, like)) | {"meta": None})
-        return Tree(**items["model"], **items["training"]), items["meta"]
+        return type(like)(**items["model"], **items["training"]), items["meta"]
 
     def restore_model(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
         """MODEL_FIELDS of a step; `like` gives their shapes."""
