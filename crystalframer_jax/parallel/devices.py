@@ -135,7 +135,7 @@ def on_one_device(tree: Tree) -> Tree:
     return jax.tree.map(lambda x: x.addressable_data(0) if isinstance(x, jax.Array) else x, tree)
 
 
-def summed(tree: Tree, axis: str | None) -> Tree:
+def sum_in_order(tree: Tree, axis: str | None) -> Tree:
     """The sum of arrays over the devices of `axis` (None: one device); not to be differentiated.
 
     The numbers are added in an order that depends on how many devices there are, but not on which processes they belong
@@ -153,7 +153,7 @@ def summed(tree: Tree, axis: str | None) -> Tree:
     return restored(jax.lax.all_gather(shares[0], axis, tiled=True)[: len(vector)])
 
 
-def total(x: jax.Array, axis: str | None) -> jax.Array:
+def psum(x: jax.Array, axis: str | None) -> jax.Array:
     """The sum of an array over the devices of `axis` (None: one device), with its gradient."""
     return x if axis is None else jax.lax.psum(x, axis)
 
@@ -180,6 +180,3 @@ def imbalance(work: np.ndarray, shares: Sequence[np.ndarray]) -> float:
     """The work of the largest share, divided by the mean over the shares."""
     of_shares = [work[share].sum() for share in shares]
     return float(np.max(of_shares) / np.mean(of_shares))
-
-
-# Processes that run together

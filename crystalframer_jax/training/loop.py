@@ -22,7 +22,7 @@ from crystalframer_jax.model.implementation import Implementation
 from crystalframer_jax.model.regressor import CrystalFramer
 from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices, on_one_device
 from crystalframer_jax.parallel.interruption import Interruption, TrainingInterrupted
-from crystalframer_jax.parallel.processes import is_first_process, json_from_first_process
+from crystalframer_jax.parallel.processes import barrier, is_first_process, json_from_first_process
 from crystalframer_jax.reporting import plots
 from crystalframer_jax.reporting.summary import describe, score_history, summary_text
 from crystalframer_jax.runs.checkpoints import read_json
@@ -34,7 +34,7 @@ from crystalframer_jax.runs.run_directory import (
     stored_config,
 )
 from crystalframer_jax.training.averages import averages_in, batch_statistics_of_averages, ready_for_swa, weights_of
-from crystalframer_jax.training.consensus import NOTHING, SAVE, STOP, Agreement, agreed_implementation
+from crystalframer_jax.training.consensus import NOTHING, SAVE, STOP, Consensus, agreed_implementation
 from crystalframer_jax.training.errors import TrainingError
 from crystalframer_jax.training.layer_names import count_parameters, layer_mask
 from crystalframer_jax.training.logging import MetricsLog, Progress, read_metrics, say
@@ -117,7 +117,7 @@ class Run:
         loss, skip_nonfinite = self.loss(devices.axis), self.options.skip_nonfinite
         self.step = make_train_step(self.recipe, loss, skip_nonfinite, devices)
         self.stretch = make_stretch(self.recipe, loss, skip_nonfinite, devices)
-        self.agreement, self.request = Agreement(devices), ""
+        self.agreement, self.request = Consensus(devices), ""
         self.saved_at = time.monotonic()
         self.checkpoints = RunCheckpoints(
             workdir, devices, config.model_checkpoint_save_top_k, config.keep_last_checkpoints
@@ -338,7 +338,7 @@ class Run:
             frozen = self._freezes_norm(epoch)
             report |= batch_report(self.loss(None), self.statistics, on_one_device(state), self.batches, step, frozen)
             write_json(file, report)
-        json_from_first_process(None)  # the others wait for the report: their error would end this process
+        barrier("report of a step that is not finite")  # an error of the others would end this process before
         return TrainingError(
             f"the loss or its gradient is not finite at step {step} (epoch {epoch + 1}); {file} tells about its batch, "
             f"{'the last checkpoint is kept' if last else 'nothing was saved yet'}. Try a smaller lr (in a run that "
