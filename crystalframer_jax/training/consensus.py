@@ -23,7 +23,7 @@ class Consensus:
     """The largest of the requests of all processes; with one process, its own."""
 
     def __init__(self, devices: Devices):
-        self._devices, self._is_shared = devices, jax.process_count() > 1
+        self._devices, self._are_several = devices, jax.process_count() > 1
         self._largest = devices.each(lambda request: jax.lax.pmax(request, devices.axis), split=(0,))
         self._pending: deque[jax.Array] = deque()
 
@@ -32,7 +32,7 @@ class Consensus:
 
         Waiting for the requests of the last dispatch would keep the devices waiting as well.
         """
-        if not self._is_shared:
+        if not self._are_several:
             return request
         requests = np.full(len(self._devices.of_process), request, np.int32)
         self._pending.append(self._largest(self._devices.put(requests)))
