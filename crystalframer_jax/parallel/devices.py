@@ -137,7 +137,7 @@ def sum_in_order(tree: Tree, axis: str | None) -> Tree:
     """The sum of arrays over the devices of `axis` (None: one device), always the same bits; not to be differentiated.
 
     The numbers are added in an order that depends on how many devices there are, but not on which processes they belong
-    to or how they are connected. Every device adds up one piece of all arrays: as many bytes as in other all-reductions.
+    to or how they are connected. Every device adds up one piece of the arrays: as many bytes as in other reductions.
     """
     if axis is None:
         return tree

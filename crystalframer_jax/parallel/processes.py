@@ -59,7 +59,13 @@ def start(
     if process_id == 0 and address and "JAX_COORDINATOR_BIND_ADDRESS" not in os.environ:
         _check_port(address)
     jax.config.update("jax_enable_preemption_service", False)  # it would make the process deaf to SIGTERM
-    too_late = threading.Timer(timeout_seconds, _give_up, [address, num_processes, process_id, timeout_seconds])
+    this = "this process" if process_id is None else f"process {process_id}"
+    everyone = "all processes" if num_processes is None else f"all {num_processes} processes"
+    reason = (
+        f"{this} has not met the others at {address or 'the coordinator'} within {timeout_seconds:g} s; check that "
+        f"{everyone} were started, and that the address is that of process 0 and its port reachable"
+    )
+    too_late = threading.Timer(timeout_seconds, _give_up, [reason])
     too_late.daemon = True
     too_late.start()
     try:
@@ -98,16 +104,9 @@ def _check_port(address: str) -> None:
         ) from error
 
 
-def _give_up(address: str | None, num_processes: int | None, process_id: int | None, seconds: float) -> None:
+def _give_up(reason: str) -> None:
     """End a process whose main thread waits for the others in vain."""
-    this = "this process" if process_id is None else f"process {process_id}"
-    everyone = "all processes" if num_processes is None else f"all {num_processes} processes"
-    print(
-        f"error: {this} has not met the others at {address or 'the coordinator'} within {seconds:g} s; check that "
-        f"{everyone} were started, and that the address is that of process 0 and its port reachable",
-        file=sys.stderr,
-        flush=True,
-    )
+    print(f"error: {reason}", file=sys.stderr, flush=True)
     os._exit(1)
 
 
