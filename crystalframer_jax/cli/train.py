@@ -54,8 +54,8 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a checkpoint otherwise
     use_compilation_cache()
-    from crystalframer_jax.parallel.distributed import failing_together, start
     from crystalframer_jax.parallel.interruption import Interruption, TrainingInterrupted
+    from crystalframer_jax.parallel.processes import failing_together, start
     from crystalframer_jax.training.logging import say
     from crystalframer_jax.training.loop import Options
     from crystalframer_jax.training.train import train

@@ -10,7 +10,7 @@ import numpy as np
 
 from crystalframer_jax.config import ModelConfig
 from crystalframer_jax.ops.basis import EXACT
-from crystalframer_jax.parallel.devices import total
+from crystalframer_jax.parallel.devices import psum
 
 Initializer = Callable[..., jax.Array]  # (key, shape, dtype)
 ACTIVATIONS = {"relu": nn.relu, "gelu": lambda x: nn.gelu(x, approximate=False)}
@@ -121,9 +121,9 @@ class BatchNorm(nn.Module):
         running_variance = self.variable("batch_stats", "var", jnp.ones, width, jnp.float32)
         mean, variance = running_mean.value, running_variance.value
         if self.by_batch:
-            number = total(jnp.sum(real), self.axis)
-            mean = total(jnp.sum(x, axis=0, where=real[:, None]), self.axis) / number
-            variance = total(jnp.sum((x - mean) ** 2, axis=0, where=real[:, None]), self.axis) / number
+            number = psum(jnp.sum(real), self.axis)
+            mean = psum(jnp.sum(x, axis=0, where=real[:, None]), self.axis) / number
+            variance = psum(jnp.sum((x - mean) ** 2, axis=0, where=real[:, None]), self.axis) / number
             if not self.is_initializing():
                 running_mean.value += BATCH_NORM_MOMENTUM * (mean - running_mean.value)
                 running_variance.value += BATCH_NORM_MOMENTUM * (variance - running_variance.value)

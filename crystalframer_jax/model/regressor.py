@@ -12,7 +12,7 @@ from crystalframer_jax.model.encoder import EncoderBlock
 from crystalframer_jax.model.implementation import Implementation
 from crystalframer_jax.model.layers import head_layer, head_norm, layer_norm
 from crystalframer_jax.ops.basis import EXACT
-from crystalframer_jax.parallel.devices import total
+from crystalframer_jax.parallel.devices import psum
 
 NUM_ELEMENTS = 98
 
@@ -100,12 +100,12 @@ def rarity(occupancies: jax.Array, batch: Batch, largest: float, axis: str | Non
 
     Inverse of the mean share of the element in the crystals of the batch, divided by its mean over the atoms.
     """
-    crystals = total(jnp.sum(batch.crystal_sizes > 0), axis)
-    share = total(jnp.sum(_pool(occupancies, batch, "avr"), axis=0), axis) / crystals
+    crystals = psum(jnp.sum(batch.crystal_sizes > 0), axis)
+    share = psum(jnp.sum(_pool(occupancies, batch, "avr"), axis=0), axis) / crystals
     frequency = jnp.matmul(occupancies, share, precision=EXACT)
     real = frequency > 0
     inverse = jnp.where(real, 1 / jnp.where(real, frequency, 1), 0)
-    mean = total(jnp.sum(inverse), axis) / jnp.maximum(total(jnp.sum(real), axis), 1)
+    mean = psum(jnp.sum(inverse), axis) / jnp.maximum(psum(jnp.sum(real), axis), 1)
     return jnp.minimum(inverse / jnp.where(mean > 0, mean, 1), largest)
 
 

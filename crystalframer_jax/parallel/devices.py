@@ -109,9 +109,7 @@ class Devices:
         if not self.all:
             return jax.device_put(parts)
         sharding = NamedSharding(self.mesh, PartitionSpec(AXIS))
-        if jax.process_count() == 1:
-            return jax.device_put(parts, sharding)
-        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), parts)
+        return jax.make_array_from_process_local_data(sharding, parts)
 
     def replicate(self, tree: Tree) -> Tree:
         """Arrays (equal in all processes) on every device."""
@@ -135,26 +133,26 @@ def on_one_device(tree: Tree) -> Tree:
     return jax.tree.map(lambda x: x.addressable_data(0) if isinstance(x, jax.Array) else x, tree)
 
 
-def summed(tree: Tree, axis: str | None) -> Tree:
-    """The sum of arrays over the devices of `axis` (None: one device); not to be differentiated.
+def sum_in_order(tree: Tree, axis: str | None) -> Tree:
+    """The sum of arrays over the devices of `axis` (None: one device), always the same bits; not to be differentiated.
 
     The numbers are added in an order that depends on how many devices there are, but not on which processes they belong
-    to or how they are connected. Every device adds up a share of all numbers: as many bytes as in other all-reductions.
+    to or how they are connected. Every device adds up one piece of the arrays: as many bytes as in other reductions.
     """
     if axis is None:
         return tree
     vector, restored = ravel_pytree(tree)
     number = jax.lax.axis_size(axis)
-    shares = jnp.pad(vector, (0, -len(vector) % number)).reshape(number, -1)
-    shares = jax.lax.all_to_all(shares, axis, 0, 0)  # the share of this device, from each
-    while len(shares) > 1:
-        half = len(shares) // 2
-        shares = jnp.concatenate([shares[:half] + shares[half : 2 * half], shares[2 * half :]])
-    return restored(jax.lax.all_gather(shares[0], axis, tiled=True)[: len(vector)])
+    pieces = jnp.pad(vector, (0, -len(vector) % number)).reshape(number, -1)
+    pieces = jax.lax.all_to_all(pieces, axis, 0, 0)  # that of this device, from each
+    while len(pieces) > 1:
+        half = len(pieces) // 2
+        pieces = jnp.concatenate([pieces[:half] + pieces[half : 2 * half], pieces[2 * half :]])
+    return restored(jax.lax.all_gather(pieces[0], axis, tiled=True)[: len(vector)])
 
 
-def total(x: jax.Array, axis: str | None) -> jax.Array:
-    """The sum of an array over the devices of `axis` (None: one device), with its gradient."""
+def psum(x: jax.Array, axis: str | None) -> jax.Array:
+    """The sum of an array over the devices of `axis` (None: one device), added in any order; with its gradient."""
     return x if axis is None else jax.lax.psum(x, axis)
 
 
@@ -180,6 +178,3 @@ def imbalance(work: np.ndarray, shares: Sequence[np.ndarray]) -> float:
     """The work of the largest share, divided by the mean over the shares."""
     of_shares = [work[share].sum() for share in shares]
     return float(np.max(of_shares) / np.mean(of_shares))
-
-
-# Processes that run together

@@ -10,8 +10,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any, NoReturn, Protocol
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn
 
 import jax
 
@@ -20,27 +20,18 @@ LONGEST_SILENCE = 60.0
 CONTINUES = "the same command continues from the last checkpoint"
 
 
-class KeyValueStore(Protocol):
-    """What is used of JAX's coordination service, which runs in process 0. Any call may block if that is stopped."""
-
-    def key_value_set(self, key: str, value: str, allow_overwrite: bool = False) -> None:
-        """Raises JaxRuntimeError if the key exists and may not be overwritten, or if the service is gone."""
-
-    def key_value_dir_get(self, key: str) -> list[tuple[str, str]]:
-        """All keys below one, with their values."""
-
-
 @dataclasses.dataclass
-class Heartbeat:
+class Beat:
     """What a process publishes of itself, again and again.
 
     Attributes:
-      number: counts the heartbeats.
+      number: counts the beats.
       reports: how often the main thread has reported its progress.
       progress: its last report.
       age: seconds since then.
       ended: how the work of the process ended; empty before.
       knows: it knows of a failure.
+      at: when the beat arrived, by the clock of the reader.
     """
 
     host: str
@@ -50,48 +41,112 @@ class Heartbeat:
     age: float = 0.0
     ended: str = ""
     knows: bool = False
-
-
-@dataclasses.dataclass
-class Heard:
-    """The last heartbeat of a process, and when it arrived by the clock of the reader."""
-
-    beat: Heartbeat
-    at: float
+    at: float = 0.0
 
     def stalled(self, now: float) -> float:
         """Seconds since the main thread of the process reported."""
-        return now - self.at + self.beat.age
+        return now - self.at + self.age
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """How many processes there are, and how many seconds they may keep silent or make no progress."""
+
+    processes: int
+    silence: float
+    standstill: float
+    interval: float  # from one beat to the next
+
+
+# What is wrong
+
+
+def verdict(beats: Mapping[int, Beat], now: float, limits: Limits, is_store_gone: bool = False) -> str:
+    """Tells in one line what is wrong with the processes whose last `beats` these are; empty if nothing is.
+
+    The store of the beats is in process 0.
+    """
+    answered_at = _answered_at(beats)
+    longest = now - answered_at
+    if is_store_gone:
+        return _lost(beats, 0, "it has ended", now)
+    if longest > limits.silence:
+        return _lost(beats, 0, f"no answer for {longest:.0f} s", now)
+    for process in range(limits.processes):
+        beat = beats.get(process)
+        if beat is None and now > limits.silence:
+            return f"lost process {process}: no sign of life since the start, {now:.0f} s ago"
+        silent = answered_at - beat.at if beat and not beat.ended else 0.0
+        if silent > limits.silence:
+            return _lost(beats, process, f"no sign of life for {silent:.0f} s", now)
+        longest = max(longest, silent)
+    is_one_lost = longest > 3 * limits.interval  # maybe, and then the others are waiting for it
+    return "" if is_one_lost else _standstill(beats, now, limits)
+
+
+def _answered_at(beats: Mapping[int, Beat]) -> float:
+    """When the store has answered last: every answer has the reader's own beat, if no other."""
+    return max((beat.at for beat in beats.values()), default=0.0)
+
+
+def _standstill(beats: Mapping[int, Beat], now: float, limits: Limits) -> str:
+    """If the main thread of a process has not reported for too long: which processes are furthest behind."""
+    working = {process: beat for process, beat in sorted(beats.items()) if not beat.ended}
+    if not any(beat.progress and beat.stalled(now) > limits.standstill for beat in working.values()):
+        return ""
+    fewest = min(beat.reports for beat in working.values())
+    behind = [process for process, beat in working.items() if beat.reports == fewest]
+    found = f"no progress in {', '.join(_name(beats, process) for process in behind[:4])}"
+    if len(behind) > 4:
+        found += f" and {len(behind) - 4} more"
+    found += f"; {_last_report(beats, behind[0], now)}"
+    if others := [beat for process, beat in beats.items() if process not in behind]:
+        furthest = max(others, key=lambda beat: beat.reports)
+        found += (
+            f", others have ended: {furthest.ended}" if furthest.ended else f', others are at "{furthest.progress}"'
+        )
+    return found
+
+
+def _lost(beats: Mapping[int, Beat], process: int, how: str, now: float) -> str:
+    return f"lost {_name(beats, process)}: {how}; {_last_report(beats, process, now)}"
+
+
+def _name(beats: Mapping[int, Beat], process: int) -> str:
+    return f"process {process} (host {beats[process].host})" if process in beats else f"process {process}"
+
+
+def _last_report(beats: Mapping[int, Beat], process: int, now: float) -> str:
+    if process not in beats:
+        return "it never reported"
+    return f'last report "{beats[process].progress}", {beats[process].stalled(now):.0f} s ago'
+
+
+# Who finds it
 
 
 class Watchdog:
-    """Two threads of every process: one exchanges heartbeats and failures, one judges them and ends the process.
+    """Two threads of every process: one exchanges beats and failures, one judges them and ends the process.
 
-    They are two because the exchange may block for ever. Times are those of a clock of each process that stands still
-    while the process is stopped, so that a job that is suspended and continued as a whole lives on.
+    They are two because calls of the store have no deadline: they block for ever if process 0 is stopped. Times are
+    those of a clock of each process that stands still while the process is stopped, so that a job that is suspended and
+    continued as a whole lives on.
     """
 
-    def __init__(self, store: KeyValueStore | None, address: str, process: int, num_processes: int, seconds: float):
-        """`address` is that of the store. Does nothing before `watching`, and without a store never."""
-        self.seconds = seconds
-        self.silence = min(seconds, LONGEST_SILENCE)
-        self.interval = min(1.0, seconds / 10)
-        self._store = store
-        self._address = address
-        self._process = process
-        self._num_processes = num_processes
-        self._clock = 0.0
-        self._own = Heartbeat(socket.gethostname())
-        self._reported_at = 0.0
-        self._heard: dict[int, Heard] = {}
-        self._contact_at = 0.0
-        self._refusals = 0
-        self._is_store_gone = False
-        self._verdict = ""  # what this process has found; the store keeps the first that any process has found
+    def __init__(self, store: Any, address: str, process: int, processes: int, seconds: float):
+        """`store` is JAX's coordination service, which runs in process 0 at `address`.
+
+        Nothing happens before `watching`, and without a store never.
+        """
+        self.limits = Limits(processes, min(seconds, LONGEST_SILENCE), seconds, min(1.0, seconds / 10))
+        self.store, self._address, self._process = store, address, process
+        self._clock = self._reported_at = 0.0
+        self._own = Beat(socket.gethostname())
+        self._beats: dict[int, Beat] = {}
+        self._refusals = 0  # of the store, one after the other
+        self._found = ""  # what is wrong, as this process says; the store keeps what any process was first to say
         self._failure = ""  # that first one
-        self._known = threading.Event()
-        self._hurry = threading.Event()
-        self._stopped = threading.Event()
+        self._hurry, self._known, self._stopped = threading.Event(), threading.Event(), threading.Event()
         self._ending = threading.Lock()
 
     def report(self, progress: str) -> None:
@@ -116,63 +171,54 @@ class Watchdog:
                 self._stopped.set()
                 self._hurry.set()
                 for thread in threads:
-                    thread.join(self.interval)
+                    thread.join(self.limits.interval)
 
     def finish(self, how: str) -> None:
         """Wait until all processes have finished their work; meanwhile their failures end this one as well."""
         self._own.ended = how
         self._hurry.set()
         # its own end included, for the others shall have read that when this process leaves
-        while not (
-            len(self._heard) == self._num_processes and all(heard.beat.ended for heard in list(self._heard.values()))
-        ):
-            time.sleep(self.interval / 4)
+        while sum(bool(beat.ended) for beat in self._beats.values()) < self.limits.processes:
+            time.sleep(self.limits.interval / 4)
 
     def find_culprit(self) -> None:
         """After a collective operation failed: leave time to find, and end with, the process that is to blame.
 
         Returns if there is none.
         """
-        self.silence = min(self.silence, 10.0)
-        time.sleep(self.silence + 4 * self.interval)
+        self.limits = dataclasses.replace(self.limits, silence=min(self.limits.silence, 10.0))
+        time.sleep(self.limits.silence + 4 * self.limits.interval)
 
     def fail(self, reason: str, trace: str = "", status: int = 1) -> NoReturn:
         """Tell the others why this process fails, print it, or the traceback if there is one, and end the process."""
         name = f"process {self._process} (host {self._own.host})"
         self._end(f"{name}: {reason}", f"{name}: {trace}" if trace else f"error: {name}: {reason}", status)
 
-    def _end(self, verdict: str, text: str = "", status: int = 1) -> NoReturn:
-        """Publish a verdict and end the process with the one that was published first, or with `text`.
+    def _end(self, found: str, text: str = "", status: int = 1) -> NoReturn:
+        """Publish what is wrong and end the process with what was published first, or with `text`.
 
         jax.distributed.shutdown would wait for processes that are gone or stuck.
         """
         self._ending.acquire()  # a second thread waits here for the end
         try:
-            self._verdict = verdict
+            self._found = found
             self._hurry.set()
-            if not self._is_store_gone:
-                self._known.wait(2 + 2 * self.interval)
-            if not (text and self._is_told_by_another(verdict)):
-                sys.stderr.write((text or f"error: {self._failure or verdict}; {CONTINUES}") + "\n")
+            self._known.wait(2 + 2 * self.limits.interval)
+            is_told_by_another = self._failure != found and self._failure.partition(": ")[2] == found.partition(": ")[2]
+            if not (text and is_told_by_another):
+                sys.stderr.write((text or f"error: {self._failure or found}; {CONTINUES}") + "\n")
             sys.stderr.flush()
             sys.stdout.flush()
             deadline = time.monotonic() + 5
             while self._process == 0 and time.monotonic() < deadline and not self._all_know():
-                time.sleep(self.interval / 4)  # the service must live until the others know
+                time.sleep(self.limits.interval / 4)  # the service must live until the others know
         finally:
             os._exit(status)
 
-    def _is_told_by_another(self, verdict: str) -> bool:
-        """Whether another process has failed for the same reason, and was first to say so."""
-        return self._failure != verdict and self._failure.partition(": ")[2] == verdict.partition(": ")[2]
-
     def _all_know(self) -> bool:
         """Whether all processes know of the failure, except those that have not been heard of lately."""
-        heard = list(self._heard.values())
-        recent = self._clock - 2 - 2 * self.interval
-        return len(heard) == self._num_processes and all(one.beat.knows or one.at < recent for one in heard)
-
-    # The thread that talks to the store
+        beats, recent = self._beats.values(), self._clock - 2 - 2 * self.limits.interval
+        return len(beats) == self.limits.processes and all(beat.knows or beat.at < recent for beat in beats)
 
     def _exchange_forever(self) -> None:
         while not self._stopped.is_set():
@@ -182,98 +228,41 @@ class Watchdog:
                 self._refusals = 0
             except jax.errors.JaxRuntimeError:  # the service is gone, or this process is being ended
                 self._refusals += 1
-            self._hurry.wait(self.interval)
+            self._hurry.wait(self.limits.interval)
 
     def _exchange(self) -> None:
-        assert self._store is not None
-        if self._verdict and not self._failure:
+        if self._found and not self._failure:
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process was first
-                self._store.key_value_set(f"{KEYS}/failure", self._verdict)
-        self._beat()
-        for key, value in self._store.key_value_dir_get(KEYS):
-            name = key.rpartition("/")[2]
-            if name == "failure":
-                self._failure = value
-                continue
-            beat, process = Heartbeat(**json.loads(value)), int(name)
-            if process not in self._heard or self._heard[process].beat.number != beat.number:
-                self._heard[process] = Heard(beat, self._clock)
-        self._contact_at = self._clock
-        if self._failure and not self._own.knows:
-            self._own.knows = True
-            self._beat()
+                self.store.key_value_set(f"{KEYS}/failure", self._found)
+        own = self._own
+        own.number, own.age, own.knows = own.number + 1, self._clock - self._reported_at, bool(self._failure)
+        value = json.dumps(dataclasses.asdict(own))
+        self.store.key_value_set(f"{KEYS}/beats/{self._process}", value, allow_overwrite=True)
+        if own.knows:
             self._known.set()
-
-    def _beat(self) -> None:
-        assert self._store is not None
-        self._own.number += 1
-        self._own.age = self._clock - self._reported_at
-        value = json.dumps(dataclasses.asdict(self._own))
-        self._store.key_value_set(f"{KEYS}/heartbeats/{self._process}", value, allow_overwrite=True)
-
-    # The thread that judges
+        values, beats = dict(self.store.key_value_dir_get(KEYS)), {}
+        if failure := values.pop(f"{KEYS}/failure", ""):
+            self._failure = failure
+            if not own.knows:
+                self._hurry.set()  # to say so
+        for key, value in values.items():
+            process = int(key.rpartition("/")[2])
+            beat, last = Beat(**{**json.loads(value), "at": self._clock}), self._beats.get(process)
+            beats[process] = last if last and last.number == beat.number else beat
+        self._beats = beats
 
     def _judge_forever(self) -> None:
         before = time.monotonic()
-        while not self._stopped.wait(self.interval):
+        while not self._stopped.wait(self.limits.interval):
             now = time.monotonic()
-            self._clock += min(now - before, 2 * self.interval)
+            self._clock += min(now - before, 2 * self.limits.interval)
             before = now
-            if verdict := self._failure or self._judge():
-                self._end(verdict)
-
-    def _judge(self) -> str:
-        """What is wrong, in one line; empty if nothing is."""
-        silent = self._clock - self._contact_at
-        if self._refusals > 1 or (silent > 2 * self.interval and _refuses_connections(self._address)):
-            self._is_store_gone = True
-            return f"lost {self._name(0)}: it has ended; {self._last_report(0)}"
-        if silent > self.silence:
-            self._is_store_gone = True
-            return f"lost {self._name(0)}: no answer for {silent:.0f} s; {self._last_report(0)}"
-        longest = silent
-        for process in range(self._num_processes):
-            if process not in self._heard:
-                if self._clock > self.silence:
-                    return f"lost process {process}: no sign of life since the start, {self._clock:.0f} s ago"
-                continue
-            heard = self._heard[process]
-            silent = 0.0 if heard.beat.ended else self._contact_at - heard.at
-            longest = max(longest, silent)
-            if silent > self.silence:
-                return f"lost {self._name(process)}: no sign of life for {silent:.0f} s; {self._last_report(process)}"
-        if longest > 3 * self.interval:  # maybe lost, and then the others are waiting for it
-            return ""
-        return self._judge_progress()
-
-    def _judge_progress(self) -> str:
-        """If the main thread of a process has not reported for too long: which processes are furthest behind."""
-        working = {process: heard for process, heard in sorted(self._heard.items()) if not heard.beat.ended}
-        limited = [heard for heard in working.values() if heard.beat.progress]
-        if all(heard.stalled(self._clock) <= self.seconds for heard in limited):
-            return ""
-        fewest = min(heard.beat.reports for heard in working.values())
-        behind = [process for process, heard in working.items() if heard.beat.reports == fewest]
-        others = [heard.beat for process, heard in list(self._heard.items()) if process not in behind]
-        verdict = f"no progress in {', '.join(map(self._name, behind[:4]))}"
-        if len(behind) > 4:
-            verdict += f" and {len(behind) - 4} more"
-        verdict += f"; {self._last_report(behind[0])}"
-        if others:
-            furthest = max(others, key=lambda beat: beat.reports)
-            state = f"have ended: {furthest.ended}" if furthest.ended else f'are at "{furthest.progress}"'
-            verdict += f", others {state}"
-        return verdict
-
-    def _name(self, process: int) -> str:
-        heard = self._heard.get(process)
-        return f"process {process} (host {heard.beat.host})" if heard else f"process {process}"
-
-    def _last_report(self, process: int) -> str:
-        heard = self._heard.get(process)
-        if heard is None:
-            return "it never reported"
-        return f'last report "{heard.beat.progress}", {heard.stalled(self._clock):.0f} s ago'
+            beats, silent = self._beats, self._clock - _answered_at(self._beats)
+            is_gone = self._refusals > 1 or (silent > 2 * self.limits.interval and _refuses_connections(self._address))
+            if is_gone or silent > self.limits.silence:
+                self._known.set()  # nothing more will be heard
+            if found := self._failure or verdict(beats, self._clock, self.limits, is_gone):
+                self._end(found)
 
 
 def _refuses_connections(address: str) -> bool:
@@ -281,10 +270,8 @@ def _refuses_connections(address: str) -> bool:
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=1).close()
-    except ConnectionRefusedError:
-        return True
-    except OSError:
-        return False
+    except OSError as error:
+        return isinstance(error, ConnectionRefusedError)
     return False
 
 
@@ -292,14 +279,14 @@ def _refuses_connections(address: str) -> bool:
 def _aborting_late() -> Iterator[None]:
     """Make abort() wait for 6 s (the number of its signal), time enough to say that process 0 is gone.
 
-    As soon as a thread of JAX loses the service, it dumps its stack and aborts the process. A handler in Python would
-    not run before the end; sleep() of the C library does. Meanwhile calls of the store hang.
+    As soon as a thread of JAX loses the service, it dumps its stack and aborts the process, with
+    jax_enable_recoverability too. A handler in Python would not run before the end; sleep() of the C library does.
+    Meanwhile calls of the store hang.
     """
     library: Any = ctypes.CDLL(None)
     library.signal.restype = ctypes.c_void_p
-    library.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
-    before = library.signal(signal.SIGABRT, ctypes.cast(library.sleep, ctypes.c_void_p))
+    before = library.signal(signal.SIGABRT, library.sleep)
     try:
         yield
     finally:
-        library.signal(signal.SIGABRT, before)
+        library.signal(signal.SIGABRT, ctypes.c_void_p(before))

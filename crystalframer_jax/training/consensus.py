@@ -16,34 +16,35 @@ from crystalframer_jax.parallel.processes import json_from_first_process, larges
 from crystalframer_jax.runs.run_directory import as_json
 from crystalframer_jax.training.ledger import LAG
 
-NOTHING, SAVE, STOP = 0, 1, 2  # wishes; of several the largest is done
+NOTHING, SAVE, STOP = 0, 1, 2  # requests; of several the largest is done
 
 
-class Agreement:
-    """The largest of the wishes of all processes; with one process, its own."""
+class Consensus:
+    """The largest of the requests of all processes; with one process, its own."""
 
     def __init__(self, devices: Devices):
-        self._devices, self._is_shared = devices, jax.process_count() > 1
-        self._largest = devices.each(lambda wish: jax.lax.pmax(wish, devices.axis), split=(0,))
+        self._devices, self._are_several = devices, jax.process_count() > 1
+        self._largest = devices.each(lambda request: jax.lax.pmax(request, devices.axis), split=(0,))
         self._pending: deque[jax.Array] = deque()
 
-    def after_dispatch(self, wish: int) -> int:
-        """What all agree to do now; to be asked after every dispatch. It is known LAG dispatches after it was wished.
+    def after_dispatch(self, request: int) -> int:
+        """What all agree to do now; to be asked after every dispatch. It is known LAG dispatches after the request.
 
-        Waiting for the wishes of the last dispatch would keep the devices waiting as well.
+        Waiting for the requests of the last dispatch would keep the devices waiting as well.
         """
-        if not self._is_shared:
-            return wish
-        self._pending.append(self._largest(self._devices.put(np.full(len(self._devices.of_process), wish, np.int32))))
+        if not self._are_several:
+            return request
+        requests = np.full(len(self._devices.of_process), request, np.int32)
+        self._pending.append(self._largest(self._devices.put(requests)))
         agreed = int(self._pending.popleft()) if len(self._pending) > LAG else NOTHING
         if agreed != NOTHING:
-            self._pending.clear()  # the same wish, repeated until it was known
+            self._pending.clear()  # the same request, repeated until it was known
         return agreed
 
-    def now(self, wish: int) -> int:
+    def now(self, request: int) -> int:
         """What all agree to do, waiting for them."""
         self._pending.clear()
-        return largest_of_processes(wish)
+        return largest_of_processes(request)
 
 
 def check_alike(config: ConfigDict, options: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from crystalframer_jax.model.implementation import Implementation
 from crystalframer_jax.model.regressor import CrystalFramer
 from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices, on_one_device
 from crystalframer_jax.parallel.interruption import Interruption, TrainingInterrupted
-from crystalframer_jax.parallel.processes import is_first_process, json_from_first_process
+from crystalframer_jax.parallel.processes import barrier, is_first_process, json_from_first_process
 from crystalframer_jax.reporting import plots
 from crystalframer_jax.reporting.summary import describe, score_history, summary_text
 from crystalframer_jax.runs.checkpoints import read_json
@@ -269,7 +269,7 @@ class Run:
             frozen = self._freezes_norm(epoch)
             report |= batch_report(self.loss(None), self.statistics, on_one_device(state), self.batches, step, frozen)
             write_json(file, report)
-        json_from_first_process(None)  # the others wait for the report: their error would end this process
+        barrier("report of a step that is not finite")  # the error of the others would end this process before
         return TrainingError(
             f"the loss or its gradient is not finite at step {step} (epoch {epoch + 1}); {file} tells about its batch, "
             f"{'the last checkpoint is kept' if last else 'nothing was saved yet'}. Try a smaller lr (in a run that "

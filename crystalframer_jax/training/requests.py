@@ -5,7 +5,7 @@ import time
 from crystalframer_jax.parallel.devices import Devices
 from crystalframer_jax.parallel.interruption import Interruption, TrainingInterrupted
 from crystalframer_jax.parallel.processes import is_first_process
-from crystalframer_jax.training.consensus import NOTHING, SAVE, STOP, Agreement
+from crystalframer_jax.training.consensus import NOTHING, SAVE, STOP, Consensus
 
 
 class Requests:
@@ -13,15 +13,15 @@ class Requests:
 
     def __init__(self, interruption: Interruption, checkpoint_minutes: float, devices: Devices):
         self._interruption, self._seconds = interruption, 60 * checkpoint_minutes
-        self._agreement, self._reason, self._saved_at = Agreement(devices), "", time.monotonic()
+        self._consensus, self._reason, self._saved_at = Consensus(devices), "", time.monotonic()
 
     def after_chunk(self) -> int:
         """NOTHING, SAVE or STOP; to be asked after every chunk of steps, without waiting for the devices."""
-        return self._agreement.after_dispatch(self._own())
+        return self._consensus.after_dispatch(self._own())
 
     def now(self) -> int:
         """The same elsewhere, waiting for all processes."""
-        return self._agreement.now(self._own())
+        return self._consensus.now(self._own())
 
     def saved(self) -> None:
         """Tell that all is saved: from here the time to the next checkpoint counts."""

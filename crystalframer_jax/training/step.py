@@ -13,7 +13,7 @@ from crystalframer_jax.batching.batch import Batch
 from crystalframer_jax.batching.targets import TargetStatistics, standardise
 from crystalframer_jax.model.regressor import CrystalFramer
 from crystalframer_jax.ops.random_bits import keys_by_place
-from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices, summed
+from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices, sum_in_order
 from crystalframer_jax.training.averages import averaged
 from crystalframer_jax.training.layer_names import layer_mask
 from crystalframer_jax.training.loss import loss_per_crystal
@@ -146,7 +146,7 @@ def train_step(recipe: Recipe, loss: LossFunction, skip_nonfinite: int = 0, axis
         is_frozen = layer_mask(state.params, recipe.frozen_layers, "frozen_layers")
         (value, (_, batch_stats)), gradient = gradient_of(state.params, state, batch, freeze_norm)
         number = jnp.sum(batch.crystal_sizes > 0).astype(value.dtype)
-        value, gradient, number = summed((value, gradient, number), axis)
+        value, gradient, number = sum_in_order((value, gradient, number), axis)
         value = value / number
         gradient = jax.tree.map(lambda g, frozen: jnp.zeros_like(g) if frozen else g / number, gradient, is_frozen)
         grad_norm = optax.global_norm(gradient)

@@ -33,7 +33,7 @@ def train(
 
     The same call continues a run that was interrupted, from its last checkpoint; batches, random draws and results
     are those of a run that was not interrupted. All devices share the work, also those of several processes (see
-    crystalframer_jax.parallel.distributed) that make the same call; the first process writes into `workdir`.
+    crystalframer_jax.parallel.processes) that make the same call; the first process writes into `workdir`.
 
     Raises ConfigError for a configuration that cannot be run or differs from that of the run directory, TrainingError
     if the loss is not finite or the disk is full, and TrainingInterrupted after having saved what there is if a signal

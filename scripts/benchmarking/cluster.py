@@ -6,7 +6,7 @@ A step on n GPUs with b crystals each takes
 
 where the balance is the work of the GPU that has most over the mean (`parallel.share_out`, on real crystals), and the
 host works ahead: it shares out the crystals of every batch among all GPUs, and packs those of its own GPUs unless the
-crystals are kept on them. The gradient is summed as `parallel.summed` does it, after the backward pass:
+crystals are kept on them. The gradient is summed as `parallel.devices.sum_in_order` does it, after the backward pass:
 
     all_to_all   a message of 1/n of the gradient to every other GPU
     all_gather   a ring in which 1/n of the gradient passes n - 1 times

@@ -20,7 +20,7 @@ from crystalframer_jax.data.loader import TrainingBatches
 from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.model.implementation import Implementation
 from crystalframer_jax.model.regressor import CrystalFramer
-from crystalframer_jax.parallel.devices import Devices, summed
+from crystalframer_jax.parallel.devices import Devices, sum_in_order
 from crystalframer_jax.training.step import make_loss, make_recipe, make_train_step
 
 CPU_DEVICES = 8  # on a machine without accelerators
@@ -121,7 +121,7 @@ def typical(loader: TrainingBatches) -> int:
 def sum_program(variant: Variant, number: int) -> Program:
     """The sum over devices of numbers in the shapes of the gradient."""
     devices = Devices.of_this_process(number)
-    function = devices.each(lambda tree: summed(tree, devices.axis), split=(0,))
+    function = devices.each(lambda tree: sum_in_order(tree, devices.axis), split=(0,))
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), variant.state.params)
     return Program(function, lambda: (devices.put(devices.stacked([zeros] * number)),))
 

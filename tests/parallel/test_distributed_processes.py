@@ -22,9 +22,9 @@ from crystalframer_jax.config import ConfigError
 from crystalframer_jax.configs import default
 from crystalframer_jax.errors import UserError
 from crystalframer_jax.model.implementation import ImplementationError
-from crystalframer_jax.parallel.distributed import DistributedError, failing_together, start
 from crystalframer_jax.parallel.interruption import TrainingInterrupted
-from crystalframer_jax.training import consensus as agreement
+from crystalframer_jax.parallel.processes import DistributedError, failing_together, start
+from crystalframer_jax.training import consensus
 from crystalframer_jax.training.consensus import agreed_implementation, check_alike
 
 ROOT = Path(__file__).parents[2]
@@ -208,7 +208,7 @@ def test_distributed_start_says_what_is_missing_and_who_does_not_come():
 import sys
 from crystalframer_jax.config import ConfigError
 from crystalframer_jax.configs import default
-from crystalframer_jax.parallel.distributed import DistributedError, start
+from crystalframer_jax.parallel.processes import DistributedError, start
 taken, free = sys.argv[1:]
 for arguments in ((), (free,), (free, 2), (taken, 2, 0), (free, 2, 0, 1)):
     try:
@@ -243,7 +243,7 @@ def test_distributed_processes_that_differ_are_an_error(monkeypatch, key, value,
     config = default.get_config()
     check_alike(config, {})
     key = key if key == "jax" else f"--config.{key}"
-    monkeypatch.setattr(agreement, "json_from_first_process", lambda values: values | {key: value})
+    monkeypatch.setattr(consensus, "json_from_first_process", lambda values: values | {key: value})
     with pytest.raises(ConfigError, match=f"process 0 differs from the first .{words}.*same command"):
         check_alike(config, {})
 
@@ -258,7 +258,7 @@ def test_distributed_processes_use_kernels_if_all_can(monkeypatch, fails_here, f
 
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(agreement, "largest_of_processes", lambda number: max(number, int(fails_elsewhere)))
+    monkeypatch.setattr(consensus, "largest_of_processes", lambda number: max(number, int(fails_elsewhere)))
     expected = "xla" if fails_here or fails_elsewhere else "auto"
     assert agreed_implementation("auto", trace) == expected
     assert agreed_implementation("xla", trace) == "xla" and agreed_implementation("pallas", trace) == "pallas"

@@ -21,10 +21,10 @@ from crystalframer_jax.config import BatchParts, ConfigError
 from crystalframer_jax.data.loader import TrainingBatches
 from crystalframer_jax.inference import evaluation
 from crystalframer_jax.inference.predictor import Predictor
-from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices, share_out, summed
+from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices, share_out, sum_in_order
 from crystalframer_jax.parallel.interruption import TrainingInterrupted
 from crystalframer_jax.structures.neighbors import neighbor_rows
-from crystalframer_jax.training.consensus import NOTHING, SAVE, STOP, Agreement
+from crystalframer_jax.training.consensus import NOTHING, SAVE, STOP, Consensus
 from crystalframer_jax.training.errors import TrainingError
 from crystalframer_jax.training.ledger import LAG
 from crystalframer_jax.training.logging import read_metrics
@@ -89,7 +89,7 @@ def test_sums_are_added_pair_by_pair_in_the_order_of_the_devices(count):
     devices = Devices.of_this_process(count)
     rng = np.random.default_rng(1)
     tree = {"a": rng.normal(size=(count, 3, 7)).astype(np.float32), "b": rng.normal(size=count).astype(np.float32)}
-    found = devices.each(lambda tree: summed(tree, devices.axis), split=(0,))(devices.put(tree))
+    found = devices.each(lambda tree: sum_in_order(tree, devices.axis), split=(0,))(devices.put(tree))
     for name, values in tree.items():
         expected = values
         while len(expected) > 1:
@@ -103,21 +103,21 @@ def test_a_number_of_devices_that_are_not_there_is_an_error():
     assert Devices.of_this_process(1) == ONE_DEVICE and Devices.of_all_processes().count == 8
 
 
-# Wishes
+# Requests
 
 
 @pytest.mark.parametrize("asked_at", [0, 3])
-def test_a_wish_of_one_process_is_done_once_by_all(monkeypatch, asked_at):
+def test_a_request_of_one_process_is_done_once_by_all(monkeypatch, asked_at):
     """As repeated by a process until it is done; known a few dispatches later."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    agreement = Agreement(Devices.of_this_process(8))
+    consensus = Consensus(Devices.of_this_process(8))
     monkeypatch.undo()
     agreed, is_done = [], False
     for dispatch in range(9):
-        agreed.append(agreement.after_dispatch(SAVE if dispatch >= asked_at and not is_done else NOTHING))
+        agreed.append(consensus.after_dispatch(SAVE if dispatch >= asked_at and not is_done else NOTHING))
         is_done |= agreed[-1] == SAVE
     assert agreed == (asked_at + LAG) * [NOTHING] + [SAVE] + (8 - asked_at - LAG) * [NOTHING]
-    assert Agreement(ONE_DEVICE).after_dispatch(STOP) == STOP
+    assert Consensus(ONE_DEVICE).after_dispatch(STOP) == STOP
 
 
 # Steps
