@@ -1,7 +1,6 @@
 """Errors of a trained model on the splits of its dataset."""
 
 import argparse
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,11 +12,11 @@ from crystalframer_jax.config import ConfigError, target_names
 from crystalframer_jax.data.datasets import open_dataset
 from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.errors import UserError
-from crystalframer_jax.inference.ensemble import Ensemble, load_model, plot_calibration
+from crystalframer_jax.inference.ensemble import Ensemble, load_model
 from crystalframer_jax.inference.evaluation import Predictions, batches_of
 from crystalframer_jax.inference.predictor import Predictor
 from crystalframer_jax.reporting.metrics import mean_predictor_errors, regression_metrics
-from crystalframer_jax.reporting.predictions import write_predictions
+from crystalframer_jax.reporting.predictions import plot_calibration, plot_parity, write_predictions
 from crystalframer_jax.text import table
 
 
@@ -86,9 +85,8 @@ def error_table(
         metrics = regression_metrics(predictions.mean[chosen], labels, targets)
         baseline = mean_predictor_errors(labels, targets, dataset.labels[dataset.splits["train"]])
         for t, s in enumerate(targets):
-            errors = [math.nan if value is None else value for value in metrics[s.name].values()]
             known = np.isfinite(labels[:, t])
-            line = [s.name + kind, s.unit, int(known.sum()), *errors, baseline[s.name]]
+            line = [s.name + kind, s.unit, int(known.sum()), *metrics[s.name].values(), baseline[s.name]]
             lines.append([*line, *([float(predictions.spread[chosen][known, t].mean())] if over else [])])
     return table(header, lines)
 
@@ -97,17 +95,14 @@ def plot_errors(
     file: Path, model: Predictor | Ensemble, dataset: Dataset, split: str, predictions: Predictions
 ) -> list[Path]:
     """Parity of a single model, calibration of an ensemble; returns the files written."""
-    from crystalframer_jax.reporting import plots  # imports matplotlib
-
     file.parent.mkdir(parents=True, exist_ok=True)
     labels = dataset.labels[dataset.splits[split]]
     not_finite = int((~np.isfinite(predictions.mean)).any(axis=1).sum())
     if not_finite:
         raise UserError(f"{file} is not drawn: {not_finite} of {len(labels)} predictions are not finite")
     if isinstance(model, Ensemble):
-        return plot_calibration(file, labels, predictions, model.targets)[0]
-    names, units = [s.name for s in model.targets], [s.unit for s in model.targets]
-    plots.parity(labels, predictions.mean, names, units, file, split)
+        return plot_calibration(file, labels, *predictions, model.targets)[0]
+    plot_parity(file, labels, predictions.mean, model.targets, split)
     return [file]
 
 

@@ -73,9 +73,9 @@ def predict_rows(
         work = shared_out(table, group, shapes, devices.count)
         if device_table is not None:
             return work, None
-        own = [group[work.shares[device]] for device in devices.of_process]
-        packed = [pack(table, rows, [work.shape], num_targets=len(statistics)) for rows in own]
-        return work, devices.stacked(packed)
+        unknown = np.full((len(group), len(statistics)), np.nan)
+        own = [work.shares[device] for device in devices.of_process]
+        return work, devices.stacked([pack(table, group[share], work.shape, unknown[share]) for share in own])
 
     results = [np.zeros((len(samples), 0, len(statistics)))]
     waiting: deque[tuple[Shared, list[jax.Array]]] = deque()

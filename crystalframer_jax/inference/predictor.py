@@ -1,5 +1,6 @@
 """Predictor: a trained model, ready to predict structures."""
 
+import contextlib
 import functools
 import os
 from collections.abc import Iterable, Sequence
@@ -7,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from crystalframer_jax.batching.batch import pack
-from crystalframer_jax.batching.shapes import BatchShape, shape_for
+from crystalframer_jax.batching.shapes import BatchShape
 from crystalframer_jax.batching.table import CrystalTable, make_table
 from crystalframer_jax.batching.targets import TargetStatistics
 from crystalframer_jax.config import BatchParts, ModelConfig, model_config, neighbor_cutoff
@@ -43,19 +43,25 @@ class Predictor:
 
     Attributes:
       targets: name, unit, mean and standard deviation of each target.
-      cutoff: radius of the neighbour rows, Å.
+      cutoff: radius of the neighbor rows, Å.
       devices: that share the work, all of this process; a few crystals are left to one.
       weights: which weights these are: "best", "last", "swa", "ema", or "given" as arrays.
       step: optimizer step of their checkpoint, 0 if given.
       origin: the same in words.
     """
 
-    def __init__(self, config: ConfigDict, variables: Tree, targets: tuple[TargetStatistics, ...]):
-        self.config = config
-        self.variables = variables
-        self.targets = targets
+    def __init__(
+        self,
+        config: ConfigDict,
+        variables: Tree,
+        targets: tuple[TargetStatistics, ...],
+        weights: str = "given",
+        step: int = 0,
+        origin: str = "given parameters",
+    ):
+        self.config, self.variables, self.targets = config, variables, targets
+        self.weights, self.step, self.origin = weights, step, origin
         self.cutoff = neighbor_cutoff(config)
-        self.weights, self.step, self.origin = "given", 0, "given parameters"
         self.parts = model_config(config).parts
         self.devices = Devices.of_this_process()
 
@@ -68,46 +74,24 @@ class Predictor:
 
         Raises CheckpointError if there is no such model.
         """
-        workdir, step = Path(run_dir).expanduser(), None
-        if workdir.parent.name == FOLDER and workdir.name.isdigit():
-            workdir, step = workdir.parent.parent, int(workdir.name)
-            if weights == "best":
-                raise CheckpointError(
-                    f"{run_dir} is one checkpoint: give weights 'last', 'swa' or 'ema', or its run directory"
-                )
-            weights = weights or "last"
+        workdir, step = run_and_step(run_dir)
+        if step is not None and weights == "best":
+            raise CheckpointError(
+                f"{run_dir} is one checkpoint: give weights 'last', 'swa' or 'ema', or its run directory"
+            )
         config = read_config(workdir)
-        checkpoints = Checkpoints(workdir)
-        try:
-            weights = weights or _selected(workdir)
+        with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+            weights = weights or (_selected(workdir) if step is None else "last")
             if weights not in WEIGHTS:
                 raise CheckpointError(f"weights={weights!r} do not exist; allowed: {', '.join(WEIGHTS)}")
-            step = step if step is not None else checkpoints.best() if weights == "best" else checkpoints.last()
-            if step is None and checkpoints.last() is not None:
-                raise CheckpointError(
-                    f"{workdir} has no validation errors to choose the best weights by; ask for last or swa"
-                )
             if step is None:
-                raise CheckpointError(f"{workdir} has no checkpoint yet; let the training finish an epoch")
+                step = _step_with(weights, checkpoints)
             with working_precision(config):
-                model = checkpoints.restore_model(step, _abstract_model(config))
+                fields = checkpoints.restore_model(step, _abstract_model(config))
             targets = tuple(TargetStatistics(**target) for target in checkpoints.meta(step)["targets"])
-        finally:
-            checkpoints.close()
-        prefix = f"{weights}_" if weights in AVERAGES else ""
-        variables = {name: model[prefix + name] for name in ("params", "batch_stats")}
-        if prefix and (not variables["params"] or all_zero(variables["params"])):
-            key = AVERAGES[weights]
-            raise CheckpointError(f"{workdir} has no {weights} weights ({key}={config[key]}, or not reached yet)")
-        if prefix and all_zero(variables["batch_stats"]):
-            raise CheckpointError(
-                f"{workdir}: the {weights} weights of step {step} have no BatchNorm statistics, which come at the "
-                "end of the training; ask for last or best"
-            )
-        predictor = cls(config, variables | {"calibration": model["calibration"]}, targets)
-        predictor.weights, predictor.step = weights, step
-        predictor.origin = f"{weights} weights of {workdir}, step {step}"
-        return predictor
+        _check_average(weights, fields, config, workdir, step)
+        origin = f"{weights} weights of {workdir}, step {step}"
+        return cls(config, variables_in(fields, weights), targets, weights, step, origin)
 
     def predict(
         self, structures: Iterable[Any] | Any, num_frame_samples: int | None = None, progress: bool = False
@@ -138,7 +122,7 @@ class Predictor:
         num_frame_samples: int | None = None,
         devices: Devices | None = None,
     ) -> Predictions:
-        """Predictions for groups of rows of a table whose neighbour rows have this predictor's cutoff.
+        """Predictions for groups of rows of a table whose neighbor rows have this predictor's cutoff.
 
         Each group is shared by all `devices` (default: those of the predictor).
         """
@@ -176,7 +160,7 @@ def crystals_of(structures: Iterable[Any] | Any) -> list[Crystal]:
 
 
 def table_of(crystals: Sequence[Crystal], cutoff: float | LatticeBox) -> CrystalTable:
-    """Crystals with their neighbour rows."""
+    """Crystals with their neighbor rows."""
     return make_table(crystals, [neighbor_rows(crystal, cutoff) for crystal in crystals])
 
 
@@ -190,6 +174,13 @@ def work_for(table: CrystalTable, devices: Devices) -> tuple[list[np.ndarray], D
 def _forward_of(model: ModelConfig, devices: Devices) -> Forward:
     """The forward pass of a model, compiled once for all predictors of the same hyperparameters."""
     return make_forward(CrystalFramer(model), devices)
+
+
+def run_and_step(path: str | Path) -> tuple[Path, int | None]:
+    """The run directory and the step of RUN/checkpoints/STEP; without a step of RUN."""
+    path = Path(path).expanduser()
+    is_checkpoint = path.parent.name == FOLDER and path.name.isdigit()
+    return (path.parent.parent, int(path.name)) if is_checkpoint else (path, None)
 
 
 def read_config(workdir: Path) -> ConfigDict:
@@ -217,12 +208,49 @@ def _selected(workdir: Path) -> str:
     return read_json(file).get("selected_weights", "best") if file.exists() else "best"
 
 
+def _step_with(weights: str, checkpoints: Checkpoints) -> int:
+    """The checkpoint of a run that has these weights."""
+    last = checkpoints.last()
+    step = checkpoints.best() if weights == "best" else last
+    if step is None and last is not None:
+        raise CheckpointError(
+            f"{checkpoints.workdir} has no validation errors to choose the best weights by; ask for last or swa"
+        )
+    if step is None:
+        raise CheckpointError(f"{checkpoints.workdir} has no checkpoint yet; let the training finish an epoch")
+    return step
+
+
+def _check_average(weights: str, fields: dict[str, Tree], config: ConfigDict, workdir: Path, step: int) -> None:
+    """Raise CheckpointError if averaged weights are asked for that are not there, or not complete."""
+    if weights not in AVERAGES:
+        return
+    variables = variables_in(fields, weights)
+    if not variables["params"] or all_zero(variables["params"]):
+        key = AVERAGES[weights]
+        raise CheckpointError(f"{workdir} has no {weights} weights ({key}={config[key]}, or not reached yet)")
+    if all_zero(variables["batch_stats"]):
+        raise CheckpointError(
+            f"{workdir}: the {weights} weights of step {step} have no BatchNorm statistics, which come at the "
+            "end of the training; ask for last or best"
+        )
+
+
+def variables_in(fields: dict[str, Tree], weights: str) -> Tree:
+    """The variables of a model with certain weights from the MODEL_FIELDS of a checkpoint."""
+    prefix = f"{weights}_" if weights in AVERAGES else ""
+    return {
+        "params": fields[f"{prefix}params"],
+        "calibration": fields["calibration"],
+        "batch_stats": fields[f"{prefix}batch_stats"],
+    }
+
+
 def _abstract_model(config: ConfigDict) -> dict[str, Tree]:
     """Shapes of the model's part of a checkpoint."""
-    model, parts = CrystalFramer(model_config(config)), model_config(config).parts
-    table = table_of([Crystal(np.array([1]), np.zeros((1, 3)), 3 * np.eye(3))], 4.0)
-    batch = pack(table, np.array([0]), [shape_for(table, np.array([0]), parts)])
-    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jax.tree.map(jnp.asarray, batch)))
+    model = model_config(config)
+    padding = pack(make_table([], []), np.arange(0), BatchShape(1, 1, 1, 1, model.parts))
+    variables = jax.eval_shape(CrystalFramer(model).init, jax.random.key(0), padding)
     return on_this_device(stored_fields(config, variables))
 
 

@@ -1,11 +1,11 @@
 """Run directories from checkpoints of the official implementation, and such checkpoints from runs."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,8 @@ from crystalframer_jax.data.registry import TARGET_SETS, target_set
 from crystalframer_jax.errors import UserError
 from crystalframer_jax.files import write_json
 from crystalframer_jax.inference.forward import working_precision
-from crystalframer_jax.inference.predictor import Predictor, all_zero, stored_fields
-from crystalframer_jax.official.checkpoint_file import (
-    Arrays,
-    OfficialCheckpoint,
-    read_checkpoint,
-    write_checkpoint,
-)
+from crystalframer_jax.inference.predictor import Predictor, all_zero, run_and_step, stored_fields, variables_in
+from crystalframer_jax.official.checkpoint_file import Arrays, OfficialCheckpoint, read_checkpoint, write_checkpoint
 from crystalframer_jax.official.config import config_from_official, official_from_config
 from crystalframer_jax.official.state import (
     RAW_UNIT,
@@ -42,7 +37,7 @@ RUN_FILES = ("config.json", "summary.json", FOLDER)
 
 
 @dataclasses.dataclass(frozen=True)
-class Exchange:
+class Conversion:
     """What was imported or exported, and what a user should know of it.
 
     Attributes:
@@ -75,7 +70,7 @@ def import_checkpoint(
     target_mean: tuple[float, ...] = (),
     target_std: tuple[float, ...] = (),
     weights: str | None = None,
-) -> Exchange:
+) -> Conversion:
     """Write a run directory with the model of an official checkpoint; `Predictor.load` and the scripts accept it.
 
     `hyper_parameters`: official ones, for those that the file does not have. `data`: name of the target set that the
@@ -98,28 +93,28 @@ def import_checkpoint(
         raise UserError(f"{file} has no hyperparameters: give those of its training with --config=FILE.json")
     with _about(file):
         config, left_out = config_from_official({**given, **found})
-        scaling = _scaling(checkpoint, target_mean, target_std)
+        scaling = (
+            _given_once("target_mean", checkpoint.target_mean, target_mean),
+            _given_once("target_std", checkpoint.target_std, target_std),
+        )
         statistics = _describe_targets(config, scaling, data, targets, units)
     fields = _model_fields(file, checkpoint, model_config(config))
     selected = "swa" if has_average and weights != "model" else "last"
     parameters = sum(leaf.size for leaf in jax.tree.leaves(fields["params"]))
     notes = _import_notes(given, found, left_out, statistics, config)
-    run = Exchange(config, statistics, parameters, selected, has_average, checkpoint.epoch, checkpoint.step, notes)
+    run = Conversion(config, statistics, parameters, selected, has_average, checkpoint.epoch, checkpoint.step, notes)
     with _complete_or_not_there(workdir) as folder:
         _write_run(folder, run, fields, file.name)
     return run
 
 
-def _write_run(folder: Path, run: Exchange, fields: dict[str, Tree], origin: str) -> None:
+def _write_run(folder: Path, run: Conversion, fields: dict[str, Tree], origin: str) -> None:
     """The files of a run directory."""
     targets = [dataclasses.asdict(s) for s in run.targets]
     write_json(folder / "config.json", json.loads(run.config.to_json()))
-    checkpoints = Checkpoints(folder, writable=True)
-    try:
+    with contextlib.closing(Checkpoints(folder, writable=True)) as checkpoints:
         meta = {"epoch": run.epoch, "seconds": 0.0, "targets": targets, "val_mae": {}}
         checkpoints.save_weights(run.step, fields, meta)
-    finally:
-        checkpoints.close()
     summary = {
         "selected_weights": run.weights,
         "imported_from": origin,
@@ -129,7 +124,7 @@ def _write_run(folder: Path, run: Exchange, fields: dict[str, Tree], origin: str
     write_json(folder / "summary.json", summary)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _about(origin: object) -> Iterator[None]:
     """Put into errors what they are about."""
     try:
@@ -178,7 +173,7 @@ def _check_free(workdir: Path) -> None:
         raise UserError(f"{workdir} is not empty; choose another --workdir")
 
 
-@contextmanager
+@contextlib.contextmanager
 def _complete_or_not_there(workdir: Path) -> Iterator[Path]:
     """A folder beside `workdir` that takes its name at the end; a process that is killed leaves `workdir` free."""
     workdir = workdir.resolve()
@@ -193,19 +188,11 @@ def _complete_or_not_there(workdir: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _scaling(
-    checkpoint: OfficialCheckpoint, mean: tuple[float, ...], std: tuple[float, ...]
-) -> tuple[Any | None, Any | None]:
-    """Mean and standard deviation of the targets: those of the file, or those given where it has none."""
-    scaling = []
-    for name, found, given in (
-        ("target_mean", checkpoint.target_mean, mean),
-        ("target_std", checkpoint.target_std, std),
-    ):
-        if found is not None and given:
-            raise ConfigError(f"the file has its own {name}; leave --{name} out")
-        scaling.append(given or None if found is None else found)
-    return scaling[0], scaling[1]
+def _given_once(name: str, found: np.ndarray | None, given: tuple[float, ...]) -> Any | None:
+    """A statistic of the targets: that of the file, or the one given where it has none."""
+    if found is not None and given:
+        raise ConfigError(f"the file has its own {name}; leave --{name} out")
+    return given or None if found is None else found
 
 
 def _describe_targets(
@@ -268,7 +255,7 @@ def _frame_notes(config: ConfigDict) -> list[str]:
 
 def export_checkpoint(
     run: str | Path, file: str | Path, weights: str | None = None, overwrite: bool = False
-) -> Exchange:
+) -> Conversion:
     """Write a checkpoint that the official code can load from a run directory, or one of its checkpoints.
 
     `weights`: "best", "last" or "swa" for the model itself; without it, those that the finished run selected. The
@@ -300,7 +287,7 @@ def export_checkpoint(
     )
     write_checkpoint(file, checkpoint)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(predictor.variables["params"]))
-    return Exchange(
+    return Conversion(
         config, predictor.targets, parameters, predictor.origin, bool(average), epoch, predictor.step, notes
     )
 
@@ -310,23 +297,19 @@ def _epoch_and_average(run: Path, predictor: Predictor) -> tuple[int, Tree | Non
 
     The average is that of the same checkpoint, or for a run directory of the last one.
     """
-    is_checkpoint = run.parent.name == FOLDER and run.name.isdigit()
-    checkpoints = Checkpoints(run.parent.parent if is_checkpoint else run)
-    try:
+    workdir, _ = run_and_step(run)
+    with contextlib.closing(Checkpoints(workdir)) as checkpoints:
         epoch = checkpoints.meta(predictor.step)["epoch"]
         if not predictor.config.swa_epochs:
             return epoch, None
         if predictor.weights == "swa":
             return epoch, predictor.variables
         last = checkpoints.last() if predictor.weights == "best" else None
-        step = predictor.step if last is None else last
         with working_precision(predictor.config):
-            like = stored_fields(predictor.config, predictor.variables)
-            fields = checkpoints.restore_model(step, on_this_device(like))
-    finally:
-        checkpoints.close()
-    average = {"params": fields["swa_params"], "batch_stats": fields["swa_batch_stats"]}
-    return epoch, None if all_zero(average["params"]) else average | {"calibration": fields["calibration"]}
+            like = on_this_device(stored_fields(predictor.config, predictor.variables))
+            fields = checkpoints.restore_model(predictor.step if last is None else last, like)
+    average = variables_in(fields, "swa")
+    return epoch, None if all_zero(average["params"]) else average
 
 
 def _export_notes(config: ConfigDict) -> list[str]:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from crystalframer_jax.batching.device_table import Stretch
+from crystalframer_jax.batching.device_table import Chunk
 from crystalframer_jax.batching.targets import TargetStatistics
 from crystalframer_jax.config import ConfigError, model_config
 from crystalframer_jax.data.loader import TrainingBatches
@@ -272,7 +272,7 @@ class Run:
             asked = time.perf_counter()
             work = next(source)
             waited += time.perf_counter() - asked
-            advance = self.stretch if isinstance(work, Stretch) else self.step
+            advance = self.stretch if isinstance(work, Chunk) else self.step
             state, result = advance(state, work, freeze_norm=freeze_norm)
             steps = results.add(result)
             position += steps

@@ -5,18 +5,18 @@ from collections.abc import Iterator
 import jax
 
 from crystalframer_jax.batching.batch import Batch
-from crystalframer_jax.batching.device_table import Stretch
+from crystalframer_jax.batching.device_table import Chunk
 from crystalframer_jax.data.loader import TrainingBatches
 from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices
 from crystalframer_jax.training.state import TrainState
 from crystalframer_jax.training.step import LossFunction, Recipe, StepFunction, train_step
 
 
-def dispatches(batches: TrainingBatches, first_step: int, steps_per_dispatch: int) -> Iterator[Batch | Stretch]:
+def dispatches(batches: TrainingBatches, first_step: int, steps_per_dispatch: int) -> Iterator[Batch | Chunk]:
     """What the steps from one on are dispatched with: stretches, if the crystals are on the devices."""
     if batches.device_table is None or steps_per_dispatch == 1:
         return batches.iterate(first_step)
-    return batches.stretches(first_step, steps_per_dispatch)
+    return batches.chunks(first_step, steps_per_dispatch)
 
 
 def make_stretch(
@@ -30,7 +30,7 @@ def make_stretch(
     """
     step = train_step(recipe, loss, skip_nonfinite, devices.axis)
 
-    def run(state: TrainState, stretch: Stretch, freeze_norm: bool = False) -> tuple[TrainState, dict[str, jax.Array]]:
+    def run(state: TrainState, stretch: Chunk, freeze_norm: bool = False) -> tuple[TrainState, dict[str, jax.Array]]:
         return jax.lax.scan(lambda state, batch: step(state, batch, freeze_norm), state, stretch.batches)
 
     return devices.each(run, split=(1,), static=("freeze_norm",), donate=(0,))

@@ -22,10 +22,11 @@ from crystalframer_jax.cli.predict import predict_main
 from crystalframer_jax.config import ConfigError, model_config
 from crystalframer_jax.files import write_json
 from crystalframer_jax.inference import predictor as predictor_module
-from crystalframer_jax.inference.ensemble import ensemble_summary, ensemble_text, load_model
+from crystalframer_jax.inference.ensemble import ensemble_summary, load_model
 from crystalframer_jax.inference.evaluation import batches_of
 from crystalframer_jax.inference.forward import working_precision
 from crystalframer_jax.inference.predictor import stored_fields
+from crystalframer_jax.reporting.summary import ensemble_text
 from crystalframer_jax.runs.checkpoints import CheckpointError, Checkpoints
 from crystalframer_jax.training import loop
 from crystalframer_jax.training.train import train

@@ -190,13 +190,13 @@ def test_every_device_gathers_its_share_to_the_bit(folder):
         batch = table.gather(work)
         for device, share in enumerate(work.shares):
             chosen = work.rows[share]
-            expected = pack(dataset.table, chosen, [work.shape], dataset.labels[chosen], places=share)
+            expected = pack(dataset.table, chosen, work.shape, dataset.labels[chosen], places=share)
             assert_same_bits(jax.tree.map(lambda x, device=device: jnp.asarray(np.asarray(x)[device]), batch), expected)
     packed, gathered = (
         TrainingBatches(dataset, 10, 2, seed=3, on_device=on_device, devices=devices) for on_device in (False, True)
     )
     single = list(packed.iterate(0))
-    stretch = next(gathered.stretches(0, 2)).batches
+    stretch = next(gathered.chunks(0, 2)).batches
     for step in range(2):
         assert_same_bits(jax.tree.map(lambda x, step=step: jnp.asarray(np.asarray(x)[:, step]), stretch), single[step])
 
@@ -210,7 +210,7 @@ def test_shares_of_a_batch_are_alike_whatever_they_hold():
     crystals = [ordered, dataclasses.replace(disordered, occupancies=occupancies)]
     table = make_table(crystals, [neighbor_rows(crystal, 4.0) for crystal in crystals])
     work = shared_out(table, np.arange(2), parts, 4)
-    packed = [pack(table, work.rows[share], [work.shape], places=share) for share in work.shares]
+    packed = [pack(table, work.rows[share], work.shape, places=share) for share in work.shares]
     assert sorted(int(part.crystal_sizes.sum()) for part in packed) == [0, 0, 1, 5]
     for part in packed[1:]:
         assert jax.tree.structure(part) == jax.tree.structure(packed[0])

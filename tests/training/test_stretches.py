@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tiny import StopAt, assert_equal_trees, nan_at, open_tiny, stored_state, tiny_config, tiny_runs
 
-from crystalframer_jax.batching.device_table import Stretch
+from crystalframer_jax.batching.device_table import Chunk
 from crystalframer_jax.parallel.interruption import Interruption, TrainingInterrupted
 from crystalframer_jax.training import loop
 from crystalframer_jax.training.logging import read_metrics
@@ -48,7 +48,7 @@ def dispatched(run: Run) -> list[int]:
 
     def counted(advance):
         def counted_advance(state, work, freeze_norm):
-            lengths.append(len(work.batches.species) if isinstance(work, Stretch) else 1)
+            lengths.append(len(work.batches.species) if isinstance(work, Chunk) else 1)
             return advance(state, work, freeze_norm=freeze_norm)
 
         return counted_advance
@@ -152,7 +152,7 @@ def test_steps_after_one_that_is_not_finite(without_frames, folder, monkeypatch,
     nan_at(monkeypatch, 5)
     run = run_of(without_frames, folder / "unused", dataclasses.replace(FOUR, skip_nonfinite=allowed))
     run.checkpoints.close()
-    first, second = itertools.islice(run.batches.stretches(0, 4), 2)
+    first, second = itertools.islice(run.batches.chunks(0, 4), 2)
     state, _ = run.stretch(run.initial_state(), first)
     start = jax.tree.map(np.array, state)
     for number in range(steps_taken):
@@ -175,6 +175,6 @@ def test_batches_packed_on_the_host_take_a_dispatch_each(config, folder):
     run = run_of(config, folder / "host", Options(on_device=False, steps_per_dispatch=4))
     run.checkpoints.close()
     works = list(loop.dispatches(run.batches, 16, 4))
-    assert len(works) == 2 and not any(isinstance(work, Stretch) for work in works)
+    assert len(works) == 2 and not any(isinstance(work, Chunk) for work in works)
     with pytest.raises(ValueError, match="not kept there"):
-        next(run.batches.stretches(0, 4))
+        next(run.batches.chunks(0, 4))
