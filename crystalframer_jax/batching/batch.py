@@ -181,16 +181,14 @@ def unpacked(batch: Batch) -> Batch:
     rows = batch.rows
     if isinstance(rows, Rows):
         return batch
-    start, count, center, basis, fine, coarse = (
-        jnp.asarray(x) for x in (rows.start, rows.count, rows.center, rows.basis, rows.fine, rows.coarse)
-    )
-    crystal_start, crystal = jnp.asarray(rows.crystal_start), jnp.asarray(batch.crystal_of_atom)
+    rows, crystal = jax.tree.map(jnp.asarray, rows), jnp.asarray(batch.crystal_of_atom)
+    start, count, center, fine, coarse = rows.start, rows.count, rows.center, rows.fine, rows.coarse
     slot = center * rows.row_length + jnp.arange(len(center), dtype=jnp.int32) - start[center]  # n * M + m
-    reverse = crystal_start[center] + jnp.asarray(rows.reverse).astype(jnp.int32)
+    reverse = rows.crystal_start[center] + rows.reverse.astype(jnp.int32)
     neighbor = center[reverse]
-    steps = coarse[neighbor] - coarse[center] + STEPS * jnp.asarray(rows.image).astype(jnp.int32)
+    steps = coarse[neighbor] - coarse[center] + STEPS * rows.image.astype(jnp.int32)
     fractional = steps.astype(fine.dtype) / STEPS + (fine[neighbor] - fine[center])
-    basis = basis[crystal[center]]  # [E, 3, 3]; sums of products, because a matrix product may round its factors
+    basis = rows.basis[crystal[center]]  # [E, 3, 3]; sums of products, because a matrix product may round its factors
     x, y, z = fractional.T
     vector = x[:, None] * basis[:, 0] + y[:, None] * basis[:, 1] + z[:, None] * basis[:, 2]
 

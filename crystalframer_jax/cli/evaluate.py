@@ -13,7 +13,7 @@ from crystalframer_jax.data.datasets import open_dataset
 from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.errors import UserError
 from crystalframer_jax.inference.ensemble import Ensemble, load_model
-from crystalframer_jax.inference.evaluation import Predictions, batches_of
+from crystalframer_jax.inference.evaluation import Predictions
 from crystalframer_jax.inference.predictor import Predictor
 from crystalframer_jax.reporting.metrics import mean_predictor_errors, regression_metrics
 from crystalframer_jax.reporting.predictions import plot_calibration, plot_parity, write_predictions
@@ -38,8 +38,7 @@ def evaluate_main(argv: Sequence[str] | None = None) -> int:
         model = load_model(arguments.run, arguments.weights)
         dataset = dataset_of(model, arguments.run)
         indices = dataset.splits[arguments.split]
-        batches = batches_of(dataset, indices, model.config.batch_size, model.parts, model.devices.count)
-        predictions = model.predict_table(dataset.table, *batches, arguments.num_frame_samples)
+        predictions = model.predict_dataset(dataset, indices, arguments.num_frame_samples)
         over = model.spread_over(arguments.num_frame_samples)
         print(model.origin)
         print(error_table(model.targets, dataset, arguments.split, predictions, over))

@@ -1,20 +1,16 @@
 """Deep ensembles: several trainings of a model, their mean prediction and how far they disagree."""
 
-import dataclasses
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from crystalframer_jax.batching.shapes import BatchShape
-from crystalframer_jax.batching.table import CrystalTable
-from crystalframer_jax.config import BatchParts, ConfigError
+from crystalframer_jax.config import ConfigError
 from crystalframer_jax.data.store import Dataset
-from crystalframer_jax.inference.evaluation import Predictions, batches_of
-from crystalframer_jax.inference.predictor import Predictor, crystals_of, table_of, work_for
+from crystalframer_jax.inference.evaluation import Predictions
+from crystalframer_jax.inference.predictor import Predictor, crystals_of, table_of
 from crystalframer_jax.reporting.metrics import (
     mean_absolute_errors,
     mean_predictor_errors,
@@ -37,8 +33,6 @@ class Ensemble:
       names: of their run directories, or numbers.
       targets: name and unit of each target, which all members share; mean and standard deviation of the first member.
       config: of the first member.
-      devices: that share the work.
-      parts: what a batch that serves all members holds.
       origin: where they come from, in words.
     """
 
@@ -48,20 +42,13 @@ class Ensemble:
             raise ConfigError("an ensemble needs at least one model")
         self.members = tuple(members)
         self.names = tuple(names) or tuple(str(number) for number in range(len(members)))
-        self.targets, self.config, self.devices = members[0].targets, members[0].config, members[0].devices
+        self.targets, self.config = members[0].targets, members[0].config
         for number, member in enumerate(self.members):
             if _outputs(member) != _outputs(self.members[0]):
                 raise ConfigError(
                     f"{self._describe(0)} predicts {_outputs(self.members[0])}, {self._describe(number)} "
                     f"{_outputs(member)}: the models of an ensemble must predict the same"
                 )
-        parts = [member.parts for member in self.members]
-        self.parts = BatchParts(
-            cells=any(p.cells for p in parts),
-            lattice_vectors=any(p.lattice_vectors for p in parts),
-            scatter=any(p.scatter for p in parts),
-            dtype="float64" if any(p.dtype == "float64" for p in parts) else "float32",
-        )
         used = ", ".join(sorted({member.weights for member in self.members}))
         of_folder = f"{used} weights of the {self.spread_over()} in {folder}"
         self.origin = of_folder if folder else f"ensemble of {self.spread_over()}"
@@ -105,41 +92,20 @@ class Ensemble:
         """As `predict`, with the standard deviation over the members: mean and spread, both [B, T]."""
         crystals = crystals_of(structures)
         tables = {cutoff: table_of(crystals, cutoff) for cutoff in {member.cutoff for member in self.members}}
-        samples = []
-        for name, member in zip(self.names, self.members, strict=True):
-            table = tables[member.cutoff]
-            groups, devices = work_for(table, member.devices)
-            shown = tqdm(groups, desc=f"model {name}", unit=" batches", disable=not progress)
-            samples.append(member.predict_table(table, shown, member.parts, num_frame_samples, devices).mean)
+        samples = [
+            member.predict_all(tables[member.cutoff], num_frame_samples, progress, f"model {name}").mean
+            for name, member in zip(self.names, self.members, strict=True)
+        ]
         return Predictions.over(np.stack(samples))
 
-    def predict_table(
-        self,
-        table: CrystalTable,
-        groups: Iterable[np.ndarray],
-        shapes: Sequence[BatchShape] | BatchParts,
-        num_frame_samples: int | None = None,
-    ) -> Predictions:
-        """Mean and spread for groups of rows of a table whose neighbor rows have the cutoff of all members."""
-        return Predictions.over(self.predict_members(table, groups, shapes, num_frame_samples))
+    def predict_dataset(self, dataset: Dataset, rows: np.ndarray, num_frame_samples: int | None = None) -> Predictions:
+        """Mean and spread for rows of the table of a data set whose neighbor rows have the cutoff of all members."""
+        return Predictions.over(self.predict_members(dataset, rows, num_frame_samples))
 
-    def predict_members(
-        self,
-        table: CrystalTable,
-        groups: Iterable[np.ndarray],
-        shapes: Sequence[BatchShape] | BatchParts,
-        num_frame_samples: int | None = None,
-    ) -> np.ndarray:
-        """Predictions of every member [M, C, T] for groups of rows of a table with the cutoff of all of them."""
+    def predict_members(self, dataset: Dataset, rows: np.ndarray, num_frame_samples: int | None = None) -> np.ndarray:
+        """Predictions of every member for them, [M, C, T]."""
         _ = self.cutoff  # raises if there is none
-        groups = list(groups)
-        samples = []
-        for member in self.members:
-            fitting: Sequence[BatchShape] | BatchParts = member.parts
-            if not isinstance(shapes, BatchParts):
-                fitting = [dataclasses.replace(shape, parts=member.parts) for shape in shapes]
-            samples.append(member.predict_table(table, groups, fitting, num_frame_samples).mean)
-        return np.stack(samples)
+        return np.stack([member.predict_dataset(dataset, rows, num_frame_samples).mean for member in self.members])
 
     def spread_over(self, num_frame_samples: int | None = None) -> str:
         """What the spread of predictions is over: "3 models"."""
@@ -199,8 +165,7 @@ def ensemble_summary(ensemble: Ensemble, dataset: Dataset, folder: str | Path) -
     for split in ("val", "test"):
         indices = dataset.splits[split]
         labels = dataset.labels[indices]
-        batches = batches_of(dataset, indices, ensemble.config.batch_size, ensemble.parts, ensemble.devices.count)
-        samples = ensemble.predict_members(dataset.table, *batches)
+        samples = ensemble.predict_members(dataset, indices)
         mean, spread = Predictions.over(samples)
         baseline = mean_predictor_errors(labels, targets, train_labels)
         errors = with_baseline(regression_metrics(mean, labels, targets), baseline, targets)

@@ -15,7 +15,6 @@ from crystalframer_jax.batching.shapes import BatchShape, Shared, shared_out
 from crystalframer_jax.batching.table import CrystalTable
 from crystalframer_jax.batching.targets import TargetStatistics, to_label_units
 from crystalframer_jax.config import NO_PARTS, BatchParts, ConfigError, model_config
-from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.inference.forward import Forward
 from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices
 
@@ -117,15 +116,6 @@ def _ahead(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any
 def groups_of(indices: np.ndarray, size: int) -> list[np.ndarray]:
     """Consecutive groups of at most `size`."""
     return [indices[start : start + size] for start in range(0, len(indices), size)]
-
-
-def batches_of(
-    dataset: Dataset, indices: np.ndarray, batch_size: int, parts: BatchParts, devices: int = 1
-) -> tuple[list[np.ndarray], list[BatchShape]]:
-    """Groups of `batch_size` rows of a dataset, and the shapes that training on some devices packs them into."""
-    from crystalframer_jax.data.loader import batch_shapes  # imports Grain, which predicting structures does not need
-
-    return groups_of(indices, batch_size), batch_shapes(dataset, batch_size, parts, devices)
 
 
 def groups_by_atoms(table: CrystalTable, devices: int = 1) -> list[np.ndarray]:

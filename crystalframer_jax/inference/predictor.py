@@ -18,7 +18,8 @@ from crystalframer_jax.batching.table import CrystalTable, make_table
 from crystalframer_jax.batching.targets import TargetStatistics
 from crystalframer_jax.config import BatchParts, ModelConfig, model_config, neighbor_cutoff
 from crystalframer_jax.configs import default
-from crystalframer_jax.inference.evaluation import Predictions, frame_draws, groups_by_atoms, predict_rows
+from crystalframer_jax.data.store import Dataset
+from crystalframer_jax.inference.evaluation import Predictions, frame_draws, groups_by_atoms, groups_of, predict_rows
 from crystalframer_jax.inference.forward import Forward, make_forward, working_precision
 from crystalframer_jax.model.regressor import CrystalFramer
 from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices, Tree
@@ -109,10 +110,28 @@ class Predictor:
         self, structures: Iterable[Any] | Any, num_frame_samples: int | None = None, progress: bool = False
     ) -> Predictions:
         """As `predict`, with the standard deviation over the draws of frames: mean and spread, both [B, T]."""
-        table = table_of(crystals_of(structures), self.cutoff)
-        groups, devices = work_for(table, self.devices)
-        shown = tqdm(groups, desc="predicting", unit=" batches", disable=not progress)
+        return self.predict_all(table_of(crystals_of(structures), self.cutoff), num_frame_samples, progress)
+
+    def predict_all(
+        self, table: CrystalTable, num_frame_samples: int | None, progress: bool, title: str = "predicting"
+    ) -> Predictions:
+        """Predictions for all rows of a table with this predictor's cutoff, with a progress bar if wanted.
+
+        One device is enough if it can take all crystals at once.
+        """
+        groups, devices = groups_by_atoms(table), ONE_DEVICE
+        if len(groups) > 1:
+            groups, devices = groups_by_atoms(table, self.devices.count), self.devices
+        shown = tqdm(groups, desc=title, unit=" batches", disable=not progress)
         return self.predict_table(table, shown, self.parts, num_frame_samples, devices)
+
+    def predict_dataset(self, dataset: Dataset, rows: np.ndarray, num_frame_samples: int | None = None) -> Predictions:
+        """Predictions for rows of the table of a data set with this predictor's cutoff, in batches as in training."""
+        from crystalframer_jax.data.loader import batch_shapes  # imports Grain, which others do not need
+
+        size = self.config.batch_size
+        shapes = batch_shapes(dataset, size, self.parts, self.devices.count)
+        return self.predict_table(dataset.table, groups_of(rows, size), shapes, num_frame_samples)
 
     def predict_table(
         self,
@@ -135,17 +154,13 @@ class Predictor:
                 groups,
                 self.targets,
                 shapes,
-                self.draws(num_frame_samples),
+                frame_draws(self.config, num_frame_samples),
                 devices=devices,
             )
 
-    def draws(self, num_frame_samples: int | None) -> int:
-        """How many draws among equally good frames a prediction averages, see `frame_draws`."""
-        return frame_draws(self.config, num_frame_samples)
-
     def spread_over(self, num_frame_samples: int | None = None) -> str:
         """What the spread of predictions is over, such as "16 draws"; empty without draws, where it is 0."""
-        draws = self.draws(num_frame_samples)
+        draws = frame_draws(self.config, num_frame_samples)
         return f"{draws} draws" if draws > 1 else ""
 
 
@@ -162,12 +177,6 @@ def crystals_of(structures: Iterable[Any] | Any) -> list[Crystal]:
 def table_of(crystals: Sequence[Crystal], cutoff: float | LatticeBox) -> CrystalTable:
     """Crystals with their neighbor rows."""
     return make_table(crystals, [neighbor_rows(crystal, cutoff) for crystal in crystals])
-
-
-def work_for(table: CrystalTable, devices: Devices) -> tuple[list[np.ndarray], Devices]:
-    """Groups of crystals for some devices, or for one alone if it can take all crystals at once."""
-    groups = groups_by_atoms(table)
-    return (groups_by_atoms(table, devices.count), devices) if len(groups) > 1 else (groups, ONE_DEVICE)
 
 
 @functools.lru_cache(maxsize=8)
