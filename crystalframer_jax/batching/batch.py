@@ -108,73 +108,62 @@ def pack(
     targets: np.ndarray | None = None,
     places: np.ndarray | None = None,
 ) -> Batch:
-    """Pack crystals `indices` of the table into a shape (numpy arrays); ValueError if it is not large enough.
+    """Packs crystals `indices` of the table into a shape (numpy arrays); ValueError if it is not large enough.
 
     `targets` [len(indices), T] are labels in label units, not finite where unknown; without them there is one, unknown.
     `places` are those of the crystals in a batch of which this is a part.
     """
-    sizes, atoms = lengths_of(table.atom_offset, indices), ranges_of(table.atom_offset, indices)
-    counts = np.asarray(table.count)[atoms].astype(np.int64)
-    needed = BatchShape(
-        num_atoms=len(atoms),
-        row_length=int(counts.max(initial=1)),
-        num_crystals=len(indices),
-        cell_length=int(sizes.max(initial=0)),
-        num_edges=int(counts.sum()),
-    )
-    fitting_shape(needed, [shape])
-    crystal, place = np.repeat(np.arange(len(indices)), sizes), np.empty(len(atoms), np.int64)
-    place[np.argsort(-counts, kind="stable")] = np.arange(len(atoms))
-    first_atom = (np.cumsum(sizes) - sizes)[crystal]
-    layout = _Layout(table, indices, shape, sizes, atoms, crystal, first_atom, counts, place)
-
+    layout = _Layout(table, indices, shape)
     labels = np.full((len(indices), 1), np.nan) if targets is None else targets
     known, parts = np.isfinite(labels), shape.parts
     return Batch(
-        species=layout.per_atom(np.asarray(table.species)[atoms], np.int32),
+        species=layout.per_atom(np.asarray(table.species)[layout.atoms], np.int32),
         occupancies=_occupancies(layout),
-        crystal_of_atom=layout.per_atom(crystal, np.int32, fill=shape.num_crystals),
-        atom_in_crystal=layout.per_atom(np.arange(len(atoms)) - first_atom, np.int32),
+        crystal_of_atom=layout.per_atom(layout.crystal, np.int32, fill=shape.num_crystals),
+        atom_in_crystal=layout.per_atom(np.arange(len(layout.atoms)) - layout.first_atom, np.int32),
         rows=_rows(layout),
         cells=_cells(layout) if parts.cells else None,
         lattice_vectors=_lattice_vectors(layout) if parts.lattice_vectors else None,
         scatter=_scatter(layout) if parts.scatter else None,
-        crystal_sizes=layout.per_crystal(sizes, np.int32),
+        crystal_sizes=layout.per_crystal(layout.sizes, np.int32),
         crystal_place=layout.per_crystal(np.arange(len(indices)) if places is None else places, np.int32),
         targets=layout.per_crystal(np.where(known, labels, 0), parts.dtype),
         target_mask=layout.per_crystal(known, bool),
     )
 
 
-@dataclasses.dataclass(frozen=True)
 class _Layout:
-    """Where A atoms, those of one crystal after the other, stand in a batch."""
+    """Where A atoms, those of one of C crystals after the other, stand in a batch."""
 
-    table: CrystalTable
-    indices: np.ndarray  # [C] of the crystals in the table
-    shape: BatchShape
-    sizes: np.ndarray  # [C]
-    atoms: np.ndarray  # [A] of the table
-    crystal: np.ndarray  # [A] which of the C
-    first_atom: np.ndarray  # [A] of this crystal, which of the A
-    counts: np.ndarray  # [A] lengths of the neighbor rows
-    place: np.ndarray  # [A] of each atom in the batch: longest rows first
+    def __init__(self, table: CrystalTable, indices: np.ndarray, shape: BatchShape):
+        """Raises ValueError if the shape is not large enough."""
+        self.table, self.indices, self.shape = table, indices, shape
+        self.sizes = lengths_of(table.atom_offset, indices)  # [C]
+        self.atoms = ranges_of(table.atom_offset, indices)  # [A] of the table
+        self.counts = np.asarray(table.count)[self.atoms].astype(np.int64)  # [A] lengths of the neighbor rows
+        longest, largest = int(self.counts.max(initial=1)), int(self.sizes.max(initial=0))
+        needed = BatchShape(len(self.atoms), longest, len(indices), largest, num_edges=int(self.counts.sum()))
+        fitting_shape(needed, [shape])
+        self.crystal = np.repeat(np.arange(len(indices)), self.sizes)  # [A] which of the C
+        self.first_atom = (np.cumsum(self.sizes) - self.sizes)[self.crystal]  # [A] of the same crystal, which of the A
+        self.place = np.empty(len(self.atoms), np.int64)  # [A] of each atom in the batch: longest rows first
+        self.place[np.argsort(-self.counts, kind="stable")] = np.arange(len(self.atoms))
 
     def per_atom(self, values: np.ndarray, dtype: Any, fill: int = 0) -> Any:
-        """Values [A, ...] in the places of the atoms, [N, ...]."""
+        """Puts values [A, ...] into the places of the atoms, [N, ...]."""
         padded = np.full((self.shape.num_atoms, *values.shape[1:]), fill, dtype)
         padded[self.place] = values
         return padded
 
     def per_crystal(self, values: np.ndarray, dtype: Any) -> Any:
-        """Values [C, ...] and zeros for padding, [B, ...]."""
+        """Pads values [C, ...] with zeros, [B, ...]."""
         padded = np.zeros((self.shape.num_crystals, *values.shape[1:]), dtype)
         padded[: len(values)] = values
         return padded
 
 
 def unpacked(batch: Batch) -> Batch:
-    """The batch with rows [N, M] and displacement vectors; itself if it has them.
+    """Returns the batch with rows [N, M] and displacement vectors; itself if it has them.
 
     The vector of a neighbor is exactly zero for the atom itself and minus that of the reverse neighbor.
     """
@@ -205,18 +194,17 @@ def unpacked(batch: Batch) -> Batch:
 
 
 def fill_factors(batch: Batch) -> Fill:
-    """Fractions of the places of a packed batch that hold real data."""
+    """Returns the fractions of the places of a packed batch that hold real data."""
     count, row_length = np.asarray(batch.rows.count), batch.rows.row_length
     blocks = np.maximum.reduceat(count, np.arange(0, len(count), ATOM_BLOCK))
     levels = np.array([0, *row_levels(row_length)])
     visited = levels[np.searchsorted(levels, blocks)].sum() * ATOM_BLOCK
-    return Fill(
-        float(np.mean(count > 0)), float(count.sum() / len(batch.rows.center)), float(count.sum() / max(visited, 1))
-    )
+    edges = count.sum()
+    return Fill(float(np.mean(count > 0)), float(edges / len(batch.rows.center)), float(edges / max(visited, 1)))
 
 
 def row_levels(row_length: int) -> tuple[int, ...]:
-    """Row lengths for which the lattice sums are compiled; a block of atoms uses the first that holds its rows."""
+    """Returns the row lengths that lattice sums are compiled for; a block of atoms takes the first that holds it."""
     levels = [48, 64, 80, 96, 128, 192, 384]
     while levels[-1] < row_length:
         levels.append(2 * levels[-1])
@@ -226,7 +214,7 @@ def row_levels(row_length: int) -> tuple[int, ...]:
 def fractional_parts(
     position: np.ndarray, crystal: np.ndarray, basis: np.ndarray, dtype: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Coarse int32 and fine coordinates [A, 3] of atoms at `position` [A, 3] Å, `basis` [C, 3, 3], see PackedRows.
+    """Returns coarse int32 and fine coordinates [A, 3] of atoms at `position` [A, 3] Å, see PackedRows.
 
     The bits do not depend on what other atoms there are.
     """
@@ -238,7 +226,7 @@ def fractional_parts(
 
 
 def _rows(layout: _Layout) -> PackedRows:
-    """The neighbors of the crystals, one after the other."""
+    """Packs the neighbors of the crystals, one after the other."""
     table, indices, shape, counts = layout.table, layout.indices, layout.shape, layout.counts
     dtype, lengths, basis = shape.parts.dtype, lengths_of(table.edge_offset, indices), table.basis[indices]
     center: Any = np.zeros(shape.edges, np.int32)
@@ -259,7 +247,7 @@ def _rows(layout: _Layout) -> PackedRows:
 
 
 def _cells(layout: _Layout) -> CellRows:
-    """The atoms of its cell for every atom, in the order of the crystal."""
+    """Packs the atoms of its cell for every atom, in the order of the crystal."""
     place, crystal, first_atom = layout.place, layout.crystal, layout.first_atom
     width, dtype = layout.shape.cell_length, layout.shape.parts.dtype
     lengths = layout.sizes[crystal]
@@ -285,13 +273,13 @@ def _cells(layout: _Layout) -> CellRows:
 
 
 def _lattice_vectors(layout: _Layout) -> Any:
-    """[B, K, 3], zeros for padding."""
+    """Returns the short vectors of every lattice [B, K, 3], zeros for padding."""
     vectors = [lattice_vectors(lattice) for lattice in layout.table.lattice[layout.indices]]
     return layout.per_crystal(np.reshape(vectors, (-1, len(COMBINATIONS), 3)), layout.shape.parts.dtype)
 
 
 def _scatter(layout: _Layout) -> Scatter:
-    """Zeros for padding; 0 eigenvalues for a single atom."""
+    """Returns the scatter of every crystal: zeros for padding, 0 eigenvalues for a single atom."""
     values, axes = np.zeros((len(layout.indices), 3)), np.zeros((len(layout.indices), 3, 3))
     for number, crystal in enumerate(layout.indices):
         position = layout.table.position[slice(*layout.table.atom_offset[crystal : crystal + 2])]
@@ -304,7 +292,7 @@ def _scatter(layout: _Layout) -> Scatter:
 
 
 def _occupancies(layout: _Layout) -> Any:
-    """Occupancies [N, 98] of the atoms if any site of the whole table is shared, else None.
+    """Returns the occupancies [N, 98] of the atoms if any site of the whole table is shared, else None.
 
     So all batches of a table, and all shares of a batch, are of the same structure.
     """
@@ -320,7 +308,7 @@ def _occupancies(layout: _Layout) -> Any:
 
 
 def _joined(column: np.ndarray, offset: np.ndarray, indices: np.ndarray, length: int) -> Any:
-    """The segments `indices` of a flat column, joined and padded with zeros to `length`."""
+    """Joins the segments `indices` of a flat column, padded with zeros to `length`."""
     column = np.asarray(column)  # a plain view of a memory map: many slices of it take no time
     joined = np.empty((length, *column.shape[1:]), column.dtype)
     starts, ends = offset[indices].tolist(), offset[indices + 1].tolist()

@@ -67,11 +67,11 @@ class DeviceTable:
         self._several = devices.each(_gather_several, split=(1,), splits_result=True, static=("shape",))
 
     def gather(self, work: Shared) -> Batch:
-        """The very batch that `pack` makes of these crystals and their labels; on every device its share."""
+        """Gathers the very batch that `pack` makes of these crystals and their labels; on every device its share."""
         return self._one(self.columns, self._put(lambda device: _chosen(work, device)), shape=work.shape)
 
     def gather_several(self, works: Sequence[Shared]) -> Chunk:
-        """Such batches of one shape."""
+        """Gathers such batches of one shape."""
 
         def chosen(device: int) -> Chosen:
             return jax.tree.map(lambda *x: np.stack(x), *(_chosen(work, device) for work in works))
@@ -79,12 +79,12 @@ class DeviceTable:
         return Chunk(self._several(self.columns, self._put(chosen), shape=works[0].shape))
 
     def _put(self, chosen: Callable[[int], Chosen]) -> Chosen:
-        """The crystals of every device of this process, there."""
+        """Puts the crystals of every device of this process there."""
         return self.devices.put(self.devices.stacked([chosen(device) for device in self.devices.of_process]))
 
 
 def _chosen(work: Shared, device: int) -> Chosen:
-    """The crystals of a device, numpy arrays."""
+    """Returns the crystals of a device, numpy arrays."""
     share, size = work.shares[device], work.shape.num_crystals
     chosen = Chosen(np.full(size, -1, np.int32), np.zeros(size, np.int32))
     chosen.rows[: len(share)] = work.rows[share]
@@ -93,7 +93,7 @@ def _chosen(work: Shared, device: int) -> Chosen:
 
 
 def serves(table: CrystalTable, parts: BatchParts) -> bool:
-    """Whether a DeviceTable can make the batches of these crystals."""
+    """Tells whether a DeviceTable can make the batches of these crystals."""
     plain = not (parts.cells or parts.lattice_vectors or parts.scatter)
     return plain and not len(table.shared_site) and int(table.edge_offset[-1]) <= MOST_EDGES
 
@@ -101,7 +101,7 @@ def serves(table: CrystalTable, parts: BatchParts) -> bool:
 def device_table_if_it_fits(
     table: CrystalTable, labels: np.ndarray, parts: BatchParts, devices: Devices = ONE_DEVICE
 ) -> DeviceTable | None:
-    """The crystals on the devices; None if one has no room for them (or no memory of its own), or it does not serve.
+    """Puts the crystals on the devices; None if one has no room for them (or no memory), or it does not serve.
 
     Processes that train together find the same.
     """
@@ -117,7 +117,7 @@ def _gather_several(columns: Columns, chosen: Chosen, shape: BatchShape) -> Batc
 
 
 def gather(columns: Columns, chosen: Chosen, shape: BatchShape) -> Batch:
-    """The batch of some crystals, bit for bit as `pack` makes it."""
+    """Gathers the batch of some crystals, bit for bit as `pack` makes it."""
     is_crystal, crystals = chosen.rows >= 0, jnp.maximum(chosen.rows, 0)
     sizes, crystal, atom = _segments(columns.atom_offset, crystals, is_crystal, shape.num_atoms)
     lengths, _, edge = _segments(columns.edge_offset, crystals, is_crystal, shape.edges)
@@ -164,7 +164,7 @@ def gather(columns: Columns, chosen: Chosen, shape: BatchShape) -> Batch:
 def _segments(
     offset: jax.Array, crystals: jax.Array, is_crystal: jax.Array, length: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Segments of a flat column one after the other, padded to `length`; all int32.
+    """Lays segments of a flat column out one after the other, padded to `length`; all int32.
 
     Their lengths [B], and for every place the segment (B for padding) and the place in the column (0 for padding).
     """
@@ -178,12 +178,12 @@ def _segments(
 
 
 def _kept(values: jax.Array, is_real: jax.Array, fill: int = 0) -> jax.Array:
-    """`values` [n, ...] with `fill` where not `is_real` [n]."""
+    """Returns `values` [n, ...] with `fill` where not `is_real` [n]."""
     return jnp.where(is_real.reshape(-1, *(1,) * (values.ndim - 1)), values, jnp.asarray(fill, values.dtype))
 
 
 def _columns(table: CrystalTable, labels: np.ndarray, dtype: str) -> Columns:
-    """Columns as numpy arrays."""
+    """Returns the columns as numpy arrays."""
     known = np.isfinite(labels)
     parts = []
     for start in range(0, max(len(table), 1), MOST_AT_ONCE):
@@ -210,7 +210,7 @@ def _columns(table: CrystalTable, labels: np.ndarray, dtype: str) -> Columns:
 
 
 def _size(table: CrystalTable, labels: np.ndarray, dtype: str) -> int:
-    """Bytes that the columns take."""
+    """Returns the bytes that the columns take."""
     number = np.dtype(dtype).itemsize
     crystals = len(table) * (8 + 9 * number + labels.shape[1] * (number + 1))
     atoms = len(table.species) * (1 + 3 * (4 + number) + table.count.itemsize)

@@ -42,7 +42,7 @@ class BatchShape:
 
 
 def round_up(value: float, least: int) -> int:
-    """The next of least * (1, 1.5, 2, 3, 4, 6, 8, ...): few shapes, at most a third of padding."""
+    """Returns the next of least * (1, 1.5, 2, 3, 4, 6, 8, ...): few shapes, at most a third of padding."""
     step = least
     while step < value:
         if step + step // 2 >= value:
@@ -59,7 +59,7 @@ def plan_shapes(
     parts: BatchParts = NO_PARTS,
     devices: int = 1,
 ) -> list[BatchShape]:
-    """At most two shapes for the shares of devices in random batches among the crystals `indices` [C] of the table.
+    """Plans at most two shapes for the shares of devices in random batches among crystals `indices` [C] of the table.
 
     The first holds all but about one in five hundred random batches of `batch_size` (mean + 3 standard deviations of
     the numbers of atoms and of neighbors; for several devices, the largest of 500 or less), the second the largest
@@ -82,7 +82,7 @@ def plan_shapes(
 
 
 def _usual_shares(sizes: np.ndarray, edges: np.ndarray, batch_size: int, devices: int) -> list[float]:
-    """The most atoms and neighbors that a device gets in some random batches."""
+    """Returns the most atoms and neighbors that a device gets in some random batches."""
     rng, most = np.random.default_rng(0), np.zeros(2)
     for _ in range(max(20, min(TRIALS[0], TRIALS[1] // batch_size))):
         batch = rng.integers(len(sizes), size=batch_size)
@@ -102,7 +102,7 @@ class Shared(NamedTuple):
 def shared_out(
     table: CrystalTable, rows: np.ndarray, shapes: Sequence[BatchShape] | BatchParts, devices: int = 1
 ) -> Shared:
-    """Share crystals out by their neighbors; the shape is the first of `shapes` that fits, or one with these parts.
+    """Shares crystals out by their neighbors; the shape is the first of `shapes` that fits, or one with these parts.
 
     Raises ValueError if none of the shapes fits.
     """
@@ -112,7 +112,7 @@ def shared_out(
     placed, owner = np.concatenate(shares), np.repeat(np.arange(devices), [len(share) for share in shares])
 
     def most(numbers: np.ndarray) -> int:
-        """The largest sum over a share."""
+        """Returns the largest sum over a share."""
         return int(np.bincount(owner, numbers[placed], minlength=devices).max())
 
     needed = BatchShape(
@@ -127,12 +127,12 @@ def shared_out(
 
 
 def shape_for(table: CrystalTable, indices: np.ndarray, parts: BatchParts = NO_PARTS) -> BatchShape:
-    """A shape that holds these crystals, rounded up so that similar requests have one compiled program."""
+    """Returns a shape that holds these crystals, rounded up so that similar requests need one compiled program."""
     return shared_out(table, indices, parts).shape
 
 
 def _rounded(needed: BatchShape, parts: BatchParts) -> BatchShape:
-    """One of few shapes that hold a batch with these numbers."""
+    """Returns one of few shapes that hold a batch with these numbers."""
     num_atoms, row_length = round_up(needed.num_atoms, ATOM_BLOCK), round_up(needed.row_length, ATOM_BLOCK)
     num_edges = num_atoms * row_length
     while num_edges % 2 == 0 and num_edges // 2 >= needed.num_edges:
@@ -142,7 +142,7 @@ def _rounded(needed: BatchShape, parts: BatchParts) -> BatchShape:
 
 
 def fitting_shape(needed: BatchShape, shapes: Sequence[BatchShape]) -> BatchShape:
-    """The first of `shapes` in which a batch with these numbers fits; ValueError if there is none."""
+    """Returns the first of `shapes` in which a batch with these numbers fits; ValueError if there is none."""
     for shape in shapes:
         if (
             needed.num_atoms <= shape.num_atoms
@@ -159,12 +159,12 @@ def fitting_shape(needed: BatchShape, shapes: Sequence[BatchShape]) -> BatchShap
 
 
 def lengths_of(offset: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """Lengths of the segments `indices` of a flat column."""
+    """Returns the lengths of the segments `indices` of a flat column."""
     return np.asarray(offset[indices + 1] - offset[indices])
 
 
 def ranges_of(offset: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """All places of the segments `indices` of a flat column, one segment after the other."""
+    """Returns all places of the segments `indices` of a flat column, one segment after the other."""
     starts, lengths = np.asarray(offset[indices]), lengths_of(offset, indices)
     return np.repeat(starts - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
 

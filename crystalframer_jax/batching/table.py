@@ -61,12 +61,12 @@ TYPES = {  # of columns that take the narrowest type which holds them; of two ty
 
 
 def make_table(crystals: Sequence[Crystal], rows: Sequence[NeighborRows]) -> CrystalTable:
-    """Lay crystals and their neighbor rows out in columns."""
+    """Lays crystals and their neighbor rows out in columns."""
     return CrystalTable(**crystal_columns(crystals), **row_columns(crystals, rows))
 
 
 def crystal_columns(crystals: Sequence[Crystal]) -> dict[str, np.ndarray]:
-    """CRYSTAL_COLUMNS of some crystals."""
+    """Makes the CRYSTAL_COLUMNS of some crystals."""
     shared = [_shared_sites(crystal) for crystal in crystals]
     atom_offset = _offsets([crystal.num_atoms for crystal in crystals])
     sites = [site + start for (site, _), start in zip(shared, atom_offset[:-1], strict=True)]
@@ -82,7 +82,7 @@ def crystal_columns(crystals: Sequence[Crystal]) -> dict[str, np.ndarray]:
 
 
 def row_columns(crystals: Sequence[Crystal], rows: Sequence[NeighborRows]) -> dict[str, np.ndarray]:
-    """ROW_COLUMNS of some crystals with their neighbor rows."""
+    """Makes the ROW_COLUMNS of some crystals with their neighbor rows."""
     reduced = [reduction(crystal.lattice) for crystal in crystals]
     bases = [matrix @ crystal.lattice for matrix, crystal in zip(reduced, crystals, strict=True)]
     inverse = [np.rint(np.linalg.inv(matrix)).astype(np.int64) for matrix in reduced]
@@ -97,14 +97,14 @@ def row_columns(crystals: Sequence[Crystal], rows: Sequence[NeighborRows]) -> di
 
 
 def reduction(lattice: np.ndarray) -> np.ndarray:
-    """Integer matrix U [3, 3] of determinant 1 or -1 such that U @ lattice is a reduced (LLL) basis."""
+    """Returns an integer matrix U [3, 3] of determinant 1 or -1 such that U @ lattice is a reduced (LLL) basis."""
     from pymatgen.core import Lattice
 
     return np.rint(Lattice(lattice).lll_mapping).astype(np.int64)
 
 
 def narrowest(column: str, lowest: int, highest: int) -> np.dtype:
-    """The narrowest of the TYPES of a column that holds the values from `lowest` to `highest`.
+    """Returns the narrowest of the TYPES of a column that holds the values from `lowest` to `highest`.
 
     Raises OverflowError if none does.
     """
@@ -119,7 +119,7 @@ def _narrow(column: str, values: np.ndarray) -> np.ndarray:
 
 
 def _shared_sites(crystal: Crystal) -> tuple[np.ndarray, np.ndarray]:
-    """Sites that are not simply one atom of one element, and their occupancies."""
+    """Returns the sites that are not simply one atom of one element, and their occupancies."""
     if crystal.occupancies is None:
         return np.zeros(0, np.int64), np.zeros((0, 98))
     whole = crystal.occupancies[np.arange(crystal.num_atoms), crystal.species - 1] == 1.0
@@ -131,7 +131,7 @@ def _offsets(sizes: Sequence[int]) -> np.ndarray:
 
 
 def _join(parts: list[np.ndarray], dtype: type, shape: tuple[int, ...] = ()) -> np.ndarray:
-    """Concatenate into one column of `dtype`; a value that the type cannot hold is an error."""
+    """Concatenates into one column of `dtype`; a value that the type cannot hold is an error."""
     joined = np.concatenate(parts) if parts else np.zeros((0, *shape))
     column: np.ndarray = joined.astype(dtype)
     if np.issubdtype(dtype, np.integer) and not np.array_equal(column, joined):

@@ -20,7 +20,7 @@ class TargetStatistics:
 
     @classmethod
     def of(cls, name: str, unit: str, labels: np.ndarray, normalize_targets: str = "scale_bias") -> "TargetStatistics":
-        """Statistics of the known training labels [C]; ConfigError if they do not vary.
+        """Computes the statistics of the known training labels [C]; ConfigError if they do not vary.
 
         As `normalize_targets` says, mean and standard deviation ("scale_bias"), the mean alone with 1 ("bias"), 0 with
         the root mean square ("scale"), or 0 and 1 ("no").
@@ -34,17 +34,17 @@ class TargetStatistics:
 
 
 def standardise(labels: jax.Array | np.ndarray, statistics: tuple[TargetStatistics, ...]) -> Any:
-    """(labels - mean) / std [..., T], in the type of the labels."""
+    """Returns (labels - mean) / std [..., T], in the type of the labels."""
     mean, std = _mean_and_std(statistics, labels.dtype)
     return (labels - mean) / std
 
 
 def to_label_units(predictions: np.ndarray, statistics: tuple[TargetStatistics, ...]) -> np.ndarray:
-    """Model output [..., T] times std plus mean, float64."""
+    """Returns model output [..., T] times std plus mean, float64."""
     mean, std = _mean_and_std(statistics, np.float64)
     return np.asarray(predictions, np.float64) * std + mean
 
 
 def _mean_and_std(statistics: tuple[TargetStatistics, ...], dtype: Any) -> np.ndarray:
-    """[2, T]."""
+    """Returns means and standard deviations, [2, T]."""
     return np.array([[s.mean for s in statistics], [s.std for s in statistics]], dtype)

@@ -13,7 +13,7 @@ from crystalframer_jax.text import table
 
 
 def import_main(argv: Sequence[str] | None = None) -> int:
-    """Make a run directory of a checkpoint of the official implementation."""
+    """Makes a run directory of a checkpoint of the official implementation."""
     arguments = _import_parser().parse_args(argv)
     with reporting_errors():
         run = import_checkpoint(
@@ -36,7 +36,7 @@ def import_main(argv: Sequence[str] | None = None) -> int:
 
 
 def export_main(argv: Sequence[str] | None = None) -> int:
-    """Write a run as a checkpoint that the official implementation can load."""
+    """Writes a run as a checkpoint that the official implementation can load."""
     parser = command_parser(
         "export_torch_checkpoint.py", "Write a run as a checkpoint that the official PyTorch implementation can load."
     )
@@ -72,7 +72,7 @@ def _import_parser() -> argparse.ArgumentParser:
 
 
 def _tell(run: Conversion) -> None:
-    """Print what was imported."""
+    """Prints what was imported."""
     config = run.config
     blocks = "block" if config.num_layers == 1 else "blocks"
     frames = config.frame_method if config.value_pe_angle_real else "none (Crystalformer)"
@@ -89,7 +89,7 @@ def _tell(run: Conversion) -> None:
 
 
 def read_official_json(file: Path) -> dict[str, Any]:
-    """The hyperparameters of an official JSON file."""
+    """Reads the hyperparameters of an official JSON file."""
     try:
         content = json.loads(file.read_text())
     except (ValueError, RecursionError) as error:
@@ -100,7 +100,7 @@ def read_official_json(file: Path) -> dict[str, Any]:
 
 
 def _numbers(text: str) -> tuple[float, ...]:
-    """Numbers separated by commas."""
+    """Reads numbers separated by commas."""
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError as error:

@@ -21,7 +21,7 @@ from crystalframer_jax.text import table
 
 
 def evaluate_main(argv: Sequence[str] | None = None) -> int:
-    """Print the errors of a trained model or an ensemble on a split of its dataset."""
+    """Prints the errors of a trained model or an ensemble on a split of its dataset."""
     parser = model_parser("evaluate.py", "Errors of a trained model or an ensemble on a split of its dataset.")
     parser.add_argument("--split", choices=("train", "val", "test"), default="test")
     parser.add_argument("--output", type=Path, help="write id, labels and predictions to this CSV file")
@@ -54,7 +54,7 @@ def evaluate_main(argv: Sequence[str] | None = None) -> int:
 
 
 def dataset_of(model: Predictor | Ensemble, run: str) -> Dataset:
-    """The dataset that a model was trained on; ConfigError if it is not known here."""
+    """Opens the dataset that a model was trained on; ConfigError if it is not known here."""
     config = model.config
     if not config.target_set:
         raise ConfigError(
@@ -67,7 +67,7 @@ def dataset_of(model: Predictor | Ensemble, run: str) -> Dataset:
 def error_table(
     targets: tuple[TargetStatistics, ...], dataset: Dataset, split: str, predictions: Predictions, over: str
 ) -> str:
-    """Errors of predictions for a split, a line for each target; `over` says what their spread is over, if any.
+    """Tells the errors of predictions for a split, a line for each target; `over`: what their spread is over, if any.
 
     If crystals of the split are also in training, further lines are without them.
     """
@@ -93,7 +93,7 @@ def error_table(
 def plot_errors(
     file: Path, model: Predictor | Ensemble, dataset: Dataset, split: str, predictions: Predictions
 ) -> list[Path]:
-    """Parity of a single model, calibration of an ensemble; returns the files written."""
+    """Plots the parity of a single model, the calibration of an ensemble; returns the files written."""
     file.parent.mkdir(parents=True, exist_ok=True)
     labels = dataset.labels[dataset.splits[split]]
     not_finite = int((~np.isfinite(predictions.mean)).any(axis=1).sum())
@@ -106,7 +106,7 @@ def plot_errors(
 
 
 def _png(text: str) -> Path:
-    """The name of a figure."""
+    """Reads the name of a figure."""
     if not text.lower().endswith(".png"):
         raise argparse.ArgumentTypeError(f"{text!r} does not end in .png")
     return Path(text)

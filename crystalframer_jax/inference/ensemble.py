@@ -37,7 +37,7 @@ class Ensemble:
     """
 
     def __init__(self, members: Sequence[Predictor], names: Sequence[str] = (), folder: Path | None = None):
-        """Raise ConfigError if there are no members, or some that predict other targets or in other units."""
+        """Raises ConfigError if there are no members, or some that predict other targets or in other units."""
         if not members:
             raise ConfigError("an ensemble needs at least one model")
         self.members = tuple(members)
@@ -55,7 +55,7 @@ class Ensemble:
 
     @classmethod
     def load(cls, run_dir: str | Path, weights: str | None = None) -> "Ensemble":
-        """The ensemble of a run directory with member_0, member_1, ...; `weights` as for `Predictor.load`.
+        """Loads the ensemble of a run directory with member_0, member_1, ...; `weights` as for `Predictor.load`.
 
         Raises CheckpointError, naming it, for a member that is missing or not trained to its end.
         """
@@ -83,13 +83,13 @@ class Ensemble:
     def predict(
         self, structures: Iterable[Any] | Any, num_frame_samples: int | None = None, progress: bool = False
     ) -> np.ndarray:
-        """Mean predictions of the members [B, T] in label units; arguments and errors as for `Predictor.predict`."""
+        """Predicts the mean over the members [B, T] in label units; arguments and errors as for `Predictor.predict`."""
         return self.predict_with_spread(structures, num_frame_samples, progress).mean
 
     def predict_with_spread(
         self, structures: Iterable[Any] | Any, num_frame_samples: int | None = None, progress: bool = False
     ) -> Predictions:
-        """As `predict`, with the standard deviation over the members: mean and spread, both [B, T]."""
+        """Predicts as `predict`, with the standard deviation over the members: mean and spread, both [B, T]."""
         crystals = crystals_of(structures)
         tables = {cutoff: table_of(crystals, cutoff) for cutoff in {member.cutoff for member in self.members}}
         samples = [
@@ -99,35 +99,35 @@ class Ensemble:
         return Predictions.over(np.stack(samples))
 
     def predict_dataset(self, dataset: Dataset, rows: np.ndarray, num_frame_samples: int | None = None) -> Predictions:
-        """Mean and spread for rows of the table of a data set whose neighbor rows have the cutoff of all members."""
+        """Predicts mean and spread for rows of a data set whose neighbor rows have the cutoff of all members."""
         return Predictions.over(self.predict_members(dataset, rows, num_frame_samples))
 
     def predict_members(self, dataset: Dataset, rows: np.ndarray, num_frame_samples: int | None = None) -> np.ndarray:
-        """Predictions of every member for them, [M, C, T]."""
+        """Predicts them with every member, [M, C, T]."""
         _ = self.cutoff  # raises if there is none
         return np.stack([member.predict_dataset(dataset, rows, num_frame_samples).mean for member in self.members])
 
     def spread_over(self, num_frame_samples: int | None = None) -> str:
-        """What the spread of predictions is over: "3 models"."""
+        """Tells what the spread of predictions is over: "3 models"."""
         return f"{len(self.members)} model{'s' if len(self.members) > 1 else ''}"
 
     def _describe(self, number: int) -> str:
-        """A member, for a message."""
+        """Names a member, for a message."""
         return f"member {self.names[number].removeprefix('member_')} ({self.members[number].origin})"
 
 
 def _outputs(member: Predictor) -> str:
-    """Names and units of the targets of a model."""
+    """Returns the names and units of the targets of a model."""
     return ", ".join(f"{s.name} ({s.unit})" for s in member.targets)
 
 
 def is_ensemble(folder: Path) -> bool:
-    """Whether a run directory holds members."""
+    """Tells whether a run directory holds members."""
     return bool(_members(folder))
 
 
 def member_names(folder: Path) -> list[str]:
-    """member_0, member_1, ...: as many as config.json says, or up to the last that is there."""
+    """Returns member_0, member_1, ...: as many as config.json says, or up to the last that is there."""
     found, file = _members(folder), folder / "config.json"
     planned = read_json(file).get("ensemble_size", 1) if file.is_file() else 0
     if not found:
@@ -136,13 +136,13 @@ def member_names(folder: Path) -> list[str]:
 
 
 def _members(folder: Path) -> list[int]:
-    """Numbers of the members in a folder."""
+    """Returns the numbers of the members in a folder."""
     matches = [re.fullmatch(r"member_(\d+)", path.name) for path in folder.glob("member_*") if path.is_dir()]
     return [int(match[1]) for match in matches if match]
 
 
 def load_model(run_dir: str | Path, weights: str | None = None) -> Predictor | Ensemble:
-    """The ensemble or the single model of a run directory, or the model of RUN/checkpoints/STEP."""
+    """Loads the ensemble or the single model of a run directory, or the model of RUN/checkpoints/STEP."""
     return (Ensemble if is_ensemble(Path(run_dir).expanduser()) else Predictor).load(run_dir, weights)
 
 
@@ -150,7 +150,7 @@ def load_model(run_dir: str | Path, weights: str | None = None) -> Predictor | E
 
 
 def ensemble_summary(ensemble: Ensemble, dataset: Dataset, folder: str | Path) -> dict[str, Any]:
-    """Errors of an ensemble and of its members on the validation and test crystals of a dataset, as plain JSON.
+    """Sums up the errors of an ensemble and of its members on the validation and test crystals, as plain JSON.
 
     Besides the errors (`regression_metrics`) it has the mean standard deviation and, on the test crystals, the area
     between the calibration curve and the diagonal. Writes predictions_test.csv (with the spread), parity_test.png and

@@ -31,12 +31,12 @@ class Predictions(NamedTuple):
 
     @classmethod
     def over(cls, samples: np.ndarray) -> "Predictions":
-        """Mean and standard deviation (of a sample: divisor S - 1) over the first axis of [S, C, T]."""
+        """Takes mean and standard deviation (of a sample: divisor S - 1) over the first axis of [S, C, T]."""
         return cls(samples.mean(axis=0), samples.std(axis=0, ddof=min(1, len(samples) - 1)))
 
 
 def frame_draws(config: ConfigDict, num_frame_samples: int | None = None) -> int:
-    """How many draws among equally good frames a prediction averages: as asked for, or (None) as configured.
+    """Tells how many draws among equally good frames a prediction averages: as asked for, or (None) as configured.
 
     1 for models without frames. Raises ConfigError for less than 1.
     """
@@ -57,7 +57,7 @@ def predict_rows(
     device_table: DeviceTable | None = None,
     devices: Devices = ONE_DEVICE,
 ) -> Predictions:
-    """Predictions for groups of table rows, in their order.
+    """Predicts groups of table rows, in their order.
 
     Every group is one batch, of the first of `shapes` that holds it, or of a shape of its own with the parts given; it
     is shared out among the `devices` that `forward` is compiled for.
@@ -93,7 +93,7 @@ def predict_rows(
 
 
 def _in_order(predictions: np.ndarray, work: Shared) -> np.ndarray:
-    """Predictions [C, T] in the order of the crystals, of those [devices, B, T], or [B, T] of one device."""
+    """Puts predictions [devices, B, T], or [B, T] of one device, into the order of the crystals, [C, T]."""
     of_devices = predictions.reshape(-1, *predictions.shape[-2:])
     ordered = np.zeros((len(work.rows), predictions.shape[-1]))
     for found, share in zip(of_devices, work.shares, strict=True):
@@ -102,7 +102,7 @@ def _in_order(predictions: np.ndarray, work: Shared) -> np.ndarray:
 
 
 def _ahead(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-    """`map(function, items)`, computed ahead by a thread."""
+    """Computes `map(function, items)` ahead in a thread."""
     pending: deque[Future[Any]] = deque()
     with ThreadPoolExecutor(1) as thread:
         for item in items:
@@ -114,12 +114,12 @@ def _ahead(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any
 
 
 def groups_of(indices: np.ndarray, size: int) -> list[np.ndarray]:
-    """Consecutive groups of at most `size`."""
+    """Makes consecutive groups of at most `size`."""
     return [indices[start : start + size] for start in range(0, len(indices), size)]
 
 
 def groups_by_atoms(table: CrystalTable, devices: int = 1) -> list[np.ndarray]:
-    """Consecutive groups of all rows of a table, limited in atoms and crystals for each of some devices."""
+    """Makes consecutive groups of all rows of a table, limited in atoms and crystals for each of some devices."""
     groups: list[list[int]] = []
     atoms = 0
     for row, size in enumerate(table.num_atoms):

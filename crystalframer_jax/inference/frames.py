@@ -31,7 +31,7 @@ def compute_frames(
     tie_tolerance: float = 1e-4,
     key: jax.Array | None = None,
 ) -> np.ndarray:
-    """Frames of every atom of a structure, [N, H, 3, 3] float64 with rows e1, e2, e3; atoms in the order of the file.
+    """Computes the frames of every atom, [N, H, 3, 3] float64 with rows e1, e2, e3; atoms in the order of the file.
 
     Paper, section on frames; docs/model.md says where this differs from the official code.
 
@@ -80,7 +80,7 @@ def compute_frames(
 def _weights(
     num_atoms: int, q: np.ndarray | None, k: np.ndarray | None, a: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """q, k and a with what is missing filled in; ValueError if their shapes do not go together."""
+    """Returns q, k and a with what is missing filled in; ValueError if their shapes do not go together."""
     if (q is None) != (k is None):
         raise ValueError("give q and k together")
     if a is not None and np.ndim(a) != 2:

@@ -68,7 +68,7 @@ class Predictor:
 
     @classmethod
     def load(cls, run_dir: str | Path, weights: str | None = None) -> "Predictor":
-        """The model of a run directory, or of one of its checkpoints (RUN/checkpoints/STEP).
+        """Loads the model of a run directory, or of one of its checkpoints (RUN/checkpoints/STEP).
 
         `weights`: "best" (smallest validation loss), "last", "swa" (average over the last epochs) or "ema" (exponential
         moving average). Without it, those that the finished run selected by validation loss, or the best so far.
@@ -97,7 +97,7 @@ class Predictor:
     def predict(
         self, structures: Iterable[Any] | Any, num_frame_samples: int | None = None, progress: bool = False
     ) -> np.ndarray:
-        """Predictions [B, T] in label units (`targets` names T and their units), in the order given.
+        """Predicts [B, T] in label units (`targets` names T and their units), in the order given.
 
         `structures`: pymatgen Structures, ASE Atoms, Crystals or paths of structure files, one or a list; a file
         with several structures gives as many rows. `num_frame_samples`: how many draws among equally good frames are
@@ -109,13 +109,13 @@ class Predictor:
     def predict_with_spread(
         self, structures: Iterable[Any] | Any, num_frame_samples: int | None = None, progress: bool = False
     ) -> Predictions:
-        """As `predict`, with the standard deviation over the draws of frames: mean and spread, both [B, T]."""
+        """Predicts as `predict`, with the standard deviation over the draws of frames: mean and spread, both [B, T]."""
         return self.predict_all(table_of(crystals_of(structures), self.cutoff), num_frame_samples, progress)
 
     def predict_all(
         self, table: CrystalTable, num_frame_samples: int | None, progress: bool, title: str = "predicting"
     ) -> Predictions:
-        """Predictions for all rows of a table with this predictor's cutoff, with a progress bar if wanted.
+        """Predicts all rows of a table with this predictor's cutoff, with a progress bar if wanted.
 
         One device is enough if it can take all crystals at once.
         """
@@ -126,7 +126,7 @@ class Predictor:
         return self.predict_table(table, shown, self.parts, num_frame_samples, devices)
 
     def predict_dataset(self, dataset: Dataset, rows: np.ndarray, num_frame_samples: int | None = None) -> Predictions:
-        """Predictions for rows of the table of a data set with this predictor's cutoff, in batches as in training."""
+        """Predicts rows of a data set with this predictor's cutoff, in batches as in training."""
         from crystalframer_jax.data.loader import batch_shapes  # imports Grain, which others do not need
 
         size = self.config.batch_size
@@ -141,7 +141,7 @@ class Predictor:
         num_frame_samples: int | None = None,
         devices: Devices | None = None,
     ) -> Predictions:
-        """Predictions for groups of rows of a table whose neighbor rows have this predictor's cutoff.
+        """Predicts groups of rows of a table whose neighbor rows have this predictor's cutoff.
 
         Each group is shared by all `devices` (default: those of the predictor).
         """
@@ -159,13 +159,13 @@ class Predictor:
             )
 
     def spread_over(self, num_frame_samples: int | None = None) -> str:
-        """What the spread of predictions is over, such as "16 draws"; empty without draws, where it is 0."""
+        """Tells what the spread of predictions is over, such as "16 draws"; empty without draws, where it is 0."""
         draws = frame_draws(self.config, num_frame_samples)
         return f"{draws} draws" if draws > 1 else ""
 
 
 def crystals_of(structures: Iterable[Any] | Any) -> list[Crystal]:
-    """The crystals of what `Predictor.predict` takes: one structure or path of a file, or several."""
+    """Reads the crystals of what `Predictor.predict` takes: one structure or path of a file, or several."""
     is_one = isinstance(structures, str | os.PathLike | Crystal) or any(
         hasattr(structures, name)
         for name in ("lattice", "cell", "species_and_occu")  # pymatgen, ASE
@@ -175,25 +175,25 @@ def crystals_of(structures: Iterable[Any] | Any) -> list[Crystal]:
 
 
 def table_of(crystals: Sequence[Crystal], cutoff: float | LatticeBox) -> CrystalTable:
-    """Crystals with their neighbor rows."""
+    """Makes a table of crystals with their neighbor rows."""
     return make_table(crystals, [neighbor_rows(crystal, cutoff) for crystal in crystals])
 
 
 @functools.lru_cache(maxsize=8)
 def _forward_of(model: ModelConfig, devices: Devices) -> Forward:
-    """The forward pass of a model, compiled once for all predictors of the same hyperparameters."""
+    """Compiles the forward pass of a model, once for all predictors of the same hyperparameters."""
     return make_forward(CrystalFramer(model), devices)
 
 
 def run_and_step(path: str | Path) -> tuple[Path, int | None]:
-    """The run directory and the step of RUN/checkpoints/STEP; without a step of RUN."""
+    """Splits RUN/checkpoints/STEP into the run directory and the step; None if the path is that of a run."""
     path = Path(path).expanduser()
     is_checkpoint = path.parent.name == FOLDER and path.name.isdigit()
     return (path.parent.parent, int(path.name)) if is_checkpoint else (path, None)
 
 
 def read_config(workdir: Path) -> ConfigDict:
-    """The configuration that a run was started with."""
+    """Reads the configuration that a run was started with."""
     config = default.get_config()
     for key, value in read_json(workdir / "config.json").items():
         if key not in config:
@@ -206,19 +206,19 @@ def read_config(workdir: Path) -> ConfigDict:
 
 
 def all_zero(tree: Tree) -> bool:
-    """Whether there are arrays and nothing but zeros in them."""
+    """Tells whether there are arrays and nothing but zeros in them."""
     leaves = jax.tree.leaves(tree)
     return bool(leaves) and not any(np.any(leaf) for leaf in leaves)
 
 
 def _selected(workdir: Path) -> str:
-    """The weights that a finished run selected; the best so far otherwise."""
+    """Returns the weights that a finished run selected; the best so far otherwise."""
     file = workdir / "summary.json"
     return read_json(file).get("selected_weights", "best") if file.exists() else "best"
 
 
 def _step_with(weights: str, checkpoints: Checkpoints) -> int:
-    """The checkpoint of a run that has these weights."""
+    """Finds the checkpoint of a run that has these weights."""
     last = checkpoints.last()
     step = checkpoints.best() if weights == "best" else last
     if step is None and last is not None:
@@ -231,7 +231,7 @@ def _step_with(weights: str, checkpoints: Checkpoints) -> int:
 
 
 def _check_average(weights: str, fields: dict[str, Tree], config: ConfigDict, workdir: Path, step: int) -> None:
-    """Raise CheckpointError if averaged weights are asked for that are not there, or not complete."""
+    """Raises CheckpointError if averaged weights are asked for that are not there, or not complete."""
     if weights not in AVERAGES:
         return
     variables = variables_in(fields, weights)
@@ -246,7 +246,7 @@ def _check_average(weights: str, fields: dict[str, Tree], config: ConfigDict, wo
 
 
 def variables_in(fields: dict[str, Tree], weights: str) -> Tree:
-    """The variables of a model with certain weights from the MODEL_FIELDS of a checkpoint."""
+    """Returns the variables of a model with certain weights from the MODEL_FIELDS of a checkpoint."""
     prefix = f"{weights}_" if weights in AVERAGES else ""
     return {
         "params": fields[f"{prefix}params"],
@@ -256,7 +256,7 @@ def variables_in(fields: dict[str, Tree], weights: str) -> Tree:
 
 
 def _abstract_model(config: ConfigDict) -> dict[str, Tree]:
-    """Shapes of the model's part of a checkpoint."""
+    """Returns the shapes of the model's part of a checkpoint."""
     model = model_config(config)
     padding = pack(make_table([], []), np.arange(0), BatchShape(1, 1, 1, 1, model.parts))
     variables = jax.eval_shape(CrystalFramer(model).init, jax.random.key(0), padding)
@@ -264,7 +264,7 @@ def _abstract_model(config: ConfigDict) -> dict[str, Tree]:
 
 
 def stored_fields(config: ConfigDict, variables: Tree) -> dict[str, Tree]:
-    """MODEL_FIELDS as a checkpoint of a run with this model has them; averages look like what they average."""
+    """Arranges MODEL_FIELDS as a checkpoint of this model has them; averages look like what they average."""
     absent = () if config.ema_decay else ("ema_params", "ema_batch_stats")
     likes = {name: name.removeprefix("swa_").removeprefix("ema_") for name in MODEL_FIELDS}
     return {name: {} if name in absent else variables.get(like, {}) for name, like in likes.items()}

@@ -38,26 +38,16 @@ RUN_FILES = ("config.json", "summary.json", FOLDER)
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """What was imported or exported, and what a user should know of it.
+    """What was imported or exported, and what a user should know of it."""
 
-    Attributes:
-      config: of the run.
-      targets: name, unit, mean and standard deviation of each target.
-      parameters: how many numbers are trained.
-      weights: those that prediction uses: on import "last" (the model of the file) or "swa"; on export, of which run.
-      has_average: whether there are averaged weights beside them.
-      epoch, step: of the training.
-      notes: a sentence each.
-    """
-
-    config: ConfigDict
+    config: ConfigDict  # of the run
     targets: tuple[TargetStatistics, ...]
-    parameters: int
-    weights: str
-    has_average: bool
-    epoch: int
+    parameters: int  # how many numbers are trained
+    weights: str  # that prediction uses: on import "last" (the model of the file) or "swa"; on export, of which run
+    has_average: bool  # whether there are averaged weights beside them
+    epoch: int  # of the training
     step: int
-    notes: list[str]
+    notes: list[str]  # a sentence each
 
 
 def import_checkpoint(
@@ -71,7 +61,7 @@ def import_checkpoint(
     target_std: tuple[float, ...] = (),
     weights: str | None = None,
 ) -> Conversion:
-    """Write a run directory with the model of an official checkpoint; `Predictor.load` and the scripts accept it.
+    """Writes a run directory with the model of an official checkpoint; `Predictor.load` and the scripts accept it.
 
     `hyper_parameters`: official ones, for those that the file does not have. `data`: name of the target set that the
     model was trained on, which gives the units. `targets`, `units`: names instead of the official ones, and units.
@@ -93,11 +83,9 @@ def import_checkpoint(
         raise UserError(f"{file} has no hyperparameters: give those of its training with --config=FILE.json")
     with _about(file):
         config, left_out = config_from_official({**given, **found})
-        scaling = (
-            _given_once("target_mean", checkpoint.target_mean, target_mean),
-            _given_once("target_std", checkpoint.target_std, target_std),
-        )
-        statistics = _describe_targets(config, scaling, data, targets, units)
+        mean = _given_once("target_mean", checkpoint.target_mean, target_mean)
+        std = _given_once("target_std", checkpoint.target_std, target_std)
+        statistics = _describe_targets(config, (mean, std), data, targets, units)
     fields = _model_fields(file, checkpoint, model_config(config))
     selected = "swa" if has_average and weights != "model" else "last"
     parameters = sum(leaf.size for leaf in jax.tree.leaves(fields["params"]))
@@ -109,7 +97,7 @@ def import_checkpoint(
 
 
 def _write_run(folder: Path, run: Conversion, fields: dict[str, Tree], origin: str) -> None:
-    """The files of a run directory."""
+    """Writes the files of a run directory."""
     targets = [dataclasses.asdict(s) for s in run.targets]
     write_json(folder / "config.json", json.loads(run.config.to_json()))
     with contextlib.closing(Checkpoints(folder, writable=True)) as checkpoints:
@@ -126,7 +114,7 @@ def _write_run(folder: Path, run: Conversion, fields: dict[str, Tree], origin: s
 
 @contextlib.contextmanager
 def _about(origin: object) -> Iterator[None]:
-    """Put into errors what they are about."""
+    """Puts into errors what they are about."""
     try:
         yield
     except (ConfigError, OfficialStateError) as error:
@@ -140,7 +128,7 @@ def _import_notes(
     statistics: tuple[TargetStatistics, ...],
     config: ConfigDict,
 ) -> list[str]:
-    """What a user should know about an imported model, a sentence each."""
+    """Tells what a user should know about an imported model, a sentence each."""
     notes = []
     ignored = [key for key in given if key in found and _as_json(found[key]) != _as_json(given[key])]
     if ignored:
@@ -156,12 +144,12 @@ def _import_notes(
 
 
 def _as_json(value: Any) -> Any:
-    """A hyperparameter as JSON has it."""
+    """Returns a hyperparameter as JSON has it."""
     return list(value) if isinstance(value, tuple) else value
 
 
 def _check_free(workdir: Path) -> None:
-    """Raise UserError unless a run can be written there."""
+    """Raises UserError unless a run can be written there."""
     if not workdir.exists():
         return
     if not workdir.is_dir():
@@ -175,7 +163,7 @@ def _check_free(workdir: Path) -> None:
 
 @contextlib.contextmanager
 def _complete_or_not_there(workdir: Path) -> Iterator[Path]:
-    """A folder beside `workdir` that takes its name at the end; a process that is killed leaves `workdir` free."""
+    """Makes a folder that becomes `workdir` at the end; a process that is killed leaves `workdir` free."""
     workdir = workdir.resolve()
     folder = workdir.with_name(f".{workdir.name}.importing.{os.getpid()}")
     shutil.rmtree(folder, ignore_errors=True)
@@ -189,7 +177,7 @@ def _complete_or_not_there(workdir: Path) -> Iterator[Path]:
 
 
 def _given_once(name: str, found: np.ndarray | None, given: tuple[float, ...]) -> Any | None:
-    """A statistic of the targets: that of the file, or the one given where it has none."""
+    """Returns a statistic of the targets: that of the file, or the one given where it has none."""
     if found is not None and given:
         raise ConfigError(f"the file has its own {name}; leave --{name} out")
     return given or None if found is None else found
@@ -202,7 +190,7 @@ def _describe_targets(
     targets: tuple[str, ...],
     units: tuple[str, ...],
 ) -> tuple[TargetStatistics, ...]:
-    """Names, units and scaling of the targets; sets `targets` and `target_set` of the configuration."""
+    """Finds names, units and scaling of the targets; sets `targets` and `target_set` of the configuration."""
     names = target_names(config)
     for option, given in (("targets", targets), ("units", units)):
         if given and len(given) != len(names):
@@ -225,7 +213,7 @@ def _describe_targets(
 
 
 def _model_fields(file: Path, checkpoint: OfficialCheckpoint, model: ModelConfig) -> dict[str, Tree]:
-    """The model's part of a checkpoint of ours."""
+    """Makes the model's part of a checkpoint of ours."""
     last = _variables(f"{file}", checkpoint.state, model)
     average = {"params": jax.tree.map(np.zeros_like, last["params"]), "batch_stats": last["batch_stats"]}
     if checkpoint.swa_state is not None:
@@ -240,14 +228,14 @@ def _model_fields(file: Path, checkpoint: OfficialCheckpoint, model: ModelConfig
 
 
 def _variables(origin: str, state: Arrays, model: ModelConfig) -> dict[str, Tree]:
-    """Our variables in the type of the model, each in memory of its own."""
+    """Makes our variables in the type of the model, each in memory of its own."""
     with _about(origin):
         variables = variables_from_official(state, model)
     return jax.tree.map(lambda leaf: np.array(leaf, model.dtype, order="C"), variables)
 
 
 def _frame_notes(config: ConfigDict) -> list[str]:
-    """Frames that are not the same in the two implementations."""
+    """Tells of frames that are not the same in the two implementations."""
     if not config.value_pe_angle_real or config.frame_method not in ("max_static", "weighted_pca"):
         return []
     return [f"frame_method={config.frame_method}: here as published, the official code departs; predictions differ"]
@@ -256,7 +244,7 @@ def _frame_notes(config: ConfigDict) -> list[str]:
 def export_checkpoint(
     run: str | Path, file: str | Path, weights: str | None = None, overwrite: bool = False
 ) -> Conversion:
-    """Write a checkpoint that the official code can load from a run directory, or one of its checkpoints.
+    """Writes a checkpoint that the official code can load from a run directory, or one of its checkpoints.
 
     `weights`: "best", "last" or "swa" for the model itself; without it, those that the finished run selected. The
     averaged weights, if there are any, are stored as such in any case. A `file` that exists is replaced only with
@@ -293,7 +281,7 @@ def export_checkpoint(
 
 
 def _epoch_and_average(run: Path, predictor: Predictor) -> tuple[int, Tree | None]:
-    """Epoch of the weights of the predictor, and the variables with averaged weights if there are any.
+    """Finds the epoch of the weights of the predictor, and the variables with averaged weights if there are any.
 
     The average is that of the same checkpoint, or for a run directory of the last one.
     """
@@ -313,7 +301,7 @@ def _epoch_and_average(run: Path, predictor: Predictor) -> tuple[int, Tree | Non
 
 
 def _export_notes(config: ConfigDict) -> list[str]:
-    """What the official code computes differently, a sentence each."""
+    """Tells what the official code computes differently, a sentence each."""
     notes = _frame_notes(config)
     if config.cutoff_radius:
         notes.append(

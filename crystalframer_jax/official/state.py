@@ -27,7 +27,7 @@ class OfficialStateError(UserError, ValueError):
 
 
 def variables_from_official(state: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str, Tree]:
-    """The variables {"params", "calibration", "batch_stats"} of CrystalFramer from an official state dict.
+    """Makes the variables {"params", "calibration", "batch_stats"} of CrystalFramer of an official state dict.
 
     `state`: arrays under the official names, without the prefix "model."; weights [out, in].
 
@@ -53,7 +53,7 @@ def variables_from_official(state: Mapping[str, np.ndarray], config: ModelConfig
 
 
 def official_from_variables(variables: Mapping[str, Tree], config: ModelConfig) -> Arrays:
-    """The official state dict, complete and in the official shapes, of our variables: `variables_from_official` undone.
+    """Makes an official state dict, complete and in the official shapes: `variables_from_official` undone.
 
     What the official code stores and never uses is zero. Raises OfficialStateError if the variables are of another
     model than `config`.
@@ -63,7 +63,7 @@ def official_from_variables(variables: Mapping[str, Tree], config: ModelConfig) 
 
 
 def official_from_params(params: Tree, config: ModelConfig) -> Arrays:
-    """The trained parameters alone, or whatever has their structure (gradients), by official name and shape."""
+    """Makes official arrays of the parameters alone, or of what has their structure (gradients), by name and shape."""
     layout = _Layout()
     arrays, is_trained = _placed(layout, _variables(layout, config)["params"], params)
     return {name: value for name, value in arrays.items() if is_trained[name]}
@@ -77,30 +77,30 @@ class _Layout:
         self.unused: set[str] = set()  # that the official code stores, and that have no effect
 
     def take(self, name: str, shape: tuple[int, ...], part: Callable[[np.ndarray], np.ndarray] = np.asarray) -> Leaf:
-        """A leaf that is the array of that name, or a part of it."""
+        """Returns a leaf that is the array of that name, or a part of it."""
         self.shapes[name] = shape
         return lambda state: part(np.asarray(state[name]))
 
     def skip(self, name: str, shape: tuple[int, ...]) -> None:
-        """Note a name without effect."""
+        """Notes a name without effect."""
         self.shapes[name] = shape
         self.unused.add(name)
 
     def calibration(self, name: str) -> Tree:
-        """Scale and shift of the Gaussian widths of a block."""
+        """Lays out scale and shift of the Gaussian widths of a block."""
         return {part: self.take(name, (2,), operator.itemgetter(i)) for i, part in enumerate(("scale", "shift"))}
 
     def dense(self, name: str, inputs: int, outputs: int) -> Tree:
-        """A dense layer."""
+        """Lays out a dense layer."""
         kernel = self.take(f"{name}.weight", (outputs, inputs), np.transpose)
         return {"kernel": kernel, "bias": self.take(f"{name}.bias", (outputs,))}
 
     def norm(self, name: str, width: int) -> Tree:
-        """Scale and bias of a normalisation."""
+        """Lays out scale and bias of a normalisation."""
         return {"scale": self.take(f"{name}.weight", (width,)), "bias": self.take(f"{name}.bias", (width,))}
 
     def running_averages(self, name: str, width: int) -> Tree:
-        """Running averages of a BatchNorm."""
+        """Lays out the running averages of a BatchNorm."""
         self.skip(f"{name}.num_batches_tracked", ())
         return {
             "mean": self.take(f"{name}.running_mean", (width,)),
@@ -109,7 +109,7 @@ class _Layout:
 
 
 def _check_state(state: Mapping[str, np.ndarray], layout: _Layout, dtype: np.dtype) -> None:
-    """Raise OfficialStateError, listing all that is wrong, unless a state dict has these arrays."""
+    """Raises OfficialStateError, listing all that is wrong, unless a state dict has these arrays."""
     needed = {name: shape for name, shape in layout.shapes.items() if name not in layout.unused}
     found = [
         _problem(name, np.asarray(state[name]), shape, dtype) if name in state else f"missing {name} {list(shape)}"
@@ -122,7 +122,7 @@ def _check_state(state: Mapping[str, np.ndarray], layout: _Layout, dtype: np.dty
 
 
 def _problem(name: str, value: np.ndarray, shape: tuple[int, ...], dtype: np.dtype) -> str:
-    """What is wrong with an array, if anything."""
+    """Tells what is wrong with an array, if anything."""
     if value.shape != shape:
         return f"{name} has shape {list(value.shape)}, expected {list(shape)}"
     if not jax.dtypes.issubdtype(value.dtype, np.floating):
@@ -133,7 +133,7 @@ def _problem(name: str, value: np.ndarray, shape: tuple[int, ...], dtype: np.dty
 
 
 def _placed(layout: _Layout, tree: Tree, values: Tree) -> tuple[Arrays, dict[str, bool]]:
-    """Arrays by name with `values` where the leaves of `tree` read them and zero elsewhere; which have any.
+    """Puts `values` where the leaves of `tree` read them, by name, zero elsewhere; tells which names have any.
 
     The leaves are given running numbers in place of arrays to read, and so tell where they belong.
     """
@@ -161,20 +161,20 @@ def _placed(layout: _Layout, tree: Tree, values: Tree) -> tuple[Arrays, dict[str
 
 
 def _listed(problems: Sequence[str]) -> str:
-    """The first problems, and how many more there are."""
+    """Lists the first problems, and how many more there are."""
     shown = [problem[:MAX_PROBLEM_CHARACTERS] for problem in problems[:MAX_PROBLEMS]]
     more = len(problems) - len(shown)
     return "; ".join(shown) + (f"; and {more} more" if more else "")
 
 
 def _leaves(tree: Tree) -> Arrays:
-    """Leaves of a tree by path."""
+    """Returns the leaves of a tree by path."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
 
 
 def _variables(layout: _Layout, config: ModelConfig) -> dict[str, Tree]:
-    """The variables of a model as leaves that read arrays by official name: the one place that knows both sides."""
+    """Lays out the variables of a model as leaves by official name: the one place that knows both sides."""
     dim = config.model_dim
     params: Tree = {"embedding": layout.take("input_embeddings.weight", (dim, 98), np.transpose)}
     calibration: Tree = {}
@@ -194,7 +194,7 @@ def _variables(layout: _Layout, config: ModelConfig) -> dict[str, Tree]:
 
 
 def _block(layout: _Layout, prefix: str, config: ModelConfig, domain: str) -> Tree:
-    """Parameters of a block."""
+    """Lays out the parameters of a block."""
     dim, ff_dim = config.model_dim, config.ff_dim
     tree: Tree = {"attention": _attention(layout, prefix + "self_attn.", config, domain)}
     tree["linear1"] = layout.dense(prefix + "linear1", dim, ff_dim)
@@ -205,7 +205,7 @@ def _block(layout: _Layout, prefix: str, config: ModelConfig, domain: str) -> Tr
 
 
 def _attention(layout: _Layout, prefix: str, config: ModelConfig, domain: str) -> Tree:
-    """Parameters of the attention of a block."""
+    """Lays out the parameters of the attention of a block."""
     heads, dim = config.head_num, config.model_dim
     k_width, v_width = heads * config.k_dim, heads * config.v_dim
     widths = {"q": k_width, "k": k_width, "v": v_width}
@@ -237,7 +237,7 @@ def _attention(layout: _Layout, prefix: str, config: ModelConfig, domain: str) -
 
 
 def _head(layout: _Layout, config: ModelConfig) -> tuple[Tree, Tree]:
-    """Parameters and running averages of the output layers; the official names count Linear, norm and activation."""
+    """Lays out parameters and running averages of the output layers; official names count Linear, norm, activation."""
     params: Tree = {}
     batch_stats: Tree = {}
 
@@ -262,7 +262,7 @@ def _head(layout: _Layout, config: ModelConfig) -> tuple[Tree, Tree]:
 
 
 def load_official(config: Mapping[str, Any], state: Mapping[str, np.ndarray]) -> Predictor:
-    """A Predictor from official hyperparameters and an official state dict (arrays by name).
+    """Makes a Predictor of official hyperparameters and an official state dict (arrays by name).
 
     `target_mean` and `target_std` in the state give predictions in label units; without both predictions are the raw
     output of the model. Raises ConfigError for settings that are not available and hyperparameters of the model that
@@ -281,7 +281,7 @@ def target_statistics(
     std: np.ndarray | Sequence[float] | float | None,
     units: tuple[str, ...] = (),
 ) -> tuple[TargetStatistics, ...]:
-    """Mean and standard deviation [T], or one for all targets, by target.
+    """Makes statistics by target of mean and standard deviation [T], or one for all targets.
 
     Without both they are 0 and 1, and the unit is "raw output" whatever `units` says.
     """
@@ -295,7 +295,7 @@ def target_statistics(
 
 
 def _one_for_each(names: tuple[str, ...], key: str, values: Any) -> list[float]:
-    """A finite number for each target."""
+    """Returns a finite number for each target."""
     flat = np.ravel(np.asarray(values))
     if flat.size not in (1, len(names)):
         raise OfficialStateError(f"{key} has {flat.size} numbers for {len(names)} targets; one for each is needed")

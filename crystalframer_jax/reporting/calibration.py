@@ -9,7 +9,7 @@ COVERAGE_LEVELS = np.linspace(0.0, 1.0, 101)
 
 
 def coverage(labels: np.ndarray, mean: np.ndarray, std: np.ndarray, levels: np.ndarray = COVERAGE_LEVELS) -> np.ndarray:
-    """Fraction of labels [C] in the central interval of N(mean, std²) that has each probability of `levels` [P] -> [P].
+    """Returns the fraction of labels [C] in the central interval of N(mean, std²) of each probability in `levels`, [P].
 
     The interval of a deviation of 0 is the point `mean`.
     """
@@ -21,7 +21,7 @@ def coverage(labels: np.ndarray, mean: np.ndarray, std: np.ndarray, levels: np.n
 
 
 def miscalibration_area(labels: np.ndarray, mean: np.ndarray, std: np.ndarray) -> float:
-    """Area between `coverage` and the diagonal: 0 for calibrated deviations, 0.5 for 0 or infinite ones."""
+    """Returns the area between `coverage` and the diagonal: 0 for calibrated deviations, 0.5 for 0 or infinite ones."""
     observed = coverage(labels, mean, std)
     return float(np.trapezoid(np.abs(observed - COVERAGE_LEVELS), COVERAGE_LEVELS))
 
@@ -29,7 +29,7 @@ def miscalibration_area(labels: np.ndarray, mean: np.ndarray, std: np.ndarray) -
 def reliability(
     labels: np.ndarray, mean: np.ndarray, std: np.ndarray, num_bins: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Root mean square of the deviations, RMSE and its standard error in `num_bins` bins of equal counts -> 3 × [bins].
+    """Returns rms deviation, RMSE and its standard error in `num_bins` bins of equal counts, 3 × [bins].
 
     Bins are in order of the deviations. The standard error is that of the mean squared error through the square root;
     a bin of one crystal has none (0).
@@ -45,12 +45,12 @@ def reliability(
 
 
 def rms(values: np.ndarray) -> float:
-    """Root mean square."""
+    """Returns the root mean square."""
     return math.sqrt(np.mean(np.square(values, dtype=float)))
 
 
 def comparable(labels: np.ndarray, mean: np.ndarray, std: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The crystals whose label is known, in float64; ValueError for what cannot be compared."""
+    """Selects the crystals whose label is known, in float64; ValueError for what cannot be compared."""
     labels, mean, std = (np.asarray(values, float) for values in (labels, mean, std))
     if not labels.shape == mean.shape == std.shape or labels.ndim != 1:
         raise ValueError(f"labels {labels.shape}, mean {mean.shape} and std {std.shape} must be equally many numbers")

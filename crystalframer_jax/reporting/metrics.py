@@ -11,7 +11,7 @@ from crystalframer_jax.batching.targets import TargetStatistics
 def mean_absolute_errors(
     predictions: np.ndarray, labels: np.ndarray, statistics: tuple[TargetStatistics, ...]
 ) -> dict[str, float]:
-    """MAE of every target in label units, as `regression_metrics`, but NaN where no label is known."""
+    """Returns the MAE of every target in label units, as `regression_metrics`, but NaN where no label is known."""
     metrics = regression_metrics(predictions, labels, statistics)
     return {name: math.nan if found["mae"] is None else found["mae"] for name, found in metrics.items()}
 
@@ -19,7 +19,7 @@ def mean_absolute_errors(
 def mean_predictor_errors(
     labels: np.ndarray, statistics: tuple[TargetStatistics, ...], train_labels: np.ndarray | None = None
 ) -> dict[str, float]:
-    """MAE of predicting the mean of the training labels for every crystal, labels [C, T].
+    """Returns the MAE of predicting the mean of the training labels for every crystal, labels [C, T].
 
     Without training labels [C, T] their mean is taken from the statistics (which hold it unless `normalize_targets`
     leaves the targets where they are).
@@ -31,13 +31,13 @@ def mean_predictor_errors(
 def regression_metrics(
     predictions: np.ndarray, labels: np.ndarray, statistics: tuple[TargetStatistics, ...]
 ) -> dict[str, dict[str, Any]]:
-    """The `errors` of every target, label units; predictions and labels [C, T]."""
+    """Returns the `errors` of every target, label units; predictions and labels [C, T]."""
     check_shapes(predictions, labels)
     return {s.name: errors(predictions[:, t], labels[:, t]) for t, s in enumerate(statistics)}
 
 
 def errors(predictions: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """{"mae", "rmse", "r2"} of predictions of one target over its known (finite) labels, both [C].
+    """Returns {"mae", "rmse", "r2"} of predictions of one target over its known (finite) labels, both [C].
 
     R^2 = 1 - sum (prediction - label)^2 / sum (label - mean label)^2: 1 is perfect, 0 as good as the mean of these
     labels. It is None where they do not vary, and everything is None where none is known. A prediction that is not
@@ -57,11 +57,11 @@ def errors(predictions: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
 def with_baseline(
     metrics: dict[str, dict[str, Any]], baseline: dict[str, float], statistics: tuple[TargetStatistics, ...]
 ) -> dict[str, dict[str, Any]]:
-    """Metrics by target beside the MAE of predicting the mean, and their unit, as summary.json has them."""
+    """Adds the MAE of predicting the mean, and the unit, to metrics by target, as summary.json has them."""
     return {s.name: {**metrics[s.name], "mean_predictor_mae": baseline[s.name], "unit": s.unit} for s in statistics}
 
 
 def check_shapes(predictions: np.ndarray, labels: np.ndarray) -> None:
-    """Raise ValueError unless every label has a prediction."""
+    """Raises ValueError unless every label has a prediction."""
     if predictions.shape != labels.shape:
         raise ValueError(f"predictions {predictions.shape} and labels {labels.shape} differ in shape")

@@ -63,7 +63,7 @@ MAX_BINS, POINTS_PER_BIN = 10, 20  # of a reliability diagram
 
 @contextlib.contextmanager
 def style() -> Iterator[None]:
-    """Matplotlib with its own defaults and STYLE, whatever the settings of the user; they come back afterwards."""
+    """Sets Matplotlib to its own defaults and STYLE, whatever the settings of the user; they come back afterwards."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
@@ -71,7 +71,7 @@ def style() -> Iterator[None]:
 
 
 def learning_curve(epochs: Sequence[dict[str, Any]], file: Path, swa_first_epoch: int | None = None) -> None:
-    """Losses and learning rate against epochs, as lines of metrics.jsonl hold them.
+    """Plots losses and learning rate against epochs, as lines of metrics.jsonl hold them.
 
     Epochs count from 0 in the data and from 1 in the figure. `swa_first_epoch` is the first (from 0) whose weights
     are averaged. Raises ValueError if there are no epochs.
@@ -88,7 +88,7 @@ def parity(
     file: Path,
     split: str = "test",
 ) -> None:
-    """Predictions against labels, both [C, T], one panel for each target; unknown labels (NaN) are left out.
+    """Plots predictions against labels, both [C, T], one panel for each target; unknown labels (NaN) are left out.
 
     The errors in a panel are over all crystals with a label, also those beyond its axes, which are marked at the edge.
     Raises ValueError if the shapes do not agree.
@@ -100,7 +100,7 @@ def parity(
 def calibration(
     labels: np.ndarray, mean: np.ndarray, std: np.ndarray, name: str, unit: str, file: Path
 ) -> dict[str, float]:
-    """How well predicted standard deviations tell errors, for labels, predictions and deviations [C] of one target.
+    """Plots how well predicted deviations tell errors, for labels, predictions and deviations [C] of one target.
 
     Left: fraction of labels inside the central interval of the predicted Gaussian against its probability. Right: error
     against deviation in bins of equally many crystals. Returns the area between the left curve and the diagonal
@@ -184,7 +184,7 @@ def _parity(
 
 
 def _square_panels(count: int, columns: int, right: float, top: float) -> tuple[Figure, list[Axes]]:
-    """A figure with rows of square panels, each with the width of a column; `right` and `top` are margins in inches."""
+    """Makes rows of square panels, each with the width of a column; `right` and `top` are margins in inches."""
     left, bottom = 0.62, 0.42
     side, rows = COLUMN - left - right, math.ceil(count / columns)
     width, height = COLUMN * columns, (bottom + side + top) * rows
@@ -198,7 +198,7 @@ def _square_panels(count: int, columns: int, right: float, top: float) -> tuple[
 
 
 def _parity_panel(axes: Axes, labels: np.ndarray, predictions: np.ndarray, unit: str) -> list[str]:
-    """One target: points or, for many crystals, their density, and the diagonal. Returns the lines of its caption."""
+    """Draws one target: points or, for many crystals, their density, and the diagonal; returns its caption in lines."""
     known = np.isfinite(labels)
     valid = known & np.isfinite(predictions)
     axes.set_xlabel(f"label ({unit})")
@@ -239,7 +239,7 @@ def _parity_panel(axes: Axes, labels: np.ndarray, predictions: np.ndarray, unit:
 
 
 def axis_range(labels: np.ndarray, predictions: np.ndarray) -> tuple[float, float]:
-    """Limits of both axes of a parity plot: everything, unless some outliers would squeeze the rest.
+    """Returns the limits of both axes of a parity plot: everything, unless some outliers would squeeze the rest.
 
     Outliers are cut off where everything is over four times as wide as all but 1% (at least two) of the values at each
     end; the axes then reach half of that narrower width beyond it.
@@ -278,7 +278,7 @@ def _density(axes: Axes, labels: np.ndarray, predictions: np.ndarray, limits: tu
 
 
 def _calibration(labels: np.ndarray, mean: np.ndarray, std: np.ndarray, name: str, unit: str) -> Figure:
-    """Labels, means and deviations [C], all finite."""
+    """Draws labels, means and deviations [C], all finite."""
     figure, (left, right) = _square_panels(2, 2, right=0.14, top=0.46)
     figure.suptitle(f"{name}, {len(labels):,} crystal{'s' if len(labels) > 1 else ''}", fontsize=8, y=0.985)
     observed = coverage(labels, mean, std)
@@ -317,7 +317,7 @@ def _calibration(labels: np.ndarray, mean: np.ndarray, std: np.ndarray, name: st
 
 
 def _log_axis(axes: Axes, which: str = "y") -> None:
-    """Logarithmic with plain numbers at ticks, also within one decade."""
+    """Makes axes logarithmic with plain numbers at ticks, also within one decade."""
     for axis in (axes.xaxis, axes.yaxis) if which == "both" else (axes.yaxis,):
         (axes.set_yscale if axis is axes.yaxis else axes.set_xscale)("log", nonpositive="clip")
         low, high = axis.get_data_interval()
@@ -331,7 +331,7 @@ def _log_axis(axes: Axes, which: str = "y") -> None:
 
 
 def _number(value: float, digits: int = 3) -> str:
-    """Three significant digits without an exponent between 0.0001 and a million, as 0.0263 or 1,240."""
+    """Writes three significant digits without an exponent between 0.0001 and a million, as 0.0263 or 1,240."""
     if value != 0 and not 1e-4 <= abs(value) < 1e6:
         return f"{value:.{digits - 1}e}".replace("-", "−")
     decimals = digits - 1 - (math.floor(math.log10(abs(value))) if value != 0 else digits - 1)
@@ -344,7 +344,7 @@ def _despine(*panels: Axes) -> None:
 
 
 def _write(figure: Figure, file: Path) -> None:
-    """Write a PNG; a reader sees the old figure or the new."""
+    """Writes a PNG; a reader sees the old figure or the new."""
     with replacing(file) as temporary:
         FigureCanvasAgg(figure)
         figure.savefig(temporary, format="png", dpi=DPI)

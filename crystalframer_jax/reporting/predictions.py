@@ -19,7 +19,7 @@ def write_predictions(
     statistics: tuple[TargetStatistics, ...],
     spread: np.ndarray | None = None,
 ) -> None:
-    """Write labels and predictions [C, T] as CSV: id,target,prediction, with several targets
+    """Writes labels and predictions [C, T] as CSV: id,target,prediction, with several targets
     id,target_A,prediction_A,target_B,prediction_B, and after them the spreads, if given: spread or spread_A,spread_B.
 
     The units are those of the labels. Numbers have all their digits; an unknown label is an empty cell.
@@ -43,7 +43,7 @@ def write_split(
     statistics: tuple[TargetStatistics, ...],
     spread: np.ndarray | None = None,
 ) -> None:
-    """Write predictions_SPLIT.csv and parity_SPLIT.png of a data set into a folder, which must exist."""
+    """Writes predictions_SPLIT.csv and parity_SPLIT.png of a data set into a folder, which must exist."""
     rows = dataset.splits[split]
     ids, labels = dataset.table.ids[rows], dataset.labels[rows]
     write_predictions(folder / f"predictions_{split}.csv", ids, labels, predictions, statistics, spread)
@@ -53,7 +53,7 @@ def write_split(
 def plot_parity(
     file: Path, labels: np.ndarray, predictions: np.ndarray, statistics: tuple[TargetStatistics, ...], split: str
 ) -> None:
-    """Plot predictions against labels, both [C, T], a panel for each target."""
+    """Plots predictions against labels, both [C, T], a panel for each target."""
     from crystalframer_jax.reporting import plots  # imports matplotlib
 
     plots.parity(labels, predictions, [s.name for s in statistics], [s.unit for s in statistics], file, split)
@@ -62,7 +62,7 @@ def plot_parity(
 def plot_calibration(
     file: Path, labels: np.ndarray, mean: np.ndarray, spread: np.ndarray, statistics: tuple[TargetStatistics, ...]
 ) -> tuple[list[Path], dict[str, dict[str, float]]]:
-    """Plot how errors compare with the spread, all [C, T]: FILE, or one FILE_TARGET for each of several targets.
+    """Plots how errors compare with the spread, all [C, T]: FILE, or one FILE_TARGET for each of several targets.
 
     Returns the files and, by target, the numbers of `plots.calibration`.
     """

@@ -27,7 +27,7 @@ def describe(config: ConfigDict) -> str:
 
 
 def score_history(val_losses: list[float]) -> dict[str, float]:
-    """Figures of the validation losses of all epochs (none: none), those that the official code logs (its hp/...).
+    """Returns figures of the validation losses of all epochs (none: none), those that the official code logs (hp/...).
 
     The last, the smallest, the mean over the last 50 epochs, the smallest such mean, and the mean of the 10 smallest.
     """
@@ -45,7 +45,7 @@ def score_history(val_losses: list[float]) -> dict[str, float]:
 
 
 def summary_text(summary: dict[str, Any]) -> str:
-    """The table at the end of the training of a model: the errors of its weights on all splits."""
+    """Writes the table at the end of the training of a model: the errors of its weights on all splits."""
     rows = []
     selected = summary["selected_weights"]
     for target, unit in summary["units"].items():
@@ -66,7 +66,7 @@ def summary_text(summary: dict[str, Any]) -> str:
 
 
 def ensemble_text(summary: dict[str, Any]) -> str:
-    """The table at the end of the training of an ensemble: test errors of the members, and of their mean prediction."""
+    """Writes the table at the end of the training of an ensemble: test errors of members and of their mean."""
     rows: list[list[Any]] = []
     for target, unit in summary["units"].items():
         label, empty, found = f"{target} ({unit})", [None] * 3, summary["test"][target]

@@ -43,7 +43,7 @@ class Evaluator:
         self.forward = make_forward(model, batches.devices)
 
     def predict(self, weights: Tree, rows: np.ndarray, num_frame_samples: int = 1) -> np.ndarray:
-        """Predictions [C, T] in label units for rows of the table."""
+        """Predicts rows of the table, [C, T] in label units."""
         return predict_rows(
             self.forward,
             weights,
@@ -57,14 +57,14 @@ class Evaluator:
         ).mean
 
     def _groups(self, rows: np.ndarray) -> Iterator[np.ndarray]:
-        """Batches of crystals."""
+        """Makes batches of crystals, and reports each."""
         groups = groups_of(rows, self.batches.batch_size)
         for number, group in enumerate(groups, 1):
             self.report(f"prediction of batch {number} of {len(groups)}")
             yield group
 
     def validate(self, weights: Tree, epoch: int) -> tuple[float, dict[str, float]]:
-        """Validation loss, and MAE of every target in label units; TrainingError if the loss is not finite."""
+        """Returns validation loss and MAE of every target in label units; TrainingError if the loss is not finite."""
         fraction, size = self.config.val_percent_check, self.batches.batch_size
         rows = self.dataset.splits["val"]
         rows = rows[: size * max(1, int(fraction * -(-len(rows) // size)))]
@@ -81,29 +81,26 @@ class Evaluator:
         return loss, mean_absolute_errors(predictions, labels, self.statistics)
 
 
-Predict = Callable[[Tree, str], np.ndarray]  # variables, split -> predictions [C, T] in label units
-
-
 def mean_loss(
     name: str, predictions: np.ndarray, labels: np.ndarray, statistics: tuple[TargetStatistics, ...]
 ) -> float:
-    """The loss `name` of predictions [C, T] in label units: mean over the crystals, of standardised targets."""
+    """Returns the loss `name` of predictions [C, T] in label units: mean over the crystals, of standardised targets."""
     standard, targets = standardise(predictions, statistics), standardise(labels, statistics)
     return float(np.mean(loss_per_crystal(name, standard, targets, np.isfinite(labels))))
 
 
 def evaluate_candidates(
     candidates: Mapping[str, Tree],
-    predict: Predict,
+    predict: Callable[[Tree, str], np.ndarray],
     dataset: Dataset,
     statistics: tuple[TargetStatistics, ...],
     loss: str,
     workdir: Path | None,
 ) -> dict[str, Any]:
-    """The part of summary.json about errors, in label units, of several weights of one model.
+    """Makes the part of summary.json about errors, in label units, of several weights of one model.
 
-    Those with the smallest validation loss are selected: their test predictions become predictions_test.csv and
-    parity_test.png in `workdir`, if that is given.
+    `predict(variables, split)` gives predictions [C, T] in label units. Those weights with the smallest validation
+    loss are selected: their test predictions become predictions_test.csv and parity_test.png in `workdir`, if given.
     """
     labels = {split: dataset.labels[dataset.splits[split]] for split in SPLITS}
     predictions = {name: {s: predict(weights, s) for s in ("val", "test")} for name, weights in candidates.items()}
