@@ -111,18 +111,18 @@ class _Layout:
 def _check_state(state: Mapping[str, np.ndarray], layout: _Layout, dtype: np.dtype) -> None:
     """Raises OfficialStateError, listing all that is wrong, unless a state dict has these arrays."""
     needed = {name: shape for name, shape in layout.shapes.items() if name not in layout.unused}
-    found = [
-        _problem(name, np.asarray(state[name]), shape, dtype) if name in state else f"missing {name} {list(shape)}"
-        for name, shape in needed.items()
-    ]
+    found = [_problem(name, state.get(name), shape, dtype) for name, shape in needed.items()]
     problems = [problem for problem in found if problem]
     problems += [f"unexpected {name}" for name in state if name not in layout.shapes]
     if problems:
         raise OfficialStateError(f"the official parameters do not fit the configuration: {_listed(problems)}")
 
 
-def _problem(name: str, value: np.ndarray, shape: tuple[int, ...], dtype: np.dtype) -> str:
+def _problem(name: str, stored: np.ndarray | None, shape: tuple[int, ...], dtype: np.dtype) -> str:
     """Tells what is wrong with an array, if anything."""
+    if stored is None:
+        return f"missing {name} {list(shape)}"
+    value = np.asarray(stored)
     if value.shape != shape:
         return f"{name} has shape {list(value.shape)}, expected {list(shape)}"
     if not jax.dtypes.issubdtype(value.dtype, np.floating):
@@ -218,8 +218,8 @@ def _attention(layout: _Layout, prefix: str, config: ModelConfig, domain: str) -
         tree[name] = {"kernel": kernel, "bias": bias}
     tree["out"] = layout.dense(prefix + "out_proj", v_width, dim)
     by_input = config.gauss_state.startswith("x")  # the widths are functions of the layer input, not of q
-    shape = (heads, dim) if by_input else (k_width,)
-    tree["w_pos"] = layout.take(prefix + "lattice_pos_weights", shape, lambda weights: weights.reshape(heads, -1))
+    stored: tuple[int, ...] = (heads, dim) if by_input else (k_width,)
+    tree["w_pos"] = layout.take(prefix + "lattice_pos_weights", stored, lambda weights: weights.reshape(heads, -1))
     if domain not in ("real", "multihead"):
         return tree
     # The official dist weights of a multihead block have all heads, of which only the real half is used.
@@ -231,7 +231,7 @@ def _attention(layout: _Layout, prefix: str, config: ModelConfig, domain: str) -
     for name, parts, stored_heads, size in encodings:
         if size:
             shape = (1, stored_heads, config.v_dim, size)
-            leaves = [layout.take(prefix + part, shape, lambda stored: stored[:, :real_heads]) for part in parts]
+            leaves = [layout.take(prefix + part, shape, lambda weights: weights[:, :real_heads]) for part in parts]
             tree[name] = lambda state, leaves=leaves: np.concatenate([leaf(state) for leaf in leaves])
     return tree
 

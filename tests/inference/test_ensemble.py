@@ -147,7 +147,7 @@ def test_drawn_frames_are_averaged_inside_each_member(folder, crystals):
 
 
 def test_members_with_different_radii_and_targets_of_batches(folder, crystals, monkeypatch):
-    """Neighbours are searched once for each radius; a table of one radius is refused."""
+    """Neighbors are searched once for each radius; a table of one radius is refused."""
     frameless = {"value_pe_angle_real": 0, "frame_method": "no"}
     members = [
         model(folder, 0),
@@ -176,7 +176,7 @@ def test_members_with_different_radii_and_targets_of_batches(folder, crystals, m
 
 @pytest.mark.slow
 def test_one_table_serves_members_that_need_different_parts(folder):
-    """float64 beside float32, lattice frames and attention in reciprocal space beside neighbours alone."""
+    """float64 beside float32, lattice frames and attention in reciprocal space beside neighbors alone."""
     members = [
         model(folder, 0),
         model(folder, 1, frame_method="lattice"),
