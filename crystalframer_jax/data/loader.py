@@ -112,11 +112,10 @@ class TrainingBatches:
     @functools.cached_property
     def device_table(self) -> DeviceTable | None:
         """The crystals on the devices, if they are kept there."""
+        crystals = self.dataset.table, self.dataset.labels, self.parts, self.devices
         if self.on_device is None:
-            return device_table_if_it_fits(self.dataset.table, self.dataset.labels, self.parts, self.devices)
-        return (
-            DeviceTable(self.dataset.table, self.dataset.labels, self.parts, self.devices) if self.on_device else None
-        )
+            return device_table_if_it_fits(*crystals)
+        return DeviceTable(*crystals) if self.on_device else None
 
     def iterate(self, first_step: int) -> Iterator[Batch]:
         """Iterates over the batches from a step on, on the devices: gathered there, or packed ahead by a thread."""
