@@ -39,7 +39,7 @@ def script():
     return module
 
 
-LONG_FILES = ("test_distributed", "test_interruptions", "test_training", "test_cli", "test_golden", "test_stretches")
+LONG_FILES = ("test_distributed", "test_interruptions", "test_training", "test_cli", "test_golden", "test_chunks")
 
 
 def pytest_collection_modifyitems(items):

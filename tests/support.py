@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 import crystalframer_jax
 from crystalframer_jax.batching.batch import Batch, pack, unpacked
-from crystalframer_jax.batching.shapes import BatchShape, shape_for
+from crystalframer_jax.batching.shapes import BatchShape, shape_for, shared_out
 from crystalframer_jax.batching.table import make_table
 from crystalframer_jax.config import NO_PARTS, BatchParts, ModelConfig, model_config, validate
 from crystalframer_jax.configs import default
@@ -143,7 +143,8 @@ def batch_of(
     shapes = [shapes] if isinstance(shapes, BatchShape) else shapes
     largest = shape_for(table, indices, parts).cell_length
     shapes = [dataclasses.replace(shape, cell_length=max(largest, shape.cell_length), parts=parts) for shape in shapes]
-    packed = pack(table, indices, shapes, targets, num_targets)
+    targets = np.full((len(crystals), num_targets), np.nan) if targets is None else targets
+    packed = pack(table, indices, shared_out(table, indices, shapes).shape, targets)
     with jax.enable_x64(dtype == np.float64):
         return jax.tree.map(np.array, _unpacked(packed))
 

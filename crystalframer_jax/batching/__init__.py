@@ -1,1 +1,1 @@
-"""Batches: crystals with neighbour rows in one table, packed into padded arrays of few shapes."""
+"""Batches: crystals with neighbor rows in one table, packed into padded arrays of few shapes."""

@@ -1,14 +1,13 @@
 """Batches: crystals packed into padded arrays of a few fixed shapes.
 
-Atoms of a batch are ordered by the length of their neighbour row, so that blocks of neighbouring atoms have rows of
+Atoms of a batch are ordered by the length of their neighbor row, so that blocks of neighboring atoms have rows of
 about the same length; crystals keep their order. Padding atoms have an empty row and belong to no crystal.
 
-The host packs neighbours as the table has them, one after the other in a few bytes each; `unpacked` makes rows with
+The host packs neighbors as the table has them, one after the other in a few bytes each; `unpacked` makes rows with
 displacement vectors of them on the device.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,11 +25,11 @@ STEPS = 4096  # coarse coordinates are counted in this part of a basis vector
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Neighbour rows of a batch on the device; entries beyond `count` are padding."""
+    """Neighbor rows of a batch on the device; entries beyond `count` are padding."""
 
-    index: jax.Array  # [N, M] int32 neighbour atom
+    index: jax.Array  # [N, M] int32 neighbor atom
     vector: jax.Array  # [N, M, 3] p_j + nL - p_i, Å
-    reverse: jax.Array  # [N, M] int32 place (row * M + column) of the reverse neighbour
+    reverse: jax.Array  # [N, M] int32 place (row * M + column) of the reverse neighbor
     count: jax.Array  # [N] int32 length of the row
 
 
@@ -48,18 +47,18 @@ class CellRows(Rows):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PackedRows:
-    """Neighbour rows as they come from the host: E neighbours, those of a crystal in the order of the table.
+    """Neighbor rows as they come from the host: E neighbors, those of a crystal in the order of the table.
 
     A fractional coordinate in the reduced basis is coarse / 4096 + fine. Differences of the integers are exact, even
     if they overflow on the way, so that float32 loses nothing far from the origin.
     """
 
-    start: jax.Array  # [N] int32 place of the first neighbour of the atom among the E
-    crystal_start: jax.Array  # [N] int32 place of the first neighbour of its crystal
+    start: jax.Array  # [N] int32 place of the first neighbor of the atom among the E
+    crystal_start: jax.Array  # [N] int32 place of the first neighbor of its crystal
     count: jax.Array  # [N] int32 length of the row
-    center: jax.Array  # [E] int32 atom that the neighbour belongs to; any atom for padding
-    image: jax.Array  # [E, 3] int8, int16 or int32 lattice image of the neighbour, in units of `basis`
-    reverse: jax.Array  # [E] uint16 or uint32 place of the reverse neighbour, counted within the crystal
+    center: jax.Array  # [E] int32 atom that the neighbor belongs to; any atom for padding
+    image: jax.Array  # [E, 3] int8, int16 or int32 lattice image of the neighbor, in units of `basis`
+    reverse: jax.Array  # [E] uint16 or uint32 place of the reverse neighbor, counted within the crystal
     coarse: jax.Array  # [N, 3] int32
     fine: jax.Array  # [N, 3] at most 1 / 8192
     basis: jax.Array  # [B, 3, 3] reduced basis of the lattice, rows, Å
@@ -81,7 +80,7 @@ class Batch:
     """N atoms (padding included) of B crystals with T targets."""
 
     species: jax.Array  # [N] int32 atomic number, 0 for padding
-    occupancies: jax.Array | None  # [N, 98] share of each element, None if every site of the table holds one atom
+    occupancies: jax.Array | None  # [N, 98] of each element, None if every site of the table holds one atom
     crystal_of_atom: jax.Array  # [N] int32, B for padding
     atom_in_crystal: jax.Array  # [N] int32
     rows: Any  # Rows; PackedRows until `unpacked`
@@ -95,88 +94,90 @@ class Batch:
 
 
 class Fill(NamedTuple):
-    """Shares of the places of a batch that hold real data."""
+    """Fractions of the places of a batch that hold real data."""
 
     atoms: float
     edges: float
-    columns: float  # of the neighbour columns that the lattice sums visit
+    columns: float  # of the neighbor columns that the lattice sums visit
 
 
 def pack(
     table: CrystalTable,
     indices: np.ndarray,
-    shapes: Sequence[BatchShape],
+    shape: BatchShape,
     targets: np.ndarray | None = None,
-    num_targets: int | None = None,
     places: np.ndarray | None = None,
 ) -> Batch:
-    """Pack crystals `indices` of the table into the first of `shapes` that holds them (numpy arrays).
+    """Packs crystals `indices` of the table into a shape (numpy arrays); ValueError if it is not large enough.
 
-    `targets` [len(indices), T] are labels in label units, not finite where unknown. Without them T is `num_targets`
-    (1 if not given) and the mask is False. `places` are those of the crystals in a batch of which this is a part.
-    Raises ValueError if no shape is large enough.
+    `targets` [len(indices), T] are labels in label units, not finite where unknown; without them there is one, unknown.
+    `places` are those of the crystals in a batch of which this is a part.
     """
-    shape = fitting_shape(table, indices, shapes)
-    sizes, atoms = lengths_of(table.atom_offset, indices), ranges_of(table.atom_offset, indices)
-    counts = np.asarray(table.count)[atoms].astype(np.int64)
-    num_atoms = shape.num_atoms
-
-    crystal = np.repeat(np.arange(len(indices)), sizes)
-    first_atom = np.cumsum(sizes) - sizes
-    place = np.empty(len(crystal), np.int64)  # where each atom stands in the batch: longest rows first
-    place[np.argsort(-counts, kind="stable")] = np.arange(len(crystal))
-
-    def per_atom(values: np.ndarray, fill: int = 0) -> Any:
-        padded = np.full((num_atoms, *values.shape[1:]), fill, values.dtype)
-        padded[place] = values
-        return padded
-
-    if targets is not None:
-        num_targets = targets.shape[1]
-    all_targets: Any = np.zeros((shape.num_crystals, num_targets or 1))
-    known: Any = np.zeros(all_targets.shape, bool)
-    if targets is not None:
-        known[: len(indices)] = np.isfinite(targets)
-        all_targets[: len(indices)] = np.where(np.isfinite(targets), targets, 0)
-    padding = (0, shape.num_crystals - len(indices))
-    padded_sizes: Any = np.pad(sizes, padding)
-    padded_places: Any = np.pad(np.arange(len(indices)) if places is None else places, padding)
-    dtype = shape.parts.dtype
-    atom_in_crystal = np.arange(len(crystal)) - first_atom[crystal]
+    layout = _Layout(table, indices, shape)
+    labels = np.full((len(indices), 1), np.nan) if targets is None else targets
+    known, parts = np.isfinite(labels), shape.parts
     return Batch(
-        species=per_atom(np.asarray(table.species)[atoms].astype(np.int32)),
-        occupancies=_occupancies(table, atoms, place, num_atoms, dtype),
-        crystal_of_atom=per_atom(crystal.astype(np.int32), fill=shape.num_crystals),
-        atom_in_crystal=per_atom(atom_in_crystal.astype(np.int32)),
-        rows=_rows(table, indices, crystal, counts, place, shape, per_atom),
-        cells=_cells(table, indices, crystal, place, shape) if shape.parts.cells else None,
-        lattice_vectors=_lattice_vectors(table, indices, shape) if shape.parts.lattice_vectors else None,
-        scatter=_scatter(table, indices, shape) if shape.parts.scatter else None,
-        crystal_sizes=padded_sizes.astype(np.int32),
-        crystal_place=padded_places.astype(np.int32),
-        targets=all_targets.astype(dtype),
-        target_mask=known,
+        species=layout.per_atom(np.asarray(table.species)[layout.atoms], np.int32),
+        occupancies=_occupancies(layout),
+        crystal_of_atom=layout.per_atom(layout.crystal, np.int32, fill=shape.num_crystals),
+        atom_in_crystal=layout.per_atom(np.arange(len(layout.atoms)) - layout.first_atom, np.int32),
+        rows=_rows(layout),
+        cells=_cells(layout) if parts.cells else None,
+        lattice_vectors=_lattice_vectors(layout) if parts.lattice_vectors else None,
+        scatter=_scatter(layout) if parts.scatter else None,
+        crystal_sizes=layout.per_crystal(layout.sizes, np.int32),
+        crystal_place=layout.per_crystal(np.arange(len(indices)) if places is None else places, np.int32),
+        targets=layout.per_crystal(np.where(known, labels, 0), parts.dtype),
+        target_mask=layout.per_crystal(known, bool),
     )
 
 
-def unpacked(batch: Batch) -> Batch:
-    """The batch with rows [N, M] and displacement vectors; itself if it has them.
+class _Layout:
+    """Where A atoms, those of one of C crystals after the other, stand in a batch."""
 
-    The vector of a neighbour is exactly zero for the atom itself and minus that of the reverse neighbour.
+    def __init__(self, table: CrystalTable, indices: np.ndarray, shape: BatchShape):
+        """Raises ValueError if the shape is not large enough."""
+        self.table, self.indices, self.shape = table, indices, shape
+        self.sizes = lengths_of(table.atom_offset, indices)  # [C]
+        self.atoms = ranges_of(table.atom_offset, indices)  # [A] of the table
+        self.counts = np.asarray(table.count)[self.atoms].astype(np.int64)  # [A] lengths of the neighbor rows
+        longest, largest = int(self.counts.max(initial=1)), int(self.sizes.max(initial=0))
+        needed = BatchShape(len(self.atoms), longest, len(indices), largest, num_edges=int(self.counts.sum()))
+        fitting_shape(needed, [shape])
+        self.crystal = np.repeat(np.arange(len(indices)), self.sizes)  # [A] which of the C
+        self.first_atom = (np.cumsum(self.sizes) - self.sizes)[self.crystal]  # [A] of the same crystal, which of the A
+        self.place = np.empty(len(self.atoms), np.int64)  # [A] of each atom in the batch: longest rows first
+        self.place[np.argsort(-self.counts, kind="stable")] = np.arange(len(self.atoms))
+
+    def per_atom(self, values: np.ndarray, dtype: Any, fill: int = 0) -> Any:
+        """Puts values [A, ...] into the places of the atoms, [N, ...]."""
+        padded = np.full((self.shape.num_atoms, *values.shape[1:]), fill, dtype)
+        padded[self.place] = values
+        return padded
+
+    def per_crystal(self, values: np.ndarray, dtype: Any) -> Any:
+        """Pads values [C, ...] with zeros, [B, ...]."""
+        padded = np.zeros((self.shape.num_crystals, *values.shape[1:]), dtype)
+        padded[: len(values)] = values
+        return padded
+
+
+def unpacked(batch: Batch) -> Batch:
+    """Returns the batch with rows [N, M] and displacement vectors; itself if it has them.
+
+    The vector of a neighbor is exactly zero for the atom itself and minus that of the reverse neighbor.
     """
     rows = batch.rows
     if isinstance(rows, Rows):
         return batch
-    start, count, center, basis, fine, coarse = (
-        jnp.asarray(x) for x in (rows.start, rows.count, rows.center, rows.basis, rows.fine, rows.coarse)
-    )
-    crystal_start, crystal = jnp.asarray(rows.crystal_start), jnp.asarray(batch.crystal_of_atom)
+    rows, crystal = jax.tree.map(jnp.asarray, rows), jnp.asarray(batch.crystal_of_atom)
+    start, count, center, fine, coarse = rows.start, rows.count, rows.center, rows.fine, rows.coarse
     slot = center * rows.row_length + jnp.arange(len(center), dtype=jnp.int32) - start[center]  # n * M + m
-    reverse = crystal_start[center] + jnp.asarray(rows.reverse).astype(jnp.int32)
+    reverse = rows.crystal_start[center] + rows.reverse.astype(jnp.int32)
     neighbor = center[reverse]
-    steps = coarse[neighbor] - coarse[center] + STEPS * jnp.asarray(rows.image).astype(jnp.int32)
+    steps = coarse[neighbor] - coarse[center] + STEPS * rows.image.astype(jnp.int32)
     fractional = steps.astype(fine.dtype) / STEPS + (fine[neighbor] - fine[center])
-    basis = basis[crystal[center]]  # [E, 3, 3]; sums of products, because a matrix product may round its factors
+    basis = rows.basis[crystal[center]]  # [E, 3, 3]; sums of products, because a matrix product may round its factors
     x, y, z = fractional.T
     vector = x[:, None] * basis[:, 0] + y[:, None] * basis[:, 1] + z[:, None] * basis[:, 2]
 
@@ -193,18 +194,17 @@ def unpacked(batch: Batch) -> Batch:
 
 
 def fill_factors(batch: Batch) -> Fill:
-    """Shares of the places of a packed batch that hold real data."""
+    """Returns the fractions of the places of a packed batch that hold real data."""
     count, row_length = np.asarray(batch.rows.count), batch.rows.row_length
     blocks = np.maximum.reduceat(count, np.arange(0, len(count), ATOM_BLOCK))
     levels = np.array([0, *row_levels(row_length)])
     visited = levels[np.searchsorted(levels, blocks)].sum() * ATOM_BLOCK
-    return Fill(
-        float(np.mean(count > 0)), float(count.sum() / len(batch.rows.center)), float(count.sum() / max(visited, 1))
-    )
+    edges = count.sum()
+    return Fill(float(np.mean(count > 0)), float(edges / len(batch.rows.center)), float(edges / max(visited, 1)))
 
 
 def row_levels(row_length: int) -> tuple[int, ...]:
-    """Row lengths for which the lattice sums are compiled; a block of atoms uses the first that holds its rows."""
+    """Returns the row lengths that lattice sums are compiled for; a block of atoms takes the first that holds it."""
     levels = [48, 64, 80, 96, 128, 192, 384]
     while levels[-1] < row_length:
         levels.append(2 * levels[-1])
@@ -214,7 +214,7 @@ def row_levels(row_length: int) -> tuple[int, ...]:
 def fractional_parts(
     position: np.ndarray, crystal: np.ndarray, basis: np.ndarray, dtype: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Coarse int32 and fine coordinates [A, 3] of atoms at `position` [A, 3] Å, `basis` [C, 3, 3], see PackedRows.
+    """Returns coarse int32 and fine coordinates [A, 3] of atoms at `position` [A, 3] Å, see PackedRows.
 
     The bits do not depend on what other atoms there are.
     """
@@ -225,104 +225,90 @@ def fractional_parts(
     return coarse, (fractional - steps / STEPS).astype(dtype)
 
 
-def _rows(
-    table: CrystalTable,
-    indices: np.ndarray,
-    crystal: np.ndarray,
-    counts: np.ndarray,
-    place: np.ndarray,
-    shape: BatchShape,
-    per_atom: Callable[..., Any],
-) -> PackedRows:
-    """The neighbours of the crystals, one after the other, atoms in the order `place`."""
-    lengths = lengths_of(table.edge_offset, indices)
-    number = int(lengths.sum())
+def _rows(layout: _Layout) -> PackedRows:
+    """Packs the neighbors of the crystals, one after the other."""
+    table, indices, shape, counts = layout.table, layout.indices, layout.shape, layout.counts
+    dtype, lengths, basis = shape.parts.dtype, lengths_of(table.edge_offset, indices), table.basis[indices]
     center: Any = np.zeros(shape.edges, np.int32)
-    center[:number] = np.repeat(place.astype(np.int32), counts)
-    basis = table.basis[indices]
-    position = np.asarray(table.position)[ranges_of(table.atom_offset, indices)]
-    coarse, fine = fractional_parts(position, crystal, basis, shape.parts.dtype)
-    padded_basis: Any = np.zeros((shape.num_crystals, 3, 3), shape.parts.dtype)
-    padded_basis[: len(indices)] = basis
+    center[: counts.sum()] = np.repeat(layout.place.astype(np.int32), counts)
+    coarse, fine = fractional_parts(np.asarray(table.position)[layout.atoms], layout.crystal, basis, dtype)
     return PackedRows(
-        start=per_atom((np.cumsum(counts) - counts).astype(np.int32)),
-        crystal_start=per_atom((np.cumsum(lengths) - lengths)[crystal].astype(np.int32)),
-        count=per_atom(counts.astype(np.int32)),
+        start=layout.per_atom(np.cumsum(counts) - counts, np.int32),
+        crystal_start=layout.per_atom((np.cumsum(lengths) - lengths)[layout.crystal], np.int32),
+        count=layout.per_atom(counts, np.int32),
         center=center,
         image=_joined(table.image, table.edge_offset, indices, shape.edges),
         reverse=_joined(table.reverse, table.edge_offset, indices, shape.edges),
-        coarse=per_atom(coarse),
-        fine=per_atom(fine),
-        basis=padded_basis,
+        coarse=layout.per_atom(coarse, np.int32),
+        fine=layout.per_atom(fine, dtype),
+        basis=layout.per_crystal(basis, dtype),
         row_length=shape.row_length,
     )
 
 
-def _cells(
-    table: CrystalTable, indices: np.ndarray, crystal: np.ndarray, place: np.ndarray, shape: BatchShape
-) -> CellRows:
-    """The atoms of its cell for every atom, in the order of the crystal."""
-    sizes, width = lengths_of(table.atom_offset, indices), shape.cell_length
-    first_atom = np.cumsum(sizes) - sizes
-    lengths = sizes[crystal]
+def _cells(layout: _Layout) -> CellRows:
+    """Packs the atoms of its cell for every atom, in the order of the crystal."""
+    place, crystal, first_atom = layout.place, layout.crystal, layout.first_atom
+    width, dtype = layout.shape.cell_length, layout.shape.parts.dtype
+    lengths = layout.sizes[crystal]
     center = np.repeat(np.arange(len(crystal)), lengths)
     column = np.arange(len(center)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    neighbor = first_atom[crystal[center]] + column
-    inverse = np.linalg.inv(table.lattice[indices])
-    fractional = np.einsum("ax,axy->ay", table.position[ranges_of(table.atom_offset, indices)], inverse[crystal])
+    neighbor = first_atom[center] + column
+    inverse = np.linalg.inv(layout.table.lattice[layout.indices])
+    fractional = np.einsum("ax,axy->ay", layout.table.position[layout.atoms], inverse[crystal])
     difference = fractional[neighbor] - fractional[center]
 
-    index: Any = np.zeros((shape.num_atoms, width), np.int32)
-    vector: Any = np.zeros((shape.num_atoms, width, 3), shape.parts.dtype)
-    reverse: Any = np.zeros((shape.num_atoms, width), np.int32)
-    count: Any = np.zeros(shape.num_atoms, np.int32)
-    metric: Any = np.zeros((shape.num_atoms, 3, 3), shape.parts.dtype)
-    index[place[center], column] = place[neighbor]
-    vector[place[center], column] = difference - np.rint(difference)
-    reverse[place[center], column] = place[neighbor] * width + (center - first_atom[crystal[center]])
-    count[place] = lengths
-    metric[place] = (4 * np.pi**2 * inverse.swapaxes(1, 2) @ inverse)[crystal]
-    return CellRows(index, vector, reverse, count, metric)
+    def in_rows(values: np.ndarray, dtype: Any) -> Any:
+        padded = np.zeros((layout.shape.num_atoms, width, *values.shape[1:]), dtype)
+        padded[place[center], column] = values
+        return padded
+
+    return CellRows(
+        index=in_rows(place[neighbor], np.int32),
+        vector=in_rows(difference - np.rint(difference), dtype),
+        reverse=in_rows(place[neighbor] * width + (center - first_atom[center]), np.int32),
+        count=layout.per_atom(lengths, np.int32),
+        metric=layout.per_atom((4 * np.pi**2 * inverse.swapaxes(1, 2) @ inverse)[crystal], dtype),
+    )
 
 
-def _lattice_vectors(table: CrystalTable, indices: np.ndarray, shape: BatchShape) -> Any:
-    """[B, K, 3], zeros for padding."""
-    vectors: Any = np.zeros((shape.num_crystals, len(COMBINATIONS), 3))
-    for place, lattice in enumerate(table.lattice[indices]):
-        vectors[place] = lattice_vectors(lattice)
-    return vectors.astype(shape.parts.dtype)
+def _lattice_vectors(layout: _Layout) -> Any:
+    """Returns the short vectors of every lattice [B, K, 3], zeros for padding."""
+    vectors = [lattice_vectors(lattice) for lattice in layout.table.lattice[layout.indices]]
+    return layout.per_crystal(np.reshape(vectors, (-1, len(COMBINATIONS), 3)), layout.shape.parts.dtype)
 
 
-def _scatter(table: CrystalTable, indices: np.ndarray, shape: BatchShape) -> Scatter:
-    """Zeros for padding; 0 eigenvalues for a single atom."""
-    values: Any = np.zeros((shape.num_crystals, 3))
-    axes: Any = np.zeros((shape.num_crystals, 3, 3))
-    for place, crystal in enumerate(indices):
-        position = table.position[table.atom_offset[crystal] : table.atom_offset[crystal + 1]]
-        centred = position - position.mean(axis=0)
-        values[place], axes[place] = np.linalg.eigh(centred.T @ centred)
+def _scatter(layout: _Layout) -> Scatter:
+    """Returns the scatter of every crystal: zeros for padding, 0 eigenvalues for a single atom."""
+    values, axes = np.zeros((len(layout.indices), 3)), np.zeros((len(layout.indices), 3, 3))
+    for number, crystal in enumerate(layout.indices):
+        position = layout.table.position[slice(*layout.table.atom_offset[crystal : crystal + 2])]
+        centered = position - position.mean(axis=0)
+        values[number], axes[number] = np.linalg.eigh(centered.T @ centered)
     total = values.sum(axis=1, keepdims=True)
     values /= np.where(total > SMALLEST_SCATTER, total, np.inf)
-    return Scatter(values.astype(shape.parts.dtype), axes.astype(shape.parts.dtype))
+    dtype = layout.shape.parts.dtype
+    return Scatter(layout.per_crystal(values, dtype), layout.per_crystal(axes, dtype))
 
 
-def _occupancies(table: CrystalTable, atoms: np.ndarray, place: np.ndarray, num_atoms: int, dtype: str) -> Any:
-    """Occupancies [N, 98] of these atoms if any site of the whole table is shared, else None.
+def _occupancies(layout: _Layout) -> Any:
+    """Returns the occupancies [N, 98] of the atoms if any site of the whole table is shared, else None.
 
     So all batches of a table, and all shares of a batch, are of the same structure.
     """
+    table, atoms, place = layout.table, layout.atoms, layout.place
     if not len(table.shared_site):
         return None
     at = np.minimum(np.searchsorted(table.shared_site, atoms), len(table.shared_site) - 1)
     shared = table.shared_site[at] == atoms
-    occupancies = np.zeros((num_atoms, 98), dtype)
+    occupancies = np.zeros((layout.shape.num_atoms, 98), layout.shape.parts.dtype)
     occupancies[place, table.species[atoms] - 1] = 1
     occupancies[place[shared]] = table.shared_occupancy[at[shared]]
     return occupancies
 
 
 def _joined(column: np.ndarray, offset: np.ndarray, indices: np.ndarray, length: int) -> Any:
-    """The segments `indices` of a flat column, joined and padded with zeros to `length`."""
+    """Joins the segments `indices` of a flat column, padded with zeros to `length`."""
     column = np.asarray(column)  # a plain view of a memory map: many slices of it take no time
     joined = np.empty((length, *column.shape[1:]), column.dtype)
     starts, ends = offset[indices].tolist(), offset[indices + 1].tolist()

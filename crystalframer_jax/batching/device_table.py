@@ -1,7 +1,7 @@
 """DeviceTable: a data set kept on the device, where its batches are gathered."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,15 +15,15 @@ from crystalframer_jax.config import BatchParts
 from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices
 from crystalframer_jax.parallel.processes import largest_of_processes
 
-SHARE_OF_MEMORY = 0.4  # of the device, that the columns may take; the rest is for training
+FRACTION_OF_MEMORY = 0.4  # of the device, that the columns may take; the rest is for training
 MOST_EDGES = 2**31 - 1  # they are counted in int32
-CHUNK = 16_384  # crystals whose coordinates are computed at once
+MOST_AT_ONCE = 16_384  # crystals whose coordinates are computed at once
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """C crystals with A atoms, E neighbours and T targets, see CrystalTable and PackedRows."""
+    """C crystals with A atoms, E neighbors and T targets, see CrystalTable and PackedRows."""
 
     atom_offset: jax.Array  # [C + 1] int32
     edge_offset: jax.Array  # [C + 1] int32
@@ -45,8 +45,8 @@ class Chosen(NamedTuple):
     places: Any  # [B] int32 places in the whole batch, 0 for padding
 
 
-class Stretch(NamedTuple):
-    """Batches of one shape that follow one another: every array has a first axis of K more."""
+class Chunk(NamedTuple):
+    """Batches of one shape for K steps in one dispatch: every array has a first axis of K more."""
 
     batches: Batch
 
@@ -54,7 +54,7 @@ class Stretch(NamedTuple):
 class DeviceTable:
     """Crystals and labels in the memory of every one of some devices (default: the default device).
 
-    It serves models whose batches hold nothing but atoms, neighbours and labels, and crystals without shared sites;
+    It serves models whose batches hold nothing but atoms, neighbors and labels, and crystals without shared sites;
     `serves` tells. Raises ValueError for others.
     """
 
@@ -67,29 +67,33 @@ class DeviceTable:
         self._several = devices.each(_gather_several, split=(1,), splits_result=True, static=("shape",))
 
     def gather(self, work: Shared) -> Batch:
-        """The very batch that `pack` makes of these crystals and their labels; on every device its share."""
-        return self._one(self.columns, self._chosen([work], one=True), shape=work.shape)
+        """Gathers the very batch that `pack` makes of these crystals and their labels; on every device its share."""
+        return self._one(self.columns, self._put(lambda device: _chosen(work, device)), shape=work.shape)
 
-    def gather_several(self, works: Sequence[Shared]) -> Stretch:
-        """Such batches of one shape."""
-        return Stretch(self._several(self.columns, self._chosen(works), shape=works[0].shape))
+    def gather_several(self, works: Sequence[Shared]) -> Chunk:
+        """Gathers such batches of one shape."""
 
-    def _chosen(self, works: Sequence[Shared], one: bool = False) -> Chosen:
-        """The crystals of every device in some batches of one shape, or in `one`."""
-        of_process = []
-        for device in self.devices.of_process:
-            size = len(works), works[0].shape.num_crystals
-            chosen = Chosen(np.full(size, -1, np.int32), np.zeros(size, np.int32))
-            for number, (rows, shares, _) in enumerate(works):
-                share = shares[device]
-                chosen.rows[number, : len(share)] = rows[share]
-                chosen.places[number, : len(share)] = share
-            of_process.append(Chosen(chosen.rows[0], chosen.places[0]) if one else chosen)
-        return self.devices.put(self.devices.stacked(of_process))
+        def chosen(device: int) -> Chosen:
+            return jax.tree.map(lambda *x: np.stack(x), *(_chosen(work, device) for work in works))
+
+        return Chunk(self._several(self.columns, self._put(chosen), shape=works[0].shape))
+
+    def _put(self, chosen: Callable[[int], Chosen]) -> Chosen:
+        """Puts the crystals of every device of this process there."""
+        return self.devices.put(self.devices.stacked([chosen(device) for device in self.devices.of_process]))
+
+
+def _chosen(work: Shared, device: int) -> Chosen:
+    """Returns the crystals of a device, numpy arrays."""
+    share, size = work.shares[device], work.shape.num_crystals
+    chosen = Chosen(np.full(size, -1, np.int32), np.zeros(size, np.int32))
+    chosen.rows[: len(share)] = work.rows[share]
+    chosen.places[: len(share)] = share
+    return chosen
 
 
 def serves(table: CrystalTable, parts: BatchParts) -> bool:
-    """Whether a DeviceTable can make the batches of these crystals."""
+    """Tells whether a DeviceTable can make the batches of these crystals."""
     plain = not (parts.cells or parts.lattice_vectors or parts.scatter)
     return plain and not len(table.shared_site) and int(table.edge_offset[-1]) <= MOST_EDGES
 
@@ -97,12 +101,12 @@ def serves(table: CrystalTable, parts: BatchParts) -> bool:
 def device_table_if_it_fits(
     table: CrystalTable, labels: np.ndarray, parts: BatchParts, devices: Devices = ONE_DEVICE
 ) -> DeviceTable | None:
-    """The crystals on the devices; None if one has no room for them (or no memory of its own), or it does not serve.
+    """Puts the crystals on the devices; None if one has no room for them (or no memory), or it does not serve.
 
     Processes that train together find the same.
     """
     memory = min((device.memory_stats() or {}).get("bytes_limit", 0) for device in jax.local_devices())
-    lacks_room = _size(table, labels, parts.dtype) > SHARE_OF_MEMORY * memory
+    lacks_room = _size(table, labels, parts.dtype) > FRACTION_OF_MEMORY * memory
     if not serves(table, parts) or largest_of_processes(int(lacks_room)):
         return None
     return DeviceTable(table, labels, parts, devices)
@@ -113,7 +117,7 @@ def _gather_several(columns: Columns, chosen: Chosen, shape: BatchShape) -> Batc
 
 
 def gather(columns: Columns, chosen: Chosen, shape: BatchShape) -> Batch:
-    """The batch of some crystals, bit for bit as `pack` makes it."""
+    """Gathers the batch of some crystals, bit for bit as `pack` makes it."""
     is_crystal, crystals = chosen.rows >= 0, jnp.maximum(chosen.rows, 0)
     sizes, crystal, atom = _segments(columns.atom_offset, crystals, is_crystal, shape.num_atoms)
     lengths, _, edge = _segments(columns.edge_offset, crystals, is_crystal, shape.edges)
@@ -160,7 +164,7 @@ def gather(columns: Columns, chosen: Chosen, shape: BatchShape) -> Batch:
 def _segments(
     offset: jax.Array, crystals: jax.Array, is_crystal: jax.Array, length: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Segments of a flat column one after the other, padded to `length`; all int32.
+    """Lays segments of a flat column out one after the other, padded to `length`; all int32.
 
     Their lengths [B], and for every place the segment (B for padding) and the place in the column (0 for padding).
     """
@@ -174,19 +178,20 @@ def _segments(
 
 
 def _kept(values: jax.Array, is_real: jax.Array, fill: int = 0) -> jax.Array:
-    """`values` [n, ...] with `fill` where not `is_real` [n]."""
+    """Returns `values` [n, ...] with `fill` where not `is_real` [n]."""
     return jnp.where(is_real.reshape(-1, *(1,) * (values.ndim - 1)), values, jnp.asarray(fill, values.dtype))
 
 
 def _columns(table: CrystalTable, labels: np.ndarray, dtype: str) -> Columns:
-    """Columns as numpy arrays."""
+    """Returns the columns as numpy arrays."""
     known = np.isfinite(labels)
     parts = []
-    for start in range(0, max(len(table), 1), CHUNK):
-        offset = np.asarray(table.atom_offset[start : start + CHUNK + 1])
+    for start in range(0, max(len(table), 1), MOST_AT_ONCE):
+        offset = np.asarray(table.atom_offset[start : start + MOST_AT_ONCE + 1])
         position = np.asarray(table.position[offset[0] : offset[-1]])
         crystal = np.repeat(np.arange(len(offset) - 1), np.diff(offset))
-        parts.append(fractional_parts(position, crystal, np.asarray(table.basis[start : start + CHUNK]), dtype))
+        basis = np.asarray(table.basis[start : start + MOST_AT_ONCE])
+        parts.append(fractional_parts(position, crystal, basis, dtype))
     coarse, fine = (np.concatenate(part) for part in zip(*parts, strict=True))
     columns: dict[str, Any] = dict(
         atom_offset=table.atom_offset.astype(np.int32),
@@ -205,7 +210,7 @@ def _columns(table: CrystalTable, labels: np.ndarray, dtype: str) -> Columns:
 
 
 def _size(table: CrystalTable, labels: np.ndarray, dtype: str) -> int:
-    """Bytes that the columns take."""
+    """Returns the bytes that the columns take."""
     number = np.dtype(dtype).itemsize
     crystals = len(table) * (8 + 9 * number + labels.shape[1] * (number + 1))
     atoms = len(table.species) * (1 + 3 * (4 + number) + table.count.itemsize)

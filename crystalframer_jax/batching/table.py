@@ -1,8 +1,8 @@
-"""CrystalTable: many crystals with their neighbour rows in flat columns (host memory or memory-mapped files).
+"""CrystalTable: many crystals with their neighbor rows in flat columns (host memory or memory-mapped files).
 
-A neighbour takes about five bytes. Its lattice image is counted in a reduced basis, in which images are small however
-oblique the given cell is. The neighbour atom is not written down: it is the atom whose row holds the reverse
-neighbour.
+A neighbor takes about five bytes. Its lattice image is counted in a reduced basis, in which images are small however
+oblique the given cell is. The neighbor atom is not written down: it is the atom whose row holds the reverse
+neighbor.
 """
 
 import dataclasses
@@ -16,18 +16,18 @@ from crystalframer_jax.structures.neighbors import NeighborRows
 
 @dataclasses.dataclass(frozen=True)
 class CrystalTable:
-    """C crystals with A atoms and E neighbours in all; every array may be a memory map."""
+    """C crystals with A atoms and E neighbors in all; every array may be a memory map."""
 
     ids: np.ndarray  # [C] str
     atom_offset: np.ndarray  # [C + 1] int64: the atoms of crystal c are atom_offset[c]:atom_offset[c + 1]
-    edge_offset: np.ndarray  # [C + 1] int64, likewise for neighbours
+    edge_offset: np.ndarray  # [C + 1] int64, likewise for neighbors
     lattice: np.ndarray  # [C, 3, 3] float64, rows, Å
     species: np.ndarray  # [A] int8 atomic number (of the main species where a site is shared)
     position: np.ndarray  # [A, 3] float64 Cartesian, Å
-    count: np.ndarray  # [A] uint16 or uint32 length of the neighbour row
+    count: np.ndarray  # [A] uint16 or uint32 length of the neighbor row
     basis: np.ndarray  # [C, 3, 3] float64, rows, Å: a reduced (LLL) basis of the lattice
-    image: np.ndarray  # [E, 3] int8, int16 or int32 lattice image of the neighbour, in units of `basis`
-    reverse: np.ndarray  # [E] uint16 or uint32 place of the reverse neighbour, counted within its crystal
+    image: np.ndarray  # [E, 3] int8, int16 or int32 lattice image of the neighbor, in units of `basis`
+    reverse: np.ndarray  # [E] uint16 or uint32 place of the reverse neighbor, counted within its crystal
     shared_site: np.ndarray  # [S] int64 atoms (among the A) that are shared or partially occupied, ascending
     shared_occupancy: np.ndarray  # [S, 98] float64 their occupancies
 
@@ -41,17 +41,17 @@ class CrystalTable:
 
     @property
     def num_edges(self) -> np.ndarray:
-        """Neighbours of all atoms of each crystal, [C]."""
+        """Neighbors of all atoms of each crystal, [C]."""
         return np.diff(self.edge_offset)
 
     @property
     def longest_row(self) -> int:
-        """Length of the longest neighbour row of the table."""
+        """Length of the longest neighbor row of the table."""
         return int(self.count.max(initial=1))
 
 
 COLUMNS = tuple(field.name for field in dataclasses.fields(CrystalTable))
-ROW_COLUMNS = ("edge_offset", "count", "basis", "image", "reverse")  # what depends on the neighbour rows
+ROW_COLUMNS = ("edge_offset", "count", "basis", "image", "reverse")  # what depends on the neighbor rows
 CRYSTAL_COLUMNS = tuple(name for name in COLUMNS if name not in ROW_COLUMNS)
 TYPES = {  # of columns that take the narrowest type which holds them; of two types NumPy's result_type is the wider
     "count": (np.uint16, np.uint32),
@@ -61,12 +61,12 @@ TYPES = {  # of columns that take the narrowest type which holds them; of two ty
 
 
 def make_table(crystals: Sequence[Crystal], rows: Sequence[NeighborRows]) -> CrystalTable:
-    """Lay crystals and their neighbour rows out in columns."""
+    """Lays crystals and their neighbor rows out in columns."""
     return CrystalTable(**crystal_columns(crystals), **row_columns(crystals, rows))
 
 
 def crystal_columns(crystals: Sequence[Crystal]) -> dict[str, np.ndarray]:
-    """CRYSTAL_COLUMNS of some crystals."""
+    """Makes the CRYSTAL_COLUMNS of some crystals."""
     shared = [_shared_sites(crystal) for crystal in crystals]
     atom_offset = _offsets([crystal.num_atoms for crystal in crystals])
     sites = [site + start for (site, _), start in zip(shared, atom_offset[:-1], strict=True)]
@@ -82,7 +82,7 @@ def crystal_columns(crystals: Sequence[Crystal]) -> dict[str, np.ndarray]:
 
 
 def row_columns(crystals: Sequence[Crystal], rows: Sequence[NeighborRows]) -> dict[str, np.ndarray]:
-    """ROW_COLUMNS of some crystals with their neighbour rows."""
+    """Makes the ROW_COLUMNS of some crystals with their neighbor rows."""
     reduced = [reduction(crystal.lattice) for crystal in crystals]
     bases = [matrix @ crystal.lattice for matrix, crystal in zip(reduced, crystals, strict=True)]
     inverse = [np.rint(np.linalg.inv(matrix)).astype(np.int64) for matrix in reduced]
@@ -97,14 +97,14 @@ def row_columns(crystals: Sequence[Crystal], rows: Sequence[NeighborRows]) -> di
 
 
 def reduction(lattice: np.ndarray) -> np.ndarray:
-    """Integer matrix U [3, 3] of determinant 1 or -1 such that U @ lattice is a reduced (LLL) basis."""
+    """Returns an integer matrix U [3, 3] of determinant 1 or -1 such that U @ lattice is a reduced (LLL) basis."""
     from pymatgen.core import Lattice
 
     return np.rint(Lattice(lattice).lll_mapping).astype(np.int64)
 
 
 def narrowest(column: str, lowest: int, highest: int) -> np.dtype:
-    """The narrowest of the TYPES of a column that holds the values from `lowest` to `highest`.
+    """Returns the narrowest of the TYPES of a column that holds the values from `lowest` to `highest`.
 
     Raises OverflowError if none does.
     """
@@ -119,7 +119,7 @@ def _narrow(column: str, values: np.ndarray) -> np.ndarray:
 
 
 def _shared_sites(crystal: Crystal) -> tuple[np.ndarray, np.ndarray]:
-    """Sites that are not simply one atom of one element, and their occupancies."""
+    """Returns the sites that are not simply one atom of one element, and their occupancies."""
     if crystal.occupancies is None:
         return np.zeros(0, np.int64), np.zeros((0, 98))
     whole = crystal.occupancies[np.arange(crystal.num_atoms), crystal.species - 1] == 1.0
@@ -131,7 +131,7 @@ def _offsets(sizes: Sequence[int]) -> np.ndarray:
 
 
 def _join(parts: list[np.ndarray], dtype: type, shape: tuple[int, ...] = ()) -> np.ndarray:
-    """Concatenate into one column of `dtype`; a value that the type cannot hold is an error."""
+    """Concatenates into one column of `dtype`; a value that the type cannot hold is an error."""
     joined = np.concatenate(parts) if parts else np.zeros((0, *shape))
     column: np.ndarray = joined.astype(dtype)
     if np.issubdtype(dtype, np.integer) and not np.array_equal(column, joined):

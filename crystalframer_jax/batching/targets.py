@@ -1,9 +1,9 @@
 """The targets of a model: what standardises their labels, and the way back to label units."""
 
 import dataclasses
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from crystalframer_jax.config import ConfigError
@@ -20,7 +20,7 @@ class TargetStatistics:
 
     @classmethod
     def of(cls, name: str, unit: str, labels: np.ndarray, normalize_targets: str = "scale_bias") -> "TargetStatistics":
-        """Statistics of the known training labels [C]; ConfigError if they do not vary.
+        """Computes the statistics of the known training labels [C]; ConfigError if they do not vary.
 
         As `normalize_targets` says, mean and standard deviation ("scale_bias"), the mean alone with 1 ("bias"), 0 with
         the root mean square ("scale"), or 0 and 1 ("no").
@@ -33,15 +33,18 @@ class TargetStatistics:
         return cls(name, unit, float(mean), float(std))
 
 
-def standardise(labels: jax.Array, statistics: tuple[TargetStatistics, ...]) -> jax.Array:
-    """(labels - mean) / std, [B, T]."""
-    mean = jnp.array([s.mean for s in statistics], labels.dtype)
-    std = jnp.array([s.std for s in statistics], labels.dtype)
+def standardise(labels: jax.Array | np.ndarray, statistics: tuple[TargetStatistics, ...]) -> Any:
+    """Returns (labels - mean) / std [..., T], in the type of the labels."""
+    mean, std = _mean_and_std(statistics, labels.dtype)
     return (labels - mean) / std
 
 
 def to_label_units(predictions: np.ndarray, statistics: tuple[TargetStatistics, ...]) -> np.ndarray:
-    """Model output [..., T] times std plus mean, float64."""
-    mean = np.array([s.mean for s in statistics])
-    std = np.array([s.std for s in statistics])
+    """Returns model output [..., T] times std plus mean, float64."""
+    mean, std = _mean_and_std(statistics, np.float64)
     return np.asarray(predictions, np.float64) * std + mean
+
+
+def _mean_and_std(statistics: tuple[TargetStatistics, ...], dtype: Any) -> np.ndarray:
+    """Returns means and standard deviations, [2, T]."""
+    return np.array([[s.mean for s in statistics], [s.std for s in statistics]], dtype)

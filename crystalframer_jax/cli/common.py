@@ -18,7 +18,7 @@ WEIGHTS_HELP = "default: those that the finished run selected by validation erro
 
 @contextlib.contextmanager
 def reporting_errors(if_interrupted: str = "", leave_at_once: bool = True) -> Iterator[None]:
-    """Print an error that the user can mend in one line and leave with status 1; with status 130 after Ctrl-C.
+    """Prints an error that the user can mend in one line and leaves with status 1; with status 130 after Ctrl-C.
 
     To `leave_at_once` then is for commands with threads that would take minutes to wait for: what they are writing is
     dropped. Others clean up first.
@@ -33,7 +33,7 @@ def reporting_errors(if_interrupted: str = "", leave_at_once: bool = True) -> It
 
 
 def use_compilation_cache() -> None:
-    """Keep compiled programs in the user's cache folder, so that only the first run waits for the compiler."""
+    """Keeps compiled programs in the user's cache folder, so that only the first run waits for the compiler."""
     import jax
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -41,10 +41,20 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+def command_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """Makes a parser of a command line whose flags are written out."""
+    return argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
+
+
 def model_parser(prog: str, description: str) -> argparse.ArgumentParser:
-    """The arguments of every command that predicts: the run, its weights, draws of frames."""
-    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
+    """Makes a parser of what every command that predicts takes: the run, its weights, draws of frames."""
+    parser = command_parser(prog, description)
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     parser.add_argument("--weights", choices=WEIGHTS, help=WEIGHTS_HELP)
     parser.add_argument("--num_frame_samples", type=int, metavar="K", help=SAMPLES_HELP)
     return parser
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Reads names separated by commas."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())

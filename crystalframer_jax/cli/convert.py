@@ -6,38 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from crystalframer_jax.cli.common import WEIGHTS_HELP, reporting_errors
+from crystalframer_jax.cli.common import WEIGHTS_HELP, command_parser, names, reporting_errors
 from crystalframer_jax.errors import UserError
+from crystalframer_jax.official.conversion import Conversion, export_checkpoint, import_checkpoint
+from crystalframer_jax.text import table
 
 
 def import_main(argv: Sequence[str] | None = None) -> int:
-    """Make a run directory of a checkpoint of the official implementation."""
-    parser = argparse.ArgumentParser(
-        prog="import_torch_checkpoint.py",
-        description="Make a run directory of a checkpoint of the official PyTorch implementation.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("file", metavar="FILE.ckpt", type=Path, help="Lightning checkpoint, or state dict (--config)")
-    parser.add_argument("--workdir", type=Path, required=True, help="run directory to write; must not hold a run")
-    parser.add_argument("--config", type=Path, metavar="FILE.json", help="official hyperparameters not in the file")
-    parser.add_argument("--target_set", default="", help="name of the data that the model was trained on")
-    parser.add_argument("--targets", type=_names, default=(), help="names instead of the official ones: a,b")
-    parser.add_argument("--units", type=_names, default=(), help="a unit for each target; default: of the target set")
-    parser.add_argument("--target_mean", type=_numbers, default=(), help="of the training labels, if not in the file")
-    parser.add_argument("--target_std", type=_numbers, default=(), help="of the training labels, if not in the file")
-    parser.add_argument(
-        "--weights", choices=("model", "swa"), help="used by default; without it swa if the file has averaged weights"
-    )
-    arguments = parser.parse_args(argv)
-    from crystalframer_jax.official.conversion import import_checkpoint
-    from crystalframer_jax.text import table
-
+    """Makes a run directory of a checkpoint of the official implementation."""
+    arguments = _import_parser().parse_args(argv)
     with reporting_errors():
-        official = None if arguments.config is None else read_official_json(arguments.config)
         run = import_checkpoint(
             arguments.file,
             arguments.workdir,
-            official,
+            None if arguments.config is None else read_official_json(arguments.config),
             data=arguments.target_set,
             targets=arguments.targets,
             units=arguments.units,
@@ -45,40 +27,24 @@ def import_main(argv: Sequence[str] | None = None) -> int:
             target_std=arguments.target_std,
             weights=arguments.weights,
         )
-        config = run.config
-        blocks = "block" if config.num_layers == 1 else "blocks"
-        frames = config.frame_method if config.value_pe_angle_real else "none (Crystalformer)"
         print(f"{arguments.file} -> {arguments.workdir}")
-        print(
-            f"{run.parameters:,} parameters, {config.num_layers} {blocks}, frames {frames}, domain {config.domain}; "
-            f"epoch {run.epoch}, step {run.step}"
-        )
-        found = ", and their average (swa)" if run.has_average else ""
-        print(f"weights of the file (called last){found}; {run.weights} is used by default")
-        rows = [[s.name, s.unit, f"{s.mean:.6g}", f"{s.std:.6g}"] for s in run.targets]
-        print(table(["target", "unit", "mean", "standard deviation"], rows))
-        for note in run.notes:
-            print(f"note: {note}")
+        _tell(run)
         print(f"next: python scripts/predict.py {arguments.workdir} FILE.cif")
-        if config.target_set:
+        if run.config.target_set:
             print(f"      python scripts/evaluate.py {arguments.workdir}")
     return 0
 
 
 def export_main(argv: Sequence[str] | None = None) -> int:
-    """Write a run as a checkpoint that the official implementation can load."""
-    parser = argparse.ArgumentParser(
-        prog="export_torch_checkpoint.py",
-        description="Write a run as a checkpoint that the official PyTorch implementation can load.",
-        allow_abbrev=False,
+    """Writes a run as a checkpoint that the official implementation can load."""
+    parser = command_parser(
+        "export_torch_checkpoint.py", "Write a run as a checkpoint that the official PyTorch implementation can load."
     )
     parser.add_argument("run", metavar="RUN", help="run directory, or one of its checkpoints (RUN/checkpoints/STEP)")
     parser.add_argument("file", metavar="FILE.ckpt", type=Path, help="file to write")
     parser.add_argument("--weights", choices=("best", "last", "swa"), help=WEIGHTS_HELP)
     parser.add_argument("--overwrite", action="store_true", help="replace FILE.ckpt if it exists")
     arguments = parser.parse_args(argv)
-    from crystalframer_jax.official.conversion import export_checkpoint
-
     with reporting_errors():
         exported = export_checkpoint(arguments.run, arguments.file, arguments.weights, arguments.overwrite)
         print(f"{exported.weights} -> {arguments.file}: {exported.parameters:,} parameters")
@@ -87,8 +53,43 @@ def export_main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _import_parser() -> argparse.ArgumentParser:
+    parser = command_parser(
+        "import_torch_checkpoint.py", "Make a run directory of a checkpoint of the official PyTorch implementation."
+    )
+    add = parser.add_argument
+    add("file", metavar="FILE.ckpt", type=Path, help="Lightning checkpoint, or state dict (--config)")
+    add("--workdir", type=Path, required=True, help="run directory to write; must not hold a run")
+    add("--config", type=Path, metavar="FILE.json", help="official hyperparameters not in the file")
+    add("--target_set", default="", help="name of the data that the model was trained on")
+    add("--targets", type=names, default=(), help="names instead of the official ones: a,b")
+    add("--units", type=names, default=(), help="a unit for each target; default: of the target set")
+    add("--target_mean", type=_numbers, default=(), help="of the training labels, if not in the file")
+    add("--target_std", type=_numbers, default=(), help="of the training labels, if not in the file")
+    weights_help = "used by default; without it swa if the file has averaged weights"
+    add("--weights", choices=("model", "swa"), help=weights_help)
+    return parser
+
+
+def _tell(run: Conversion) -> None:
+    """Prints what was imported."""
+    config = run.config
+    blocks = "block" if config.num_layers == 1 else "blocks"
+    frames = config.frame_method if config.value_pe_angle_real else "none (Crystalformer)"
+    print(
+        f"{run.parameters:,} parameters, {config.num_layers} {blocks}, frames {frames}, domain {config.domain}; "
+        f"epoch {run.epoch}, step {run.step}"
+    )
+    found = ", and their average (swa)" if run.has_average else ""
+    print(f"weights of the file (called last){found}; {run.weights} is used by default")
+    rows = [[s.name, s.unit, f"{s.mean:.6g}", f"{s.std:.6g}"] for s in run.targets]
+    print(table(["target", "unit", "mean", "standard deviation"], rows))
+    for note in run.notes:
+        print(f"note: {note}")
+
+
 def read_official_json(file: Path) -> dict[str, Any]:
-    """The hyperparameters of an official JSON file."""
+    """Reads the hyperparameters of an official JSON file."""
     try:
         content = json.loads(file.read_text())
     except (ValueError, RecursionError) as error:
@@ -98,13 +99,8 @@ def read_official_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _names(text: str) -> tuple[str, ...]:
-    """Names separated by commas."""
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
 def _numbers(text: str) -> tuple[float, ...]:
-    """Numbers separated by commas."""
+    """Reads numbers separated by commas."""
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError as error:

@@ -1,7 +1,6 @@
 """Errors of a trained model on the splits of its dataset."""
 
 import argparse
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,16 +12,16 @@ from crystalframer_jax.config import ConfigError, target_names
 from crystalframer_jax.data.datasets import open_dataset
 from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.errors import UserError
-from crystalframer_jax.inference.ensemble import Ensemble, load_model, plot_calibration
-from crystalframer_jax.inference.evaluation import Predictions, batches_of
+from crystalframer_jax.inference.ensemble import Ensemble, load_model
+from crystalframer_jax.inference.evaluation import Predictions
 from crystalframer_jax.inference.predictor import Predictor
 from crystalframer_jax.reporting.metrics import mean_predictor_errors, regression_metrics
-from crystalframer_jax.reporting.predictions import write_predictions
+from crystalframer_jax.reporting.predictions import plot_calibration, plot_parity, write_predictions
 from crystalframer_jax.text import table
 
 
 def evaluate_main(argv: Sequence[str] | None = None) -> int:
-    """Print the errors of a trained model or an ensemble on a split of its dataset."""
+    """Prints the errors of a trained model or an ensemble on a split of its dataset."""
     parser = model_parser("evaluate.py", "Errors of a trained model or an ensemble on a split of its dataset.")
     parser.add_argument("--split", choices=("train", "val", "test"), default="test")
     parser.add_argument("--output", type=Path, help="write id, labels and predictions to this CSV file")
@@ -39,8 +38,7 @@ def evaluate_main(argv: Sequence[str] | None = None) -> int:
         model = load_model(arguments.run, arguments.weights)
         dataset = dataset_of(model, arguments.run)
         indices = dataset.splits[arguments.split]
-        batches = batches_of(dataset, indices, model.config.batch_size, model.parts, model.devices.count)
-        predictions = model.predict_table(dataset.table, *batches, arguments.num_frame_samples)
+        predictions = model.predict_dataset(dataset, indices, arguments.num_frame_samples)
         over = model.spread_over(arguments.num_frame_samples)
         print(model.origin)
         print(error_table(model.targets, dataset, arguments.split, predictions, over))
@@ -56,7 +54,7 @@ def evaluate_main(argv: Sequence[str] | None = None) -> int:
 
 
 def dataset_of(model: Predictor | Ensemble, run: str) -> Dataset:
-    """The dataset that a model was trained on; ConfigError if it is not known here."""
+    """Opens the dataset that a model was trained on; ConfigError if it is not known here."""
     config = model.config
     if not config.target_set:
         raise ConfigError(
@@ -69,7 +67,7 @@ def dataset_of(model: Predictor | Ensemble, run: str) -> Dataset:
 def error_table(
     targets: tuple[TargetStatistics, ...], dataset: Dataset, split: str, predictions: Predictions, over: str
 ) -> str:
-    """Errors of predictions for a split, a line for each target; `over` says what their spread is over, if any.
+    """Tells the errors of predictions for a split, a line for each target; `over`: what their spread is over, if any.
 
     If crystals of the split are also in training, further lines are without them.
     """
@@ -86,9 +84,8 @@ def error_table(
         metrics = regression_metrics(predictions.mean[chosen], labels, targets)
         baseline = mean_predictor_errors(labels, targets, dataset.labels[dataset.splits["train"]])
         for t, s in enumerate(targets):
-            errors = [math.nan if value is None else value for value in metrics[s.name].values()]
             known = np.isfinite(labels[:, t])
-            line = [s.name + kind, s.unit, int(known.sum()), *errors, baseline[s.name]]
+            line = [s.name + kind, s.unit, int(known.sum()), *metrics[s.name].values(), baseline[s.name]]
             lines.append([*line, *([float(predictions.spread[chosen][known, t].mean())] if over else [])])
     return table(header, lines)
 
@@ -96,23 +93,20 @@ def error_table(
 def plot_errors(
     file: Path, model: Predictor | Ensemble, dataset: Dataset, split: str, predictions: Predictions
 ) -> list[Path]:
-    """Parity of a single model, calibration of an ensemble; returns the files written."""
-    from crystalframer_jax.reporting import plots  # imports matplotlib
-
+    """Plots the parity of a single model, the calibration of an ensemble; returns the files written."""
     file.parent.mkdir(parents=True, exist_ok=True)
     labels = dataset.labels[dataset.splits[split]]
     not_finite = int((~np.isfinite(predictions.mean)).any(axis=1).sum())
     if not_finite:
         raise UserError(f"{file} is not drawn: {not_finite} of {len(labels)} predictions are not finite")
     if isinstance(model, Ensemble):
-        return plot_calibration(file, labels, predictions, model.targets)[0]
-    names, units = [s.name for s in model.targets], [s.unit for s in model.targets]
-    plots.parity(labels, predictions.mean, names, units, file, split)
+        return plot_calibration(file, labels, *predictions, model.targets)[0]
+    plot_parity(file, labels, predictions.mean, model.targets, split)
     return [file]
 
 
 def _png(text: str) -> Path:
-    """The name of a figure."""
+    """Reads the name of a figure."""
     if not text.lower().endswith(".png"):
         raise argparse.ArgumentTypeError(f"{text!r} does not end in .png")
     return Path(text)

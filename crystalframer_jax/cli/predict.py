@@ -16,7 +16,7 @@ from crystalframer_jax.text import table
 
 
 def predict_main(argv: Sequence[str] | None = None) -> int:
-    """Predict files; returns 1 if any of them could not be used (the others are predicted all the same)."""
+    """Predicts files; returns 1 if any of them could not be used (the others are predicted all the same)."""
     parser = model_parser("predict.py", "Predict structure files with a trained model or an ensemble.")
     parser.add_argument("files", metavar="FILE", nargs="+", help="CIF, POSCAR/CONTCAR or extended XYZ")
     parser.add_argument("--output", type=Path, help="write the predictions to this CSV file")
@@ -49,7 +49,7 @@ def predict_main(argv: Sequence[str] | None = None) -> int:
 
 
 def read_all(files: Sequence[str]) -> tuple[list[Crystal], list[str]]:
-    """The crystals of all files that can be used, and one line for each file that cannot. Warnings go to stderr."""
+    """Reads the crystals of all files that can be used, and a line for each file that cannot. Warnings go to stderr."""
     crystals: list[Crystal] = []
     errors: list[str] = []
     for file in files:

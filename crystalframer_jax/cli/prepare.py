@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from crystalframer_jax.cli.common import reporting_errors
+from crystalframer_jax.cli.common import command_parser, names, reporting_errors
 from crystalframer_jax.config import ConfigError, neighbor_cutoff
 from crystalframer_jax.configs import default
 from crystalframer_jax.data.custom.source import OwnData, own_source
@@ -69,7 +69,7 @@ def _telling_full_disks() -> Iterator[None]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="prepare_data.py", description=DESCRIPTION, allow_abbrev=False)
+    parser = command_parser("prepare_data.py", DESCRIPTION)
     add = parser.add_argument
     add("--target_set", default="", metavar="NAME", help="a known target set, or a name for your own")
     add("--source", type=_path, help="file or folder to read; known target sets are downloaded without it")
@@ -80,8 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--workers", type=_count, default=0, metavar="N", help="processes; default: one for each core")
     add("--split_seed", type=int, default=Preparation.split_seed, metavar="SEED", help="of random splits")
     own = parser.add_argument_group("your own crystals").add_argument
-    own("--targets", type=_names, default=(), metavar="NAME,...", help="labels to take; default: all numeric ones")
-    own("--units", type=_names, default=(), metavar="UNIT,...", help="their units, such as eV/atom,GPa")
+    own("--targets", type=names, default=(), metavar="NAME,...", help="labels to take; default: all numeric ones")
+    own("--units", type=names, default=(), metavar="UNIT,...", help="their units, such as eV/atom,GPa")
     own("--structure_column", default=OwnData.structure_column, metavar="NAME", help="of the file names in a CSV")
     own("--id_column", default=OwnData.id_column, metavar="NAME", help="column or field with the names of crystals")
     own("--split_column", default=OwnData.split_column, metavar="NAME", help="column or field with train, val, test")
@@ -106,10 +106,6 @@ def _count(text: str) -> int:
     if number < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
     return number
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _known_source(known: TargetSet, arguments: argparse.Namespace) -> Source:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from crystalframer_jax.batching.batch import Batch, Fill, fill_factors, pack
-from crystalframer_jax.batching.device_table import DeviceTable, Stretch, device_table_if_it_fits
+from crystalframer_jax.batching.device_table import Chunk, DeviceTable, device_table_if_it_fits
 from crystalframer_jax.batching.shapes import BatchShape, Shared, lengths_of, plan_shapes, shared_out
 from crystalframer_jax.config import NO_PARTS, BatchParts, ConfigError
 from crystalframer_jax.data.store import Dataset
@@ -19,8 +19,8 @@ from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices, imbalance
 class TrainingBatches:
     """All batches of a training run by step number; every epoch is shuffled, its incomplete last batch dropped.
 
-    `atoms` are the fewest and most atoms (0: no limit) of a crystal to train on, `share` is that of the batches of an
-    epoch which are used. Every batch is shared out among `devices` by its neighbours. `on_device` says whether the
+    `atoms` are the fewest and most atoms (0: no limit) of a crystal to train on, `fraction` is that of the batches of
+    an epoch which are used. Every batch is shared out among `devices` by its neighbors. `on_device` says whether the
     crystals are kept on the devices and gathered there; None: if they fit. Neither changes what the batches hold.
 
     Raises ConfigError if no crystal is left.
@@ -34,7 +34,7 @@ class TrainingBatches:
         seed: int,
         parts: BatchParts = NO_PARTS,
         atoms: tuple[int, int] = (0, 0),
-        share: float = 1.0,
+        fraction: float = 1.0,
         on_device: bool | None = None,
         devices: Devices = ONE_DEVICE,
     ):
@@ -42,7 +42,7 @@ class TrainingBatches:
         self.indices = _of_size(dataset, dataset.splits["train"], *atoms)
         self.devices = devices
         self.batch_size = min(batch_size, len(self.indices))
-        self.steps_per_epoch = max(1, int(share * (len(self.indices) // self.batch_size)))
+        self.steps_per_epoch = max(1, int(fraction * (len(self.indices) // self.batch_size)))
         self.n_epochs = n_epochs
         self.seed = seed
         self.parts = parts
@@ -54,51 +54,47 @@ class TrainingBatches:
         return self.steps_per_epoch * self.n_epochs
 
     def order(self, epoch: int) -> np.ndarray:
-        """Crystals of an epoch in the order of training, rows of the table."""
-        known = self._order
-        if known is None or known[0] != epoch:
-            known = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.indices)
-            self._order = known
-        return known[1]
+        """Returns the crystals of an epoch in the order of training, rows of the table."""
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.indices)
+        return self._order[1]
 
     def rows(self, step: int) -> np.ndarray:
-        """The crystals of a step, rows of the table."""
+        """Returns the crystals of a step, rows of the table."""
         epoch, position = divmod(step, self.steps_per_epoch)
         return self.order(epoch)[position * self.batch_size : (position + 1) * self.batch_size]
 
     def shared(self, step: int) -> Shared:
-        """The crystals of a step and what every device gets of them."""
+        """Returns the crystals of a step and what every device gets of them."""
         return shared_out(self.dataset.table, self.rows(step), self.shapes, self.devices.count)
 
     def __getitem__(self, step: int) -> Batch:
-        """The batch of a step (numpy arrays), as `Devices.put` takes it."""
+        """Returns the batch of a step (numpy arrays), as `Devices.put` takes it."""
         return self.devices.stacked(self.parts_of(step))
 
     def parts_of(self, step: int) -> list[Batch]:
-        """The shares that the devices of this process have in the batch of a step (numpy arrays)."""
+        """Returns the shares that the devices of this process have in the batch of a step (numpy arrays)."""
         table, labels, work = self.dataset.table, self.dataset.labels, self.shared(step)
         of_process = [work.shares[device] for device in self.devices.of_process]
-        return [
-            pack(table, work.rows[share], [work.shape], labels[work.rows[share]], places=share) for share in of_process
-        ]
+        return [pack(table, work.rows[share], work.shape, labels[work.rows[share]], share) for share in of_process]
 
     def imbalance(self, batches: int = 8) -> float:
-        """Neighbours of the device that has most, divided by their mean over the devices; mean of the first batches."""
+        """Returns the most neighbors of a device, divided by their mean over the devices; mean of the first batches."""
         works = map(self.shared, range(min(batches, len(self))))
         edge_offset = self.dataset.table.edge_offset
         return float(np.mean([imbalance(lengths_of(edge_offset, work.rows), work.shares) for work in works]))
 
     def steps_of_last_epoch(self) -> range:
-        """The steps of the last epoch."""
+        """Returns the steps of the last epoch."""
         return range(len(self) - self.steps_per_epoch, len(self))
 
     def fill_factors(self, batches: int = 8) -> Fill:
-        """Shares of the places that hold real data, means over the first batches."""
+        """Returns the fractions of the places that hold real data, means over the first batches."""
         factors = [fill_factors(part) for step in range(min(batches, len(self))) for part in self.parts_of(step)]
         return Fill(*np.mean(factors, axis=0).tolist())
 
     def describe(self) -> str:
-        """How the crystals are packed, and shared by the devices, in one line."""
+        """Tells how the crystals are packed, and shared by the devices, in one line."""
         shape, fill = self.shapes[0], self.fill_factors()
         packed = (
             f"{shape.num_atoms} atom slots ({fill.atoms:.0%} filled) with up to {shape.row_length} neighbors "
@@ -116,33 +112,38 @@ class TrainingBatches:
     @functools.cached_property
     def device_table(self) -> DeviceTable | None:
         """The crystals on the devices, if they are kept there."""
+        crystals = self.dataset.table, self.dataset.labels, self.parts, self.devices
         if self.on_device is None:
-            return device_table_if_it_fits(self.dataset.table, self.dataset.labels, self.parts, self.devices)
-        return (
-            DeviceTable(self.dataset.table, self.dataset.labels, self.parts, self.devices) if self.on_device else None
-        )
+            return device_table_if_it_fits(*crystals)
+        return DeviceTable(*crystals) if self.on_device else None
 
     def iterate(self, first_step: int) -> Iterator[Batch]:
-        """The batches from a step on, on the devices: gathered there, or packed ahead by a background thread."""
+        """Iterates over the batches from a step on, on the devices: gathered there, or packed ahead by a thread."""
         table = self.device_table
         if table is not None:
             return (table.gather(self.shared(step)) for step in range(first_step, len(self)))
         return map(self.devices.put, self.packed(first_step))
 
     def packed(self, first_step: int) -> Iterator[Batch]:
-        """The batches from a step on as numpy arrays: an iterator of Grain, with get_state and set_state."""
+        """Iterates over the batches from a step on as numpy arrays: by Grain, with get_state and set_state."""
         steps = grain.MapDataset.source(self)[first_step:]
         return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
-    def stretches(self, first_step: int, steps_each: int) -> Iterator[Stretch | Batch]:
-        """The batches from a step on, gathered on the devices in stretches of `steps_each`.
+    def dispatches(self, first_step: int, steps_each: int) -> Iterator[Batch | Chunk]:
+        """The batches from a step on as they are dispatched: in chunks if the crystals are on the devices."""
+        if self.device_table is None or steps_each == 1:
+            return self.iterate(first_step)
+        return self.chunks(first_step, steps_each)
 
-        What is left before the end of an epoch or a change of shape comes batch by batch: every length of a stretch
+    def chunks(self, first_step: int, steps_each: int) -> Iterator[Chunk | Batch]:
+        """Iterates over the batches from a step on, gathered on the devices in chunks of `steps_each`.
+
+        What is left before the end of an epoch or a change of shape comes batch by batch: every length of a chunk
         would be another compiled program. Raises ValueError if the crystals are not kept on the devices.
         """
         table, per_epoch = self.device_table, self.steps_per_epoch
         if table is None:
-            raise ValueError("stretches are gathered on the device, and the crystals are not kept there")
+            raise ValueError("chunks are gathered on the device, and the crystals are not kept there")
         for epoch in range(first_step // per_epoch, self.n_epochs):
             steps = range(max(first_step, epoch * per_epoch), (epoch + 1) * per_epoch)
             for _, group in itertools.groupby(map(self.shared, steps), lambda work: work.shape):
@@ -154,7 +155,7 @@ class TrainingBatches:
 
 
 def _of_size(dataset: Dataset, rows: np.ndarray, fewest: int, most: int) -> np.ndarray:
-    """Those rows of the table whose crystals have from `fewest` to `most` atoms."""
+    """Returns those rows of the table whose crystals have from `fewest` to `most` atoms."""
     sizes = dataset.table.num_atoms[rows]
     chosen = rows[(sizes >= fewest) & ((sizes <= most) | (most <= 0))]
     if not len(chosen):
@@ -166,6 +167,6 @@ def _of_size(dataset: Dataset, rows: np.ndarray, fewest: int, most: int) -> np.n
 
 
 def batch_shapes(dataset: Dataset, batch_size: int, parts: BatchParts = NO_PARTS, devices: int = 1) -> list[BatchShape]:
-    """The shapes of all batches of a dataset, training and evaluation alike, shared out among some devices."""
+    """Plans the shapes of all batches of a dataset, training and evaluation alike, shared out among some devices."""
     everything = np.concatenate(list(dataset.splits.values()))
     return plan_shapes(dataset.table, everything, batch_size, dataset.table.longest_row, parts, devices)

@@ -1,27 +1,25 @@
 """Deep ensembles: several trainings of a model, their mean prediction and how far they disagree."""
 
-import dataclasses
-import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from crystalframer_jax.batching.shapes import BatchShape
-from crystalframer_jax.batching.table import CrystalTable
-from crystalframer_jax.batching.targets import TargetStatistics
-from crystalframer_jax.config import BatchParts, ConfigError
+from crystalframer_jax.config import ConfigError
 from crystalframer_jax.data.store import Dataset
-from crystalframer_jax.inference.evaluation import Predictions, batches_of
-from crystalframer_jax.inference.predictor import Predictor, crystals_of, table_of, work_for
-from crystalframer_jax.reporting.metrics import mean_absolute_errors, mean_predictor_errors, regression_metrics
-from crystalframer_jax.reporting.predictions import write_predictions
+from crystalframer_jax.inference.evaluation import Predictions
+from crystalframer_jax.inference.predictor import Predictor, crystals_of, table_of
+from crystalframer_jax.reporting.metrics import (
+    mean_absolute_errors,
+    mean_predictor_errors,
+    regression_metrics,
+    with_baseline,
+)
+from crystalframer_jax.reporting.predictions import plot_calibration, write_split
 from crystalframer_jax.runs.checkpoints import CheckpointError, read_json
 from crystalframer_jax.structures.neighbors import LatticeBox
-from crystalframer_jax.text import table as text_table
 
 
 class Ensemble:
@@ -35,36 +33,29 @@ class Ensemble:
       names: of their run directories, or numbers.
       targets: name and unit of each target, which all members share; mean and standard deviation of the first member.
       config: of the first member.
-      devices: that share the work.
-      parts: what a batch that serves all members holds.
       origin: where they come from, in words.
     """
 
-    def __init__(self, members: Sequence[Predictor], names: Sequence[str] = ()):
-        """Raise ConfigError if there are no members, or some that predict other targets or in other units."""
+    def __init__(self, members: Sequence[Predictor], names: Sequence[str] = (), folder: Path | None = None):
+        """Raises ConfigError if there are no members, or some that predict other targets or in other units."""
         if not members:
             raise ConfigError("an ensemble needs at least one model")
         self.members = tuple(members)
         self.names = tuple(names) or tuple(str(number) for number in range(len(members)))
-        self.targets, self.config, self.devices = members[0].targets, members[0].config, members[0].devices
+        self.targets, self.config = members[0].targets, members[0].config
         for number, member in enumerate(self.members):
             if _outputs(member) != _outputs(self.members[0]):
                 raise ConfigError(
                     f"{self._describe(0)} predicts {_outputs(self.members[0])}, {self._describe(number)} "
                     f"{_outputs(member)}: the models of an ensemble must predict the same"
                 )
-        parts = [member.parts for member in self.members]
-        self.parts = BatchParts(
-            cells=any(p.cells for p in parts),
-            lattice_vectors=any(p.lattice_vectors for p in parts),
-            scatter=any(p.scatter for p in parts),
-            dtype="float64" if any(p.dtype == "float64" for p in parts) else "float32",
-        )
-        self.origin = f"ensemble of {self.spread_over()}"
+        used = ", ".join(sorted({member.weights for member in self.members}))
+        of_folder = f"{used} weights of the {self.spread_over()} in {folder}"
+        self.origin = of_folder if folder else f"ensemble of {self.spread_over()}"
 
     @classmethod
     def load(cls, run_dir: str | Path, weights: str | None = None) -> "Ensemble":
-        """The ensemble of a run directory with member_0, member_1, ...; `weights` as for `Predictor.load`.
+        """Loads the ensemble of a run directory with member_0, member_1, ...; `weights` as for `Predictor.load`.
 
         Raises CheckpointError, naming it, for a member that is missing or not trained to its end.
         """
@@ -75,19 +66,16 @@ class Ensemble:
                 raise CheckpointError(
                     f"{folder / name} is not trained to its end; the training command of the ensemble continues it"
                 )
-        ensemble = cls([Predictor.load(folder / name, weights) for name in names], names)
-        used = ", ".join(sorted({member.weights for member in ensemble.members}))
-        ensemble.origin = f"{used} weights of the {ensemble.spread_over()} in {folder}"
-        return ensemble
+        return cls([Predictor.load(folder / name, weights) for name in names], names, folder)
 
     @property
     def cutoff(self) -> float | LatticeBox:
-        """Radius of the neighbour rows that serve all members, Å; ConfigError if they have different ones."""
+        """Radius of the neighbor rows that serve all members, Å; ConfigError if they have different ones."""
         for number, member in enumerate(self.members):
             if member.cutoff != self.members[0].cutoff:
                 raise ConfigError(
                     f"{self._describe(0)} has the cutoff {self.members[0].cutoff}, {self._describe(number)} "
-                    f"{member.cutoff}: no table of neighbours serves both; predict structures, or evaluate them one by "
+                    f"{member.cutoff}: no table of neighbors serves both; predict structures, or evaluate them one by "
                     "one"
                 )
         return self.members[0].cutoff
@@ -95,72 +83,51 @@ class Ensemble:
     def predict(
         self, structures: Iterable[Any] | Any, num_frame_samples: int | None = None, progress: bool = False
     ) -> np.ndarray:
-        """Mean predictions of the members [B, T] in label units; arguments and errors as for `Predictor.predict`."""
+        """Predicts the mean over the members [B, T] in label units; arguments and errors as for `Predictor.predict`."""
         return self.predict_with_spread(structures, num_frame_samples, progress).mean
 
     def predict_with_spread(
         self, structures: Iterable[Any] | Any, num_frame_samples: int | None = None, progress: bool = False
     ) -> Predictions:
-        """As `predict`, with the standard deviation over the members: mean and spread, both [B, T]."""
+        """Predicts as `predict`, with the standard deviation over the members: mean and spread, both [B, T]."""
         crystals = crystals_of(structures)
         tables = {cutoff: table_of(crystals, cutoff) for cutoff in {member.cutoff for member in self.members}}
-        samples = []
-        for name, member in zip(self.names, self.members, strict=True):
-            table = tables[member.cutoff]
-            groups, devices = work_for(table, member.devices)
-            shown = tqdm(groups, desc=f"model {name}", unit=" batches", disable=not progress)
-            samples.append(member.predict_table(table, shown, member.parts, num_frame_samples, devices).mean)
+        samples = [
+            member.predict_all(tables[member.cutoff], num_frame_samples, progress, f"model {name}").mean
+            for name, member in zip(self.names, self.members, strict=True)
+        ]
         return Predictions.over(np.stack(samples))
 
-    def predict_table(
-        self,
-        table: CrystalTable,
-        groups: Iterable[np.ndarray],
-        shapes: Sequence[BatchShape] | BatchParts,
-        num_frame_samples: int | None = None,
-    ) -> Predictions:
-        """Mean and spread for groups of rows of a table whose neighbour rows have the cutoff of all members."""
-        return Predictions.over(self.predict_members(table, groups, shapes, num_frame_samples))
+    def predict_dataset(self, dataset: Dataset, rows: np.ndarray, num_frame_samples: int | None = None) -> Predictions:
+        """Predicts mean and spread for rows of a data set whose neighbor rows have the cutoff of all members."""
+        return Predictions.over(self.predict_members(dataset, rows, num_frame_samples))
 
-    def predict_members(
-        self,
-        table: CrystalTable,
-        groups: Iterable[np.ndarray],
-        shapes: Sequence[BatchShape] | BatchParts,
-        num_frame_samples: int | None = None,
-    ) -> np.ndarray:
-        """Predictions of every member [M, C, T] for groups of rows of a table with the cutoff of all of them."""
+    def predict_members(self, dataset: Dataset, rows: np.ndarray, num_frame_samples: int | None = None) -> np.ndarray:
+        """Predicts them with every member, [M, C, T]."""
         _ = self.cutoff  # raises if there is none
-        groups = list(groups)
-        samples = []
-        for member in self.members:
-            fitting: Sequence[BatchShape] | BatchParts = member.parts
-            if not isinstance(shapes, BatchParts):
-                fitting = [dataclasses.replace(shape, parts=member.parts) for shape in shapes]
-            samples.append(member.predict_table(table, groups, fitting, num_frame_samples).mean)
-        return np.stack(samples)
+        return np.stack([member.predict_dataset(dataset, rows, num_frame_samples).mean for member in self.members])
 
     def spread_over(self, num_frame_samples: int | None = None) -> str:
-        """What the spread of predictions is over: "3 models"."""
+        """Tells what the spread of predictions is over: "3 models"."""
         return f"{len(self.members)} model{'s' if len(self.members) > 1 else ''}"
 
     def _describe(self, number: int) -> str:
-        """A member, for a message."""
+        """Names a member, for a message."""
         return f"member {self.names[number].removeprefix('member_')} ({self.members[number].origin})"
 
 
 def _outputs(member: Predictor) -> str:
-    """Names and units of the targets of a model."""
+    """Returns the names and units of the targets of a model."""
     return ", ".join(f"{s.name} ({s.unit})" for s in member.targets)
 
 
 def is_ensemble(folder: Path) -> bool:
-    """Whether a run directory holds members."""
+    """Tells whether a run directory holds members."""
     return bool(_members(folder))
 
 
 def member_names(folder: Path) -> list[str]:
-    """member_0, member_1, ...: as many as config.json says, or up to the last that is there."""
+    """Returns member_0, member_1, ...: as many as config.json says, or up to the last that is there."""
     found, file = _members(folder), folder / "config.json"
     planned = read_json(file).get("ensemble_size", 1) if file.is_file() else 0
     if not found:
@@ -169,46 +136,27 @@ def member_names(folder: Path) -> list[str]:
 
 
 def _members(folder: Path) -> list[int]:
-    """Numbers of the members in a folder."""
+    """Returns the numbers of the members in a folder."""
     matches = [re.fullmatch(r"member_(\d+)", path.name) for path in folder.glob("member_*") if path.is_dir()]
     return [int(match[1]) for match in matches if match]
 
 
 def load_model(run_dir: str | Path, weights: str | None = None) -> Predictor | Ensemble:
-    """The ensemble or the single model of a run directory, or the model of RUN/checkpoints/STEP."""
+    """Loads the ensemble or the single model of a run directory, or the model of RUN/checkpoints/STEP."""
     return (Ensemble if is_ensemble(Path(run_dir).expanduser()) else Predictor).load(run_dir, weights)
 
 
 # Evaluation
 
 
-def plot_calibration(
-    file: Path, labels: np.ndarray, predictions: Predictions, targets: tuple[TargetStatistics, ...]
-) -> tuple[list[Path], dict[str, Any]]:
-    """Plot how errors compare with the spread: FILE, or one FILE_TARGET for each of several targets.
-
-    Labels are [C, T]. Returns the files and, by target, the numbers of `training.plots.calibration`.
-    """
-    from crystalframer_jax.reporting import plots  # imports matplotlib
-
-    files: list[Path] = []
-    found: dict[str, Any] = {}
-    for t, s in enumerate(targets):
-        files.append(file.with_stem(f"{file.stem}_{s.name}") if len(targets) > 1 else file)
-        found[s.name] = plots.calibration(
-            labels[:, t], predictions.mean[:, t], predictions.spread[:, t], s.name, s.unit, files[-1]
-        )
-    return files, found
-
-
 def ensemble_summary(ensemble: Ensemble, dataset: Dataset, folder: str | Path) -> dict[str, Any]:
-    """Errors of an ensemble and of its members on the validation and test crystals of a dataset, as plain JSON.
+    """Sums up the errors of an ensemble and of its members on the validation and test crystals, as plain JSON.
 
     Besides the errors (`regression_metrics`) it has the mean standard deviation and, on the test crystals, the area
     between the calibration curve and the diagonal. Writes predictions_test.csv (with the spread), parity_test.png and
     calibration_test.png (with several targets calibration_test_TARGET.png) into `folder`, which must exist.
     """
-    targets = ensemble.targets
+    targets, folder = ensemble.targets, Path(folder)
     train_labels = dataset.labels[dataset.splits["train"]]
     members: list[dict[str, Any]] = [
         {"run": name, "weights": member.weights} for name, member in zip(ensemble.names, ensemble.members, strict=True)
@@ -217,54 +165,19 @@ def ensemble_summary(ensemble: Ensemble, dataset: Dataset, folder: str | Path) -
     for split in ("val", "test"):
         indices = dataset.splits[split]
         labels = dataset.labels[indices]
-        batches = batches_of(dataset, indices, ensemble.config.batch_size, ensemble.parts, ensemble.devices.count)
-        samples = ensemble.predict_members(dataset.table, *batches)
-        predictions = Predictions.over(samples)
+        samples = ensemble.predict_members(dataset, indices)
+        mean, spread = Predictions.over(samples)
         baseline = mean_predictor_errors(labels, targets, train_labels)
-        metrics = regression_metrics(predictions.mean, labels, targets)
-        areas = _write_files(Path(folder), dataset, predictions, targets) if split == "test" else {}
+        errors = with_baseline(regression_metrics(mean, labels, targets), baseline, targets)
+        for t, s in enumerate(targets):
+            errors[s.name]["mean_std"] = float(spread[:, t].mean())
+        if split == "test":
+            write_split(folder, dataset, split, mean, targets, spread)
+            _, found = plot_calibration(folder / "calibration_test.png", labels, mean, spread, targets)
+            for name, numbers in found.items():
+                errors[name]["miscalibration_area"] = numbers["miscalibration_area"]
         summary["mean_predictor_mae"][split] = baseline
-        summary[split] = {
-            s.name: {
-                **metrics[s.name],
-                "mean_predictor_mae": baseline[s.name],
-                "unit": s.unit,
-                "mean_std": float(predictions.spread[:, t].mean()),
-                **areas.get(s.name, {}),
-            }
-            for t, s in enumerate(targets)
-        }
+        summary[split] = errors
         for member, sample in zip(members, samples, strict=True):
             member[split] = mean_absolute_errors(sample, labels, targets)
     return summary | {"units": {s.name: s.unit for s in targets}}
-
-
-def _write_files(
-    folder: Path, dataset: Dataset, predictions: Predictions, targets: tuple[TargetStatistics, ...]
-) -> dict[str, dict[str, float]]:
-    """Files and figures of the test crystals; returns the miscalibration area of each target."""
-    from crystalframer_jax.reporting import plots  # imports matplotlib
-
-    indices = dataset.splits["test"]
-    ids, labels = dataset.table.ids[indices], dataset.labels[indices]
-    write_predictions(folder / "predictions_test.csv", ids, labels, predictions.mean, targets, predictions.spread)
-    names, units = [s.name for s in targets], [s.unit for s in targets]
-    plots.parity(labels, predictions.mean, names, units, folder / "parity_test.png", "test")
-    _, found = plot_calibration(folder / "calibration_test.png", labels, predictions, targets)
-    return {name: {"miscalibration_area": values["miscalibration_area"]} for name, values in found.items()}
-
-
-def ensemble_text(summary: dict[str, Any]) -> str:
-    """The table at the end of the training of an ensemble: test errors of the members, and of their mean prediction."""
-    rows: list[list[Any]] = []
-    for target, unit in summary["units"].items():
-        label, empty = f"{target} ({unit})", [math.nan] * 3
-        errors = [member["test"][target] for member in summary["members"]]
-        for member, error in zip(summary["members"], errors, strict=True):
-            rows.append([f"{label}, {member['run']} ({member['weights']} weights)", error, *empty])
-        rows.append([f"{label}, mean of these errors", float(np.mean(errors)), *empty])
-        found = summary["test"][target]
-        numbers = [math.nan if found[key] is None else found[key] for key in ("mae", "rmse", "r2", "mean_std")]
-        rows.append([f"{label}, ensemble", *numbers])
-        rows.append([f"{label}, mean predictor", found["mean_predictor_mae"], *empty])
-    return text_table(["test", "MAE", "RMSE", "R2", "mean std"], rows)

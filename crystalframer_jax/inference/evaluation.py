@@ -15,7 +15,6 @@ from crystalframer_jax.batching.shapes import BatchShape, Shared, shared_out
 from crystalframer_jax.batching.table import CrystalTable
 from crystalframer_jax.batching.targets import TargetStatistics, to_label_units
 from crystalframer_jax.config import NO_PARTS, BatchParts, ConfigError, model_config
-from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.inference.forward import Forward
 from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices
 
@@ -32,12 +31,12 @@ class Predictions(NamedTuple):
 
     @classmethod
     def over(cls, samples: np.ndarray) -> "Predictions":
-        """Mean and standard deviation (of a sample: divisor S - 1) over the first axis of [S, C, T]."""
+        """Takes mean and standard deviation (of a sample: divisor S - 1) over the first axis of [S, C, T]."""
         return cls(samples.mean(axis=0), samples.std(axis=0, ddof=min(1, len(samples) - 1)))
 
 
 def frame_draws(config: ConfigDict, num_frame_samples: int | None = None) -> int:
-    """How many draws among equally good frames a prediction averages: as asked for, or (None) as configured.
+    """Tells how many draws among equally good frames a prediction averages: as asked for, or (None) as configured.
 
     1 for models without frames. Raises ConfigError for less than 1.
     """
@@ -58,7 +57,7 @@ def predict_rows(
     device_table: DeviceTable | None = None,
     devices: Devices = ONE_DEVICE,
 ) -> Predictions:
-    """Predictions for groups of table rows, in their order.
+    """Predicts groups of table rows, in their order.
 
     Every group is one batch, of the first of `shapes` that holds it, or of a shape of its own with the parts given; it
     is shared out among the `devices` that `forward` is compiled for.
@@ -73,9 +72,9 @@ def predict_rows(
         work = shared_out(table, group, shapes, devices.count)
         if device_table is not None:
             return work, None
-        own = [group[work.shares[device]] for device in devices.of_process]
-        packed = [pack(table, rows, [work.shape], num_targets=len(statistics)) for rows in own]
-        return work, devices.stacked(packed)
+        unknown = np.full((len(group), len(statistics)), np.nan)
+        own = [work.shares[device] for device in devices.of_process]
+        return work, devices.stacked([pack(table, group[share], work.shape, unknown[share]) for share in own])
 
     results = [np.zeros((len(samples), 0, len(statistics)))]
     waiting: deque[tuple[Shared, list[jax.Array]]] = deque()
@@ -94,7 +93,7 @@ def predict_rows(
 
 
 def _in_order(predictions: np.ndarray, work: Shared) -> np.ndarray:
-    """Predictions [C, T] in the order of the crystals, of those [devices, B, T], or [B, T] of one device."""
+    """Puts predictions [devices, B, T], or [B, T] of one device, into the order of the crystals, [C, T]."""
     of_devices = predictions.reshape(-1, *predictions.shape[-2:])
     ordered = np.zeros((len(work.rows), predictions.shape[-1]))
     for found, share in zip(of_devices, work.shares, strict=True):
@@ -103,7 +102,7 @@ def _in_order(predictions: np.ndarray, work: Shared) -> np.ndarray:
 
 
 def _ahead(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-    """`map(function, items)`, computed ahead by a thread."""
+    """Computes `map(function, items)` ahead in a thread."""
     pending: deque[Future[Any]] = deque()
     with ThreadPoolExecutor(1) as thread:
         for item in items:
@@ -115,21 +114,12 @@ def _ahead(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any
 
 
 def groups_of(indices: np.ndarray, size: int) -> list[np.ndarray]:
-    """Consecutive groups of at most `size`."""
+    """Makes consecutive groups of at most `size`."""
     return [indices[start : start + size] for start in range(0, len(indices), size)]
 
 
-def batches_of(
-    dataset: Dataset, indices: np.ndarray, batch_size: int, parts: BatchParts, devices: int = 1
-) -> tuple[list[np.ndarray], list[BatchShape]]:
-    """Groups of `batch_size` rows of a dataset, and the shapes that training on some devices packs them into."""
-    from crystalframer_jax.data.loader import batch_shapes  # imports Grain, which predicting structures does not need
-
-    return groups_of(indices, batch_size), batch_shapes(dataset, batch_size, parts, devices)
-
-
 def groups_by_atoms(table: CrystalTable, devices: int = 1) -> list[np.ndarray]:
-    """Consecutive groups of all rows of a table, limited in atoms and crystals for each of some devices."""
+    """Makes consecutive groups of all rows of a table, limited in atoms and crystals for each of some devices."""
     groups: list[list[int]] = []
     atoms = 0
     for row, size in enumerate(table.num_atoms):

@@ -21,7 +21,7 @@ def working_precision(config: ConfigDict) -> contextlib.AbstractContextManager:
 
 
 def make_forward(model: CrystalFramer, devices: Devices = ONE_DEVICE) -> Forward:
-    """forward(variables, batch, sample) -> standardised predictions [B, T]; of several devices [devices, B, T].
+    """Compiles forward(variables, batch, sample) -> standardised predictions [B, T]; [devices, B, T] of several.
 
     Without `sample` the first of several equally good frames is taken; the number of a sample draws one, the same for
     the same crystal wherever it stands in a batch.

@@ -31,19 +31,19 @@ def compute_frames(
     tie_tolerance: float = 1e-4,
     key: jax.Array | None = None,
 ) -> np.ndarray:
-    """Frames of every atom of a structure, [N, H, 3, 3] float64 with rows e1, e2, e3; atoms in the order of the file.
+    """Computes the frames of every atom, [N, H, 3, 3] float64 with rows e1, e2, e3; atoms in the order of the file.
 
     Paper, section on frames; docs/model.md says where this differs from the official code.
 
     Args:
       structure: pymatgen Structure, ASE Atoms, Crystal or path of a structure file with one structure.
       method: "max", "max_static", "weighted_pca", "pca" or "lattice".
-      q, k: queries and keys [N, H, d_k], which the dynamic methods (max, weighted_pca) weigh neighbours by. Without
+      q, k: queries and keys [N, H, d_k], which the dynamic methods (max, weighted_pca) weigh neighbors by. Without
         them the weights depend on the distance only, and H = 1.
       a: exponents [N, H] of the attention Gaussians, negative, 1/Å^2; without them -1 / (2 * 1.4^2), the mean width of
         an untrained model.
-      cutoff_radius: of the neighbours, Å.
-      tie_tolerance: neighbours whose score is this close to the best are equally good: the first in canonical order
+      cutoff_radius: of the neighbors, Å.
+      tie_tolerance: neighbors whose score is this close to the best are equally good: the first in canonical order
         is taken or, given a random `key`, one at random.
 
     Raises ConfigError for an unknown method or a cutoff that is not positive, CrystalError for a structure that cannot
@@ -63,7 +63,7 @@ def compute_frames(
     with jax.enable_x64(True):
         table = make_table([crystal], [neighbor_rows(crystal, cutoff_radius)])
         parts = BatchParts(lattice_vectors=method == "lattice", scatter=method == "pca", dtype="float64")
-        batch = pack(table, np.array([0]), [shape_for(table, np.array([0]), parts)])
+        batch = pack(table, np.array([0]), shape_for(table, np.array([0]), parts))
         place = np.flatnonzero(batch.species)
         place = place[np.argsort(batch.atom_in_crystal[place])]  # of each atom in the batch
         padded = [np.zeros((len(batch.species), *x.shape[1:])) for x in (q, k, a)]
@@ -80,7 +80,7 @@ def compute_frames(
 def _weights(
     num_atoms: int, q: np.ndarray | None, k: np.ndarray | None, a: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """q, k and a with what is missing filled in; ValueError if their shapes do not go together."""
+    """Returns q, k and a with what is missing filled in; ValueError if their shapes do not go together."""
     if (q is None) != (k is None):
         raise ValueError("give q and k together")
     if a is not None and np.ndim(a) != 2:

@@ -1,5 +1,6 @@
 """Predictor: a trained model, ready to predict structures."""
 
+import contextlib
 import functools
 import os
 from collections.abc import Iterable, Sequence
@@ -7,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from crystalframer_jax.batching.batch import pack
-from crystalframer_jax.batching.shapes import BatchShape, shape_for
+from crystalframer_jax.batching.shapes import BatchShape
 from crystalframer_jax.batching.table import CrystalTable, make_table
 from crystalframer_jax.batching.targets import TargetStatistics
 from crystalframer_jax.config import BatchParts, ModelConfig, model_config, neighbor_cutoff
 from crystalframer_jax.configs import default
-from crystalframer_jax.inference.evaluation import Predictions, frame_draws, groups_by_atoms, predict_rows
+from crystalframer_jax.data.store import Dataset
+from crystalframer_jax.inference.evaluation import Predictions, frame_draws, groups_by_atoms, groups_of, predict_rows
 from crystalframer_jax.inference.forward import Forward, make_forward, working_precision
 from crystalframer_jax.model.regressor import CrystalFramer
 from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices, Tree
@@ -43,76 +44,60 @@ class Predictor:
 
     Attributes:
       targets: name, unit, mean and standard deviation of each target.
-      cutoff: radius of the neighbour rows, Å.
+      cutoff: radius of the neighbor rows, Å.
       devices: that share the work, all of this process; a few crystals are left to one.
       weights: which weights these are: "best", "last", "swa", "ema", or "given" as arrays.
       step: optimizer step of their checkpoint, 0 if given.
       origin: the same in words.
     """
 
-    def __init__(self, config: ConfigDict, variables: Tree, targets: tuple[TargetStatistics, ...]):
-        self.config = config
-        self.variables = variables
-        self.targets = targets
+    def __init__(
+        self,
+        config: ConfigDict,
+        variables: Tree,
+        targets: tuple[TargetStatistics, ...],
+        weights: str = "given",
+        step: int = 0,
+        origin: str = "given parameters",
+    ):
+        self.config, self.variables, self.targets = config, variables, targets
+        self.weights, self.step, self.origin = weights, step, origin
         self.cutoff = neighbor_cutoff(config)
-        self.weights, self.step, self.origin = "given", 0, "given parameters"
         self.parts = model_config(config).parts
         self.devices = Devices.of_this_process()
 
     @classmethod
     def load(cls, run_dir: str | Path, weights: str | None = None) -> "Predictor":
-        """The model of a run directory, or of one of its checkpoints (RUN/checkpoints/STEP).
+        """Loads the model of a run directory, or of one of its checkpoints (RUN/checkpoints/STEP).
 
         `weights`: "best" (smallest validation loss), "last", "swa" (average over the last epochs) or "ema" (exponential
         moving average). Without it, those that the finished run selected by validation loss, or the best so far.
 
         Raises CheckpointError if there is no such model.
         """
-        workdir, step = Path(run_dir).expanduser(), None
-        if workdir.parent.name == FOLDER and workdir.name.isdigit():
-            workdir, step = workdir.parent.parent, int(workdir.name)
-            if weights == "best":
-                raise CheckpointError(
-                    f"{run_dir} is one checkpoint: give weights 'last', 'swa' or 'ema', or its run directory"
-                )
-            weights = weights or "last"
+        workdir, step = run_and_step(run_dir)
+        if step is not None and weights == "best":
+            raise CheckpointError(
+                f"{run_dir} is one checkpoint: give weights 'last', 'swa' or 'ema', or its run directory"
+            )
         config = read_config(workdir)
-        checkpoints = Checkpoints(workdir)
-        try:
-            weights = weights or _selected(workdir)
+        with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+            weights = weights or (_selected(workdir) if step is None else "last")
             if weights not in WEIGHTS:
                 raise CheckpointError(f"weights={weights!r} do not exist; allowed: {', '.join(WEIGHTS)}")
-            step = step if step is not None else checkpoints.best() if weights == "best" else checkpoints.last()
-            if step is None and checkpoints.last() is not None:
-                raise CheckpointError(
-                    f"{workdir} has no validation errors to choose the best weights by; ask for last or swa"
-                )
             if step is None:
-                raise CheckpointError(f"{workdir} has no checkpoint yet; let the training finish an epoch")
+                step = _step_with(weights, checkpoints)
             with working_precision(config):
-                model = checkpoints.restore_model(step, _abstract_model(config))
+                fields = checkpoints.restore_model(step, _abstract_model(config))
             targets = tuple(TargetStatistics(**target) for target in checkpoints.meta(step)["targets"])
-        finally:
-            checkpoints.close()
-        prefix = f"{weights}_" if weights in AVERAGES else ""
-        variables = {name: model[prefix + name] for name in ("params", "batch_stats")}
-        if prefix and (not variables["params"] or all_zero(variables["params"])):
-            key = AVERAGES[weights]
-            raise CheckpointError(f"{workdir} has no {weights} weights ({key}={config[key]}, or not reached yet)")
-        if prefix and all_zero(variables["batch_stats"]):
-            raise CheckpointError(
-                f"{workdir}: the {weights} weights of step {step} have no BatchNorm statistics, which come at the "
-                "end of the training; ask for last or best"
-            )
-        predictor = cls(config, variables | {"calibration": model["calibration"]}, targets)
-        predictor.weights, predictor.step = weights, step
-        predictor.origin = f"{weights} weights of {workdir}, step {step}"
-        return predictor
+        _check_average(weights, fields, config, workdir, step)
+        origin = f"{weights} weights of {workdir}, step {step}"
+        return cls(config, variables_in(fields, weights), targets, weights, step, origin)
 
     def predict(
         self, structures: Iterable[Any] | Any, num_frame_samples: int | None = None, progress: bool = False
     ) -> np.ndarray:
-        """Predictions [B, T] in label units (`targets` names T and their units), in the order given.
+        """Predicts [B, T] in label units (`targets` names T and their units), in the order given.
 
         `structures`: pymatgen Structures, ASE Atoms, Crystals or paths of structure files, one or a list; a file
         with several structures gives as many rows. `num_frame_samples`: how many draws among equally good frames are
@@ -124,11 +109,29 @@ class Predictor:
     def predict_with_spread(
         self, structures: Iterable[Any] | Any, num_frame_samples: int | None = None, progress: bool = False
     ) -> Predictions:
-        """As `predict`, with the standard deviation over the draws of frames: mean and spread, both [B, T]."""
-        table = table_of(crystals_of(structures), self.cutoff)
-        groups, devices = work_for(table, self.devices)
-        shown = tqdm(groups, desc="predicting", unit=" batches", disable=not progress)
+        """Predicts as `predict`, with the standard deviation over the draws of frames: mean and spread, both [B, T]."""
+        return self.predict_all(table_of(crystals_of(structures), self.cutoff), num_frame_samples, progress)
+
+    def predict_all(
+        self, table: CrystalTable, num_frame_samples: int | None, progress: bool, title: str = "predicting"
+    ) -> Predictions:
+        """Predicts all rows of a table with this predictor's cutoff, with a progress bar if wanted.
+
+        One device is enough if it can take all crystals at once.
+        """
+        groups, devices = groups_by_atoms(table), ONE_DEVICE
+        if len(groups) > 1:
+            groups, devices = groups_by_atoms(table, self.devices.count), self.devices
+        shown = tqdm(groups, desc=title, unit=" batches", disable=not progress)
         return self.predict_table(table, shown, self.parts, num_frame_samples, devices)
+
+    def predict_dataset(self, dataset: Dataset, rows: np.ndarray, num_frame_samples: int | None = None) -> Predictions:
+        """Predicts rows of a data set with this predictor's cutoff, in batches as in training."""
+        from crystalframer_jax.data.loader import batch_shapes  # imports Grain, which others do not need
+
+        size = self.config.batch_size
+        shapes = batch_shapes(dataset, size, self.parts, self.devices.count)
+        return self.predict_table(dataset.table, groups_of(rows, size), shapes, num_frame_samples)
 
     def predict_table(
         self,
@@ -138,7 +141,7 @@ class Predictor:
         num_frame_samples: int | None = None,
         devices: Devices | None = None,
     ) -> Predictions:
-        """Predictions for groups of rows of a table whose neighbour rows have this predictor's cutoff.
+        """Predicts groups of rows of a table whose neighbor rows have this predictor's cutoff.
 
         Each group is shared by all `devices` (default: those of the predictor).
         """
@@ -151,22 +154,18 @@ class Predictor:
                 groups,
                 self.targets,
                 shapes,
-                self.draws(num_frame_samples),
+                frame_draws(self.config, num_frame_samples),
                 devices=devices,
             )
 
-    def draws(self, num_frame_samples: int | None) -> int:
-        """How many draws among equally good frames a prediction averages, see `frame_draws`."""
-        return frame_draws(self.config, num_frame_samples)
-
     def spread_over(self, num_frame_samples: int | None = None) -> str:
-        """What the spread of predictions is over, such as "16 draws"; empty without draws, where it is 0."""
-        draws = self.draws(num_frame_samples)
+        """Tells what the spread of predictions is over, such as "16 draws"; empty without draws, where it is 0."""
+        draws = frame_draws(self.config, num_frame_samples)
         return f"{draws} draws" if draws > 1 else ""
 
 
 def crystals_of(structures: Iterable[Any] | Any) -> list[Crystal]:
-    """The crystals of what `Predictor.predict` takes: one structure or path of a file, or several."""
+    """Reads the crystals of what `Predictor.predict` takes: one structure or path of a file, or several."""
     is_one = isinstance(structures, str | os.PathLike | Crystal) or any(
         hasattr(structures, name)
         for name in ("lattice", "cell", "species_and_occu")  # pymatgen, ASE
@@ -176,24 +175,25 @@ def crystals_of(structures: Iterable[Any] | Any) -> list[Crystal]:
 
 
 def table_of(crystals: Sequence[Crystal], cutoff: float | LatticeBox) -> CrystalTable:
-    """Crystals with their neighbour rows."""
+    """Makes a table of crystals with their neighbor rows."""
     return make_table(crystals, [neighbor_rows(crystal, cutoff) for crystal in crystals])
-
-
-def work_for(table: CrystalTable, devices: Devices) -> tuple[list[np.ndarray], Devices]:
-    """Groups of crystals for some devices, or for one alone if it can take all crystals at once."""
-    groups = groups_by_atoms(table)
-    return (groups_by_atoms(table, devices.count), devices) if len(groups) > 1 else (groups, ONE_DEVICE)
 
 
 @functools.lru_cache(maxsize=8)
 def _forward_of(model: ModelConfig, devices: Devices) -> Forward:
-    """The forward pass of a model, compiled once for all predictors of the same hyperparameters."""
+    """Compiles the forward pass of a model, once for all predictors of the same hyperparameters."""
     return make_forward(CrystalFramer(model), devices)
 
 
+def run_and_step(path: str | Path) -> tuple[Path, int | None]:
+    """Splits RUN/checkpoints/STEP into the run directory and the step; None if the path is that of a run."""
+    path = Path(path).expanduser()
+    is_checkpoint = path.parent.name == FOLDER and path.name.isdigit()
+    return (path.parent.parent, int(path.name)) if is_checkpoint else (path, None)
+
+
 def read_config(workdir: Path) -> ConfigDict:
-    """The configuration that a run was started with."""
+    """Reads the configuration that a run was started with."""
     config = default.get_config()
     for key, value in read_json(workdir / "config.json").items():
         if key not in config:
@@ -206,28 +206,65 @@ def read_config(workdir: Path) -> ConfigDict:
 
 
 def all_zero(tree: Tree) -> bool:
-    """Whether there are arrays and nothing but zeros in them."""
+    """Tells whether there are arrays and nothing but zeros in them."""
     leaves = jax.tree.leaves(tree)
     return bool(leaves) and not any(np.any(leaf) for leaf in leaves)
 
 
 def _selected(workdir: Path) -> str:
-    """The weights that a finished run selected; the best so far otherwise."""
+    """Returns the weights that a finished run selected; the best so far otherwise."""
     file = workdir / "summary.json"
     return read_json(file).get("selected_weights", "best") if file.exists() else "best"
 
 
+def _step_with(weights: str, checkpoints: Checkpoints) -> int:
+    """Finds the checkpoint of a run that has these weights."""
+    last = checkpoints.last()
+    step = checkpoints.best() if weights == "best" else last
+    if step is None and last is not None:
+        raise CheckpointError(
+            f"{checkpoints.workdir} has no validation errors to choose the best weights by; ask for last or swa"
+        )
+    if step is None:
+        raise CheckpointError(f"{checkpoints.workdir} has no checkpoint yet; let the training finish an epoch")
+    return step
+
+
+def _check_average(weights: str, fields: dict[str, Tree], config: ConfigDict, workdir: Path, step: int) -> None:
+    """Raises CheckpointError if averaged weights are asked for that are not there, or not complete."""
+    if weights not in AVERAGES:
+        return
+    variables = variables_in(fields, weights)
+    if not variables["params"] or all_zero(variables["params"]):
+        key = AVERAGES[weights]
+        raise CheckpointError(f"{workdir} has no {weights} weights ({key}={config[key]}, or not reached yet)")
+    if all_zero(variables["batch_stats"]):
+        raise CheckpointError(
+            f"{workdir}: the {weights} weights of step {step} have no BatchNorm statistics, which come at the "
+            "end of the training; ask for last or best"
+        )
+
+
+def variables_in(fields: dict[str, Tree], weights: str) -> Tree:
+    """Returns the variables of a model with certain weights from the MODEL_FIELDS of a checkpoint."""
+    prefix = f"{weights}_" if weights in AVERAGES else ""
+    return {
+        "params": fields[f"{prefix}params"],
+        "calibration": fields["calibration"],
+        "batch_stats": fields[f"{prefix}batch_stats"],
+    }
+
+
 def _abstract_model(config: ConfigDict) -> dict[str, Tree]:
-    """Shapes of the model's part of a checkpoint."""
-    model, parts = CrystalFramer(model_config(config)), model_config(config).parts
-    table = table_of([Crystal(np.array([1]), np.zeros((1, 3)), 3 * np.eye(3))], 4.0)
-    batch = pack(table, np.array([0]), [shape_for(table, np.array([0]), parts)])
-    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jax.tree.map(jnp.asarray, batch)))
+    """Returns the shapes of the model's part of a checkpoint."""
+    model = model_config(config)
+    padding = pack(make_table([], []), np.arange(0), BatchShape(1, 1, 1, 1, model.parts))
+    variables = jax.eval_shape(CrystalFramer(model).init, jax.random.key(0), padding)
     return on_this_device(stored_fields(config, variables))
 
 
 def stored_fields(config: ConfigDict, variables: Tree) -> dict[str, Tree]:
-    """MODEL_FIELDS as a checkpoint of a run with this model has them; averages look like what they average."""
+    """Arranges MODEL_FIELDS as a checkpoint of this model has them; averages look like what they average."""
     absent = () if config.ema_decay else ("ema_params", "ema_batch_stats")
     likes = {name: name.removeprefix("swa_").removeprefix("ema_") for name in MODEL_FIELDS}
     return {name: {} if name in absent else variables.get(like, {}) for name, like in likes.items()}

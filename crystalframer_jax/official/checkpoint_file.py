@@ -32,27 +32,19 @@ class TorchFileError(UserError, ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class OfficialCheckpoint:
-    """A checkpoint of the official implementation.
+    """A checkpoint of the official implementation."""
 
-    Attributes:
-      hyper_parameters: under their official names; empty in a file of parameters alone.
-      state: arrays under the official names, without the prefix "model.".
-      swa_state: the same of the averaged weights, or None if nothing was averaged yet.
-      target_mean, target_std: [T] of the training labels, or None.
-      epoch, step: where the training was.
-    """
-
-    hyper_parameters: dict[str, Any]
-    state: Arrays
-    swa_state: Arrays | None = None
-    target_mean: np.ndarray | None = None
-    target_std: np.ndarray | None = None
-    epoch: int = 0
+    hyper_parameters: dict[str, Any]  # under their official names; empty in a file of parameters alone
+    state: Arrays  # under the official names, without the prefix "model."
+    swa_state: Arrays | None = None  # the same of the averaged weights; None if nothing was averaged yet
+    target_mean: np.ndarray | None = None  # [T] of the training labels
+    target_std: np.ndarray | None = None  # [T]
+    epoch: int = 0  # where the training was
     step: int = 0
 
 
 def read_checkpoint(path: str | Path) -> OfficialCheckpoint:
-    """Read a Lightning checkpoint, or a file of a state dict alone (names with or without the prefix "model.").
+    """Reads a Lightning checkpoint, or a file of a state dict alone (names with or without the prefix "model.").
 
     Nothing in the file is executed, and no more memory is taken than the file is large. Raises TorchFileError if the
     file is missing, damaged, or holds anything else.
@@ -87,7 +79,7 @@ def read_checkpoint(path: str | Path) -> OfficialCheckpoint:
 
 
 def write_checkpoint(path: str | Path, checkpoint: OfficialCheckpoint) -> None:
-    """Write a Lightning checkpoint that the official `RegressionModel.load_from_checkpoint` accepts.
+    """Writes a Lightning checkpoint that the official `RegressionModel.load_from_checkpoint` accepts.
 
     The file holds the model, its average where swa_epochs asks for one, and the statistics of the targets; nothing that
     a training could go on from. It is complete or not there.
@@ -114,7 +106,7 @@ def write_checkpoint(path: str | Path, checkpoint: OfficialCheckpoint) -> None:
 
 
 def _torch() -> Any:
-    """PyTorch, which is optional."""
+    """Imports PyTorch, which is optional."""
     try:
         torch = importlib.import_module("torch")
     except ImportError as error:
@@ -129,7 +121,7 @@ def _torch() -> Any:
 
 
 def _load(path: Path) -> Any:
-    """The content of a file written by torch.save."""
+    """Reads a file written by torch.save."""
     if not path.is_file():
         raise TorchFileError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
     with path.open("rb") as stream:
@@ -159,7 +151,7 @@ def _load(path: Path) -> Any:
 
 
 def _check_archive(path: Path) -> None:
-    """Raise TorchFileError if reading the archive would take more memory than its size on disk, or if it is torn."""
+    """Raises TorchFileError if reading the archive would take more memory than its size on disk, or if it is torn."""
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         if any(member.compress_type != zipfile.ZIP_STORED for member in members):
@@ -172,7 +164,7 @@ def _check_archive(path: Path) -> None:
 
 
 def _arrays(path: Path, state: Any) -> Arrays:
-    """Tensors by name as arrays: 16 and 8 bit floats as float32, everything else as it is."""
+    """Makes arrays of tensors by name: 16 and 8 bit floats become float32, everything else stays as it is."""
     torch = _torch()
     if not isinstance(state, Mapping):
         raise TorchFileError(f"{path}: state_dict is a {type(state).__name__}, not a dictionary")
@@ -194,7 +186,7 @@ def _arrays(path: Path, state: Any) -> Arrays:
 
 
 def _averaged_steps(path: Path, value: np.ndarray | None, has_average: bool) -> int:
-    """How many steps the average is over."""
+    """Reads how many steps the average is over."""
     if value is None and not has_average:
         return 0
     if value is None:
@@ -205,18 +197,18 @@ def _averaged_steps(path: Path, value: np.ndarray | None, has_average: bool) -> 
 
 
 def _short(text: str) -> str:
-    """A text of a file, as much as fits a line."""
+    """Cuts a text of a file to as much as fits a line."""
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _tensor(torch: Any, value: np.ndarray) -> Any:
-    """An array as a tensor of float32, or int64 for counts."""
+    """Makes a tensor of an array, of float32, or int64 for counts."""
     kind = np.int64 if np.issubdtype(np.asarray(value).dtype, np.integer) else np.float32
     return torch.from_numpy(np.array(value, kind))
 
 
 def _number(path: Path, content: Mapping[str, Any], key: str) -> int:
-    """A count of a Lightning checkpoint; 0 if it is not there."""
+    """Reads a count of a Lightning checkpoint; 0 if it is not there."""
     value = content.get(key, 0)
     if not isinstance(value, int) or not 0 <= value <= MAX_COUNT:
         raise TorchFileError(f"{path}: {key}={reprlib.repr(value)} is not a count")

@@ -1,11 +1,11 @@
 """Run directories from checkpoints of the official implementation, and such checkpoints from runs."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,8 @@ from crystalframer_jax.data.registry import TARGET_SETS, target_set
 from crystalframer_jax.errors import UserError
 from crystalframer_jax.files import write_json
 from crystalframer_jax.inference.forward import working_precision
-from crystalframer_jax.inference.predictor import Predictor, all_zero, stored_fields
-from crystalframer_jax.official.checkpoint_file import (
-    Arrays,
-    OfficialCheckpoint,
-    read_checkpoint,
-    write_checkpoint,
-)
+from crystalframer_jax.inference.predictor import Predictor, all_zero, run_and_step, stored_fields, variables_in
+from crystalframer_jax.official.checkpoint_file import Arrays, OfficialCheckpoint, read_checkpoint, write_checkpoint
 from crystalframer_jax.official.config import config_from_official, official_from_config
 from crystalframer_jax.official.state import (
     RAW_UNIT,
@@ -42,27 +37,17 @@ RUN_FILES = ("config.json", "summary.json", FOLDER)
 
 
 @dataclasses.dataclass(frozen=True)
-class Exchange:
-    """What was imported or exported, and what a user should know of it.
+class Conversion:
+    """What was imported or exported, and what a user should know of it."""
 
-    Attributes:
-      config: of the run.
-      targets: name, unit, mean and standard deviation of each target.
-      parameters: how many numbers are trained.
-      weights: those that prediction uses: on import "last" (the model of the file) or "swa"; on export, of which run.
-      has_average: whether there are averaged weights beside them.
-      epoch, step: of the training.
-      notes: a sentence each.
-    """
-
-    config: ConfigDict
+    config: ConfigDict  # of the run
     targets: tuple[TargetStatistics, ...]
-    parameters: int
-    weights: str
-    has_average: bool
-    epoch: int
+    parameters: int  # how many numbers are trained
+    weights: str  # that prediction uses: on import "last" (the model of the file) or "swa"; on export, of which run
+    has_average: bool  # whether there are averaged weights beside them
+    epoch: int  # of the training
     step: int
-    notes: list[str]
+    notes: list[str]  # a sentence each
 
 
 def import_checkpoint(
@@ -75,8 +60,8 @@ def import_checkpoint(
     target_mean: tuple[float, ...] = (),
     target_std: tuple[float, ...] = (),
     weights: str | None = None,
-) -> Exchange:
-    """Write a run directory with the model of an official checkpoint; `Predictor.load` and the scripts accept it.
+) -> Conversion:
+    """Writes a run directory with the model of an official checkpoint; `Predictor.load` and the scripts accept it.
 
     `hyper_parameters`: official ones, for those that the file does not have. `data`: name of the target set that the
     model was trained on, which gives the units. `targets`, `units`: names instead of the official ones, and units.
@@ -98,28 +83,26 @@ def import_checkpoint(
         raise UserError(f"{file} has no hyperparameters: give those of its training with --config=FILE.json")
     with _about(file):
         config, left_out = config_from_official({**given, **found})
-        scaling = _scaling(checkpoint, target_mean, target_std)
-        statistics = _describe_targets(config, scaling, data, targets, units)
+        mean = _given_once("target_mean", checkpoint.target_mean, target_mean)
+        std = _given_once("target_std", checkpoint.target_std, target_std)
+        statistics = _describe_targets(config, (mean, std), data, targets, units)
     fields = _model_fields(file, checkpoint, model_config(config))
     selected = "swa" if has_average and weights != "model" else "last"
     parameters = sum(leaf.size for leaf in jax.tree.leaves(fields["params"]))
     notes = _import_notes(given, found, left_out, statistics, config)
-    run = Exchange(config, statistics, parameters, selected, has_average, checkpoint.epoch, checkpoint.step, notes)
+    run = Conversion(config, statistics, parameters, selected, has_average, checkpoint.epoch, checkpoint.step, notes)
     with _complete_or_not_there(workdir) as folder:
         _write_run(folder, run, fields, file.name)
     return run
 
 
-def _write_run(folder: Path, run: Exchange, fields: dict[str, Tree], origin: str) -> None:
-    """The files of a run directory."""
+def _write_run(folder: Path, run: Conversion, fields: dict[str, Tree], origin: str) -> None:
+    """Writes the files of a run directory."""
     targets = [dataclasses.asdict(s) for s in run.targets]
     write_json(folder / "config.json", json.loads(run.config.to_json()))
-    checkpoints = Checkpoints(folder, writable=True)
-    try:
+    with contextlib.closing(Checkpoints(folder, writable=True)) as checkpoints:
         meta = {"epoch": run.epoch, "seconds": 0.0, "targets": targets, "val_mae": {}}
         checkpoints.save_weights(run.step, fields, meta)
-    finally:
-        checkpoints.close()
     summary = {
         "selected_weights": run.weights,
         "imported_from": origin,
@@ -129,9 +112,9 @@ def _write_run(folder: Path, run: Exchange, fields: dict[str, Tree], origin: str
     write_json(folder / "summary.json", summary)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _about(origin: object) -> Iterator[None]:
-    """Put into errors what they are about."""
+    """Puts into errors what they are about."""
     try:
         yield
     except (ConfigError, OfficialStateError) as error:
@@ -145,7 +128,7 @@ def _import_notes(
     statistics: tuple[TargetStatistics, ...],
     config: ConfigDict,
 ) -> list[str]:
-    """What a user should know about an imported model, a sentence each."""
+    """Tells what a user should know about an imported model, a sentence each."""
     notes = []
     ignored = [key for key in given if key in found and _as_json(found[key]) != _as_json(given[key])]
     if ignored:
@@ -161,12 +144,12 @@ def _import_notes(
 
 
 def _as_json(value: Any) -> Any:
-    """A hyperparameter as JSON has it."""
+    """Returns a hyperparameter as JSON has it."""
     return list(value) if isinstance(value, tuple) else value
 
 
 def _check_free(workdir: Path) -> None:
-    """Raise UserError unless a run can be written there."""
+    """Raises UserError unless a run can be written there."""
     if not workdir.exists():
         return
     if not workdir.is_dir():
@@ -178,9 +161,9 @@ def _check_free(workdir: Path) -> None:
         raise UserError(f"{workdir} is not empty; choose another --workdir")
 
 
-@contextmanager
+@contextlib.contextmanager
 def _complete_or_not_there(workdir: Path) -> Iterator[Path]:
-    """A folder beside `workdir` that takes its name at the end; a process that is killed leaves `workdir` free."""
+    """Makes a folder that becomes `workdir` at the end; a process that is killed leaves `workdir` free."""
     workdir = workdir.resolve()
     folder = workdir.with_name(f".{workdir.name}.importing.{os.getpid()}")
     shutil.rmtree(folder, ignore_errors=True)
@@ -193,19 +176,11 @@ def _complete_or_not_there(workdir: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _scaling(
-    checkpoint: OfficialCheckpoint, mean: tuple[float, ...], std: tuple[float, ...]
-) -> tuple[Any | None, Any | None]:
-    """Mean and standard deviation of the targets: those of the file, or those given where it has none."""
-    scaling = []
-    for name, found, given in (
-        ("target_mean", checkpoint.target_mean, mean),
-        ("target_std", checkpoint.target_std, std),
-    ):
-        if found is not None and given:
-            raise ConfigError(f"the file has its own {name}; leave --{name} out")
-        scaling.append(given or None if found is None else found)
-    return scaling[0], scaling[1]
+def _given_once(name: str, found: np.ndarray | None, given: tuple[float, ...]) -> Any | None:
+    """Returns a statistic of the targets: that of the file, or the one given where it has none."""
+    if found is not None and given:
+        raise ConfigError(f"the file has its own {name}; leave --{name} out")
+    return given or None if found is None else found
 
 
 def _describe_targets(
@@ -215,7 +190,7 @@ def _describe_targets(
     targets: tuple[str, ...],
     units: tuple[str, ...],
 ) -> tuple[TargetStatistics, ...]:
-    """Names, units and scaling of the targets; sets `targets` and `target_set` of the configuration."""
+    """Finds names, units and scaling of the targets; sets `targets` and `target_set` of the configuration."""
     names = target_names(config)
     for option, given in (("targets", targets), ("units", units)):
         if given and len(given) != len(names):
@@ -238,7 +213,7 @@ def _describe_targets(
 
 
 def _model_fields(file: Path, checkpoint: OfficialCheckpoint, model: ModelConfig) -> dict[str, Tree]:
-    """The model's part of a checkpoint of ours."""
+    """Makes the model's part of a checkpoint of ours."""
     last = _variables(f"{file}", checkpoint.state, model)
     average = {"params": jax.tree.map(np.zeros_like, last["params"]), "batch_stats": last["batch_stats"]}
     if checkpoint.swa_state is not None:
@@ -253,14 +228,14 @@ def _model_fields(file: Path, checkpoint: OfficialCheckpoint, model: ModelConfig
 
 
 def _variables(origin: str, state: Arrays, model: ModelConfig) -> dict[str, Tree]:
-    """Our variables in the type of the model, each in memory of its own."""
+    """Makes our variables in the type of the model, each in memory of its own."""
     with _about(origin):
         variables = variables_from_official(state, model)
     return jax.tree.map(lambda leaf: np.array(leaf, model.dtype, order="C"), variables)
 
 
 def _frame_notes(config: ConfigDict) -> list[str]:
-    """Frames that are not the same in the two implementations."""
+    """Tells of frames that are not the same in the two implementations."""
     if not config.value_pe_angle_real or config.frame_method not in ("max_static", "weighted_pca"):
         return []
     return [f"frame_method={config.frame_method}: here as published, the official code departs; predictions differ"]
@@ -268,8 +243,8 @@ def _frame_notes(config: ConfigDict) -> list[str]:
 
 def export_checkpoint(
     run: str | Path, file: str | Path, weights: str | None = None, overwrite: bool = False
-) -> Exchange:
-    """Write a checkpoint that the official code can load from a run directory, or one of its checkpoints.
+) -> Conversion:
+    """Writes a checkpoint that the official code can load from a run directory, or one of its checkpoints.
 
     `weights`: "best", "last" or "swa" for the model itself; without it, those that the finished run selected. The
     averaged weights, if there are any, are stored as such in any case. A `file` that exists is replaced only with
@@ -300,37 +275,33 @@ def export_checkpoint(
     )
     write_checkpoint(file, checkpoint)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(predictor.variables["params"]))
-    return Exchange(
+    return Conversion(
         config, predictor.targets, parameters, predictor.origin, bool(average), epoch, predictor.step, notes
     )
 
 
 def _epoch_and_average(run: Path, predictor: Predictor) -> tuple[int, Tree | None]:
-    """Epoch of the weights of the predictor, and the variables with averaged weights if there are any.
+    """Finds the epoch of the weights of the predictor, and the variables with averaged weights if there are any.
 
     The average is that of the same checkpoint, or for a run directory of the last one.
     """
-    is_checkpoint = run.parent.name == FOLDER and run.name.isdigit()
-    checkpoints = Checkpoints(run.parent.parent if is_checkpoint else run)
-    try:
+    workdir, _ = run_and_step(run)
+    with contextlib.closing(Checkpoints(workdir)) as checkpoints:
         epoch = checkpoints.meta(predictor.step)["epoch"]
         if not predictor.config.swa_epochs:
             return epoch, None
         if predictor.weights == "swa":
             return epoch, predictor.variables
         last = checkpoints.last() if predictor.weights == "best" else None
-        step = predictor.step if last is None else last
         with working_precision(predictor.config):
-            like = stored_fields(predictor.config, predictor.variables)
-            fields = checkpoints.restore_model(step, on_this_device(like))
-    finally:
-        checkpoints.close()
-    average = {"params": fields["swa_params"], "batch_stats": fields["swa_batch_stats"]}
-    return epoch, None if all_zero(average["params"]) else average | {"calibration": fields["calibration"]}
+            like = on_this_device(stored_fields(predictor.config, predictor.variables))
+            fields = checkpoints.restore_model(predictor.step if last is None else last, like)
+    average = variables_in(fields, "swa")
+    return epoch, None if all_zero(average["params"]) else average
 
 
 def _export_notes(config: ConfigDict) -> list[str]:
-    """What the official code computes differently, a sentence each."""
+    """Tells what the official code computes differently, a sentence each."""
     notes = _frame_notes(config)
     if config.cutoff_radius:
         notes.append(

@@ -1,6 +1,7 @@
 """The errors of predictions: MAE, RMSE and R2, and the MAE of predicting the mean."""
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -10,20 +11,15 @@ from crystalframer_jax.batching.targets import TargetStatistics
 def mean_absolute_errors(
     predictions: np.ndarray, labels: np.ndarray, statistics: tuple[TargetStatistics, ...]
 ) -> dict[str, float]:
-    """MAE of every target over its known (finite) labels, in label units; predictions and labels [C, T].
-
-    NaN where no label is known; a prediction that is not finite makes the error not finite.
-    """
-    _check_shapes(predictions, labels)
-    known = np.isfinite(labels)
-    errors = [np.abs(predictions - labels)[known[:, t], t] for t in range(len(statistics))]
-    return {s.name: float(e.mean()) if e.size else math.nan for s, e in zip(statistics, errors, strict=True)}
+    """Returns the MAE of every target in label units, as `regression_metrics`, but NaN where no label is known."""
+    metrics = regression_metrics(predictions, labels, statistics)
+    return {name: math.nan if found["mae"] is None else found["mae"] for name, found in metrics.items()}
 
 
 def mean_predictor_errors(
     labels: np.ndarray, statistics: tuple[TargetStatistics, ...], train_labels: np.ndarray | None = None
 ) -> dict[str, float]:
-    """MAE of predicting the mean of the training labels for every crystal, labels [C, T].
+    """Returns the MAE of predicting the mean of the training labels for every crystal, labels [C, T].
 
     Without training labels [C, T] their mean is taken from the statistics (which hold it unless `normalize_targets`
     leaves the targets where they are).
@@ -34,30 +30,38 @@ def mean_predictor_errors(
 
 def regression_metrics(
     predictions: np.ndarray, labels: np.ndarray, statistics: tuple[TargetStatistics, ...]
-) -> dict[str, dict[str, float | None]]:
-    """{target: {"mae", "rmse", "r2"}} over its known (finite) labels, label units; predictions and labels [C, T].
+) -> dict[str, dict[str, Any]]:
+    """Returns the `errors` of every target, label units; predictions and labels [C, T]."""
+    check_shapes(predictions, labels)
+    return {s.name: errors(predictions[:, t], labels[:, t]) for t, s in enumerate(statistics)}
+
+
+def errors(predictions: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """Returns {"mae", "rmse", "r2"} of predictions of one target over its known (finite) labels, both [C].
 
     R^2 = 1 - sum (prediction - label)^2 / sum (label - mean label)^2: 1 is perfect, 0 as good as the mean of these
     labels. It is None where they do not vary, and everything is None where none is known. A prediction that is not
     finite makes the metrics not finite.
     """
-    _check_shapes(predictions, labels)
-    return {s.name: _metrics(predictions[:, t], labels[:, t]) for t, s in enumerate(statistics)}
-
-
-def _metrics(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:
-    """The metrics of one target, [C]."""
     known = np.isfinite(labels)
     if not known.any():
         return {"mae": None, "rmse": None, "r2": None}
     values = np.asarray(labels[known], np.float64)
-    errors = np.asarray(predictions[known], np.float64) - values
+    difference = np.asarray(predictions[known], np.float64) - values
     r2 = None
     if np.ptp(values) > 0:
-        r2 = float(1 - np.sum(errors**2) / np.sum((values - values.mean()) ** 2))
-    return {"mae": float(np.abs(errors).mean()), "rmse": float(np.sqrt(np.mean(errors**2))), "r2": r2}
+        r2 = float(1 - np.sum(difference**2) / np.sum((values - values.mean()) ** 2))
+    return {"mae": float(np.abs(difference).mean()), "rmse": float(np.sqrt(np.mean(difference**2))), "r2": r2}
 
 
-def _check_shapes(predictions: np.ndarray, labels: np.ndarray) -> None:
+def with_baseline(
+    metrics: dict[str, dict[str, Any]], baseline: dict[str, float], statistics: tuple[TargetStatistics, ...]
+) -> dict[str, dict[str, Any]]:
+    """Adds the MAE of predicting the mean, and the unit, to metrics by target, as summary.json has them."""
+    return {s.name: {**metrics[s.name], "mean_predictor_mae": baseline[s.name], "unit": s.unit} for s in statistics}
+
+
+def check_shapes(predictions: np.ndarray, labels: np.ndarray) -> None:
+    """Raises ValueError unless every label has a prediction."""
     if predictions.shape != labels.shape:
         raise ValueError(f"predictions {predictions.shape} and labels {labels.shape} differ in shape")

@@ -25,9 +25,17 @@ from matplotlib.ticker import (
     ScalarFormatter,
     StrMethodFormatter,
 )
-from scipy.special import ndtri
 
 from crystalframer_jax.files import replacing
+from crystalframer_jax.reporting.calibration import (
+    COVERAGE_LEVELS,
+    comparable,
+    coverage,
+    miscalibration_area,
+    reliability,
+    rms,
+)
+from crystalframer_jax.reporting.metrics import errors
 
 DPI = 300
 COLUMN = 3.4  # inches: width of one column
@@ -50,13 +58,12 @@ STYLE: Any = {
 }
 
 SCATTER_POINTS = 1500  # more crystals than this are shown by their density
-COVERAGE_LEVELS = np.linspace(0.0, 1.0, 101)
 MAX_BINS, POINTS_PER_BIN = 10, 20  # of a reliability diagram
 
 
 @contextlib.contextmanager
 def style() -> Iterator[None]:
-    """Matplotlib with its own defaults and STYLE, whatever the settings of the user; they come back afterwards."""
+    """Sets Matplotlib to its own defaults and STYLE, whatever the settings of the user; they come back afterwards."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
@@ -64,7 +71,7 @@ def style() -> Iterator[None]:
 
 
 def learning_curve(epochs: Sequence[dict[str, Any]], file: Path, swa_first_epoch: int | None = None) -> None:
-    """Losses and learning rate against epochs, as lines of metrics.jsonl hold them.
+    """Plots losses and learning rate against epochs, as lines of metrics.jsonl hold them.
 
     Epochs count from 0 in the data and from 1 in the figure. `swa_first_epoch` is the first (from 0) whose weights
     are averaged. Raises ValueError if there are no epochs.
@@ -81,7 +88,7 @@ def parity(
     file: Path,
     split: str = "test",
 ) -> None:
-    """Predictions against labels, both [C, T], one panel for each target; unknown labels (NaN) are left out.
+    """Plots predictions against labels, both [C, T], one panel for each target; unknown labels (NaN) are left out.
 
     The errors in a panel are over all crystals with a label, also those beyond its axes, which are marked at the edge.
     Raises ValueError if the shapes do not agree.
@@ -93,111 +100,22 @@ def parity(
 def calibration(
     labels: np.ndarray, mean: np.ndarray, std: np.ndarray, name: str, unit: str, file: Path
 ) -> dict[str, float]:
-    """How well predicted standard deviations tell errors, for labels, predictions and deviations [C] of one target.
+    """Plots how well predicted deviations tell errors, for labels, predictions and deviations [C] of one target.
 
-    Left: share of labels inside the central interval of the predicted Gaussian against its probability. Right: error
+    Left: fraction of labels inside the central interval of the predicted Gaussian against its probability. Right: error
     against deviation in bins of equally many crystals. Returns the area between the left curve and the diagonal
     (`miscalibration_area`, 0 to 0.5), `rmse`, `rms_std` and the number of `crystals`. Unknown labels (NaN) are left
     out; ValueError if none is known or a deviation is negative or not finite.
     """
-    labels, mean, std = _known(labels, mean, std)
+    labels, mean, std = comparable(labels, mean, std)
     with style():
         _write(_calibration(labels, mean, std, name, unit), file)
     return {
         "miscalibration_area": miscalibration_area(labels, mean, std),
-        "rmse": _rms(mean - labels),
-        "rms_std": _rms(std),
+        "rmse": rms(mean - labels),
+        "rms_std": rms(std),
         "crystals": len(labels),
     }
-
-
-# ------------------------------------------------------------------------------------------------ numbers
-
-
-def errors(labels: np.ndarray, predictions: np.ndarray) -> dict[str, float]:
-    """MAE, RMSE and the coefficient of determination R2 of finite values [C]; R2 is NaN where labels do not differ."""
-    difference = np.asarray(predictions, float) - np.asarray(labels, float)
-    spread = np.sum((labels - np.mean(labels)) ** 2) if np.ptp(labels) > 0 else 0.0
-    return {
-        "mae": float(np.mean(np.abs(difference))),
-        "rmse": _rms(difference),
-        "r2": float(1 - np.sum(difference**2) / spread) if spread > 0 else math.nan,
-    }
-
-
-def coverage(labels: np.ndarray, mean: np.ndarray, std: np.ndarray, levels: np.ndarray = COVERAGE_LEVELS) -> np.ndarray:
-    """Share of labels [C] in the central interval of N(mean, std²) that has each probability of `levels` [P] -> [P].
-
-    The interval of a deviation of 0 is the point `mean`.
-    """
-    error = np.abs(np.asarray(mean, float) - labels)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        deviations = np.where(error == 0, 0.0, error / std)
-    widths = ndtri((1 + np.asarray(levels)) / 2)
-    return np.searchsorted(np.sort(deviations), widths, side="right") / len(deviations)
-
-
-def miscalibration_area(labels: np.ndarray, mean: np.ndarray, std: np.ndarray) -> float:
-    """Area between `coverage` and the diagonal: 0 for calibrated deviations, 0.5 for 0 or infinite ones."""
-    observed = coverage(labels, mean, std)
-    return float(np.trapezoid(np.abs(observed - COVERAGE_LEVELS), COVERAGE_LEVELS))
-
-
-def reliability(
-    labels: np.ndarray, mean: np.ndarray, std: np.ndarray, num_bins: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Root mean square of the deviations, RMSE and its standard error in `num_bins` bins of equal counts -> 3 × [bins].
-
-    Bins are in order of the deviations. The standard error is that of the mean squared error through the square root;
-    a bin of one crystal has none (0).
-    """
-    bins = np.array_split(np.argsort(std, kind="stable"), num_bins)
-    rms_std, rmse, standard_error = np.zeros((3, num_bins))
-    for i, members in enumerate(bins):
-        squares = (mean[members] - labels[members]) ** 2
-        rms_std[i], rmse[i] = _rms(std[members]), math.sqrt(np.mean(squares))
-        if len(members) > 1 and rmse[i] > 0:
-            standard_error[i] = np.std(squares, ddof=1) / math.sqrt(len(members)) / (2 * rmse[i])
-    return rms_std, rmse, standard_error
-
-
-def axis_range(labels: np.ndarray, predictions: np.ndarray) -> tuple[float, float]:
-    """Limits of both axes of a parity plot: everything, unless some outliers would squeeze the rest.
-
-    Outliers are cut off where everything is over four times as wide as all but 1% (at least two) of the values at each
-    end; the axes then reach half of that narrower width beyond it.
-    """
-    values = np.sort(np.concatenate([labels, predictions]))
-    low, high = values[0], values[-1]
-    ends = max(2, len(values) // 100)
-    if len(values) > 4 * ends:
-        core_low, core_high = values[ends], values[-1 - ends]
-        width = core_high - core_low
-        if 0 < 4 * width < high - low:
-            low, high = max(low, core_low - width / 2), min(high, core_high + width / 2)
-    margin = 0.04 * (high - low) or 0.05 * abs(high) or 1.0
-    return float(low - margin), float(high + margin)
-
-
-def _rms(values: np.ndarray) -> float:
-    return math.sqrt(np.mean(np.square(values, dtype=float)))
-
-
-def _known(labels: np.ndarray, mean: np.ndarray, std: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The crystals whose label is known, in float64; ValueError for what cannot be compared."""
-    labels, mean, std = (np.asarray(values, float) for values in (labels, mean, std))
-    if not labels.shape == mean.shape == std.shape or labels.ndim != 1:
-        raise ValueError(f"labels {labels.shape}, mean {mean.shape} and std {std.shape} must be equally many numbers")
-    known = np.isfinite(labels)
-    if not known.any():
-        raise ValueError("no label is known, so there is nothing to compare deviations with")
-    labels, mean, std = labels[known], mean[known], std[known]
-    if not np.isfinite(mean).all() or not np.isfinite(std).all() or std.min() < 0:
-        raise ValueError("predictions and standard deviations must be finite, and deviations not negative")
-    return labels, mean, std
-
-
-# ------------------------------------------------------------------------------------------------ figures
 
 
 def _learning_curve(epochs: Sequence[dict[str, Any]], swa_first_epoch: int | None) -> Figure:
@@ -266,7 +184,7 @@ def _parity(
 
 
 def _square_panels(count: int, columns: int, right: float, top: float) -> tuple[Figure, list[Axes]]:
-    """A figure with rows of square panels, each with the width of a column; `right` and `top` are margins in inches."""
+    """Makes rows of square panels, each with the width of a column; `right` and `top` are margins in inches."""
     left, bottom = 0.62, 0.42
     side, rows = COLUMN - left - right, math.ceil(count / columns)
     width, height = COLUMN * columns, (bottom + side + top) * rows
@@ -280,7 +198,7 @@ def _square_panels(count: int, columns: int, right: float, top: float) -> tuple[
 
 
 def _parity_panel(axes: Axes, labels: np.ndarray, predictions: np.ndarray, unit: str) -> list[str]:
-    """One target: points or, for many crystals, their density, and the diagonal. Returns the lines of its caption."""
+    """Draws one target: points or, for many crystals, their density, and the diagonal; returns its caption in lines."""
     known = np.isfinite(labels)
     valid = known & np.isfinite(predictions)
     axes.set_xlabel(f"label ({unit})")
@@ -307,10 +225,10 @@ def _parity_panel(axes: Axes, labels: np.ndarray, predictions: np.ndarray, unit:
         axis.set_major_formatter(StrMethodFormatter("{x:,.0f}") if large else ScalarFormatter(useOffset=False))
     axes.set(xlim=limits, ylim=limits)
 
-    error = errors(labels, predictions)
-    r2 = "undefined" if math.isnan(error["r2"]) else _number(error["r2"], 4)
+    error = errors(predictions, labels)
+    mae, rmse, r2 = error["mae"], error["rmse"], error["r2"]
     caption = [
-        f"MAE {_number(error['mae'])}, RMSE {_number(error['rmse'])}, R² {r2}",
+        f"MAE {_number(mae)}, RMSE {_number(rmse)}, R² {'undefined' if r2 is None else _number(r2, 4)}",
         f"{len(labels):,} crystal{'s' if len(labels) != 1 else ''}",
     ]
     if not inside.all():
@@ -318,6 +236,24 @@ def _parity_panel(axes: Axes, labels: np.ndarray, predictions: np.ndarray, unit:
     if valid.sum() < known.sum():
         caption.append(f"{known.sum() - valid.sum():,} without finite prediction")
     return caption
+
+
+def axis_range(labels: np.ndarray, predictions: np.ndarray) -> tuple[float, float]:
+    """Returns the limits of both axes of a parity plot: everything, unless some outliers would squeeze the rest.
+
+    Outliers are cut off where everything is over four times as wide as all but 1% (at least two) of the values at each
+    end; the axes then reach half of that narrower width beyond it.
+    """
+    values = np.sort(np.concatenate([labels, predictions]))
+    low, high = values[0], values[-1]
+    ends = max(2, len(values) // 100)
+    if len(values) > 4 * ends:
+        core_low, core_high = values[ends], values[-1 - ends]
+        width = core_high - core_low
+        if 0 < 4 * width < high - low:
+            low, high = max(low, core_low - width / 2), min(high, core_high + width / 2)
+    margin = 0.04 * (high - low) or 0.05 * abs(high) or 1.0
+    return float(low - margin), float(high + margin)
 
 
 def _density(axes: Axes, labels: np.ndarray, predictions: np.ndarray, limits: tuple[float, float]) -> None:
@@ -342,7 +278,7 @@ def _density(axes: Axes, labels: np.ndarray, predictions: np.ndarray, limits: tu
 
 
 def _calibration(labels: np.ndarray, mean: np.ndarray, std: np.ndarray, name: str, unit: str) -> Figure:
-    """Labels, means and deviations [C], all finite."""
+    """Draws labels, means and deviations [C], all finite."""
     figure, (left, right) = _square_panels(2, 2, right=0.14, top=0.46)
     figure.suptitle(f"{name}, {len(labels):,} crystal{'s' if len(labels) > 1 else ''}", fontsize=8, y=0.985)
     observed = coverage(labels, mean, std)
@@ -381,7 +317,7 @@ def _calibration(labels: np.ndarray, mean: np.ndarray, std: np.ndarray, name: st
 
 
 def _log_axis(axes: Axes, which: str = "y") -> None:
-    """Logarithmic with plain numbers at ticks, also within one decade."""
+    """Makes axes logarithmic with plain numbers at ticks, also within one decade."""
     for axis in (axes.xaxis, axes.yaxis) if which == "both" else (axes.yaxis,):
         (axes.set_yscale if axis is axes.yaxis else axes.set_xscale)("log", nonpositive="clip")
         low, high = axis.get_data_interval()
@@ -395,7 +331,7 @@ def _log_axis(axes: Axes, which: str = "y") -> None:
 
 
 def _number(value: float, digits: int = 3) -> str:
-    """Three significant digits without an exponent between 0.0001 and a million, as 0.0263 or 1,240."""
+    """Writes three significant digits without an exponent between 0.0001 and a million, as 0.0263 or 1,240."""
     if value != 0 and not 1e-4 <= abs(value) < 1e6:
         return f"{value:.{digits - 1}e}".replace("-", "−")
     decimals = digits - 1 - (math.floor(math.log10(abs(value))) if value != 0 else digits - 1)
@@ -408,7 +344,7 @@ def _despine(*panels: Axes) -> None:
 
 
 def _write(figure: Figure, file: Path) -> None:
-    """Write a PNG; a reader sees the old figure or the new."""
+    """Writes a PNG; a reader sees the old figure or the new."""
     with replacing(file) as temporary:
         FigureCanvasAgg(figure)
         figure.savefig(temporary, format="png", dpi=DPI)

@@ -1,4 +1,4 @@
-"""What a training says of itself: the model at its start, the errors, files and figures at its end."""
+"""Words and figures of a training: its model in a line, its history of scores, the tables at its end."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ WINDOW, BEST = 50, 10  # of the score history: epochs in a running mean, epochs 
 
 
 def describe(config: ConfigDict) -> str:
-    """What model a configuration is, in a line."""
+    """Describes the model of a configuration in a line."""
     frames = f"{config.frame_method} frames" if config.value_pe_angle_real else "no frames (Crystalformer)"
     cutoff = neighbor_cutoff(config)
     reach = (
@@ -27,7 +27,7 @@ def describe(config: ConfigDict) -> str:
 
 
 def score_history(val_losses: list[float]) -> dict[str, float]:
-    """Figures of the validation losses of all epochs (none: none), those that the official code logs (its hp/...).
+    """Returns figures of the validation losses of all epochs (none: none), those that the official code logs (hp/...).
 
     The last, the smallest, the mean over the last 50 epochs, the smallest such mean, and the mean of the 10 smallest.
     """
@@ -45,7 +45,7 @@ def score_history(val_losses: list[float]) -> dict[str, float]:
 
 
 def summary_text(summary: dict[str, Any]) -> str:
-    """The table at the end of a run."""
+    """Writes the table at the end of the training of a model: the errors of its weights on all splits."""
     rows = []
     selected = summary["selected_weights"]
     for target, unit in summary["units"].items():
@@ -63,3 +63,17 @@ def summary_text(summary: dict[str, Any]) -> str:
         f"{summary['parameters']:,} trainable parameters"
         + (f"; {skipped} steps that were not finite were skipped" if skipped else "")
     )
+
+
+def ensemble_text(summary: dict[str, Any]) -> str:
+    """Writes the table at the end of the training of an ensemble: test errors of members and of their mean."""
+    rows: list[list[Any]] = []
+    for target, unit in summary["units"].items():
+        label, empty, found = f"{target} ({unit})", [None] * 3, summary["test"][target]
+        errors = [member["test"][target] for member in summary["members"]]
+        for member, error in zip(summary["members"], errors, strict=True):
+            rows.append([f"{label}, {member['run']} ({member['weights']} weights)", error, *empty])
+        rows.append([f"{label}, mean of these errors", float(np.mean(errors)), *empty])
+        rows.append([f"{label}, ensemble", *(found[key] for key in ("mae", "rmse", "r2", "mean_std"))])
+        rows.append([f"{label}, mean predictor", found["mean_predictor_mae"], *empty])
+    return table(["test", "MAE", "RMSE", "R2", "mean std"], rows)

@@ -11,7 +11,7 @@ import numpy as np
 from crystalframer_jax.data.loader import TrainingBatches
 from crystalframer_jax.training.logging import Progress, say
 
-LAG = 2  # chunks of steps whose results are not looked at yet
+LAG = 2  # dispatches whose results are not looked at yet
 
 
 class StepResult(NamedTuple):
@@ -63,20 +63,20 @@ class Ledger:
         """Seconds that the run has taken so far, also before it was interrupted."""
         return self._seconds + time.perf_counter() - self._start
 
-    def next_of(self, chunks: Iterator[Any]) -> Any:
-        """The next chunk of steps; the time until it is there counts as waiting."""
+    def next_of(self, work: Iterator[Any]) -> Any:
+        """Take what is dispatched next; the time until it is there counts as waiting."""
         start = time.perf_counter()
-        chunk = next(chunks)
+        found = next(work)
         self._waited += time.perf_counter() - start
-        return chunk
+        return found
 
     def add(self, result: dict[str, jax.Array]) -> None:
-        """Enter what a chunk gave: results of one step, or with a first axis of steps."""
+        """Enter what a dispatch gave: results of one step, or with a first axis of steps."""
         self._pending.append(result)
         self.position += result["step"].size
 
     def look(self, at_all: bool) -> StepResult | None:
-        """Look at the results of all chunks, or of all but the last few, which may not be known yet.
+        """Look at the results of all dispatches, or of all but the last few, which may not be known yet.
 
         Returns the first one that is not finite and must not be skipped, and looks no further.
         """
@@ -112,7 +112,7 @@ class EpochMetrics(NamedTuple):
 
 
 def step_results(result: dict[str, jax.Array]) -> Iterator[StepResult]:
-    """The results of a chunk, step by step; waits for them."""
+    """Yields the results of a dispatch step by step; waits for them."""
     arrays = jax.device_get(result)
     columns = [np.atleast_1d(arrays[name]).tolist() for name in StepResult._fields]
     return map(StepResult._make, zip(*columns, strict=True))

@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from crystalframer_jax.batching.batch import Batch
-from crystalframer_jax.batching.device_table import Stretch
+from crystalframer_jax.batching.device_table import Chunk
 from crystalframer_jax.batching.targets import TargetStatistics
 from crystalframer_jax.config import ConfigError, model_config
 from crystalframer_jax.data.loader import TrainingBatches
@@ -43,8 +43,14 @@ from crystalframer_jax.training.nonfinite import batch_report
 from crystalframer_jax.training.pretrained import start_from
 from crystalframer_jax.training.requests import Requests
 from crystalframer_jax.training.state import TrainState, Tree
-from crystalframer_jax.training.step import LossFunction, initial_state, make_loss, make_recipe, make_train_step
-from crystalframer_jax.training.stretches import dispatches, make_stretch
+from crystalframer_jax.training.step import (
+    LossFunction,
+    initial_state,
+    make_loss,
+    make_multi_step,
+    make_recipe,
+    make_train_step,
+)
 from crystalframer_jax.training.validation import Evaluator, evaluate_candidates
 
 
@@ -59,7 +65,7 @@ class Options:
       on_device: whether the crystals are kept on the device; None: if they fit.
       implementation: of the attention, see model.attention.framed_attention.
       steps_per_dispatch: how many steps the device takes at a time, if the crystals are kept there. Requests to stop,
-        checkpoints and the progress bar wait for the end of such a stretch.
+        checkpoints and the progress bar wait for the end of such a chunk.
       report: called with what is being done, at every dispatch; of several processes at the same points in all.
     """
 
@@ -89,7 +95,7 @@ class Run:
       recipe: loss, optimizer, learning rate, averages.
       model: the Flax module.
       evaluator: predictions for the splits of the dataset.
-      step, stretch: one optimizer step, or several in one dispatch, compiled.
+      step, multi_step: one optimizer step, or a chunk of them in one dispatch, compiled.
       requests: what the training is asked to do: to save, to stop.
       checkpoints: those of the run directory.
     """
@@ -127,7 +133,7 @@ class Run:
         self.model = CrystalFramer(wanted, agreed_implementation(self.options.implementation, self._trace))
         self.evaluator = Evaluator(config, self.model, self.batches, self.statistics, self.options.report)
         step = self.recipe, self.loss(devices.axis), self.options.skip_nonfinite, devices
-        self.step, self.stretch = make_train_step(*step), make_stretch(*step)
+        self.step, self.multi_step = make_train_step(*step), make_multi_step(*step)
         self.requests = Requests(self._interruption, config.checkpoint_minutes, devices)
         self.checkpoints = RunCheckpoints(
             workdir, devices, config.model_checkpoint_save_top_k, config.keep_last_checkpoints
@@ -185,12 +191,12 @@ class Run:
     def _epochs(self, state: TrainState, meta: dict[str, Any]) -> tuple[TrainState, dict[str, Any]]:
         """Train to the end; every epoch ends with validation and, if it may be of use, a checkpoint."""
         config, batches, first = self.config, self.batches, meta["epoch"] + 1
-        chunks = dispatches(batches, int(state.step), self.options.steps_per_dispatch)
+        work = batches.dispatches(int(state.step), self.options.steps_per_dispatch)
         best = self.checkpoints.losses()
         with Logbook(self.workdir, batches, first, self.options.wandb_project, as_json(config)) as log:
             for epoch in range(first, config.n_epochs):
                 ledger = Ledger(epoch, batches, int(state.step), meta, self.options.skip_nonfinite, log.progress)
-                state = self._epoch(state, ledger, chunks)
+                state = self._epoch(state, ledger, work)
                 metrics = self._validated(state, ledger)
                 is_last = epoch == config.n_epochs - 1
                 if is_last and jax.tree.leaves(state.batch_stats):
@@ -206,16 +212,16 @@ class Run:
                     raise self.requests.stopped(f"after epoch {epoch + 1}")
         return state, meta
 
-    def _epoch(self, state: TrainState, ledger: Ledger, chunks: Iterator[Batch | Stretch]) -> TrainState:
-        """Take the steps of an epoch that are left, a chunk at a time; save and stop when asked to."""
+    def _epoch(self, state: TrainState, ledger: Ledger, work: Iterator[Batch | Chunk]) -> TrainState:
+        """Take the steps of an epoch that are left, one or a chunk at a time; save and stop when asked to."""
         epoch, freeze_norm = ledger.epoch, self._freezes_norm(ledger.epoch)
         while not ledger.is_complete:
-            chunk = ledger.next_of(chunks)
-            advance = self.stretch if isinstance(chunk, Stretch) else self.step
-            state, result = advance(state, chunk, freeze_norm=freeze_norm)
+            next_work = ledger.next_of(work)
+            advance = self.multi_step if isinstance(next_work, Chunk) else self.step
+            state, result = advance(state, next_work, freeze_norm=freeze_norm)
             ledger.add(result)
             self.options.report(f"epoch {epoch + 1}, step {ledger.position} of {ledger.steps}")
-            request = self.requests.after_chunk()
+            request = self.requests.after_dispatch()
             is_due = request == STOP or (request == SAVE and not ledger.is_complete)
             if failed := ledger.look(at_all=is_due or ledger.is_complete):
                 raise self._not_finite(failed, state, epoch)

@@ -31,7 +31,7 @@ def batch_report(
     """
     rows, dataset = batches.rows(step), batches.dataset
     labels = dataset.labels[rows]
-    batch = pack(dataset.table, rows, [shape_for(dataset.table, rows, batches.parts)], labels)
+    batch = pack(dataset.table, rows, shape_for(dataset.table, rows, batches.parts), labels)
     at_step = dataclasses.replace(state, step=jnp.array(step, state.step.dtype))
     value_and_grad = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=3)
     try:

@@ -15,8 +15,8 @@ class Requests:
         self._interruption, self._seconds = interruption, 60 * checkpoint_minutes
         self._consensus, self._reason, self._saved_at = Consensus(devices), "", time.monotonic()
 
-    def after_chunk(self) -> int:
-        """NOTHING, SAVE or STOP; to be asked after every chunk of steps, without waiting for the devices."""
+    def after_dispatch(self) -> int:
+        """NOTHING, SAVE or STOP; to be asked after every dispatch, without waiting for the devices."""
         return self._consensus.after_dispatch(self._own())
 
     def now(self) -> int:

@@ -10,6 +10,7 @@ import optax
 from ml_collections import ConfigDict
 
 from crystalframer_jax.batching.batch import Batch
+from crystalframer_jax.batching.device_table import Chunk
 from crystalframer_jax.batching.targets import TargetStatistics, standardise
 from crystalframer_jax.model.regressor import CrystalFramer
 from crystalframer_jax.ops.random_bits import keys_by_place
@@ -167,3 +168,20 @@ def train_step(recipe: Recipe, loss: LossFunction, skip_nonfinite: int = 0, axis
         return counted, result | {"step": state.step, "skipped_steps": counted.skipped_steps}
 
     return step
+
+
+def make_multi_step(
+    recipe: Recipe, loss: LossFunction, skip_nonfinite: int = 0, devices: Devices = ONE_DEVICE
+) -> StepFunction:
+    """multi_step(state, chunk, freeze_norm=False) -> (state, results); `state` is consumed.
+
+    The steps that `make_train_step` would take one after the other; the results have a first axis of K more. The
+    batches were gathered by another program: gathered between the steps they would become part of theirs, which then
+    round otherwise than those of single steps, and a training would depend on where its chunks begin.
+    """
+    step = train_step(recipe, loss, skip_nonfinite, devices.axis)
+
+    def run(state: TrainState, chunk: Chunk, freeze_norm: bool = False) -> tuple[TrainState, dict[str, jax.Array]]:
+        return jax.lax.scan(lambda state, batch: step(state, batch, freeze_norm), state, chunk.batches)
+
+    return devices.each(run, split=(1,), static=("freeze_norm",), donate=(0,))

@@ -11,11 +11,12 @@ from crystalframer_jax.config import ConfigError, neighbor_cutoff, target_names,
 from crystalframer_jax.data.datasets import open_dataset
 from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.files import locked, write_json
-from crystalframer_jax.inference.ensemble import Ensemble, ensemble_summary, ensemble_text, is_ensemble, member_names
+from crystalframer_jax.inference.ensemble import Ensemble, ensemble_summary, is_ensemble, member_names
 from crystalframer_jax.inference.forward import working_precision
 from crystalframer_jax.parallel.devices import Devices
 from crystalframer_jax.parallel.interruption import Interruption
 from crystalframer_jax.parallel.processes import from_first_process, is_first_process, json_from_first_process
+from crystalframer_jax.reporting.summary import ensemble_text
 from crystalframer_jax.runs.checkpoints import FOLDER
 from crystalframer_jax.runs.run_directory import as_json, check_config, check_data
 from crystalframer_jax.training.consensus import check_alike

@@ -8,16 +8,20 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from crystalframer_jax.batching.targets import TargetStatistics
+from crystalframer_jax.batching.targets import TargetStatistics, standardise
 from crystalframer_jax.data.loader import TrainingBatches
 from crystalframer_jax.data.splits import SPLITS
 from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.inference.evaluation import groups_of, predict_rows
 from crystalframer_jax.inference.forward import make_forward
 from crystalframer_jax.model.regressor import CrystalFramer
-from crystalframer_jax.reporting import plots
-from crystalframer_jax.reporting.metrics import mean_absolute_errors, mean_predictor_errors, regression_metrics
-from crystalframer_jax.reporting.predictions import write_predictions
+from crystalframer_jax.reporting.metrics import (
+    mean_absolute_errors,
+    mean_predictor_errors,
+    regression_metrics,
+    with_baseline,
+)
+from crystalframer_jax.reporting.predictions import write_split
 from crystalframer_jax.training.errors import TrainingError
 from crystalframer_jax.training.loss import loss_per_crystal
 from crystalframer_jax.training.state import Tree
@@ -39,7 +43,7 @@ class Evaluator:
         self.forward = make_forward(model, batches.devices)
 
     def predict(self, weights: Tree, rows: np.ndarray, num_frame_samples: int = 1) -> np.ndarray:
-        """Predictions [C, T] in label units for rows of the table."""
+        """Predicts rows of the table, [C, T] in label units."""
         return predict_rows(
             self.forward,
             weights,
@@ -53,17 +57,17 @@ class Evaluator:
         ).mean
 
     def _groups(self, rows: np.ndarray) -> Iterator[np.ndarray]:
-        """Batches of crystals."""
+        """Makes batches of crystals, and reports each."""
         groups = groups_of(rows, self.batches.batch_size)
         for number, group in enumerate(groups, 1):
             self.report(f"prediction of batch {number} of {len(groups)}")
             yield group
 
     def validate(self, weights: Tree, epoch: int) -> tuple[float, dict[str, float]]:
-        """Validation loss, and MAE of every target in label units; TrainingError if the loss is not finite."""
-        share, size = self.config.val_percent_check, self.batches.batch_size
+        """Returns validation loss and MAE of every target in label units; TrainingError if the loss is not finite."""
+        fraction, size = self.config.val_percent_check, self.batches.batch_size
         rows = self.dataset.splits["val"]
-        rows = rows[: size * max(1, int(share * -(-len(rows) // size)))]
+        rows = rows[: size * max(1, int(fraction * -(-len(rows) // size)))]
         predictions = self.predict(weights, rows)
         labels = self.dataset.labels[rows]
         loss = mean_loss(self.config.loss_func, predictions, labels, self.statistics)
@@ -77,67 +81,49 @@ class Evaluator:
         return loss, mean_absolute_errors(predictions, labels, self.statistics)
 
 
-METRICS = ("mae", "rmse", "r2")
-
-
-Predict = Callable[[Tree, str], np.ndarray]  # variables, split -> predictions [C, T] in label units
-
-
 def mean_loss(
     name: str, predictions: np.ndarray, labels: np.ndarray, statistics: tuple[TargetStatistics, ...]
 ) -> float:
-    """The loss `name` of predictions [C, T] in label units: mean over the crystals, of standardised targets."""
-    mean, std = (np.array([getattr(s, part) for s in statistics]) for part in ("mean", "std"))
-    standard, target = ((np.asarray(values) - mean) / std for values in (predictions, labels))
-    return float(np.mean(loss_per_crystal(name, standard, target, np.isfinite(labels))))
+    """Returns the loss `name` of predictions [C, T] in label units: mean over the crystals, of standardised targets."""
+    standard, targets = standardise(predictions, statistics), standardise(labels, statistics)
+    return float(np.mean(loss_per_crystal(name, standard, targets, np.isfinite(labels))))
 
 
 def evaluate_candidates(
     candidates: Mapping[str, Tree],
-    predict: Predict,
+    predict: Callable[[Tree, str], np.ndarray],
     dataset: Dataset,
     statistics: tuple[TargetStatistics, ...],
     loss: str,
     workdir: Path | None,
 ) -> dict[str, Any]:
-    """The part of summary.json about errors, in label units, of several weights of one model.
+    """Makes the part of summary.json about errors, in label units, of several weights of one model.
 
-    Those with the smallest validation loss are selected: their test predictions become predictions_test.csv and
-    parity_test.png in `workdir`, if that is given.
+    `predict(variables, split)` gives predictions [C, T] in label units. Those weights with the smallest validation
+    loss are selected: their test predictions become predictions_test.csv and parity_test.png in `workdir`, if given.
     """
     labels = {split: dataset.labels[dataset.splits[split]] for split in SPLITS}
     predictions = {name: {s: predict(weights, s) for s in ("val", "test")} for name, weights in candidates.items()}
     val_loss = {name: mean_loss(loss, p["val"], labels["val"], statistics) for name, p in predictions.items()}
     selected = min(val_loss, key=lambda name: (math.isnan(val_loss[name]), val_loss[name]))
     predictions[selected] = {"train": predict(candidates[selected], "train"), **predictions[selected]}
-    errors = {
+    metrics = {
         name: {split: regression_metrics(values, labels[split], statistics) for split, values in by_split.items()}
         for name, by_split in predictions.items()
     }
     baseline = {split: mean_predictor_errors(labels[split], statistics, labels["train"]) for split in SPLITS}
     if workdir:
-        on_test = predictions[selected]["test"]
-        ids = dataset.table.ids[dataset.splits["test"]]
-        write_predictions(workdir / "predictions_test.csv", ids, labels["test"], on_test, statistics)
-        names, units = [s.name for s in statistics], [s.unit for s in statistics]
-        plots.parity(labels["test"], on_test, names, units, workdir / "parity_test.png", split="test")
+        write_split(workdir, dataset, "test", predictions[selected]["test"], statistics)
     return {
-        "test": {
-            s.name: {
-                **errors[selected]["test"][s.name],
-                "mean_predictor_mae": baseline["test"][s.name],
-                "unit": s.unit,
-            }
-            for s in statistics
-        },
+        "test": with_baseline(metrics[selected]["test"], baseline["test"], statistics),
         "selected_weights": selected,
         "val_loss": val_loss,
         **{
             metric: {
                 name: {split: {t: m[metric] for t, m in of.items()} for split, of in by_split.items()}
-                for name, by_split in errors.items()
+                for name, by_split in metrics.items()
             }
-            for metric in METRICS
+            for metric in ("mae", "rmse", "r2")
         },
         "mean_predictor_mae": baseline,
         "units": {s.name: s.unit for s in statistics},

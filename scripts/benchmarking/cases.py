@@ -49,7 +49,7 @@ class Case:
         shape = BatchShape(
             crystal.num_atoms, table.longest_row, 1, crystal.num_atoms * parts.cells, parts, len(table.image)
         )
-        return pack(table, np.array([0]), [shape], np.zeros((1, 1)))
+        return pack(table, np.array([0]), shape, np.zeros((1, 1)))
 
 
 CASES = {

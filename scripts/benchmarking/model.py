@@ -50,7 +50,7 @@ class Variant:
         cell, indices = unit_cell(), np.array([0])
         table = make_table([cell], [neighbor_rows(cell, SMALL_CUTOFF)])
         shape = shape_for(table, indices, self.model.parts)
-        batch = pack(table, indices, [shape], np.zeros((1, self.model.num_targets)))
+        batch = pack(table, indices, shape, np.zeros((1, self.model.num_targets)))
         recipe = make_recipe(self.config, STEPS_PER_EPOCH)
         return initial_state(CrystalFramer(self.model, "xla"), recipe, batch, jax.random.key(0))
 

@@ -18,6 +18,7 @@ from crystalframer_jax.batching.shapes import (
     plan_shapes,
     round_up,
     shape_for,
+    shared_out,
 )
 from crystalframer_jax.batching.table import COLUMNS, CrystalTable, make_table, narrowest
 from crystalframer_jax.config import NO_PARTS, BatchParts
@@ -97,7 +98,7 @@ def table_of(packed, radius=RADIUS):
 def packed_of(crystals, shape=None, radius=RADIUS):
     """The batch of crystals as it leaves the host."""
     table, indices = table_of(crystals, radius), np.arange(len(crystals))
-    return pack(table, indices, [shape or shape_for(table, indices)])
+    return pack(table, indices, shape or shape_for(table, indices))
 
 
 # What stands beside a crystal does not change it. Equal bits are not to be had: another shape is another program, which
@@ -219,7 +220,7 @@ def test_vectors_are_exact_however_a_crystal_is_described(name, dtype, tolerance
         rounding = 4 * np.finfo(np.float64).eps * largest
         shape = dataclasses.replace(SMALL, parts=BatchParts(dtype=np.dtype(dtype).name))
         with jax.enable_x64(dtype == np.float64):
-            batch = unpacked(pack(make_table([other], [rows]), np.array([0]), [shape]))
+            batch = unpacked(pack(make_table([other], [rows]), np.array([0]), shape))
         for atom, place in enumerate(atom_places(batch)):
             actual = np.asarray(batch.rows.vector[place, : batch.rows.count[place]])
             expected = brute_force_vectors(crystal, atom)
@@ -414,9 +415,9 @@ def test_shapes_with_cells_hold_the_largest_cell():
     assert all(s.cell_length == 16 and s.parts == ALL_PARTS for s in plan_shapes(table, indices, 2, 48, ALL_PARTS))
     short = dataclasses.replace(shape, cell_length=15)
     with pytest.raises(ValueError, match="fit none"):
-        pack(table, indices, [short])
-    assert pack(table, indices, [short, shape]).cells.index.shape[1] == 16
-    assert pack(table, indices, [dataclasses.replace(short, parts=NO_PARTS)]).cells is None
+        pack(table, indices, short)
+    assert pack(table, indices, shared_out(table, indices, [short, shape]).shape).cells.index.shape[1] == 16
+    assert pack(table, indices, dataclasses.replace(short, parts=NO_PARTS)).cells is None
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -567,18 +568,19 @@ def test_batch_that_fits_no_shape_is_an_error(field):
     table, indices = table_of(crystals()), np.arange(4)
     longest = int(table.count.max())
     exact = BatchShape(num_atoms=34, row_length=longest, num_crystals=4, num_edges=len(table.image))
-    packed = pack(table, indices, [exact])
+    packed = pack(table, indices, exact)
     assert packed.species.shape == (34,) and packed.rows.image.shape == (len(table.image), 3)
     too_small = dataclasses.replace(exact, **{field: getattr(exact, field) - 1})
     with pytest.raises(ValueError, match=f"34 atoms, {len(table.image)} neighbors and rows up to {longest} fit none"):
-        pack(table, indices, [too_small])
+        pack(table, indices, too_small)
 
 
 def test_first_shape_that_fits_is_taken():
     table = table_of(crystals())
     shapes = [BatchShape(16, 48, 4), BatchShape(64, 48, 4), BatchShape(64, 96, 8)]
-    assert unpacked(pack(table, np.array([0, 1]), shapes)).rows.index.shape == (16, 48)
-    assert unpacked(pack(table, np.array([0, 2]), shapes)).rows.index.shape == (64, 48)
+    for indices, expected in (np.array([0, 1]), (16, 48)), (np.array([0, 2]), (64, 48)):
+        packed = pack(table, indices, shared_out(table, indices, shapes).shape)
+        assert unpacked(packed).rows.index.shape == expected
 
 
 def test_round_up():
@@ -593,7 +595,7 @@ def test_shape_for_holds_what_it_is_for():
     table = table_of(crystals())
     for _ in range(20):
         indices = rng.integers(0, 4, rng.integers(1, 12))
-        batch = pack(table, indices, [shape_for(table, indices)])
+        batch = pack(table, indices, shape_for(table, indices))
         assert batch.crystal_sizes.sum() == table.num_atoms[indices].sum()
         assert batch.rows.count.sum() == table.num_edges[indices].sum() <= len(batch.rows.center)
 

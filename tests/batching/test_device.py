@@ -11,7 +11,7 @@ from tiny import assert_same_bits, assert_same_run, open_tiny, tiny_config, tiny
 
 from crystalframer_jax.batching import device_table as device
 from crystalframer_jax.batching.batch import pack
-from crystalframer_jax.batching.device_table import DeviceTable, Stretch, device_table_if_it_fits
+from crystalframer_jax.batching.device_table import Chunk, DeviceTable, device_table_if_it_fits
 from crystalframer_jax.batching.shapes import BatchShape, shape_for, shared_out
 from crystalframer_jax.batching.table import CrystalTable, make_table
 from crystalframer_jax.config import BatchParts
@@ -51,19 +51,19 @@ def test_gathered_batches_have_the_bits_of_packed_ones(table, labels, dtype):
             indices = rng.integers(0, 40, number)
             for shapes in [large], [shape_for(table, indices, parts)]:
                 work = shared_out(table, indices, shapes)
-                assert_same_bits(on_device.gather(work), pack(table, indices, shapes, labels[indices]))
+                assert_same_bits(on_device.gather(work), pack(table, indices, shapes[0], labels[indices]))
         indices = np.array([39, 0, 38])
         atoms, edges = (int(number[indices].sum()) for number in (table.num_atoms, table.num_edges))
         exact = [BatchShape(atoms, table.longest_row, 3, parts=parts, num_edges=edges)]
         assert_same_bits(
-            on_device.gather(shared_out(table, indices, exact)), pack(table, indices, exact, labels[indices])
+            on_device.gather(shared_out(table, indices, exact)), pack(table, indices, exact[0], labels[indices])
         )
 
 
 def test_coordinates_do_not_depend_on_the_other_crystals(table, labels, monkeypatch):
     """They are computed for many crystals at a time."""
     expected = DeviceTable(table, labels, BatchParts()).columns
-    monkeypatch.setattr(device, "CHUNK", 7)
+    monkeypatch.setattr(device, "MOST_AT_ONCE", 7)
     assert_same_bits(DeviceTable(table, labels, BatchParts()).columns, expected)
 
 
@@ -124,19 +124,19 @@ def test_training_batches_are_the_same_on_the_device(tmp_path, dtype):
             assert_same_bits(batch, expected)
 
 
-def test_stretches_hold_the_batches_in_order_and_are_cut_at_changes_of_shape_and_ends_of_epochs(tmp_path):
+def test_chunks_hold_the_batches_in_order_and_are_cut_at_changes_of_shape_and_ends_of_epochs(tmp_path):
     """As long as may be otherwise; from the middle of an epoch on."""
     batches = TrainingBatches(open_small(tmp_path), 4, 3, seed=3, on_device=True)
     largest = batches.shapes[-1]
     atoms = [int(batches.dataset.table.num_atoms[batches.rows(step)].sum()) for step in range(36)]
     smaller = dataclasses.replace(largest, num_atoms=int(np.quantile(atoms, 0.8)))
     batches.shapes = [smaller, largest]
-    works = list(batches.stretches(7, 3))
+    works = list(batches.chunks(7, 3))
     shapes = [smaller if atoms[step] <= smaller.num_atoms else largest for step in range(36)]
     assert len(set(shapes)) == 2
     step = 7
     for work in works:
-        length = 3 if isinstance(work, Stretch) else 1
+        length = 3 if isinstance(work, Chunk) else 1
         end = step + length
         assert len(set(shapes[step:end])) == 1 and step // 12 == (end - 1) // 12
         left = next(n for n in range(end, 37) if n % 12 == 0 or shapes[n] != shapes[end - 1]) - step
@@ -145,7 +145,7 @@ def test_stretches_hold_the_batches_in_order_and_are_cut_at_changes_of_shape_and
             batch = jax.tree.map(lambda x, place=place: x[place], work.batches) if length == 3 else work
             assert_same_bits(batch, batches[step + place])
         step = end
-    assert step == 36 and any(isinstance(work, Stretch) for work in works)
+    assert step == 36 and any(isinstance(work, Chunk) for work in works)
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from crystalframer_jax.text import duration, table
 from crystalframer_jax.training.logging import read_metrics
 
 NACL, SILICON = "examples/NaCl.cif", "examples/POSCAR_Si"
-TINY = [  # one small block and short neighbour rows, on the whole bundled set
+TINY = [  # one small block and short neighbor rows, on the whole bundled set
     *("--config.num_layers=1", "--config.model_dim=16", "--config.head_num=2", "--config.ff_dim=32"),
     *("--config.embedding_dim=(16,)", "--config.value_pe_dist_real=8", "--config.value_pe_angle_real=8"),
     *("--config.cutoff_radius=4", "--config.batch_size=128", "--config.n_epochs=3", "--config.swa_epochs=1"),

@@ -22,10 +22,11 @@ from crystalframer_jax.cli.predict import predict_main
 from crystalframer_jax.config import ConfigError, model_config
 from crystalframer_jax.files import write_json
 from crystalframer_jax.inference import predictor as predictor_module
-from crystalframer_jax.inference.ensemble import ensemble_summary, ensemble_text, load_model
-from crystalframer_jax.inference.evaluation import batches_of
+from crystalframer_jax.inference.ensemble import ensemble_summary, load_model
+from crystalframer_jax.inference.evaluation import groups_of
 from crystalframer_jax.inference.forward import working_precision
 from crystalframer_jax.inference.predictor import stored_fields
+from crystalframer_jax.reporting.summary import ensemble_text
 from crystalframer_jax.runs.checkpoints import CheckpointError, Checkpoints
 from crystalframer_jax.training import loop
 from crystalframer_jax.training.train import train
@@ -118,7 +119,7 @@ def test_mean_and_standard_deviation_over_the_members(members, crystals):
     np.testing.assert_allclose(found.spread, deviation, rtol=0, atol=1e-6)
     np.testing.assert_array_equal(ensemble.predict(crystals), found.mean)
     assert ensemble.predict([]).shape == (0, 1)
-    assert (ensemble.targets, ensemble.cutoff, ensemble.parts) == ((E_FORM,), 4.0, members[0].parts)
+    assert (ensemble.targets, ensemble.cutoff) == ((E_FORM,), 4.0)
 
 
 def test_the_order_of_the_members_does_not_matter(members, crystals):
@@ -146,7 +147,7 @@ def test_drawn_frames_are_averaged_inside_each_member(folder, crystals):
 
 
 def test_members_with_different_radii_and_targets_of_batches(folder, crystals, monkeypatch):
-    """Neighbours are searched once for each radius; a table of one radius is refused."""
+    """Neighbors are searched once for each radius; a table of one radius is refused."""
     frameless = {"value_pe_angle_real": 0, "frame_method": "no"}
     members = [
         model(folder, 0),
@@ -168,15 +169,14 @@ def test_members_with_different_radii_and_targets_of_batches(folder, crystals, m
     assert sorted(radii) == [4.0] * 5 + [5.0] * 5
     np.testing.assert_allclose(found.mean, mean, rtol=0, atol=1e-6)
     np.testing.assert_allclose(found.spread, deviation, rtol=0, atol=1e-6)
-    table = predictor_module.table_of(crystals, 4.0)
     with pytest.raises(ConfigError) as error:
-        ensemble.predict_table(table, [np.arange(5)], ensemble.parts)
+        ensemble.predict_dataset(open_tiny(members[0].config), np.arange(5))
     assert "4.0" in one_line(error) and "5.0" in one_line(error)
 
 
 @pytest.mark.slow
 def test_one_table_serves_members_that_need_different_parts(folder):
-    """float64 beside float32, lattice frames and attention in reciprocal space beside neighbours alone."""
+    """float64 beside float32, lattice frames and attention in reciprocal space beside neighbors alone."""
     members = [
         model(folder, 0),
         model(folder, 1, frame_method="lattice"),
@@ -186,13 +186,12 @@ def test_one_table_serves_members_that_need_different_parts(folder):
     dataset = open_tiny(members[0].config)
     indices = dataset.splits["test"]
     ensemble = Ensemble(members)
-    batches = batches_of(dataset, indices, 4, ensemble.parts)
-    samples = ensemble.predict_members(dataset.table, *batches)
+    samples = ensemble.predict_members(dataset, indices)
     assert samples.shape == (4, 6, 1)
     for member, sample in zip(members, samples, strict=True):
-        expected = member.predict_table(dataset.table, *batches_of(dataset, indices, 4, member.parts)).mean
+        expected = member.predict_table(dataset.table, groups_of(indices, 4), member.parts).mean
         np.testing.assert_allclose(sample, expected, rtol=0, atol=1e-6)
-    found = ensemble.predict_table(dataset.table, *batches)
+    found = ensemble.predict_dataset(dataset, indices)
     mean, deviation = mean_and_deviation(list(samples))
     np.testing.assert_allclose(found.mean, mean, rtol=1e-12)
     np.testing.assert_allclose(found.spread, deviation, rtol=1e-12)
@@ -274,8 +273,8 @@ def test_the_summary_of_an_ensemble(folder, run):
     assert [row[0] for row in rows] == [raw_records(60)[row]["id"] for row in test]
     labels, mean, spread = np.array([row[1:] for row in rows], float).T
     assert labels.tolist() == energies[test].tolist()
-    batches = batches_of(dataset, dataset.splits["test"], 16, ensemble.parts)
-    alone = [member.predict_table(dataset.table, *batches).mean[:, 0] for member in ensemble.members]
+    batches = groups_of(dataset.splits["test"], 16)
+    alone = [member.predict_table(dataset.table, batches, member.parts).mean[:, 0] for member in ensemble.members]
     np.testing.assert_allclose(mean, sum(alone) / 3, rtol=0, atol=1e-6)
     np.testing.assert_allclose(spread, mean_and_deviation(alone)[1], rtol=0, atol=1e-6)
 
@@ -396,9 +395,9 @@ def test_evaluating_members_of_different_radii_is_an_error_of_one_line(folder, m
 
 
 def test_no_figure_of_predictions_that_are_not_finite(run, folder, capsys, monkeypatch):
-    predict = Ensemble.predict_table
+    predict = Ensemble.predict_dataset
     broken = lambda *args: (lambda found: found._replace(mean=found.mean * np.nan))(predict(*args))  # noqa: E731
-    monkeypatch.setattr(Ensemble, "predict_table", broken)
+    monkeypatch.setattr(Ensemble, "predict_dataset", broken)
     with pytest.raises(SystemExit, match=r"error: .*x\.png is not drawn: 6 of 6 predictions are not finite"):
         evaluate_main([str(run), f"--plot={folder / 'x.png'}"])
 
@@ -417,7 +416,7 @@ def test_an_ensemble_is_trained_member_by_member_and_continues(folder, capsys, m
     assert json.loads((folder / "trained" / "summary.json").read_text()) == summary
     ensemble, dataset = Ensemble.load(folder / "trained"), open_tiny(config)
     indices = dataset.splits["test"]
-    predictions = ensemble.predict_table(dataset.table, [indices], ensemble.parts)
+    predictions = ensemble.predict_dataset(dataset, indices)
     errors = np.abs(predictions.mean - dataset.labels[indices])[:, 0]
     assert summary["test"]["e_form"]["mae"] == pytest.approx(errors.mean(), rel=1e-5)
     assert summary["test"]["e_form"]["mean_std"] == pytest.approx(predictions.spread.mean(), rel=1e-4)

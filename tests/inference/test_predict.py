@@ -84,7 +84,7 @@ def one_line(error: pytest.ExceptionInfo) -> str:
 
 @pytest.mark.parametrize("weights", ["last", "best", "swa", None])
 def test_loaded_weights_make_the_errors_of_the_summary(run, weights):
-    """The summary was computed in training from prepared neighbours; here the test crystals are given as structures."""
+    """The summary was computed in training from prepared neighbors; here the test crystals are given as structures."""
     workdir, summary = run
     name = weights or summary["selected_weights"]
     test_rows = literal_split(np.ones(60, bool))[2]
@@ -273,7 +273,7 @@ def official_crystals(golden: dict) -> list[Crystal]:
 
 def test_an_official_model_reproduces_its_output(official, folder):
     config, state, golden = official
-    config = config | {"cutoff_radius": 9.0}  # exact to 1e-8, and fewer neighbours than the 15.8 Å of this file
+    config = config | {"cutoff_radius": 9.0}  # exact to 1e-8, and fewer neighbors than the 15.8 Å of this file
     plain = load_official(config, state)
     crystals = official_crystals(golden)
     np.testing.assert_allclose(plain.predict(crystals), golden["output"], rtol=0, atol=1e-6)

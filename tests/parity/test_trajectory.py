@@ -67,7 +67,7 @@ def trajectory() -> Trajectory:
     table = make_table(crystals, [neighbor_rows(crystal, neighbor_cutoff(config)) for crystal in crystals])
     order, labels = golden["batch_order"], golden["targets"][:, None]
     shape = max((shape_for(table, chosen) for chosen in order), key=lambda shape: shape.num_atoms)
-    batches = [pack(table, chosen, [shape], labels[chosen]) for chosen in order]
+    batches = [pack(table, chosen, shape, labels[chosen]) for chosen in order]
 
     model, recipe = CrystalFramer(model_config(config)), make_recipe(config, steps_per_epoch=1)
     calibrate = jax.jit(lambda v, batch: model.apply(v, batch, calibrate=True, mutable=["calibration"])[1])
@@ -84,7 +84,7 @@ def trajectory() -> Trajectory:
     predictions, forward = {}, make_forward(model)
     for name, weights in (("final", state.params), ("swa", state.swa_params)):
         parts = [
-            forward({"params": weights, "calibration": state.calibration}, pack(table, half, [shape]))
+            forward({"params": weights, "calibration": state.calibration}, pack(table, half, shape))
             for half in np.split(np.arange(16), 2)
         ]
         predictions[name] = to_label_units(np.concatenate(parts), predictor.targets)

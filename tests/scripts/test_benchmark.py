@@ -301,7 +301,7 @@ def measured():
     """Small models on short rows, one implementation not available."""
     cell, case = unit_cell(), find_case("supercell-40")
     table, indices = make_table([cell], [neighbor_rows(cell, 3.0)]), np.array([0])
-    batch = pack(table, indices, [shape_for(table, indices)], np.zeros((1, 1)))
+    batch = pack(table, indices, shape_for(table, indices), np.zeros((1, 1)))
     variants = [small("lightweight"), small("crystalformer")]
     records = measure_case(case, batch, "attention and gradient", variants, ("xla", "none"), CEILINGS, rounds=2)
     for measure in ("forward", "train step"):

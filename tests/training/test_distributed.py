@@ -180,7 +180,7 @@ def test_a_batch_smaller_than_the_number_of_devices_leaves_some_without_crystals
 
 
 def test_every_device_gathers_its_share_to_the_bit(folder):
-    """Single batches, also with fewer crystals than devices, and stretches."""
+    """Single batches, also with fewer crystals than devices, and chunks."""
     config = tiny_config(folder / "data")
     dataset, devices = open_tiny(config), Devices.of_this_process(4)
     table = DeviceTable(dataset.table, dataset.labels, BatchParts(), devices)
@@ -190,15 +190,15 @@ def test_every_device_gathers_its_share_to_the_bit(folder):
         batch = table.gather(work)
         for device, share in enumerate(work.shares):
             chosen = work.rows[share]
-            expected = pack(dataset.table, chosen, [work.shape], dataset.labels[chosen], places=share)
+            expected = pack(dataset.table, chosen, work.shape, dataset.labels[chosen], places=share)
             assert_same_bits(jax.tree.map(lambda x, device=device: jnp.asarray(np.asarray(x)[device]), batch), expected)
     packed, gathered = (
         TrainingBatches(dataset, 10, 2, seed=3, on_device=on_device, devices=devices) for on_device in (False, True)
     )
     single = list(packed.iterate(0))
-    stretch = next(gathered.stretches(0, 2)).batches
+    chunk = next(gathered.chunks(0, 2)).batches
     for step in range(2):
-        assert_same_bits(jax.tree.map(lambda x, step=step: jnp.asarray(np.asarray(x)[:, step]), stretch), single[step])
+        assert_same_bits(jax.tree.map(lambda x, step=step: jnp.asarray(np.asarray(x)[:, step]), chunk), single[step])
 
 
 def test_shares_of_a_batch_are_alike_whatever_they_hold():
@@ -210,7 +210,7 @@ def test_shares_of_a_batch_are_alike_whatever_they_hold():
     crystals = [ordered, dataclasses.replace(disordered, occupancies=occupancies)]
     table = make_table(crystals, [neighbor_rows(crystal, 4.0) for crystal in crystals])
     work = shared_out(table, np.arange(2), parts, 4)
-    packed = [pack(table, work.rows[share], [work.shape], places=share) for share in work.shares]
+    packed = [pack(table, work.rows[share], work.shape, places=share) for share in work.shares]
     assert sorted(int(part.crystal_sizes.sum()) for part in packed) == [0, 0, 1, 5]
     for part in packed[1:]:
         assert jax.tree.structure(part) == jax.tree.structure(packed[0])
@@ -257,13 +257,13 @@ def test_a_run_goes_on_with_any_number_of_devices(on_one, folder):
 
 
 @pytest.mark.slow
-def test_stretches_on_all_devices_are_single_steps(on_one, folder):
+def test_chunks_on_all_devices_are_single_steps(on_one, folder):
     """With the crystals on every device."""
     config, (losses, _) = on_one
     config.num_devices = 8
     for steps in (1, 2):
-        train(config, folder / f"stretch-{steps}", Options(on_device=True, steps_per_dispatch=steps))
-    (first, _), (second, _) = (results_of(folder / f"stretch-{steps}") for steps in (1, 2))
+        train(config, folder / f"chunk-{steps}", Options(on_device=True, steps_per_dispatch=steps))
+    (first, _), (second, _) = (results_of(folder / f"chunk-{steps}") for steps in (1, 2))
     np.testing.assert_array_equal(first, second)
     np.testing.assert_allclose(first, losses, rtol=1e-6)
 

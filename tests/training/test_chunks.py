@@ -1,4 +1,4 @@
-"""Several optimizer steps in one dispatch give the bits of single steps, wherever the stretches are cut."""
+"""Several optimizer steps in one dispatch give the bits of single steps, wherever the chunks are cut."""
 
 import dataclasses
 import itertools
@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from tiny import StopAt, assert_equal_trees, nan_at, open_tiny, stored_state, tiny_config, tiny_runs
 
-from crystalframer_jax.batching.device_table import Stretch
+from crystalframer_jax.batching.device_table import Chunk
 from crystalframer_jax.parallel.interruption import Interruption, TrainingInterrupted
-from crystalframer_jax.training import loop
 from crystalframer_jax.training.ledger import Ledger
 from crystalframer_jax.training.logging import Logbook, read_metrics
 from crystalframer_jax.training.loop import Options, Run, TrainingError
@@ -26,7 +25,7 @@ SINGLE, FOUR = Options(on_device=True, steps_per_dispatch=1), Options(on_device=
 def folder(tmp_path_factory) -> Iterator[Path]:
     """Where the runs of this file are, with the setting that they need."""
     with tiny_runs(tmp_path_factory.getbasetemp() / "compiled", optimized=True):  # as users do: to the bit
-        yield tmp_path_factory.mktemp("stretches")
+        yield tmp_path_factory.mktemp("chunks")
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +47,12 @@ def dispatched(run: Run) -> list[int]:
 
     def counted(advance):
         def counted_advance(state, work, freeze_norm):
-            lengths.append(len(work.batches.species) if isinstance(work, Stretch) else 1)
+            lengths.append(len(work.batches.species) if isinstance(work, Chunk) else 1)
             return advance(state, work, freeze_norm=freeze_norm)
 
         return counted_advance
 
-    run.step, run.stretch = counted(run.step), counted(run.stretch)
+    run.step, run.multi_step = counted(run.step), counted(run.multi_step)
     return lengths
 
 
@@ -88,8 +87,8 @@ def undisturbed(config, folder) -> Finished:
     return Finished.read(config, folder / "single")
 
 
-def test_stretches_change_no_bit(config, undisturbed, folder, monkeypatch):
-    """Nor do checkpoints, which wait for the end of a stretch."""
+def test_chunks_change_no_bit(config, undisturbed, folder, monkeypatch):
+    """Nor do checkpoints, which wait for the end of a chunk."""
     run = run_of(config, folder / "four", FOUR)
     monkeypatch.setattr(run.requests, "_is_save_due", lambda: True)
     lengths, saved, save = dispatched(run), [], run.checkpoints.save
@@ -101,7 +100,7 @@ def test_stretches_change_no_bit(config, undisturbed, folder, monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(config, undisturbed, folder):
-    """A stop takes place at the end of a stretch; those that follow begin elsewhere than without it."""
+    """A stop takes place at the end of a chunk; those that follow begin elsewhere than without it."""
     workdir = folder / "stopped"
     for options, dispatches, epoch, step in (FOUR, 1, 1, 4), (SINGLE, 8, 2, 11):  # the end of an epoch asks as well
         with pytest.raises(TrainingInterrupted, match=f"in epoch {epoch}, saved at step {step};"):
@@ -132,9 +131,7 @@ def stopped_by_nan(config, workdir: Path, options: Options) -> tuple[str, dict]:
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_inside_a_stretch_is_reported_as_with_single_steps(
-    without_frames, folder, monkeypatch
-):
+def test_a_loss_that_is_not_finite_inside_a_chunk_is_reported_as_with_single_steps(without_frames, folder, monkeypatch):
     """Step 5, the second of four: the weights stand still since then, and so does the count of steps."""
     nan_at(monkeypatch, 5)
     (message, report), expected = (
@@ -152,12 +149,12 @@ def test_steps_after_one_that_is_not_finite(without_frames, folder, monkeypatch,
     nan_at(monkeypatch, 5)
     run = run_of(without_frames, folder / "unused", dataclasses.replace(FOUR, skip_nonfinite=allowed))
     run.checkpoints.close()
-    first, second = itertools.islice(run.batches.stretches(0, 4), 2)
-    state, _ = run.stretch(run.initial_state(), first)
+    first, second = itertools.islice(run.batches.chunks(0, 4), 2)
+    state, _ = run.multi_step(run.initial_state(), first)
     start = jax.tree.map(np.array, state)
     for number in range(steps_taken):
         state, _ = run.step(state, jax.tree.map(lambda x, number=number: x[number], second.batches))
-    ended, result = run.stretch(jax.tree.map(jax.numpy.array, start), second)
+    ended, result = run.multi_step(jax.tree.map(jax.numpy.array, start), second)
     assert_equal_trees(ended, state)
     assert (int(ended.step), int(ended.skipped_steps)) == (4 + steps_taken, 1)
     with Logbook(run.workdir, run.batches, 0) as log:
@@ -173,10 +170,10 @@ def test_steps_after_one_that_is_not_finite(without_frames, folder, monkeypatch,
 
 
 def test_batches_packed_on_the_host_take_a_dispatch_each(config, folder):
-    """Whatever is asked for, and without any program for stretches."""
+    """Whatever is asked for, and without any program for chunks."""
     run = run_of(config, folder / "host", Options(on_device=False, steps_per_dispatch=4))
     run.checkpoints.close()
-    works = list(loop.dispatches(run.batches, 16, 4))
-    assert len(works) == 2 and not any(isinstance(work, Stretch) for work in works)
+    works = list(run.batches.dispatches(16, 4))
+    assert len(works) == 2 and not any(isinstance(work, Chunk) for work in works)
     with pytest.raises(ValueError, match="not kept there"):
-        next(run.batches.stretches(0, 4))
+        next(run.batches.chunks(0, 4))
