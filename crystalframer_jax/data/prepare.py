@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import itertools
 import math
 import shutil
 import time
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from crystalframer_jax.batching.table import CRYSTAL_COLUMNS, crystal_columns
 from crystalframer_jax.data.build import Columns, build_parts, join_parts
 from crystalframer_jax.data.leakage import Leak, find_leaks
-from crystalframer_jax.data.records import BadRecord, DataError, Record, Source, crystal_of
+from crystalframer_jax.data.records import BadRecord, DataError, Record, Source
 from crystalframer_jax.data.registry import TargetSet
 from crystalframer_jax.data.splits import SPLITS, differences, given_split, random_split, split_by_group
 from crystalframer_jax.data.store import digest_of, mapped_columns, parts_folder, read_columns, writing
@@ -48,7 +49,7 @@ NumberedRecords = list[tuple[int, Record]]
 
 
 def prepare(folder: Path, source: Source, known: TargetSet | None, options: Preparation = DEFAULT) -> bool:
-    """Prepare the crystals of a source in `folder`, whose name is that of the target set; False if they are there.
+    """Prepares the crystals of a source in `folder`, whose name is that of the target set; False if they are there.
 
     `known` is the target set if it is one of those known from the start: their splits are verified. Records that
     cannot be used are listed in crystals/skipped.csv, crystals that are in two splits in crystals/leakage.csv. Raises
@@ -85,20 +86,20 @@ def prepare(folder: Path, source: Source, known: TargetSet | None, options: Prep
 
 
 def is_current(folder: Path, source: Source) -> bool:
-    """Whether what is prepared in a folder comes from this source, and was written by this version."""
+    """Tells whether what is prepared in a folder comes from this source, and was written by this version."""
     found = read_columns(folder / "crystals", CRYSTAL_COLUMNS)
     return found is not None and (found[0]["source"], found[0]["format"]) == (source.sha256, CRYSTALS_FORMAT)
 
 
 def _remove(folders: Iterable[Path], but: str | None = None) -> None:
-    """Remove folders, except those whose name contains `but`."""
+    """Removes folders, except those whose name contains `but`."""
     for folder in folders:
         if but is None or but not in folder.name:
             shutil.rmtree(folder)
 
 
 def _version(package: str) -> str:
-    """The version of a package that reads structures; "" if it is not there."""
+    """Returns the version of a package that reads structures; "" if it is not there."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -115,32 +116,34 @@ class _Listing:
     groups: list[str] = dataclasses.field(default_factory=list)
     bad: dict[int, BadRecord] = dataclasses.field(default_factory=dict)
 
-    def chunks(self, source: Source) -> Iterator[tuple[int, NumberedRecords]]:
-        """The records in chunks, with their sizes; takes them down on the way."""
-        chunk: NumberedRecords = []
+    def chunks(self, source: Source) -> Iterator[NumberedRecords]:
+        """Yields the records in chunks; takes them down on the way."""
+        usable = self._usable(source)
+        while chunk := list(itertools.islice(usable, CHUNK)):
+            yield chunk
+
+    def _usable(self, source: Source) -> Iterator[tuple[int, Record]]:
         for number, record in enumerate(source.records()):
             if len(record.id) > LONGEST_ID:
                 record = BadRecord(record.id[:LONGEST_ID], record.where, f"its id has {len(record.id):,} characters")
             self.ids.append(record.id)
             if isinstance(record, BadRecord):
                 self.bad[number] = record
-                record = Record("", "", None, (np.nan,) * len(source.targets))
+                self._describe((np.nan,) * len(source.targets))
             else:
-                chunk.append((number, record))
-            self.labels.append(record.labels)
-            self.splits.append(record.split)
-            self.groups.append(record.group)
-            if len(chunk) == CHUNK:
-                yield CHUNK, chunk
-                chunk = []
-        if chunk:
-            yield len(chunk), chunk
+                self._describe(record.labels, record.split, record.group)
+                yield number, record
+
+    def _describe(self, labels: tuple[float, ...], split: str = "", group: str = "") -> None:
+        self.labels.append(labels)
+        self.splits.append(split)
+        self.groups.append(group)
 
 
 def _write(
     folder: Path, parts: Path, source: Source, known: TargetSet | None, options: Preparation, manifest: dict
 ) -> None:
-    """Make the columns of the crystals; `parts` is for what is done so far."""
+    """Makes the columns of the crystals; `parts` is for what is done so far."""
     listing = _Listing()
     total = source.count or (known.num_records if known else None) or None
     title = f"crystals of {folder.name}"
@@ -148,8 +151,12 @@ def _write(
     records, bad = _outcome(files, listing)
     if len(bad) > options.max_bad_share * len(listing.ids) + 1e-9:
         shutil.rmtree(parts)  # what could not be used may be readable next time
-        raise _too_many_bad(folder / "skipped.csv", bad, len(listing.ids))
-
+        file, share = folder / "skipped.csv", math.ceil(100 * len(bad) / len(listing.ids)) / 100
+        _write_bad(file, bad)
+        raise DataError(
+            f"{len(bad):,} of {len(listing.ids):,} records cannot be used ({file} lists them), first: "
+            f"{bad[0].where}: {bad[0].reason}. Correct them, or accept more by --max_bad_share={share:g}"
+        )
     labels = np.array(listing.labels, dtype=np.float64).reshape(-1, len(source.targets))
     splits, remark = _splits(folder.name, listing, labels, known, options)
     rows = _rows_of(splits, records, len(listing.ids), folder.name)
@@ -168,7 +175,9 @@ def _write(
         for name, column in extra.items():
             np.save(temporary / f"{name}.npy", column)
         _write_bad(temporary / "skipped.csv", bad)
-        _write_leaks(temporary / "leakage.csv", leaks, columns["ids"])
+        ids = columns["ids"]
+        lines = [(leak.kind, leak.split, ids[leak.held], leak.other_split, ids[leak.other]) for leak in leaks]
+        write_csv(temporary / "leakage.csv", ("kind", "split", "id", "is_also_in", "id_there"), lines)
         _report(folder, source, columns, labels[records], rows, leaks, remark)
     if bad:
         first = f"{bad[0].where}: {bad[0].reason}"
@@ -176,7 +185,7 @@ def _write(
 
 
 def _outcome(files: list[Path], listing: _Listing) -> tuple[np.ndarray, list[BadRecord]]:
-    """Numbers of the records that became the crystals of the parts, in their order, and all that did not."""
+    """Returns numbers of the records that became the crystals of the parts, in their order, and all that did not."""
     if not listing.ids:
         raise DataError("the source has no records; look at what --source names")
     numbers = [np.zeros(0, np.int64)]
@@ -192,7 +201,7 @@ def _outcome(files: list[Path], listing: _Listing) -> tuple[np.ndarray, list[Bad
 
 
 def _rows_of(splits: dict[str, np.ndarray], records: np.ndarray, total: int, name: str) -> dict[str, np.ndarray]:
-    """Splits of record numbers as rows of the table; those that could not be used drop out."""
+    """Returns splits of record numbers as rows of the table; those that could not be used drop out."""
     row_of_record = np.full(total, -1, dtype=np.int64)
     row_of_record[records] = np.arange(len(records))
     rows = {split: row_of_record[chosen] for split, chosen in splits.items()}
@@ -208,12 +217,12 @@ def _rows_of(splits: dict[str, np.ndarray], records: np.ndarray, total: int, nam
 
 
 def _crystals_of(chunk: NumberedRecords) -> Columns:
-    """The crystals of numbered records, and those that cannot be used."""
+    """Makes the crystals of numbered records, and tells those that cannot be used."""
     crystals: list[Crystal] = []
     numbers, bad = [], []
     for number, record in chunk:
         try:
-            crystals.append(crystal_of(record))
+            crystals.append(record.load())
             numbers.append(number)
         except CrystalError as error:
             bad.append((number, record.where, " ".join(str(error).split())))
@@ -229,7 +238,7 @@ def _crystals_of(chunk: NumberedRecords) -> Columns:
 def _splits(
     name: str, listing: _Listing, labels: np.ndarray, known: TargetSet | None, options: Preparation
 ) -> tuple[dict[str, np.ndarray], str]:
-    """Record numbers of each split, and a remark on what is unusual about them.
+    """Returns record numbers of each split, and a remark on what is unusual about them.
 
     A target set of published numbers takes the records whose labels are all known; others those with any label.
     """
@@ -266,7 +275,7 @@ def _splits(
 
 
 def _likely_change(number: int, expected: int) -> str:
-    """What has probably happened to a source of `number` records that gives other splits, and what to do."""
+    """Tells what has probably happened to a source of `number` records that gives other splits, and what to do."""
     if expected and number != expected:
         cause = f"the source has {number:,} records instead of {expected:,}, so it is another release or a part"
     elif expected:
@@ -280,23 +289,6 @@ def _write_bad(file: Path, bad: list[BadRecord]) -> None:
     write_csv(file, ("id", "where", "reason"), [(record.id, record.where, record.reason) for record in bad])
 
 
-def _write_leaks(file: Path, leaks: list[Leak], ids: np.ndarray) -> None:
-    write_csv(
-        file,
-        ("kind", "split", "id", "is_also_in", "id_there"),
-        [(leak.kind, leak.split, ids[leak.held], leak.other_split, ids[leak.other]) for leak in leaks],
-    )
-
-
-def _too_many_bad(file: Path, bad: list[BadRecord], total: int) -> DataError:
-    """Writes down which records cannot be used; the error to raise."""
-    _write_bad(file, bad)
-    return DataError(
-        f"{len(bad):,} of {total:,} records cannot be used ({file} lists them), first: {bad[0].where}: "
-        f"{bad[0].reason}. Correct them, or accept more by --max_bad_share={math.ceil(100 * len(bad) / total) / 100:g}"
-    )
-
-
 def _report(
     folder: Path,
     source: Source,
@@ -306,7 +298,7 @@ def _report(
     leaks: list[Leak],
     remark: str,
 ) -> None:
-    """Print what was prepared."""
+    """Prints what was prepared."""
     atoms = np.diff(columns["atom_offset"])
     sizes = ", ".join(f"{len(rows[name]):,} {name}" for name in SPLITS)
     tqdm.write(f"{folder.name}: {len(atoms):,} crystals of {atoms.min()} to {atoms.max()} atoms; {sizes}")

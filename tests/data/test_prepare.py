@@ -159,9 +159,9 @@ def test_pickles_of_the_elastic_sets(tmp_path, name):
 
 
 def test_pickles_named_by_their_numbers(tmp_path):
-    origin = TARGET_SETS["jarvis__megnet-bulk_modulus"].origin
+    source = TARGET_SETS["jarvis__megnet-bulk_modulus"].source
     pickles(tmp_path, "bulk")
-    for split, number in origin.file_ids.items():
+    for split, number in source.file_ids.items():
         (tmp_path / f"bulk_megnet_{split}.pkl").rename(tmp_path / str(number))
     prepare(tmp_path, "jarvis__megnet-bulk_modulus", f"--source={tmp_path}", "--unofficial")
     (tmp_path / "40258675").unlink()
