@@ -41,10 +41,20 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+def command_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """A parser of a command line whose flags are written out."""
+    return argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
+
+
 def model_parser(prog: str, description: str) -> argparse.ArgumentParser:
     """The arguments of every command that predicts: the run, its weights, draws of frames."""
-    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
+    parser = command_parser(prog, description)
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     parser.add_argument("--weights", choices=WEIGHTS, help=WEIGHTS_HELP)
     parser.add_argument("--num_frame_samples", type=int, metavar="K", help=SAMPLES_HELP)
     return parser
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Names separated by commas."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())

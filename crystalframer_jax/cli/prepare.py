@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import shlex
 from collections.abc import Iterator, Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from crystalframer_jax.cli.common import reporting_errors
+from crystalframer_jax.cli.common import command_parser, names, reporting_errors
 from crystalframer_jax.config import ConfigError, neighbor_cutoff
 from crystalframer_jax.configs import default
 from crystalframer_jax.data.custom.source import CustomData, custom_source
@@ -25,11 +26,11 @@ from crystalframer_jax.text import table
 DESCRIPTION = """Prepare a target set for training: one that is known (without --target_set they are listed), or your
 own crystals (--source names them: a folder with id_prop.csv, a CSV with a column of file names, extended XYZ, JSON or
 JSON lines, pickles of the official project)."""
-CUSTOM_FLAGS = ("targets", "units", "structure_column", "id_column", "split_column", "group_column", "allow_pickle")
+CUSTOM_FLAGS = tuple(field.name for field in dataclasses.fields(CustomData))
 
 
 def prepare_main(argv: Sequence[str] | None = None) -> int:
-    """Prepare a target set, or list them."""
+    """Prepares a target set, or lists them."""
     arguments = _parser().parse_args(argv)
     with reporting_errors("; the same command goes on from here", leave_at_once=False), _telling_full_disks():
         if not arguments.target_set:
@@ -45,11 +46,11 @@ def prepare_main(argv: Sequence[str] | None = None) -> int:
         options = Preparation(arguments.split_seed, arguments.max_bad_share, arguments.unofficial, arguments.workers)
         if not prepare(folder, source, known, options):
             print(f"{name} is prepared already, in {folder}")
-        names = tuple(target.name for target in source.targets)
-        dataset = load_dataset(folder, names, neighbor_cutoff(default.get_config()), options.workers)
+        targets = tuple(target.name for target in source.targets)
+        dataset = load_dataset(folder, targets, neighbor_cutoff(default.get_config()), options.workers)
         trainable = [
             target
-            for target, labels in zip(names, dataset.labels.T, strict=True)
+            for target, labels in zip(targets, dataset.labels.T, strict=True)
             if all(np.isfinite(labels[rows]).any() for rows in dataset.splits.values())
         ]
         flags = [f"--config.target_set={name}", f"--config.targets={','.join(trainable)}"]
@@ -69,29 +70,29 @@ def _telling_full_disks() -> Iterator[None]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="prepare_data.py", description=DESCRIPTION, allow_abbrev=False)
+    parser = command_parser("prepare_data.py", DESCRIPTION)
     add = parser.add_argument
     add("--target_set", default="", metavar="NAME", help="a known target set, or a name for your own")
-    add("--source", type=_path, help="file or folder to read; known target sets are downloaded without it")
+    add(
+        "--source",
+        type=lambda text: Path(text).expanduser(),
+        help="file or folder to read; known target sets are downloaded without it",
+    )
     add("--data_dir", default="", metavar="DIR", help="where prepared data are kept; default: the user's cache folder")
     add("--unofficial", action="store_true", help="take a source whose splits are not those of published numbers")
     share = Preparation.max_bad_share
     add("--max_bad_share", type=_share, default=share, metavar="SHARE", help=f"of records to skip; default: {share}")
     add("--workers", type=_count, default=0, metavar="N", help="processes; default: one for each core")
     add("--split_seed", type=int, default=Preparation.split_seed, metavar="SEED", help="of random splits")
-    own = parser.add_argument_group("your own crystals").add_argument
-    own("--targets", type=_names, default=(), metavar="NAME,...", help="labels to take; default: all numeric ones")
-    own("--units", type=_names, default=(), metavar="UNIT,...", help="their units, such as eV/atom,GPa")
-    own("--structure_column", default=CustomData.structure_column, metavar="NAME", help="of the file names in a CSV")
-    own("--id_column", default=CustomData.id_column, metavar="NAME", help="column or field with the names of crystals")
-    own("--split_column", default=CustomData.split_column, metavar="NAME", help="column or field with train, val, test")
-    own("--group_column", default=CustomData.group_column, metavar="NAME", help="groups that must not be split up")
-    own("--allow_pickle", action="store_true", help="read .pkl files, through an allow-list")
+    add = parser.add_argument_group("your own crystals").add_argument
+    add("--targets", type=names, default=(), metavar="NAME,...", help="labels to take; default: all numeric ones")
+    add("--units", type=names, default=(), metavar="UNIT,...", help="their units, such as eV/atom,GPa")
+    add("--structure_column", default=CustomData.structure_column, metavar="NAME", help="of the file names in a CSV")
+    add("--id_column", default=CustomData.id_column, metavar="NAME", help="column or field with the names of crystals")
+    add("--split_column", default=CustomData.split_column, metavar="NAME", help="column or field with train, val, test")
+    add("--group_column", default=CustomData.group_column, metavar="NAME", help="groups that must not be split up")
+    add("--allow_pickle", action="store_true", help="read .pkl files, through an allow-list")
     return parser
-
-
-def _path(text: str) -> Path:
-    return Path(text).expanduser()
 
 
 def _share(text: str) -> float:
@@ -108,12 +109,8 @@ def _count(text: str) -> int:
     return number
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
 def _known_source(known: TargetSet, arguments: argparse.Namespace) -> Source:
-    """The source of a known target set, downloaded unless it is given."""
+    """Opens the source of a known target set, downloaded unless it is given."""
     unused = [f"--{flag}" for flag in CUSTOM_FLAGS if getattr(arguments, flag) != getattr(CustomData, flag)]
     if unused:
         raise ConfigError(f"{unused[0]} is for your own crystals; {known.name} is known, choose another name for yours")
@@ -133,11 +130,11 @@ def _known_source(known: TargetSet, arguments: argparse.Namespace) -> Source:
 
 
 def _custom_source(name: str, arguments: argparse.Namespace) -> Source:
-    """The source of a user's own crystals."""
+    """Opens the source of a user's own crystals."""
     if not arguments.source:
+        known = ", ".join(TARGET_SETS)
         raise ConfigError(
-            f"target set {name!r} is not known: name your crystals with --source, or choose one of "
-            f"{', '.join(TARGET_SETS)}"
+            f"target set {name!r} is not known: name your crystals with --source, or choose one of {known}"
         )
     if arguments.group_column and arguments.split_column != CustomData.split_column:
         raise ConfigError("--split_column and --group_column contradict each other: give one of them")
@@ -145,7 +142,7 @@ def _custom_source(name: str, arguments: argparse.Namespace) -> Source:
 
 
 def _listing(data_dir: str) -> str:
-    """A table of all target sets, known and prepared."""
+    """Tabulates all target sets, known and prepared."""
     root = data_folder(data_dir)
     rows = []
     for name in (*TARGET_SETS, *prepared_sets(root)):

@@ -41,14 +41,10 @@ def in_parallel(
     """
     number = workers or (1 if total is not None and total <= SMALL else joblib.cpu_count())
     ahead = 2 * number * batch_size
+    pool = joblib.Parallel(number, return_as="generator", pre_dispatch=ahead, batch_size=batch_size, max_nbytes=None)
     results: list[Result] = []
     try:
-        with (
-            joblib.Parallel(
-                number, return_as="generator", pre_dispatch=ahead, batch_size=batch_size, max_nbytes=None
-            ) as parallel,
-            tqdm(total=total, desc=title, dynamic_ncols=True, **bar) as progress,
-        ):
+        with pool as parallel, tqdm(total=total, desc=title, dynamic_ncols=True, **bar) as progress:
             try:
                 for result in parallel(joblib.delayed(work)(item) for item in items):
                     results.append(result)

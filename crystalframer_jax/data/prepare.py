@@ -15,10 +15,10 @@ from tqdm import tqdm
 from crystalframer_jax.batching.table import CRYSTAL_COLUMNS, crystal_columns
 from crystalframer_jax.data.build import Columns, build_parts, join_parts
 from crystalframer_jax.data.leakage import Leak, find_leaks
-from crystalframer_jax.data.records import BadRecord, DataError, Record, Source
+from crystalframer_jax.data.records import BadRecord, DataError, Record, Source, Target
 from crystalframer_jax.data.registry import TargetSet
 from crystalframer_jax.data.splits import SPLITS, differences, given_split, random_split, split_by_group
-from crystalframer_jax.data.store import digest_of, mapped_columns, parts_folder, read_columns, writing
+from crystalframer_jax.data.store import LABEL_COLUMNS, digest_of, mapped_columns, parts_folder, read_columns, writing
 from crystalframer_jax.files import locked, write_csv
 from crystalframer_jax.structures.crystal import Crystal, CrystalError
 
@@ -171,14 +171,16 @@ def _write(
         columns = mapped_columns(temporary, CRYSTAL_COLUMNS)
         leaks = find_leaks(columns, rows, options.workers)
         leaked = sorted({leak.held for leak in leaks if leak.in_training})
-        extra = {"labels": labels[records], "leaked": np.array(leaked, dtype=np.int64), **rows}
-        for name, column in extra.items():
-            np.save(temporary / f"{name}.npy", column)
+        columns |= {"labels": labels[records], "leaked": np.array(leaked, dtype=np.int64), **rows}
+        for name in LABEL_COLUMNS:
+            np.save(temporary / f"{name}.npy", columns[name])
         _write_bad(temporary / "skipped.csv", bad)
         ids = columns["ids"]
         lines = [(leak.kind, leak.split, ids[leak.held], leak.other_split, ids[leak.other]) for leak in leaks]
         write_csv(temporary / "leakage.csv", ("kind", "split", "id", "is_also_in", "id_there"), lines)
-        _report(folder, source, columns, labels[records], rows, leaks, remark)
+        _report(folder.name, source.targets, columns, leaks)
+        if remark:
+            tqdm.write(f"  {remark}")
     if bad:
         first = f"{bad[0].where}: {bad[0].reason}"
         tqdm.write(f"skipped {len(bad):,} of {len(listing.ids):,} records (crystals/skipped.csv), first: {first}")
@@ -289,30 +291,20 @@ def _write_bad(file: Path, bad: list[BadRecord]) -> None:
     write_csv(file, ("id", "where", "reason"), [(record.id, record.where, record.reason) for record in bad])
 
 
-def _report(
-    folder: Path,
-    source: Source,
-    columns: Columns,
-    labels: np.ndarray,
-    rows: dict[str, np.ndarray],
-    leaks: list[Leak],
-    remark: str,
-) -> None:
+def _report(name: str, targets: tuple[Target, ...], columns: Columns, leaks: list[Leak]) -> None:
     """Prints what was prepared."""
     atoms = np.diff(columns["atom_offset"])
-    sizes = ", ".join(f"{len(rows[name]):,} {name}" for name in SPLITS)
-    tqdm.write(f"{folder.name}: {len(atoms):,} crystals of {atoms.min()} to {atoms.max()} atoms; {sizes}")
-    for target, column in zip(source.targets, labels.T, strict=True):
+    sizes = ", ".join(f"{len(columns[split]):,} {split}" for split in SPLITS)
+    tqdm.write(f"{name}: {len(atoms):,} crystals of {atoms.min()} to {atoms.max()} atoms; {sizes}")
+    for target, column in zip(targets, columns["labels"].T, strict=True):
         values = column[np.isfinite(column)]
         extent = f"{values.min():.4g} to {values.max():.4g} {target.unit}".rstrip() if len(values) else "none is known"
         tqdm.write(f"  {target.name}: {len(values):,} labels, {extent}")
-    for name in ("test", "val"):
-        kinds = [leak.kind for leak in leaks if leak.split == name and leak.in_training]
+    for split in ("test", "val"):
+        kinds = [leak.kind for leak in leaks if leak.split == split and leak.in_training]
         if kinds:
-            number = f"1 {name} crystal is" if len(kinds) == 1 else f"{len(kinds):,} {name} crystals are"
+            number = f"1 {split} crystal is" if len(kinds) == 1 else f"{len(kinds):,} {split} crystals are"
             tqdm.write(
                 f"  {number} also in training: {kinds.count('id'):,} by id, {kinds.count('structure'):,} by structure "
                 "(crystals/leakage.csv)"
             )
-    if remark:
-        tqdm.write(f"  {remark}")

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from crystalframer_jax.data.io.download import download, figshare_urls, jarvis_location
-from crystalframer_jax.data.io.pickles import load_pickle
 from crystalframer_jax.data.io.streams import check_zip, json_records
 from crystalframer_jax.data.records import BadRecord, DataError, Record, Source, Target
 from crystalframer_jax.data.structures import dict_loader
@@ -78,6 +77,8 @@ class FigsharePickles:
 
     def fetch(self, folder: Path) -> list[Path]:
         """Downloads the three files into a folder, unless they are there."""
+        from crystalframer_jax.data.io.pickles import load_pickle  # imports pymatgen
+
         return [
             download(figshare_urls(number), folder / self._name(split), lambda file: load_pickle(file))
             for split, number in self.file_ids.items()
@@ -101,6 +102,8 @@ class FigsharePickles:
 
     def open(self, files: list[Path], targets: tuple[Target, ...]) -> Source:
         """Opens the three files, training first."""
+        from crystalframer_jax.data.io.pickles import load_pickle
+
         load = functools.cache(load_pickle)  # a few MB each
 
         def records() -> Iterator[Record | BadRecord]:

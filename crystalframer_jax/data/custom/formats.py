@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from crystalframer_jax.data.custom.fields import CustomData, Item, Items, is_cif_text, short, text
-from crystalframer_jax.data.io.pickles import load_pickle
 from crystalframer_jax.data.io.streams import json_lines, json_records
 from crystalframer_jax.data.records import BadRecord, DataError
 from crystalframer_jax.data.structures import FLAT, JARVIS, PYMATGEN, dict_loader, from_dict, from_pymatgen, from_text
@@ -106,6 +105,8 @@ def pickle_items(path: Path, options: CustomData, files: Mapping[str, Path] | No
             f"{path}: pickle files can run programs when they are read; if you trust this one, add --allow_pickle, "
             "which reads no more than lists, numbers and structures"
         )
+    from crystalframer_jax.data.io.pickles import load_pickle  # imports pymatgen
+
     files = files or {"": path}
     digest = hashlib.sha256("\n".join(f"{split} {sha256(file)}" for split, file in files.items()).encode())
     load = functools.cache(load_pickle)  # slow, and all of a file is in memory anyway
