@@ -73,11 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = command_parser("prepare_data.py", DESCRIPTION)
     add = parser.add_argument
     add("--target_set", default="", metavar="NAME", help="a known target set, or a name for your own")
-    add(
-        "--source",
-        type=lambda text: Path(text).expanduser(),
-        help="file or folder to read; known target sets are downloaded without it",
-    )
+    add("--source", type=_path, help="file or folder to read; known target sets are downloaded without it")
     add("--data_dir", default="", metavar="DIR", help="where prepared data are kept; default: the user's cache folder")
     add("--unofficial", action="store_true", help="take a source whose splits are not those of published numbers")
     share = Preparation.max_bad_share
@@ -93,6 +89,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--group_column", default=CustomData.group_column, metavar="NAME", help="groups that must not be split up")
     add("--allow_pickle", action="store_true", help="read .pkl files, through an allow-list")
     return parser
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
 
 
 def _share(text: str) -> float:
