@@ -5,7 +5,7 @@ import threading
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import joblib
 import numpy as np
@@ -30,21 +30,24 @@ def in_parallel(
     total: int | None,
     workers: int = 0,
     batch_size: int = 1,
+    bar_from: int = 0,
     steps: Callable[[Result], int] = lambda _: 1,
-    **bar: Any,
+    unit: str = "it",
 ) -> list[Result]:
     """Returns work(item) for every item, in order, by worker processes, which are killed by Ctrl-C.
 
     `workers` are the processes; 0: one for each core, or none for a `total` of at most SMALL. They are given
-    `batch_size` items at a time; twice as many for each process are in memory. A bar shows the `steps` that results
-    stand for, of `total` (None: not known).
+    `batch_size` items at a time; twice as many for each process are in memory. Above a `total` of `bar_from`, on a
+    terminal, a bar shows the `steps` that results stand for, of `total` (None: not known).
     """
     number = workers or (1 if total is not None and total <= SMALL else joblib.cpu_count())
     ahead = 2 * number * batch_size
     pool = joblib.Parallel(number, return_as="generator", pre_dispatch=ahead, batch_size=batch_size, max_nbytes=None)
+    is_quick = total is not None and total <= bar_from
+    bar = tqdm(total=total, desc=title, unit=unit, dynamic_ncols=True, disable=is_quick or None)
     results: list[Result] = []
     try:
-        with pool as parallel, tqdm(total=total, desc=title, dynamic_ncols=True, **bar) as progress:
+        with pool as parallel, bar as progress:
             try:
                 for result in parallel(joblib.delayed(work)(item) for item in items):
                     results.append(result)
@@ -75,7 +78,7 @@ def build_parts(
     """
     folder.mkdir(parents=True, exist_ok=True)
     make = functools.partial(_make_part, work, folder)
-    sizes = in_parallel(make, enumerate(chunks), title, total, workers, steps=int, unit=" crystals", disable=None)
+    sizes = in_parallel(make, enumerate(chunks), title, total, workers, steps=int, unit=" crystals")
     return [_part(folder, number) for number in range(len(sizes))]
 
 

@@ -9,7 +9,7 @@ cell nor on orientation, origin or order of atoms.
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from pymatgen.core import Element, Structure
 from pymatgen.optimization.neighbors import find_points_in_spheres
 from scipy.spatial import KDTree
 
-from crystalframer_jax.data.build import SMALL, Columns, Item, Result, in_parallel
+from crystalframer_jax.data.build import SMALL, Columns, in_parallel
 from crystalframer_jax.data.splits import SPLITS
 from crystalframer_jax.data.store import crystal_at
 from crystalframer_jax.structures.crystal import Crystal
@@ -100,7 +100,7 @@ def _same_formula(columns: Columns, split_of: dict[int, str]) -> Iterator[list[i
 def _fingerprints(columns: Columns, rows: list[int], workers: int) -> dict[int, np.ndarray]:
     """Computes the fingerprint of each of these crystals."""
     crystals = (crystal_at(columns, row) for row in rows)
-    found = _in_parallel(_fingerprint, crystals, len(rows), "fingerprints", workers)
+    found = in_parallel(_fingerprint, crystals, "fingerprints", len(rows), workers, CHUNK, bar_from=SMALL)
     return dict(zip(rows, found, strict=True))
 
 
@@ -136,7 +136,7 @@ def _same_structure(
     num_atoms = np.diff(columns["atom_offset"])
     small = [pair for pair in pairs if num_atoms[list(pair)].min() <= MOST_ATOMS]
     candidates = ((_structure(columns, held), _structure(columns, other)) for held, other in small)
-    matches = _in_parallel(_match, candidates, len(small), "comparing structures", workers)
+    matches = in_parallel(_match, candidates, "comparing structures", len(small), workers, CHUNK, bar_from=SMALL)
     same = {pair for pair, matched in zip(small, matches, strict=True) if matched}
     for held, other in set(pairs) - set(small):
         if np.abs(prints[held] - prints[other]).max() <= SAME_FINGERPRINT:
@@ -160,10 +160,3 @@ def _structure(columns: Columns, row: int) -> Structure:
         species[site] = {Element.from_Z(int(z) + 1): float(shares[z]) for z in np.flatnonzero(shares)}
     position = np.asarray(columns["position"][first:end])
     return Structure(columns["lattice"][row], species, position, coords_are_cartesian=True)
-
-
-def _in_parallel(
-    work: Callable[[Item], Result], items: Iterable[Item], number: int, title: str, workers: int
-) -> list[Result]:
-    """Returns work(item) for every item, by worker processes; for few items, which take seconds, without a bar."""
-    return in_parallel(work, items, title, number, workers, CHUNK, disable=number <= SMALL or None)

@@ -60,7 +60,7 @@ def data_folder(data_dir: str) -> Path:
 def load_dataset(folder: Path, names: tuple[str, ...], cutoff: float | LatticeBox, workers: int = 0) -> Dataset:
     """Opens the target set that was prepared in `folder`, with the targets `names`.
 
-    Neighbour rows within `cutoff`, see `neighbor_rows`, are computed first if they are not there. Crystals for which
+    Neighbor rows within `cutoff`, see `neighbor_rows`, are computed first if they are not there. Crystals for which
     none of these labels is known are in no split. Raises DataError if nothing was prepared there, if it is damaged, or
     if a split has no crystal with these labels.
     """
