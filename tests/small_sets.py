@@ -72,7 +72,7 @@ def open_small(folder: Path, target_set: TargetSet | None = None, targets=("e_fo
 
 
 def rows_folder(folder: Path) -> Path:
-    """The one folder with neighbour rows of the small set below a folder."""
+    """The one folder with neighbor rows of the small set below a folder."""
     (rows,) = (folder / "small").glob("rows-*")
     return rows
 

@@ -79,9 +79,9 @@ def prepare(folder: Path, source: Source, known: TargetSet | None, options: Prep
             (folder / "skipped.csv").unlink(missing_ok=True)  # of an attempt that failed
             found = read_columns(folder / "crystals", CRYSTAL_COLUMNS)
             _remove(folder.glob(".rows-*"))
-        for manifest_file in folder.glob("rows-*/manifest.json"):
-            if found is None or found[0]["digest"] not in manifest_file.read_text():  # rows of other crystals
-                _remove([manifest_file.parent])
+        for file in folder.glob("rows-*/manifest.json"):
+            if found is None or found[0]["digest"] not in file.read_text():  # rows of other crystals
+                shutil.rmtree(file.parent)
     return not is_prepared
 
 
@@ -247,8 +247,9 @@ def _splits(
     official = known.official_splits if known else {}
     as_published = bool(official) and not options.unofficial
     expected = known.num_records if known else 0
+    cause = _likely_change(len(listing.ids), expected)
     if as_published and expected not in (0, len(listing.ids)):
-        raise DataError(f"{name}: {_likely_change(len(listing.ids), expected)}")
+        raise DataError(f"{name}: {cause}")
     is_known = np.isfinite(labels)
     usable = np.flatnonzero(is_known.all(axis=1) if as_published else is_known.any(axis=1))
     if not len(usable):
@@ -263,17 +264,12 @@ def _splits(
     else:
         counts = known.split_counts if known and as_published else ()
         if sum(counts) > len(usable):
-            cause = _likely_change(len(listing.ids), expected)
             raise DataError(f"{name}: only {len(usable):,} records have all labels, of {sum(counts):,}: {cause}")
         splits = random_split(usable, counts, options.split_seed)
-    if not official:
-        return splits, ""
     found = differences(splits, listing.ids, official)
-    if not found:
-        return splits, ""
-    if as_published:
-        raise DataError(f"{name}: {'; '.join(found)}: {_likely_change(len(listing.ids), expected)}")
-    return splits, "not the official data or splits: errors cannot be compared with published ones"
+    if found and as_published:
+        raise DataError(f"{name}: {'; '.join(found)}: {cause}")
+    return splits, "not the official data or splits: errors cannot be compared with published ones" if found else ""
 
 
 def _likely_change(number: int, expected: int) -> str:

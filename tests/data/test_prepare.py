@@ -169,6 +169,16 @@ def test_pickles_named_by_their_numbers(tmp_path):
     assert "there is no bulk_megnet_val.pkl or 40258675" in message
 
 
+@pytest.mark.parametrize("name", ["mp_flla_2015", "jarvis__megnet", "jarvis__megnet-bulk_modulus"])
+def test_records_of_known_sets_can_be_sent_to_workers(tmp_path, name):
+    archive(tmp_path, "megnet.json")
+    pickles(tmp_path, "bulk")
+    known = TARGET_SETS[name]
+    files = [] if name == "mp_flla_2015" else [known.source.given(tmp_path)]
+    record = next(known.source.open(*files, known.targets).records())
+    assert pickle.loads(pickle.dumps(record)).load().id == record.id
+
+
 class Hostile:
     def __init__(self, file: Path):
         self.file = file

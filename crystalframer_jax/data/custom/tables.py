@@ -66,7 +66,8 @@ def _items(file: Path, names: Sequence[str], has_header: bool, structure: int, i
     """
     read = functools.partial(_read, file, names, has_header, structure, id_names)
     digest, count = hashlib.sha256(sha256(file).encode()), 0
-    for count, item in enumerate(read(), 1):  # noqa: B007
+    for item in read():
+        count += 1
         if isinstance(item, Item) and item.file:
             digest.update(f"{os.path.relpath(item.file, file.parent)}\n{sha256(item.file)}\n".encode())
     return Items(str(file), digest.hexdigest(), read, count, (names[structure], *id_names))
