@@ -137,7 +137,8 @@ def _record(
     if numbers_only:
         values = [None if isinstance(value, str) else value for value in values]
     labels = tuple(target.label(value) for target, value in zip(targets, values, strict=True))
-    return Record(id, where, dict_loader(content["atoms"], id), labels, split)
+    atoms = {"cartesian": None, **content["atoms"]}  # which must be said here
+    return Record(id, where, dict_loader(atoms, id), labels, split)
 
 
 def _first_file(candidates: list[Path], path: Path, name: str) -> Path:
