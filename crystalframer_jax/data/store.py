@@ -202,22 +202,16 @@ def writing(folder: Path, manifest: dict[str, Any]) -> Iterator[Path]:
 def read_columns(folder: Path, names: tuple[str, ...]) -> tuple[dict[str, Any], Columns] | None:
     """Reads manifest and memory-mapped columns; None if the folder is missing or not as it was written."""
     for _ in range(3):
-        try:
+        with contextlib.suppress(OSError, ValueError, KeyError):
             text = (folder / "manifest.json").read_text()
-            found = _checked_columns(folder, json.loads(text), names)
+            manifest = json.loads(text)
+            is_intact = manifest.pop("check") == digest_of(manifest) and all(
+                sha256(folder / name) == checksum for name, checksum in manifest["sha256"].items()
+            )
+            columns = mapped_columns(folder, names) if is_intact else {}
             if (folder / "manifest.json").read_text() == text:  # else it was replaced meanwhile
-                return found
-        except (OSError, ValueError, KeyError):
-            pass
+                return (manifest, columns) if is_intact else None
     return None
-
-
-def _checked_columns(folder: Path, manifest: dict[str, Any], names: tuple[str, ...]) -> tuple[dict, Columns] | None:
-    if manifest.pop("check") != digest_of(manifest):
-        return None
-    if any(sha256(folder / name) != checksum for name, checksum in manifest["sha256"].items()):
-        return None
-    return manifest, mapped_columns(folder, names)
 
 
 def mapped_columns(folder: Path, names: Iterable[str]) -> Columns:

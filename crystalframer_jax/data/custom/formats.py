@@ -110,19 +110,18 @@ def pickle_items(path: Path, options: CustomData, files: Mapping[str, Path] | No
     files = files or {"": path}
     digest = hashlib.sha256("\n".join(f"{split} {sha256(file)}" for split, file in files.items()).encode())
     load = functools.cache(load_pickle)  # slow, and all of a file is in memory anyway
-    return Items(str(path), digest.hexdigest(), functools.partial(_read_pickles, load, files, options.id_names()))
 
+    def read() -> Iterator[Item | BadRecord]:
+        for split, file in files.items():
+            records = load(file)
+            if not isinstance(records, list):
+                raise DataError(f"{file}: holds a {type(records).__name__}, not a list of records; pickle such a list")
+            for number, record in enumerate(records, 1):
+                found = record if isinstance(record, dict) else f"is not a dict but of type {type(record).__name__}"
+                id = f"{split or file.name}:{number}"
+                yield _item(found, f"{file} record {number}", id, options.id_names(), split)
 
-def _read_pickles(
-    load: Callable[[Path], Any], files: Mapping[str, Path], id_names: tuple[str, ...]
-) -> Iterator[Item | BadRecord]:
-    for split, file in files.items():
-        records = load(file)
-        if not isinstance(records, list):
-            raise DataError(f"{file}: holds a {type(records).__name__}, not a list of records; pickle such a list")
-        for number, record in enumerate(records, 1):
-            found = record if isinstance(record, dict) else f"is not a dict but of type {type(record).__name__}"
-            yield _item(found, f"{file} record {number}", f"{split or file.name}:{number}", id_names, split)
+    return Items(str(path), digest.hexdigest(), read)
 
 
 def _item(
