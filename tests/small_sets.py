@@ -1,6 +1,7 @@
 """A target set of 60 bundled crystals, for the tests of data and of training."""
 
 import dataclasses
+import functools
 import gzip
 import hashlib
 import itertools
@@ -20,12 +21,13 @@ from crystalframer_jax.data.records import Record, Source, Target
 from crystalframer_jax.data.registry import TARGET_SETS, TargetSet
 from crystalframer_jax.data.sources import Bundled
 from crystalframer_jax.data.store import Dataset, load_dataset
+from crystalframer_jax.data.structures import from_dict
 
 CUTOFF = 4.0  # Å; short rows
 
 
 @dataclasses.dataclass(frozen=True)
-class SmallOrigin(Bundled):
+class SmallSource(Bundled):
     """The first `count` records of a bundled file, some of them changed: {record number: changes}."""
 
     count: int = 60
@@ -38,7 +40,8 @@ class SmallOrigin(Bundled):
             for number, content in enumerate(raw_records(self.count)):
                 content |= self.changes.get(number, {})
                 labels = tuple(target.label(content[target.field]) for target in targets)
-                yield Record(content["id"], f"line {number + 1}", content, labels)
+                load = functools.partial(from_dict, content, content["id"])
+                yield Record(content["id"], f"line {number + 1}", load, labels)
 
         checksum = hashlib.sha256(repr((self.count, self.changes)).encode()).hexdigest()
         return Source(targets, checksum, records, self.count)
@@ -47,8 +50,8 @@ class SmallOrigin(Bundled):
 def small_set(**values) -> TargetSet:
     """A small set with the targets of mp_flla_2015."""
     whole = TARGET_SETS["mp_flla_2015"]
-    origin = SmallOrigin(whole.origin.file, **values)
-    return dataclasses.replace(whole, name="small", origin=origin)
+    source = SmallSource(whole.source.file, **values)
+    return dataclasses.replace(whole, name="small", source=source)
 
 
 def raw_records(count: int | None = None) -> list[dict[str, Any]]:
@@ -60,7 +63,7 @@ def raw_records(count: int | None = None) -> list[dict[str, Any]]:
 def prepare_small(folder: Path, target_set: TargetSet | None = None, options: Preparation = DEFAULT) -> bool:
     """Prepare the crystals of the small set below a folder."""
     target_set = target_set or small_set()
-    return prepare(folder / "small", target_set.origin.open(target_set.targets), target_set, options)
+    return prepare(folder / "small", target_set.source.open(target_set.targets), target_set, options)
 
 
 def open_small(folder: Path, target_set: TargetSet | None = None, targets=("e_form",), cutoff=CUTOFF) -> Dataset:
@@ -69,7 +72,7 @@ def open_small(folder: Path, target_set: TargetSet | None = None, targets=("e_fo
 
 
 def rows_folder(folder: Path) -> Path:
-    """The one folder with neighbour rows of the small set below a folder."""
+    """The one folder with neighbor rows of the small set below a folder."""
     (rows,) = (folder / "small").glob("rows-*")
     return rows
 

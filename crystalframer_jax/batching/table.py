@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from crystalframer_jax.structures.crystal import Crystal
+from crystalframer_jax.structures.lattice import reduction
 from crystalframer_jax.structures.neighbors import NeighborRows
 
 
@@ -94,13 +95,6 @@ def row_columns(crystals: Sequence[Crystal], rows: Sequence[NeighborRows]) -> di
         "image": _narrow("image", _join(images, np.int64, (3,))),
         "reverse": _narrow("reverse", _join([row.reverse for row in rows], np.int64)),
     }
-
-
-def reduction(lattice: np.ndarray) -> np.ndarray:
-    """Returns an integer matrix U [3, 3] of determinant 1 or -1 such that U @ lattice is a reduced (LLL) basis."""
-    from pymatgen.core import Lattice
-
-    return np.rint(Lattice(lattice).lll_mapping).astype(np.int64)
 
 
 def narrowest(column: str, lowest: int, highest: int) -> np.dtype:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import shlex
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ import numpy as np
 from crystalframer_jax.cli.common import command_parser, names, reporting_errors
 from crystalframer_jax.config import ConfigError, neighbor_cutoff
 from crystalframer_jax.configs import default
-from crystalframer_jax.data.custom.source import OwnData, own_source
+from crystalframer_jax.data.custom.source import CustomData, custom_source
 from crystalframer_jax.data.datasets import folder_of, prepared_sets
 from crystalframer_jax.data.prepare import Preparation, prepare
 from crystalframer_jax.data.records import DataError, Source, Target
@@ -25,11 +26,11 @@ from crystalframer_jax.text import table
 DESCRIPTION = """Prepare a target set for training: one that is known (without --target_set they are listed), or your
 own crystals (--source names them: a folder with id_prop.csv, a CSV with a column of file names, extended XYZ, JSON or
 JSON lines, pickles of the official project)."""
-OWN_FLAGS = ("targets", "units", "structure_column", "id_column", "split_column", "group_column", "allow_pickle")
+CUSTOM_FLAGS = tuple(field.name for field in dataclasses.fields(CustomData))
 
 
 def prepare_main(argv: Sequence[str] | None = None) -> int:
-    """Prepare a target set, or list them."""
+    """Prepares a target set, or lists them."""
     arguments = _parser().parse_args(argv)
     with reporting_errors("; the same command goes on from here", leave_at_once=False), _telling_full_disks():
         if not arguments.target_set:
@@ -41,15 +42,15 @@ def prepare_main(argv: Sequence[str] | None = None) -> int:
         folder, known = folder_of(name, arguments.data_dir), TARGET_SETS.get(name)
         if arguments.source is not None and not arguments.source.exists():
             raise DataError(f"--source={arguments.source}: there is no such file or folder")
-        source = _known_source(known, arguments) if known else _own_source(name, arguments)
+        source = _known_source(known, arguments) if known else _custom_source(name, arguments)
         options = Preparation(arguments.split_seed, arguments.max_bad_share, arguments.unofficial, arguments.workers)
         if not prepare(folder, source, known, options):
             print(f"{name} is prepared already, in {folder}")
-        names = tuple(target.name for target in source.targets)
-        dataset = load_dataset(folder, names, neighbor_cutoff(default.get_config()), options.workers)
+        targets = tuple(target.name for target in source.targets)
+        dataset = load_dataset(folder, targets, neighbor_cutoff(default.get_config()), options.workers)
         trainable = [
             target
-            for target, labels in zip(names, dataset.labels.T, strict=True)
+            for target, labels in zip(targets, dataset.labels.T, strict=True)
             if all(np.isfinite(labels[rows]).any() for rows in dataset.splits.values())
         ]
         flags = [f"--config.target_set={name}", f"--config.targets={','.join(trainable)}"]
@@ -79,14 +80,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--max_bad_share", type=_share, default=share, metavar="SHARE", help=f"of records to skip; default: {share}")
     add("--workers", type=_count, default=0, metavar="N", help="processes; default: one for each core")
     add("--split_seed", type=int, default=Preparation.split_seed, metavar="SEED", help="of random splits")
-    own = parser.add_argument_group("your own crystals").add_argument
-    own("--targets", type=names, default=(), metavar="NAME,...", help="labels to take; default: all numeric ones")
-    own("--units", type=names, default=(), metavar="UNIT,...", help="their units, such as eV/atom,GPa")
-    own("--structure_column", default=OwnData.structure_column, metavar="NAME", help="of the file names in a CSV")
-    own("--id_column", default=OwnData.id_column, metavar="NAME", help="column or field with the names of crystals")
-    own("--split_column", default=OwnData.split_column, metavar="NAME", help="column or field with train, val, test")
-    own("--group_column", default=OwnData.group_column, metavar="NAME", help="groups that must not be split up")
-    own("--allow_pickle", action="store_true", help="read .pkl files, through an allow-list")
+    add = parser.add_argument_group("your own crystals").add_argument
+    add("--targets", type=names, default=(), metavar="NAME,...", help="labels to take; default: all numeric ones")
+    add("--units", type=names, default=(), metavar="UNIT,...", help="their units, such as eV/atom,GPa")
+    add("--structure_column", default=CustomData.structure_column, metavar="NAME", help="of the file names in a CSV")
+    add("--id_column", default=CustomData.id_column, metavar="NAME", help="column or field with the names of crystals")
+    add("--split_column", default=CustomData.split_column, metavar="NAME", help="column or field with train, val, test")
+    add("--group_column", default=CustomData.group_column, metavar="NAME", help="groups that must not be split up")
+    add("--allow_pickle", action="store_true", help="read .pkl files, through an allow-list")
     return parser
 
 
@@ -109,44 +110,44 @@ def _count(text: str) -> int:
 
 
 def _known_source(known: TargetSet, arguments: argparse.Namespace) -> Source:
-    """The source of a known target set, downloaded unless it is given."""
-    unused = [f"--{flag}" for flag in OWN_FLAGS if getattr(arguments, flag) != getattr(OwnData, flag)]
+    """Opens the source of a known target set, downloaded unless it is given."""
+    unused = [f"--{flag}" for flag in CUSTOM_FLAGS if getattr(arguments, flag) != getattr(CustomData, flag)]
     if unused:
         raise ConfigError(f"{unused[0]} is for your own crystals; {known.name} is known, choose another name for yours")
     if known.official_splits and arguments.split_seed != Preparation.split_seed and not arguments.unofficial:
         raise ConfigError(f"{known.name} has official splits: leave --split_seed out, or add --unofficial")
-    if isinstance(known.origin, Bundled):
+    if isinstance(known.source, Bundled):
         if arguments.source:
             raise ConfigError(f"{known.name} comes with the package; leave --source out")
-        return known.origin.open(known.targets)
+        return known.source.open(known.targets)
     if arguments.source:
-        files = known.origin.given(arguments.source)
+        files = known.source.given(arguments.source)
     else:
         downloads = data_folder(arguments.data_dir) / "downloads"
         with locked(downloads / ".lock"):
-            files = known.origin.fetch(downloads)
-    return known.origin.open(files, known.targets)
+            files = known.source.fetch(downloads)
+    return known.source.open(files, known.targets)
 
 
-def _own_source(name: str, arguments: argparse.Namespace) -> Source:
-    """The source of a user's own crystals."""
+def _custom_source(name: str, arguments: argparse.Namespace) -> Source:
+    """Opens the source of a user's own crystals."""
     if not arguments.source:
+        known = ", ".join(TARGET_SETS)
         raise ConfigError(
-            f"target set {name!r} is not known: name your crystals with --source, or choose one of "
-            f"{', '.join(TARGET_SETS)}"
+            f"target set {name!r} is not known: name your crystals with --source, or choose one of {known}"
         )
-    if arguments.group_column and arguments.split_column != OwnData.split_column:
+    if arguments.group_column and arguments.split_column != CustomData.split_column:
         raise ConfigError("--split_column and --group_column contradict each other: give one of them")
-    return own_source(arguments.source, OwnData(**{flag: getattr(arguments, flag) for flag in OWN_FLAGS}))
+    return custom_source(arguments.source, CustomData(**{flag: getattr(arguments, flag) for flag in CUSTOM_FLAGS}))
 
 
 def _listing(data_dir: str) -> str:
-    """A table of all target sets, known and prepared."""
+    """Tabulates all target sets, known and prepared."""
     root = data_folder(data_dir)
     rows = []
     for name in (*TARGET_SETS, *prepared_sets(root)):
         manifest, known = root / name / "crystals" / "manifest.json", TARGET_SETS.get(name)
-        state = "bundled" if known and isinstance(known.origin, Bundled) else "not prepared"
+        state = "bundled" if known and isinstance(known.source, Bundled) else "not prepared"
         targets = known.targets if known else ()
         if manifest.exists():
             content = json.loads(manifest.read_text())

@@ -1,11 +1,11 @@
 """Columns built in parallel: chunks of work become part files, which survive an interruption and are then joined."""
 
-import contextlib
+import functools
 import threading
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import joblib
 import numpy as np
@@ -15,83 +15,89 @@ from tqdm import tqdm
 from crystalframer_jax.data.records import DataError
 from crystalframer_jax.files import replacing
 
-Chunk = TypeVar("Chunk")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 Columns = dict[str, np.ndarray]
 
 COUNTED_BY = {"atom_offset": "atom_offset", "edge_offset": "edge_offset", "shared_site": "atom_offset"}
 SMALL = 5000  # crystals; fewer are faster without worker processes, which take seconds to start
 
 
-@contextlib.contextmanager
-def processes(number: int, what: str, batch_size: int = 1) -> Iterator[joblib.Parallel]:
-    """Worker processes, which are killed by Ctrl-C.
+def in_parallel(
+    work: Callable[[Item], Result],
+    items: Iterable[Item],
+    title: str,
+    total: int | None,
+    workers: int = 0,
+    batch_size: int = 1,
+    bar_from: int = 0,
+    steps: Callable[[Result], int] = lambda _: 1,
+    unit: str = "it",
+) -> list[Result]:
+    """Returns work(item) for every item, in order, by worker processes, which are killed by Ctrl-C.
 
-    They are given `batch_size` pieces of work at a time, and as many for each process before their turn.
+    `workers` are the processes; 0: one for each core, or none for a `total` of at most SMALL. They are given
+    `batch_size` items at a time; twice as many for each process are in memory. Above a `total` of `bar_from`, on a
+    terminal, a bar shows the `steps` that results stand for, of `total` (None: not known).
     """
+    number = workers or (1 if total is not None and total <= SMALL else joblib.cpu_count())
     ahead = 2 * number * batch_size
-    parallel = joblib.Parallel(
-        number, return_as="generator", pre_dispatch=ahead, batch_size=batch_size, max_nbytes=None
-    )
+    pool = joblib.Parallel(number, return_as="generator", pre_dispatch=ahead, batch_size=batch_size, max_nbytes=None)
+    is_quick = total is not None and total <= bar_from
+    bar = tqdm(total=total, desc=title, unit=unit, dynamic_ncols=True, disable=is_quick or None)
+    results: list[Result] = []
     try:
-        with parallel:
+        with pool as parallel, bar as progress:
             try:
-                yield parallel
+                for result in parallel(joblib.delayed(work)(item) for item in items):
+                    results.append(result)
+                    progress.update(steps(result))
             except KeyboardInterrupt:
                 threading.excepthook = lambda _: None  # of threads that miss the workers
                 raise
     except TerminatedWorkerError as error:
         raise DataError(
-            f"{what}: a worker process was killed, probably for want of memory; go on with scripts/prepare_data.py "
+            f"{title}: a worker process was killed, probably for want of memory; go on with scripts/prepare_data.py "
             "--workers=1: what is done is kept"
         ) from error
-
-
-def num_processes(total: int | None, workers: int) -> int:
-    """Processes for that many crystals: `workers`, or (0) one for each core, or none for few crystals."""
-    return workers or (1 if total is not None and total <= SMALL else joblib.cpu_count())
+    return results
 
 
 def build_parts(
-    work: Callable[[Chunk], Columns],
-    chunks: Iterable[tuple[int, Chunk]],
+    work: Callable[[list[Item]], Columns],
+    chunks: Iterable[list[Item]],
     folder: Path,
     title: str,
     total: int | None,
     workers: int = 0,
 ) -> list[Path]:
-    """Part files in `folder`, in the order of the chunks; those that are there already are not made again.
+    """Makes part files in `folder`, in the order of the chunks; those that are there already are not made again.
 
-    Every chunk comes with the number of crystals in it; `total` is their sum, None if it is not known. At most twice as
-    many chunks as processes (see `num_processes`) are in memory.
+    `total` is the number of items in all chunks, None if it is not known. At most twice as many chunks as processes
+    (see `in_parallel`) are in memory.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    number = num_processes(total, workers)
-    sizes: list[int] = []
-
-    def jobs() -> Iterator[Any]:
-        for number, (size, chunk) in enumerate(chunks):
-            sizes.append(size)
-            yield joblib.delayed(_make_part)(work, chunk, folder / f"part-{number:06d}.npz")
-
-    files: list[Path] = []
-    bar = tqdm(total=total, desc=title, unit=" crystals", dynamic_ncols=True, disable=None)
-    with processes(number, title) as parallel, bar as progress:
-        for file in parallel(jobs()):
-            progress.update(sizes[len(files)])
-            files.append(file)
-    return files
+    make = functools.partial(_make_part, work, folder)
+    sizes = in_parallel(make, enumerate(chunks), title, total, workers, steps=int, unit=" crystals")
+    return [_part(folder, number) for number in range(len(sizes))]
 
 
-def _make_part(work: Callable[[Chunk], Columns], chunk: Chunk, file: Path) -> Path:
-    """Do a chunk of work, unless its part file is there."""
+def _part(folder: Path, number: int) -> Path:
+    return folder / f"part-{number:06d}.npz"
+
+
+def _make_part(work: Callable[[list[Item]], Columns], folder: Path, numbered: tuple[int, list[Item]]) -> int:
+    """Does a chunk of work, unless its part file is there; returns the size of the chunk."""
+    number, chunk = numbered
+    file = _part(folder, number)
     if not _is_complete(file):
         with replacing(file) as temporary, temporary.open("wb") as stream:
             np.savez(stream, allow_pickle=False, **work(chunk))
-    return file
+    return len(chunk)
 
 
 def _is_complete(file: Path) -> bool:
-    """Whether a part file is there and undamaged."""
+    """Tells whether a part file is there and undamaged."""
     try:
         with zipfile.ZipFile(file) as archive:
             return archive.testzip() is None
@@ -100,9 +106,9 @@ def _is_complete(file: Path) -> bool:
 
 
 def join_parts(parts: Sequence[Path], names: Iterable[str], folder: Path) -> None:
-    """Write each column of the parts, joined, as FOLDER/NAME.npy; one part at a time is in memory.
+    """Writes each column of the parts, joined, as FOLDER/NAME.npy; one part at a time is in memory.
 
-    What a part counts from its own first atom or neighbour counts from the first of all afterwards. A column has the
+    What a part counts from its own first atom or neighbor counts from the first of all afterwards. A column has the
     widest of its types.
     """
     for name in names:

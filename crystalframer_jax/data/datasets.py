@@ -12,34 +12,34 @@ from crystalframer_jax.structures.neighbors import LatticeBox
 
 
 def open_dataset(name: str, targets: tuple[str, ...], cutoff: float | LatticeBox, data_dir: str = "") -> Dataset:
-    """The target set of that name with its `targets` and neighbour rows within `cutoff`, see `neighbor_rows`.
+    """Opens the target set of that name with its `targets` and neighbor rows within `cutoff`, see `neighbor_rows`.
 
     A bundled set is prepared if need be; others are prepared by scripts/prepare_data.py. An empty `data_dir` stands
     for the user's cache folder. Raises ConfigError for an unknown name, DataError for a set that is not prepared.
     """
     folder = folder_of(name, data_dir)
     known = TARGET_SETS.get(name)
-    if known and isinstance(known.origin, Bundled):
-        source = known.origin.open(known.targets)
+    if known and isinstance(known.source, Bundled):
+        source = known.source.open(known.targets)
         if not is_current(folder, source):
             prepare(folder, source, known)
     elif not known and not folder.is_dir():
-        own = ", ".join(prepared_sets(folder.parent)) or "none"
+        prepared = ", ".join(prepared_sets(folder.parent)) or "none"
         raise ConfigError(
             f"target_set={name!r} is not known; allowed: {', '.join(TARGET_SETS)}, and what was prepared in "
-            f"{folder.parent} ({own}). Your own crystals become a target set by scripts/prepare_data.py"
+            f"{folder.parent} ({prepared}). Your own crystals become a target set by scripts/prepare_data.py"
         )
     return load_dataset(folder, targets, cutoff)
 
 
 def folder_of(name: str, data_dir: str = "") -> Path:
-    """The folder of a target set; ConfigError if the name cannot be that of a folder."""
+    """Returns the folder of a target set; ConfigError if the name cannot be that of a folder."""
     if not re.fullmatch(r"\w[\w.+-]*", name):
         raise ConfigError(f"target_set={name!r} must be a name of letters, digits and _ . + -")
     return data_folder(data_dir) / name
 
 
 def prepared_sets(root: Path) -> list[str]:
-    """Names of the target sets prepared in a folder that are not known from the start."""
+    """Lists the target sets prepared in a folder that are not known from the start."""
     found = {file.parts[-3] for file in root.glob("*/crystals/manifest.json")}
     return sorted(found - set(TARGET_SETS))

@@ -2,33 +2,28 @@
 
 Structures are the same if pymatgen's StructureMatcher says so without scaling the volume, at tolerances that forgive
 what two relaxations of the same crystal differ by. Comparing all pairs is out of the question: candidates have the same
-reduced formula and nearly the same fingerprint, a few sums over neighbours that depend neither on the choice of the
+reduced formula and nearly the same fingerprint, a few sums over neighbors that depend neither on the choice of the
 cell nor on orientation, origin or order of atoms.
 """
 
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator
+from typing import Any
 
-import joblib
 import numpy as np
 from pymatgen.analysis.structure_matcher import StructureMatcher
 from pymatgen.core import Element, Structure
 from pymatgen.optimization.neighbors import find_points_in_spheres
 from scipy.spatial import KDTree
-from tqdm import tqdm
 
-from crystalframer_jax.data.build import SMALL, Columns, num_processes, processes
+from crystalframer_jax.data.build import SMALL, Columns, in_parallel
 from crystalframer_jax.data.splits import SPLITS
 from crystalframer_jax.data.store import crystal_at
 from crystalframer_jax.structures.crystal import Crystal
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-RADII = (4.0, 6.0)  # Å; of the neighbours that enter a fingerprint
+RADII = (4.0, 6.0)  # Å; of the neighbors that enter a fingerprint
 FINGERPRINT_TOLERANCE = 0.01  # of logarithms; about a change of all lengths by 0.3 %
 MOST_CANDIDATES = 2  # that a crystal is compared with; frames of a trajectory would have thousands
 LATTICE_TOLERANCE = 0.003  # relative, of lattice vectors
@@ -56,7 +51,7 @@ class Leak:
 
 
 def find_leaks(columns: Columns, splits: dict[str, np.ndarray], workers: int = 0) -> list[Leak]:
-    """All leaks, of test crystals first; a crystal is listed once for each other split that it is in.
+    """Finds all leaks, of test crystals first; a crystal is listed once for each other split that it is in.
 
     `columns` are those of the crystals; `splits` are rows of them. `workers` are processes (0: one for each core).
     """
@@ -82,7 +77,7 @@ def find_leaks(columns: Columns, splits: dict[str, np.ndarray], workers: int = 0
 
 
 def _same_id(columns: Columns, rows: Iterable[int]) -> list[list[int]]:
-    """Groups of rows with the same id."""
+    """Groups rows with the same id."""
     groups = defaultdict(list)
     for row in rows:
         groups[str(columns["ids"][row])].append(row)
@@ -90,7 +85,7 @@ def _same_id(columns: Columns, rows: Iterable[int]) -> list[list[int]]:
 
 
 def _same_formula(columns: Columns, split_of: dict[int, str]) -> Iterator[list[int]]:
-    """Groups of rows with the same reduced formula that lie in more than one split."""
+    """Groups rows with the same reduced formula that lie in more than one split."""
     groups = defaultdict(list)
     for row in split_of:
         species = columns["species"][slice(*columns["atom_offset"][row : row + 2])]
@@ -103,16 +98,16 @@ def _same_formula(columns: Columns, split_of: dict[int, str]) -> Iterator[list[i
 
 
 def _fingerprints(columns: Columns, rows: list[int], workers: int) -> dict[int, np.ndarray]:
-    """The fingerprint of each of these crystals."""
+    """Computes the fingerprint of each of these crystals."""
     crystals = (crystal_at(columns, row) for row in rows)
-    found = _in_parallel(_fingerprint, crystals, len(rows), "fingerprints", workers)
+    found = in_parallel(_fingerprint, crystals, "fingerprints", len(rows), workers, CHUNK, bar_from=SMALL)
     return dict(zip(rows, found, strict=True))
 
 
 def _fingerprint(crystal: Crystal) -> np.ndarray:
-    """Logarithms of the mean over the atoms i of the sum over neighbours j of (1 - d^2/R^2)^3, plain and times Z_i Z_j.
+    """Computes logarithms of sums over neighbors j of (1 - d^2/R^2)^3, plain and times Z_i Z_j; means over the atoms i.
 
-    The atom itself is among its neighbours, so that no sum is 0.
+    The atom itself is among its neighbors, so that no sum is 0.
     """
     i, j, _, distance = find_points_in_spheres(
         crystal.positions, crystal.positions, max(RADII), np.ones(3, np.int64), crystal.lattice, 1e-8
@@ -124,7 +119,7 @@ def _fingerprint(crystal: Crystal) -> np.ndarray:
 
 
 def _alike(held: list[int], others: list[int], prints: dict[int, np.ndarray]) -> list[tuple[int, int]]:
-    """The pairs of held and other rows whose fingerprints agree; at most MOST_CANDIDATES for each held one."""
+    """Finds the pairs of held and other rows whose fingerprints agree; at most MOST_CANDIDATES for each held one."""
     if not held or not others:
         return []
     tree = KDTree(np.stack([prints[row] for row in others]))
@@ -137,11 +132,11 @@ def _alike(held: list[int], others: list[int], prints: dict[int, np.ndarray]) ->
 def _same_structure(
     columns: Columns, pairs: list[tuple[int, int]], prints: dict[int, np.ndarray], workers: int
 ) -> list[tuple[int, int]]:
-    """Those of the pairs of rows whose structures match."""
+    """Finds those of the pairs of rows whose structures match."""
     num_atoms = np.diff(columns["atom_offset"])
     small = [pair for pair in pairs if num_atoms[list(pair)].min() <= MOST_ATOMS]
     candidates = ((_structure(columns, held), _structure(columns, other)) for held, other in small)
-    matches = _in_parallel(_match, candidates, len(small), "comparing structures", workers)
+    matches = in_parallel(_match, candidates, "comparing structures", len(small), workers, CHUNK, bar_from=SMALL)
     same = {pair for pair, matched in zip(small, matches, strict=True) if matched}
     for held, other in set(pairs) - set(small):
         if np.abs(prints[held] - prints[other]).max() <= SAME_FINGERPRINT:
@@ -150,13 +145,13 @@ def _same_structure(
 
 
 def _match(pair: tuple[Structure, Structure]) -> bool:
-    """Whether two structures are the same."""
+    """Tells whether two structures are the same."""
     matcher = StructureMatcher(LATTICE_TOLERANCE, SITE_TOLERANCE, ANGLE_TOLERANCE, scale=False)
     return bool(matcher.fit(*pair))
 
 
 def _structure(columns: Columns, row: int) -> Structure:
-    """A crystal of the table as a pymatgen Structure, with its occupancies."""
+    """Makes a pymatgen Structure of a crystal of the table, with its occupancies."""
     first, end = columns["atom_offset"][row : row + 2]
     species: list[Any] = [Element.from_Z(int(z)) for z in columns["species"][first:end]]
     for place in range(*np.searchsorted(columns["shared_site"], [first, end])):
@@ -165,17 +160,3 @@ def _structure(columns: Columns, row: int) -> Structure:
         species[site] = {Element.from_Z(int(z) + 1): float(shares[z]) for z in np.flatnonzero(shares)}
     position = np.asarray(columns["position"][first:end])
     return Structure(columns["lattice"][row], species, position, coords_are_cartesian=True)
-
-
-def _in_parallel(
-    work: Callable[[Item], Result], items: Iterable[Item], number: int, title: str, workers: int
-) -> list[Result]:
-    """work(item) for every item, in order, by worker processes if there are many."""
-    count = num_processes(number, workers)
-    results = []
-    bar = tqdm(total=number, desc=title, dynamic_ncols=True, disable=number <= SMALL or None)
-    with processes(count, title, CHUNK) as parallel, bar as progress:
-        for result in parallel(joblib.delayed(work)(item) for item in items):
-            results.append(result)
-            progress.update()
-    return results

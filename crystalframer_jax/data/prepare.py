@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import itertools
 import math
 import shutil
 import time
@@ -14,10 +15,10 @@ from tqdm import tqdm
 from crystalframer_jax.batching.table import CRYSTAL_COLUMNS, crystal_columns
 from crystalframer_jax.data.build import Columns, build_parts, join_parts
 from crystalframer_jax.data.leakage import Leak, find_leaks
-from crystalframer_jax.data.records import BadRecord, DataError, Record, Source, crystal_of
+from crystalframer_jax.data.records import BadRecord, DataError, Record, Source, Target
 from crystalframer_jax.data.registry import TargetSet
 from crystalframer_jax.data.splits import SPLITS, differences, given_split, random_split, split_by_group
-from crystalframer_jax.data.store import digest_of, mapped_columns, parts_folder, read_columns, writing
+from crystalframer_jax.data.store import LABEL_COLUMNS, digest_of, mapped_columns, parts_folder, read_columns, writing
 from crystalframer_jax.files import locked, write_csv
 from crystalframer_jax.structures.crystal import Crystal, CrystalError
 
@@ -48,7 +49,7 @@ NumberedRecords = list[tuple[int, Record]]
 
 
 def prepare(folder: Path, source: Source, known: TargetSet | None, options: Preparation = DEFAULT) -> bool:
-    """Prepare the crystals of a source in `folder`, whose name is that of the target set; False if they are there.
+    """Prepares the crystals of a source in `folder`, whose name is that of the target set; False if they are there.
 
     `known` is the target set if it is one of those known from the start: their splits are verified. Records that
     cannot be used are listed in crystals/skipped.csv, crystals that are in two splits in crystals/leakage.csv. Raises
@@ -78,27 +79,27 @@ def prepare(folder: Path, source: Source, known: TargetSet | None, options: Prep
             (folder / "skipped.csv").unlink(missing_ok=True)  # of an attempt that failed
             found = read_columns(folder / "crystals", CRYSTAL_COLUMNS)
             _remove(folder.glob(".rows-*"))
-        for manifest_file in folder.glob("rows-*/manifest.json"):
-            if found is None or found[0]["digest"] not in manifest_file.read_text():  # rows of other crystals
-                _remove([manifest_file.parent])
+        for file in folder.glob("rows-*/manifest.json"):
+            if found is None or found[0]["digest"] not in file.read_text():  # rows of other crystals
+                shutil.rmtree(file.parent)
     return not is_prepared
 
 
 def is_current(folder: Path, source: Source) -> bool:
-    """Whether what is prepared in a folder comes from this source, and was written by this version."""
+    """Tells whether what is prepared in a folder comes from this source, and was written by this version."""
     found = read_columns(folder / "crystals", CRYSTAL_COLUMNS)
     return found is not None and (found[0]["source"], found[0]["format"]) == (source.sha256, CRYSTALS_FORMAT)
 
 
 def _remove(folders: Iterable[Path], but: str | None = None) -> None:
-    """Remove folders, except those whose name contains `but`."""
+    """Removes folders, except those whose name contains `but`."""
     for folder in folders:
         if but is None or but not in folder.name:
             shutil.rmtree(folder)
 
 
 def _version(package: str) -> str:
-    """The version of a package that reads structures; "" if it is not there."""
+    """Returns the version of a package that reads structures; "" if it is not there."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -115,32 +116,34 @@ class _Listing:
     groups: list[str] = dataclasses.field(default_factory=list)
     bad: dict[int, BadRecord] = dataclasses.field(default_factory=dict)
 
-    def chunks(self, source: Source) -> Iterator[tuple[int, NumberedRecords]]:
-        """The records in chunks, with their sizes; takes them down on the way."""
-        chunk: NumberedRecords = []
+    def chunks(self, source: Source) -> Iterator[NumberedRecords]:
+        """Yields the records in chunks; takes them down on the way."""
+        usable = self._usable(source)
+        while chunk := list(itertools.islice(usable, CHUNK)):
+            yield chunk
+
+    def _usable(self, source: Source) -> Iterator[tuple[int, Record]]:
         for number, record in enumerate(source.records()):
             if len(record.id) > LONGEST_ID:
                 record = BadRecord(record.id[:LONGEST_ID], record.where, f"its id has {len(record.id):,} characters")
             self.ids.append(record.id)
             if isinstance(record, BadRecord):
                 self.bad[number] = record
-                record = Record("", "", None, (np.nan,) * len(source.targets))
+                self._describe((np.nan,) * len(source.targets))
             else:
-                chunk.append((number, record))
-            self.labels.append(record.labels)
-            self.splits.append(record.split)
-            self.groups.append(record.group)
-            if len(chunk) == CHUNK:
-                yield CHUNK, chunk
-                chunk = []
-        if chunk:
-            yield len(chunk), chunk
+                self._describe(record.labels, record.split, record.group)
+                yield number, record
+
+    def _describe(self, labels: tuple[float, ...], split: str = "", group: str = "") -> None:
+        self.labels.append(labels)
+        self.splits.append(split)
+        self.groups.append(group)
 
 
 def _write(
     folder: Path, parts: Path, source: Source, known: TargetSet | None, options: Preparation, manifest: dict
 ) -> None:
-    """Make the columns of the crystals; `parts` is for what is done so far."""
+    """Makes the columns of the crystals; `parts` is for what is done so far."""
     listing = _Listing()
     total = source.count or (known.num_records if known else None) or None
     title = f"crystals of {folder.name}"
@@ -148,8 +151,12 @@ def _write(
     records, bad = _outcome(files, listing)
     if len(bad) > options.max_bad_share * len(listing.ids) + 1e-9:
         shutil.rmtree(parts)  # what could not be used may be readable next time
-        raise _too_many_bad(folder / "skipped.csv", bad, len(listing.ids))
-
+        file, share = folder / "skipped.csv", math.ceil(100 * len(bad) / len(listing.ids)) / 100
+        _write_bad(file, bad)
+        raise DataError(
+            f"{len(bad):,} of {len(listing.ids):,} records cannot be used ({file} lists them), first: "
+            f"{bad[0].where}: {bad[0].reason}. Correct them, or accept more by --max_bad_share={share:g}"
+        )
     labels = np.array(listing.labels, dtype=np.float64).reshape(-1, len(source.targets))
     splits, remark = _splits(folder.name, listing, labels, known, options)
     rows = _rows_of(splits, records, len(listing.ids), folder.name)
@@ -164,19 +171,23 @@ def _write(
         columns = mapped_columns(temporary, CRYSTAL_COLUMNS)
         leaks = find_leaks(columns, rows, options.workers)
         leaked = sorted({leak.held for leak in leaks if leak.in_training})
-        extra = {"labels": labels[records], "leaked": np.array(leaked, dtype=np.int64), **rows}
-        for name, column in extra.items():
-            np.save(temporary / f"{name}.npy", column)
+        columns |= {"labels": labels[records], "leaked": np.array(leaked, dtype=np.int64), **rows}
+        for name in LABEL_COLUMNS:
+            np.save(temporary / f"{name}.npy", columns[name])
         _write_bad(temporary / "skipped.csv", bad)
-        _write_leaks(temporary / "leakage.csv", leaks, columns["ids"])
-        _report(folder, source, columns, labels[records], rows, leaks, remark)
+        ids = columns["ids"]
+        lines = [(leak.kind, leak.split, ids[leak.held], leak.other_split, ids[leak.other]) for leak in leaks]
+        write_csv(temporary / "leakage.csv", ("kind", "split", "id", "is_also_in", "id_there"), lines)
+        _report(folder.name, source.targets, columns, leaks)
+        if remark:
+            tqdm.write(f"  {remark}")
     if bad:
         first = f"{bad[0].where}: {bad[0].reason}"
         tqdm.write(f"skipped {len(bad):,} of {len(listing.ids):,} records (crystals/skipped.csv), first: {first}")
 
 
 def _outcome(files: list[Path], listing: _Listing) -> tuple[np.ndarray, list[BadRecord]]:
-    """Numbers of the records that became the crystals of the parts, in their order, and all that did not."""
+    """Returns numbers of the records that became the crystals of the parts, in their order, and all that did not."""
     if not listing.ids:
         raise DataError("the source has no records; look at what --source names")
     numbers = [np.zeros(0, np.int64)]
@@ -192,7 +203,7 @@ def _outcome(files: list[Path], listing: _Listing) -> tuple[np.ndarray, list[Bad
 
 
 def _rows_of(splits: dict[str, np.ndarray], records: np.ndarray, total: int, name: str) -> dict[str, np.ndarray]:
-    """Splits of record numbers as rows of the table; those that could not be used drop out."""
+    """Returns splits of record numbers as rows of the table; those that could not be used drop out."""
     row_of_record = np.full(total, -1, dtype=np.int64)
     row_of_record[records] = np.arange(len(records))
     rows = {split: row_of_record[chosen] for split, chosen in splits.items()}
@@ -208,12 +219,12 @@ def _rows_of(splits: dict[str, np.ndarray], records: np.ndarray, total: int, nam
 
 
 def _crystals_of(chunk: NumberedRecords) -> Columns:
-    """The crystals of numbered records, and those that cannot be used."""
+    """Makes the crystals of numbered records, and tells those that cannot be used."""
     crystals: list[Crystal] = []
     numbers, bad = [], []
     for number, record in chunk:
         try:
-            crystals.append(crystal_of(record))
+            crystals.append(record.load())
             numbers.append(number)
         except CrystalError as error:
             bad.append((number, record.where, " ".join(str(error).split())))
@@ -229,15 +240,16 @@ def _crystals_of(chunk: NumberedRecords) -> Columns:
 def _splits(
     name: str, listing: _Listing, labels: np.ndarray, known: TargetSet | None, options: Preparation
 ) -> tuple[dict[str, np.ndarray], str]:
-    """Record numbers of each split, and a remark on what is unusual about them.
+    """Returns record numbers of each split, and a remark on what is unusual about them.
 
     A target set of published numbers takes the records whose labels are all known; others those with any label.
     """
     official = known.official_splits if known else {}
     as_published = bool(official) and not options.unofficial
     expected = known.num_records if known else 0
+    cause = _likely_change(len(listing.ids), expected)
     if as_published and expected not in (0, len(listing.ids)):
-        raise DataError(f"{name}: {_likely_change(len(listing.ids), expected)}")
+        raise DataError(f"{name}: {cause}")
     is_known = np.isfinite(labels)
     usable = np.flatnonzero(is_known.all(axis=1) if as_published else is_known.any(axis=1))
     if not len(usable):
@@ -252,21 +264,16 @@ def _splits(
     else:
         counts = known.split_counts if known and as_published else ()
         if sum(counts) > len(usable):
-            cause = _likely_change(len(listing.ids), expected)
             raise DataError(f"{name}: only {len(usable):,} records have all labels, of {sum(counts):,}: {cause}")
         splits = random_split(usable, counts, options.split_seed)
-    if not official:
-        return splits, ""
     found = differences(splits, listing.ids, official)
-    if not found:
-        return splits, ""
-    if as_published:
-        raise DataError(f"{name}: {'; '.join(found)}: {_likely_change(len(listing.ids), expected)}")
-    return splits, "not the official data or splits: errors cannot be compared with published ones"
+    if found and as_published:
+        raise DataError(f"{name}: {'; '.join(found)}: {cause}")
+    return splits, "not the official data or splits: errors cannot be compared with published ones" if found else ""
 
 
 def _likely_change(number: int, expected: int) -> str:
-    """What has probably happened to a source of `number` records that gives other splits, and what to do."""
+    """Tells what has probably happened to a source of `number` records that gives other splits, and what to do."""
     if expected and number != expected:
         cause = f"the source has {number:,} records instead of {expected:,}, so it is another release or a part"
     elif expected:
@@ -280,47 +287,20 @@ def _write_bad(file: Path, bad: list[BadRecord]) -> None:
     write_csv(file, ("id", "where", "reason"), [(record.id, record.where, record.reason) for record in bad])
 
 
-def _write_leaks(file: Path, leaks: list[Leak], ids: np.ndarray) -> None:
-    write_csv(
-        file,
-        ("kind", "split", "id", "is_also_in", "id_there"),
-        [(leak.kind, leak.split, ids[leak.held], leak.other_split, ids[leak.other]) for leak in leaks],
-    )
-
-
-def _too_many_bad(file: Path, bad: list[BadRecord], total: int) -> DataError:
-    """Writes down which records cannot be used; the error to raise."""
-    _write_bad(file, bad)
-    return DataError(
-        f"{len(bad):,} of {total:,} records cannot be used ({file} lists them), first: {bad[0].where}: "
-        f"{bad[0].reason}. Correct them, or accept more by --max_bad_share={math.ceil(100 * len(bad) / total) / 100:g}"
-    )
-
-
-def _report(
-    folder: Path,
-    source: Source,
-    columns: Columns,
-    labels: np.ndarray,
-    rows: dict[str, np.ndarray],
-    leaks: list[Leak],
-    remark: str,
-) -> None:
-    """Print what was prepared."""
+def _report(name: str, targets: tuple[Target, ...], columns: Columns, leaks: list[Leak]) -> None:
+    """Prints what was prepared."""
     atoms = np.diff(columns["atom_offset"])
-    sizes = ", ".join(f"{len(rows[name]):,} {name}" for name in SPLITS)
-    tqdm.write(f"{folder.name}: {len(atoms):,} crystals of {atoms.min()} to {atoms.max()} atoms; {sizes}")
-    for target, column in zip(source.targets, labels.T, strict=True):
+    sizes = ", ".join(f"{len(columns[split]):,} {split}" for split in SPLITS)
+    tqdm.write(f"{name}: {len(atoms):,} crystals of {atoms.min()} to {atoms.max()} atoms; {sizes}")
+    for target, column in zip(targets, columns["labels"].T, strict=True):
         values = column[np.isfinite(column)]
         extent = f"{values.min():.4g} to {values.max():.4g} {target.unit}".rstrip() if len(values) else "none is known"
         tqdm.write(f"  {target.name}: {len(values):,} labels, {extent}")
-    for name in ("test", "val"):
-        kinds = [leak.kind for leak in leaks if leak.split == name and leak.in_training]
+    for split in ("test", "val"):
+        kinds = [leak.kind for leak in leaks if leak.split == split and leak.in_training]
         if kinds:
-            number = f"1 {name} crystal is" if len(kinds) == 1 else f"{len(kinds):,} {name} crystals are"
+            number = f"1 {split} crystal is" if len(kinds) == 1 else f"{len(kinds):,} {split} crystals are"
             tqdm.write(
                 f"  {number} also in training: {kinds.count('id'):,} by id, {kinds.count('structure'):,} by structure "
                 "(crystals/leakage.csv)"
             )
-    if remark:
-        tqdm.write(f"  {remark}")

@@ -10,10 +10,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from crystalframer_jax.data.io.download import download, figshare_urls, jarvis_location
+from crystalframer_jax.data.io.streams import check_zip, json_records
 from crystalframer_jax.data.records import BadRecord, DataError, Record, Source, Target
+from crystalframer_jax.data.structures import dict_loader
 from crystalframer_jax.files import sha256
-
-STRUCTURE_FIELDS = ("lattice", "species", "frac_coords")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Bundled:
     file: str
 
     def open(self, targets: tuple[Target, ...]) -> Source:
-        """The records of the file."""
+        """Opens the file."""
         file = importlib.resources.files("crystalframer_jax.data").joinpath("bundled", self.file)
         content = file.read_bytes()
         lines = gzip.decompress(content).decode().splitlines()
@@ -31,9 +32,8 @@ class Bundled:
         def records() -> Iterator[Record]:
             for number, line in enumerate(lines, 1):
                 content = json.loads(line)
-                structure = {field: content[field] for field in STRUCTURE_FIELDS}
                 labels = tuple(target.label(content.get(target.field)) for target in targets)
-                yield Record(content["id"], f"{self.file}:{number}", structure, labels)
+                yield Record(content["id"], f"{self.file}:{number}", dict_loader(content, content["id"]), labels)
 
         return Source(targets, hashlib.sha256(content).hexdigest(), records, len(lines))
 
@@ -46,26 +46,18 @@ class JarvisArchive:
     id_field: str
 
     def fetch(self, folder: Path) -> list[Path]:
-        """Download the archive into a folder, unless it is there."""
-        from crystalframer_jax.data.io.download import download, jarvis_location
-        from crystalframer_jax.data.io.streams import check_zip
-
+        """Downloads the archive into a folder, unless it is there."""
         member, urls = jarvis_location(self.dataset)
         return [download(urls, folder / f"{member}.zip", check_zip(member))]
 
     def given(self, path: Path) -> list[Path]:
-        """The archive, fetched by hand: a file, or the folder it is in."""
-        from crystalframer_jax.data.io.download import jarvis_location
-
+        """Finds the archive, fetched by hand: a file, or the folder it is in."""
         member, _ = jarvis_location(self.dataset)
         candidates = [path] if path.is_file() else [path / f"{member}.zip", path / member]
         return [_first_file(candidates, path, f"{member}.zip")]
 
     def open(self, files: list[Path], targets: tuple[Target, ...]) -> Source:
-        """The records of the archive, read as a stream."""
-        from crystalframer_jax.data.io.download import jarvis_location
-        from crystalframer_jax.data.io.streams import json_records
-
+        """Opens the archive, which is read as a stream."""
         (file,) = files
         member, _ = jarvis_location(self.dataset)
 
@@ -84,24 +76,24 @@ class FigsharePickles:
     file_ids: Mapping[str, int]
 
     def fetch(self, folder: Path) -> list[Path]:
-        """Download the three files into a folder, unless they are there."""
-        from crystalframer_jax.data.io.download import download, figshare_urls
-        from crystalframer_jax.data.io.pickles import load_pickle
+        """Downloads the three files into a folder, unless they are there."""
+        from crystalframer_jax.data.io.pickles import load_pickle  # imports pymatgen
 
         return [
-            download(figshare_urls(number), folder / f"{self.word}_megnet_{split}.pkl", lambda file: load_pickle(file))
+            download(figshare_urls(number), folder / self._name(split), lambda file: load_pickle(file))
             for split, number in self.file_ids.items()
         ]
 
     def given(self, path: Path) -> list[Path]:
-        """The three files in a folder, fetched by hand: named by their split or by their number."""
+        """Finds the three files in a folder, fetched by hand: named by their split or by their number."""
         if not path.is_dir():
-            raise DataError(f"{path}: give the folder that holds the three files, {self._names(' and ')}")
+            *others, last = map(self._name, self.file_ids)
+            raise DataError(f"{path}: give the folder that holds the three files, {', '.join(others)} and {last}")
         return [self._file(path, split, number) for split, number in self.file_ids.items()]
 
     def _file(self, folder: Path, split: str, number: int) -> Path:
-        """The file of a split: of its exact name or number, or the only one that has the words in its name."""
-        name = f"{self.word}_megnet_{split}.pkl"
+        """Finds the file of a split: of its exact name or number, or the only one that has the words in its name."""
+        name = self._name(split)
         others = sorted(f for f in folder.glob("[!.]*.pkl") if split in f.stem and self.word in f.stem)
         exact = [file for file in (folder / name, folder / str(number)) if file.is_file()]
         if not exact and len(others) > 1:
@@ -109,7 +101,7 @@ class FigsharePickles:
         return _first_file(exact or others, folder, f"{name} or {number}")
 
     def open(self, files: list[Path], targets: tuple[Target, ...]) -> Source:
-        """The records of the three files, training first."""
+        """Opens the three files, training first."""
         from crystalframer_jax.data.io.pickles import load_pickle
 
         load = functools.cache(load_pickle)  # a few MB each
@@ -125,15 +117,14 @@ class FigsharePickles:
         checksum = hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
         return Source(targets, checksum, records)
 
-    def _names(self, last: str) -> str:
-        names = [f"{self.word}_megnet_{split}.pkl" for split in self.file_ids]
-        return ", ".join(names[:-1]) + last + names[-1]
+    def _name(self, split: str) -> str:
+        return f"{self.word}_megnet_{split}.pkl"
 
 
 def _record(
     content: Any, id_field: str, where: str, targets: tuple[Target, ...], split: str = "", numbers_only: bool = False
 ) -> Record | BadRecord:
-    """A record of JARVIS: its id, the crystal under "atoms", labels under their fields.
+    """Makes a record of JARVIS: its id, the crystal under "atoms", labels under their fields.
 
     With `numbers_only` a label that is a text is none, as for the official splits.
     """
@@ -142,18 +133,17 @@ def _record(
     id = str(content.get(id_field, ""))
     if not isinstance(content.get("atoms"), Mapping):
         return BadRecord(id, where, 'no crystal under "atoms"')
-    structure = {field: content["atoms"].get(field) for field in ("lattice_mat", "elements", "coords", "cartesian")}
-    values = (content.get(target.field) for target in targets)
-    labels = tuple(
-        target.label(None if numbers_only and isinstance(value, str) else value)
-        for target, value in zip(targets, values, strict=True)
-    )
-    return Record(id, where, structure, labels, split)
+    values = [content.get(target.field) for target in targets]
+    if numbers_only:
+        values = [None if isinstance(value, str) else value for value in values]
+    labels = tuple(target.label(value) for target, value in zip(targets, values, strict=True))
+    atoms = {"cartesian": None, **content["atoms"]}  # which must be said here
+    return Record(id, where, dict_loader(atoms, id), labels, split)
 
 
 def _first_file(candidates: list[Path], path: Path, name: str) -> Path:
-    """The first of the candidates that is a file; DataError if none is."""
-    for file in candidates:
-        if file.is_file():
-            return file
-    raise DataError(f"{path}: there is no {name}; give its path with --source")
+    """Returns the first of the candidates that is a file; DataError if none is."""
+    found = next((file for file in candidates if file.is_file()), None)
+    if found is None:
+        raise DataError(f"{path}: there is no {name}; give its path with --source")
+    return found

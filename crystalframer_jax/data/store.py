@@ -1,7 +1,7 @@
-"""The prepared store: the crystals of a target set and, for each cutoff, their neighbour rows, as checked columns.
+"""The prepared store: the crystals of a target set and, for each cutoff, their neighbor rows, as checked columns.
 
     DATA_DIR/TARGET_SET/crystals/      the crystals, their labels and splits; skipped.csv, leakage.csv
-    DATA_DIR/TARGET_SET/rows-DIGEST/   the neighbour rows for one cutoff
+    DATA_DIR/TARGET_SET/rows-DIGEST/   the neighbor rows for one cutoff
 
 Each folder holds one .npy file for every column and a manifest.json with checksums and a digest of the columns. A
 folder is there complete or not at all: it is made beside, under a name with a dot, and renamed.
@@ -9,6 +9,7 @@ folder is there complete or not at all: it is made beside, under a name with a d
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -32,8 +33,8 @@ from crystalframer_jax.files import json_text, locked, sha256
 from crystalframer_jax.structures.crystal import Crystal
 from crystalframer_jax.structures.neighbors import LatticeBox, neighbor_rows
 
-ROWS_FORMAT = 3  # to be raised when neighbour rows or their columns change
-CHUNK_ATOMS = 10_000  # atoms whose neighbours a worker process finds at a time; about 100 MB
+ROWS_FORMAT = 3  # to be raised when neighbor rows or their columns change
+CHUNK_ATOMS = 10_000  # atoms whose neighbors a worker process finds at a time; about 100 MB
 LABEL_COLUMNS = ("labels", "leaked", *SPLITS)
 
 
@@ -52,14 +53,14 @@ class Dataset:
 
 
 def data_folder(data_dir: str) -> Path:
-    """The folder of prepared data; an empty `data_dir` stands for the user's cache folder."""
+    """Returns the folder of prepared data; an empty `data_dir` stands for the user's cache folder."""
     return Path(data_dir).expanduser() if data_dir else platformdirs.user_cache_path("crystalframer_jax")
 
 
 def load_dataset(folder: Path, names: tuple[str, ...], cutoff: float | LatticeBox, workers: int = 0) -> Dataset:
-    """The target set that was prepared in `folder`, with the targets `names`.
+    """Opens the target set that was prepared in `folder`, with the targets `names`.
 
-    Neighbour rows within `cutoff`, see `neighbor_rows`, are computed first if they are not there. Crystals for which
+    Neighbor rows within `cutoff`, see `neighbor_rows`, are computed first if they are not there. Crystals for which
     none of these labels is known are in no split. Raises DataError if nothing was prepared there, if it is damaged, or
     if a split has no crystal with these labels.
     """
@@ -89,7 +90,7 @@ def load_dataset(folder: Path, names: tuple[str, ...], cutoff: float | LatticeBo
 
 
 def read_crystals(folder: Path) -> tuple[dict[str, Any], Columns]:
-    """Manifest and columns of the crystals prepared in `folder`; DataError if there are none or they are damaged."""
+    """Reads manifest and columns of the crystals in `folder`; DataError if there are none or they are damaged."""
     found = read_columns(folder / "crystals", (*CRYSTAL_COLUMNS, *LABEL_COLUMNS))
     if found is None:
         state = "damaged" if (folder / "crystals").exists() else "not prepared"
@@ -98,14 +99,14 @@ def read_crystals(folder: Path) -> tuple[dict[str, Any], Columns]:
 
 
 def command_to_prepare(folder: Path) -> str:
-    """The command that prepares a target set in `folder`."""
+    """Writes out the command that prepares a target set in `folder`."""
     source = [] if folder.name in TARGET_SETS else ["--source=..."]
     where = [] if folder.parent == data_folder("") else [f"--data_dir={folder.parent}"]
     return shlex.join(["scripts/prepare_data.py", f"--target_set={folder.name}", *source, *where])
 
 
 def _rows(folder: Path, digest: str, crystals: Columns, cutoff: float | LatticeBox, workers: int) -> Columns:
-    """The columns of the neighbour rows, computed first if they are not there."""
+    """Reads the columns of the neighbor rows, computed first if they are not there."""
     radius = dataclasses.asdict(cutoff) if isinstance(cutoff, LatticeBox) else float(cutoff)
     rows_digest = digest_of({"format": ROWS_FORMAT, "crystals": digest, "cutoff": radius})
     rows_folder = folder / f"rows-{rows_digest}"
@@ -122,12 +123,13 @@ def _rows(folder: Path, digest: str, crystals: Columns, cutoff: float | LatticeB
 
 
 def _write_rows(folder: Path, digest: str, crystals: Columns, cutoff: float | LatticeBox, workers: int) -> None:
-    """Compute the neighbour rows of all crystals and write their columns."""
+    """Computes the neighbor rows of all crystals and writes their columns."""
     start, number = time.perf_counter(), len(crystals["ids"])
     with parts_folder(folder, CHUNK_ATOMS) as parts:
         title = f"neighbors of {folder.parent.name}"
-        work = _RowsOf(cutoff)
-        files = build_parts(work, _crystal_chunks(crystals), parts, title, number, workers)
+        files = build_parts(
+            functools.partial(_rows_of, cutoff), _crystal_chunks(crystals), parts, title, number, workers
+        )
         with writing(folder, {"crystals": digest, "cutoff": str(cutoff)}) as temporary:
             join_parts(files, ROW_COLUMNS, temporary)
     seconds = time.perf_counter() - start
@@ -138,28 +140,23 @@ def _write_rows(folder: Path, digest: str, crystals: Columns, cutoff: float | La
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _RowsOf:
-    """The work on a chunk of crystals: their neighbour rows."""
-
-    cutoff: float | LatticeBox
-
-    def __call__(self, crystals: list[Crystal]) -> Columns:
-        return row_columns(crystals, [neighbor_rows(crystal, self.cutoff) for crystal in crystals])
+def _rows_of(cutoff: float | LatticeBox, crystals: list[Crystal]) -> Columns:
+    """Computes the neighbor rows of a chunk of crystals."""
+    return row_columns(crystals, [neighbor_rows(crystal, cutoff) for crystal in crystals])
 
 
-def _crystal_chunks(crystals: Columns) -> Iterator[tuple[int, list[Crystal]]]:
-    """All crystals in chunks of about CHUNK_ATOMS atoms."""
+def _crystal_chunks(crystals: Columns) -> Iterator[list[Crystal]]:
+    """Yields all crystals in chunks of about CHUNK_ATOMS atoms."""
     offset = crystals["atom_offset"]
     first, number = 0, len(offset) - 1
     while first < number:
         end = max(first + 1, int(np.searchsorted(offset, offset[first] + CHUNK_ATOMS, side="right")) - 1)
-        yield end - first, [crystal_at(crystals, row) for row in range(first, end)]
+        yield [crystal_at(crystals, row) for row in range(first, end)]
         first = end
 
 
 def crystal_at(crystals: Columns, row: int) -> Crystal:
-    """A crystal of the store without its occupancies."""
+    """Makes a crystal of the store without its occupancies."""
     atoms = slice(*crystals["atom_offset"][row : row + 2])
     id = str(crystals["ids"][row])
     return Crystal(crystals["species"][atoms], crystals["position"][atoms], crystals["lattice"][row], id=id)
@@ -169,13 +166,13 @@ def crystal_at(crystals: Columns, row: int) -> Crystal:
 
 
 def digest_of(key: dict[str, Any]) -> str:
-    """Twelve hexadecimal digits that identify a key."""
+    """Returns twelve hexadecimal digits that identify a key."""
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @contextlib.contextmanager
 def parts_folder(folder: Path, chunk: int) -> Iterator[Path]:
-    """The folder for the parts of `folder`: kept if the work is interrupted, so that it can go on, and then removed.
+    """Makes room for the parts of `folder`: kept if the work is interrupted, so that it can go on, and then removed.
 
     What was made in chunks of another size is not used.
     """
@@ -186,7 +183,7 @@ def parts_folder(folder: Path, chunk: int) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def writing(folder: Path, manifest: dict[str, Any]) -> Iterator[Path]:
-    """A temporary folder to write columns into, which then gets a manifest and takes the place of `folder`."""
+    """Makes a temporary folder to write columns into, which then gets a manifest and takes the place of `folder`."""
     temporary = folder.with_name(f".{folder.name}.new")  # of this process alone: it holds the lock
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -203,26 +200,20 @@ def writing(folder: Path, manifest: dict[str, Any]) -> Iterator[Path]:
 
 
 def read_columns(folder: Path, names: tuple[str, ...]) -> tuple[dict[str, Any], Columns] | None:
-    """Manifest and memory-mapped columns; None if the folder is missing or not as it was written."""
+    """Reads manifest and memory-mapped columns; None if the folder is missing or not as it was written."""
     for _ in range(3):
-        try:
+        with contextlib.suppress(OSError, ValueError, KeyError):
             text = (folder / "manifest.json").read_text()
-            found = _checked_columns(folder, json.loads(text), names)
+            manifest = json.loads(text)
+            is_intact = manifest.pop("check") == digest_of(manifest) and all(
+                sha256(folder / name) == checksum for name, checksum in manifest["sha256"].items()
+            )
+            columns = mapped_columns(folder, names) if is_intact else {}
             if (folder / "manifest.json").read_text() == text:  # else it was replaced meanwhile
-                return found
-        except (OSError, ValueError, KeyError):
-            pass
+                return (manifest, columns) if is_intact else None
     return None
 
 
-def _checked_columns(folder: Path, manifest: dict[str, Any], names: tuple[str, ...]) -> tuple[dict, Columns] | None:
-    if manifest.pop("check") != digest_of(manifest):
-        return None
-    if any(sha256(folder / name) != checksum for name, checksum in manifest["sha256"].items()):
-        return None
-    return manifest, mapped_columns(folder, names)
-
-
 def mapped_columns(folder: Path, names: Iterable[str]) -> Columns:
-    """Memory-mapped columns, as plain arrays: slices of np.memmap are slow."""
+    """Maps columns into memory, as plain arrays: slices of np.memmap are slow."""
     return {name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in names}

@@ -8,6 +8,7 @@ import numpy as np
 
 from crystalframer_jax.batching.batch import CellRows
 from crystalframer_jax.ops.basis import EXACT
+from crystalframer_jax.structures.lattice import integer_box
 
 SMALLEST = 1e-6  # of the lattice sum inside the logarithm
 
@@ -21,8 +22,7 @@ class WaveVectors:
     @property
     def half(self) -> tuple[np.ndarray, np.ndarray]:
         """n [K, 3] of one of k and -k each, and how many k each stands for, [K] (1 for k = 0, else 2)."""
-        steps = np.arange(-self.lattice_range, self.lattice_range + 1)
-        grid = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), -1).reshape(-1, 3)
+        grid = integer_box(self.lattice_range)
         half = grid[len(grid) // 2 :]
         return half, np.where(half.any(axis=1), 2.0, 1.0)
 

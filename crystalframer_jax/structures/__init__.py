@@ -1,1 +1,1 @@
-"""Crystals: from files and other packages, their lattices and neighbours."""
+"""Crystals: from files and other packages, their lattices and neighbors."""

@@ -1,12 +1,19 @@
-"""The short vectors of a lattice in canonical order, which lattice frames choose from."""
+"""Lattices: boxes of images, the reduced basis, and the short vectors that lattice frames choose from."""
 
 import functools
+import itertools
 
 import numpy as np
 
 SAME_LENGTH = 1e-4  # Å; vectors whose lengths are closer than this count as equally long
-_STEPS = np.arange(-2, 3)
-COMBINATIONS = np.delete(np.stack(np.meshgrid(_STEPS, _STEPS, _STEPS, indexing="ij"), -1).reshape(-1, 3), 62, axis=0)
+
+
+def integer_box(reach: int) -> np.ndarray:
+    """All integer vectors with components from -reach to reach, the last running fastest, [(2 reach + 1)^3, 3]."""
+    return np.array(list(itertools.product(range(-reach, reach + 1), repeat=3)))
+
+
+COMBINATIONS = np.delete(integer_box(2), 62, axis=0)  # all but (0, 0, 0)
 
 
 def lattice_vectors(lattice: np.ndarray) -> np.ndarray:
@@ -17,7 +24,7 @@ def lattice_vectors(lattice: np.ndarray) -> np.ndarray:
     change when the crystal is turned.
     """
     lattice = np.asarray(lattice, np.float64)
-    coefficients = COMBINATIONS @ _reduction(np.round(lattice @ lattice.T, 9).tobytes())
+    coefficients = COMBINATIONS @ _reduction_of_metric(np.round(lattice @ lattice.T, 9).tobytes())
     vectors = coefficients @ lattice
     length = np.sqrt(np.einsum("ki,ij,kj->k", coefficients, lattice @ lattice.T, coefficients))
     order = np.argsort(length, kind="stable")
@@ -27,10 +34,13 @@ def lattice_vectors(lattice: np.ndarray) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=200_000)
-def _reduction(metric: bytes) -> np.ndarray:
-    """Integer coefficients [3, 3] of an LLL-reduced basis of the lattice with this metric (float64 bytes)."""
+def _reduction_of_metric(metric: bytes) -> np.ndarray:
+    """The reduction of the lattice with this metric (float64 bytes)."""
+    return reduction(np.linalg.cholesky(np.frombuffer(metric).reshape(3, 3)))
+
+
+def reduction(lattice: np.ndarray) -> np.ndarray:
+    """Integer matrix U [3, 3] of determinant 1 or -1 such that U @ lattice is a reduced (LLL) basis."""
     from pymatgen.core import Lattice
 
-    lattice = np.linalg.cholesky(np.frombuffer(metric).reshape(3, 3))
-    reduced = Lattice(lattice).get_lll_reduced_lattice().matrix
-    return np.rint(reduced @ np.linalg.inv(lattice)).astype(int)
+    return np.rint(Lattice(lattice).lll_mapping).astype(np.int64)

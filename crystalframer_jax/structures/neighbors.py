@@ -1,4 +1,4 @@
-"""Neighbour rows: for every atom the sorted list of periodic neighbours that the lattice sums run over.
+"""Neighbor rows: for every atom the sorted list of periodic neighbors that the lattice sums run over.
 
 The row of atom i holds every (j, n) with |p_j + nL - p_i| <= r_c, the atom itself (distance 0) included. Rows are in
 canonical order and the relation is symmetric: (i, j, n) is present if and only if (j, i, -n) is. All in float64.
@@ -9,11 +9,12 @@ import dataclasses
 import numpy as np
 
 from crystalframer_jax.structures.crystal import Crystal, CrystalError
+from crystalframer_jax.structures.lattice import integer_box
 
-SHELL_TOLERANCE = 1e-4  # Å; distances closer than this are one shell of neighbours
+SHELL_TOLERANCE = 1e-4  # Å; distances closer than this are one shell of neighbors
 COLLINEAR = 0.999  # |cos| from which two directions cannot span a frame
 SMALLEST_DISTANCE = 1e-3  # Å
-MOST_IN_BOX = 20_000_000  # neighbours; about 2 GB while they are sorted
+MOST_IN_BOX = 20_000_000  # neighbors; about 2 GB while they are sorted
 RADIUS_TOLERANCE = 1e-6  # Å; a shell at the cutoff is taken whole, whatever the rounding of its distances
 
 
@@ -30,33 +31,32 @@ class LatticeBox:
     @property
     def images(self) -> np.ndarray:
         """[(2 R + 1)^3, 3] int64."""
-        steps = np.arange(-self.lattice_range, self.lattice_range + 1)
-        return np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), -1).reshape(-1, 3)
+        return integer_box(self.lattice_range)
 
 
 @dataclasses.dataclass(frozen=True)
 class NeighborRows:
-    """The rows of one crystal, one after the other (n atoms, E neighbours in all)."""
+    """The rows of one crystal, one after the other (n atoms, E neighbors in all)."""
 
     count: np.ndarray  # [n] int32 length of each row
-    index: np.ndarray  # [E] int32 neighbour atom j
-    image: np.ndarray  # [E, 3] int32 lattice image n of the neighbour
+    index: np.ndarray  # [E] int32 neighbor atom j
+    image: np.ndarray  # [E, 3] int32 lattice image n of the neighbor
     reverse: np.ndarray  # [E] int32 place of (j, i, -n) among the E
 
     @property
     def center(self) -> np.ndarray:
-        """Atom i that each neighbour belongs to, [E]."""
+        """Atom i that each neighbor belongs to, [E]."""
         return np.repeat(np.arange(len(self.count), dtype=np.int32), self.count)
 
 
 def neighbor_rows(crystal: Crystal, cutoff: float | LatticeBox) -> NeighborRows:
-    """Neighbour rows of a crystal within `cutoff` (a radius in Å, or a box of lattice images), in canonical order.
+    """Neighbor rows of a crystal within `cutoff` (a radius in Å, or a box of lattice images), in canonical order.
 
     Canonical order is by distance and, within a shell (distances closer than 1e-4 Å), by (j, n1, n2, n3). If all
-    neighbours of an atom lie on one line, its row is enlarged (and the rows of its new neighbours with it) up to the
+    neighbors of an atom lie on one line, its row is enlarged (and the rows of its new neighbors with it) up to the
     nearest shell that spans a frame.
 
-    Raises ValueError if the cutoff is not a positive number, CrystalError if a box holds too many neighbours.
+    Raises ValueError if the cutoff is not a positive number, CrystalError if a box holds too many neighbors.
     """
     if isinstance(cutoff, LatticeBox):
         number = crystal.num_atoms**2 * len(cutoff.images)
@@ -86,7 +86,7 @@ def neighbor_rows(crystal: Crystal, cutoff: float | LatticeBox) -> NeighborRows:
 
 
 def displacements(crystal: Crystal, rows: NeighborRows) -> np.ndarray:
-    """Vectors p_j + nL - p_i of all neighbours, [E, 3] Å; exactly zero for the atom itself."""
+    """Vectors p_j + nL - p_i of all neighbors, [E, 3] Å; exactly zero for the atom itself."""
     p = crystal.positions
     return p[rows.index] - p[rows.center] + rows.image @ crystal.lattice
 
@@ -126,7 +126,7 @@ def _distance(crystal: Crystal, i: np.ndarray, j: np.ndarray, n: np.ndarray) -> 
 
 
 def _spans_a_frame(crystal: Crystal, i: np.ndarray, j: np.ndarray, n: np.ndarray) -> np.ndarray:
-    """Whether the neighbours of each atom point along more than one line, [number of atoms] bool."""
+    """Whether the neighbors of each atom point along more than one line, [number of atoms] bool."""
     vector = crystal.positions[j] - crystal.positions[i] + n @ crystal.lattice
     distance = np.linalg.norm(vector, axis=1)
     other = distance > SMALLEST_DISTANCE
@@ -139,7 +139,7 @@ def _spans_a_frame(crystal: Crystal, i: np.ndarray, j: np.ndarray, n: np.ndarray
 
 
 def _frame_radius(crystal: Crystal, atoms: np.ndarray, cutoff: float) -> np.ndarray:
-    """Radius [a] in Å at which the neighbours of each of `atoms` [a] stop lying on one line."""
+    """Radius [a] in Å at which the neighbors of each of `atoms` [a] stop lying on one line."""
     radius, search = np.full(len(atoms), np.inf), cutoff
     while np.isinf(radius).any():
         search *= 1.5
@@ -158,7 +158,7 @@ def _frame_radius(crystal: Crystal, atoms: np.ndarray, cutoff: float) -> np.ndar
 
 
 def _canonical(crystal: Crystal, i: np.ndarray, j: np.ndarray, n: np.ndarray) -> NeighborRows:
-    """Sort into canonical order and find the reverse of every neighbour."""
+    """Sort into canonical order and find the reverse of every neighbor."""
     distance = _distance(crystal, i, j, n)
     itself = (i == j) & ~n.any(axis=1)
     distance[itself] = 0.0
@@ -173,7 +173,7 @@ def _canonical(crystal: Crystal, i: np.ndarray, j: np.ndarray, n: np.ndarray) ->
     forward = np.lexsort((n[:, 2], n[:, 1], n[:, 0], j, i))
     backward = np.lexsort((-n[:, 2], -n[:, 1], -n[:, 0], i, j))
     if not (np.array_equal(i[forward], j[backward]) and np.array_equal(n[forward], -n[backward])):
-        raise RuntimeError(f"{crystal.id}: the neighbour relation is not symmetric; please report this crystal")
+        raise RuntimeError(f"{crystal.id}: the neighbor relation is not symmetric; please report this crystal")
     reverse = np.empty(len(i), dtype=np.int32)
     reverse[forward] = backward
     count = np.bincount(i, minlength=crystal.num_atoms)

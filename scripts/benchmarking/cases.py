@@ -12,7 +12,7 @@ from crystalframer_jax.config import NO_PARTS, BatchParts, ConfigError, neighbor
 from crystalframer_jax.configs import default
 from crystalframer_jax.data.datasets import open_dataset
 from crystalframer_jax.data.loader import TrainingBatches
-from crystalframer_jax.data.records import Record, crystal_of
+from crystalframer_jax.data.records import Record
 from crystalframer_jax.data.registry import TARGET_SETS
 from crystalframer_jax.data.sources import Bundled
 from crystalframer_jax.structures.crystal import Crystal
@@ -79,9 +79,9 @@ def find_case(name: str) -> Case:
 def unit_cell() -> Crystal:
     """The crystal UNIT_CELL of the bundled set."""
     known = TARGET_SETS[BUNDLED]
-    assert isinstance(known.origin, Bundled)
-    records = (record for record in known.origin.open(known.targets).records() if isinstance(record, Record))
-    return crystal_of(next(record for record in records if record.id == UNIT_CELL))
+    assert isinstance(known.source, Bundled)
+    records = (record for record in known.source.open(known.targets).records() if isinstance(record, Record))
+    return next(record for record in records if record.id == UNIT_CELL).load()
 
 
 def supercell(crystal: Crystal, repeats: tuple[int, int, int]) -> Crystal:

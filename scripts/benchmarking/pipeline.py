@@ -67,8 +67,8 @@ def preparation(folder: Path) -> dict[str, float]:
     rates = {}
     for workers in sorted({1, joblib.cpu_count()}):
         place = folder / f"workers{workers}" / known.name
-        assert isinstance(known.origin, Bundled)
-        source = known.origin.open(known.targets)
+        assert isinstance(known.source, Bundled)
+        source = known.source.open(known.targets)
         count = source.count or 0
         with silence():
             start = time.perf_counter()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small_sets
 from pymatgen.core import Element
 from small_sets import (
     CUTOFF,
@@ -32,10 +33,11 @@ from crystalframer_jax.data import build, store
 from crystalframer_jax.data import prepare as module
 from crystalframer_jax.data.datasets import open_dataset
 from crystalframer_jax.data.prepare import Preparation
-from crystalframer_jax.data.records import DataError, Record, crystal_of, parse_label
+from crystalframer_jax.data.records import DataError, parse_label
 from crystalframer_jax.data.registry import TARGET_SETS
 from crystalframer_jax.data.splits import given_split, random_split, record_hash, split_by_group
 from crystalframer_jax.data.store import Dataset, load_dataset
+from crystalframer_jax.data.structures import from_dict
 from crystalframer_jax.structures.crystal import Crystal, CrystalError
 from crystalframer_jax.structures.neighbors import neighbor_rows
 
@@ -473,11 +475,11 @@ def test_too_many_bad_records_are_an_error(tmp_path):
 
 
 def test_what_could_not_be_read_is_tried_again(tmp_path, monkeypatch):
-    def unreadable(record):
-        raise CrystalError(f"{record.id}: needs ASE; pip install ase")
+    def unreadable(structure, id):
+        raise CrystalError(f"{id}: needs ASE; pip install ase")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "crystal_of", unreadable)
+        patch.setattr(small_sets, "from_dict", unreadable)
         with pytest.raises(DataError, match=r"60 of 60 records .*needs ASE"):
             prepare_small(tmp_path)
     assert len(open_small(tmp_path).table) == 60
@@ -528,7 +530,7 @@ def test_structures_that_are_not_what_they_seem(tmp_path, change):
 def test_a_flag_that_is_none(cartesian):
     structure = {"lattice_mat": np.eye(3) * 4, "elements": ["Fe"], "coords": [[0, 0, 0.5]], "cartesian": cartesian}
     with pytest.raises(CrystalError, match=r"cartesian=.* is neither true nor false"):
-        crystal_of(Record("a", "", structure, ()))
+        from_dict(structure, "a")
 
 
 def test_a_target_without_labels_in_a_split(tmp_path):

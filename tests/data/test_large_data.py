@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 WHOLE_RUN = '''
-import dataclasses, json, sys, threading, time
+import functools, json, sys, threading, time
 from pathlib import Path
 import joblib
 import numpy as np
@@ -16,9 +16,9 @@ import psutil
 
 from crystalframer_jax.data.loader import TrainingBatches
 from crystalframer_jax.data.prepare import Preparation, prepare
-from crystalframer_jax.data.records import Record, Source
-from crystalframer_jax.data.records import Target
+from crystalframer_jax.data.records import Record, Source, Target
 from crystalframer_jax.data.store import load_dataset
+from crystalframer_jax.data.structures import from_dict
 
 folder, number = Path(sys.argv[1]), int(sys.argv[2])
 
@@ -33,7 +33,8 @@ def records():
         lattice = np.diag([1.0, 1.05, 0.95]) * np.cbrt(20 * n)
         symbols = [("Na", "Mg", "Al", "Cl")[k] for k in rng.integers(4, size=n)]
         structure = {"lattice": lattice.tolist(), "species": symbols, "frac_coords": frac.tolist()}
-        yield Record(f"synthetic-{i}", f"record {i}", structure, (float(n), float(rng.normal())))
+        load = functools.partial(from_dict, structure, f"synthetic-{i}")
+        yield Record(f"synthetic-{i}", f"record {i}", load, (float(n), float(rng.normal())))
 
 peak = {}
 def watch():

@@ -159,14 +159,24 @@ def test_pickles_of_the_elastic_sets(tmp_path, name):
 
 
 def test_pickles_named_by_their_numbers(tmp_path):
-    origin = TARGET_SETS["jarvis__megnet-bulk_modulus"].origin
+    source = TARGET_SETS["jarvis__megnet-bulk_modulus"].source
     pickles(tmp_path, "bulk")
-    for split, number in origin.file_ids.items():
+    for split, number in source.file_ids.items():
         (tmp_path / f"bulk_megnet_{split}.pkl").rename(tmp_path / str(number))
     prepare(tmp_path, "jarvis__megnet-bulk_modulus", f"--source={tmp_path}", "--unofficial")
     (tmp_path / "40258675").unlink()
     message = failure(tmp_path, "jarvis__megnet-bulk_modulus", f"--source={tmp_path}", "--unofficial")
     assert "there is no bulk_megnet_val.pkl or 40258675" in message
+
+
+@pytest.mark.parametrize("name", ["mp_flla_2015", "jarvis__megnet", "jarvis__megnet-bulk_modulus"])
+def test_records_of_known_sets_can_be_sent_to_workers(tmp_path, name):
+    archive(tmp_path, "megnet.json")
+    pickles(tmp_path, "bulk")
+    known = TARGET_SETS[name]
+    files = [] if name == "mp_flla_2015" else [known.source.given(tmp_path)]
+    record = next(known.source.open(*files, known.targets).records())
+    assert pickle.loads(pickle.dumps(record)).load().id == record.id
 
 
 class Hostile:

@@ -1,4 +1,4 @@
-"""Neighbour rows against a double loop over atoms and images, and their order, symmetry and enlargement."""
+"""Neighbor rows against a double loop over atoms and images, and their order, symmetry and enlargement."""
 
 import dataclasses
 import itertools
@@ -73,7 +73,7 @@ def edges_of(rows):
 
 
 def row(rows, atom):
-    """Places of the row of an atom among all neighbours."""
+    """Places of the row of an atom among all neighbors."""
     return np.flatnonzero(rows.center == atom)
 
 
@@ -138,12 +138,12 @@ def assert_same_rows_when_turned(crystal, cutoff=RADIUS):
 
 @pytest.mark.parametrize("name", CRYSTALS)
 def test_rows_do_not_change_when_the_crystal_turns(name):
-    """Down to the order of neighbours at one distance, on which the choice among equal frames rests."""
+    """Down to the order of neighbors at one distance, on which the choice among equal frames rests."""
     assert_same_rows_when_turned(CRYSTALS[name])
 
 
 def test_symmetric_crystals_have_shells_to_order():
-    """Else the tests of order would not test it: rock salt has 6, then 12 neighbours at one distance."""
+    """Else the tests of order would not test it: rock salt has 6, then 12 neighbors at one distance."""
     crystal = primitive("rock salt")
     rows = neighbor_rows(crystal, RADIUS)
     distance = np.linalg.norm(displacements(crystal, rows), axis=1)[row(rows, 0)]
@@ -151,7 +151,7 @@ def test_symmetric_crystals_have_shells_to_order():
 
 
 def test_shell_at_the_cutoff_is_whole_or_absent():
-    """Rounding must not decide which neighbours of a shell at the very cutoff belong to the row."""
+    """Rounding must not decide which neighbors of a shell at the very cutoff belong to the row."""
     crystal = Crystal([55, 17], np.array([[0, 0, 0], [1.5] * 3]), 3 * np.eye(3))
     counts = set()
     rng = np.random.default_rng(0)
@@ -188,7 +188,7 @@ def test_sparse_rows_are_enlarged_until_they_span_a_frame(name):
 
 @pytest.mark.parametrize(("name", "radius"), [("chain", 20.0), ("lone atom", 15.0)])
 def test_enlarged_row_ends_with_the_first_shell_that_spans_a_frame(name, radius):
-    """Whole shells: a part of the six neighbours of the lone atom would make its frame an accident."""
+    """Whole shells: a part of the six neighbors of the lone atom would make its frame an accident."""
     crystal = SPARSE[name]
     assert set(edges_of(neighbor_rows(crystal, RADIUS))) == set(brute_force_edges(crystal, radius + 1e-9))
 
@@ -199,7 +199,7 @@ def test_enlarged_rows_do_not_change_when_the_crystal_turns(name):
 
 
 def test_only_rows_that_need_it_are_enlarged():
-    """A cluster of four atoms and one atom far from it: the others only gain the reverse neighbours."""
+    """A cluster of four atoms and one atom far from it: the others only gain the reverse neighbors."""
     cluster = np.array([[0.0, 0, 0], [2, 0, 0], [0, 2, 0], [0, 0, 2]])
     crystal = Crystal([6, 6, 6, 6, 10], np.vstack([cluster, [[12.0, 1, 1]]]), 40 * np.eye(3))
     within = set(brute_force_edges(crystal, RADIUS))

@@ -3,12 +3,13 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
 
 from crystalframer_jax.data.records import BadRecord, Record, parse_label
-from crystalframer_jax.structures.crystal import Crystal, CrystalError
+from crystalframer_jax.structures.crystal import Crystal
 
 SAMPLE = 1000  # items that are looked at to tell what their fields hold
 MISSING = ("", "-", "na", "n/a", "nan", "none", "null")  # what stands for an unknown label, in small letters
@@ -21,7 +22,7 @@ SPLIT_NAMES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class OwnData:
+class CustomData:
     """How to read a user's own data.
 
     Attributes:
@@ -43,21 +44,23 @@ class OwnData:
     allow_pickle: bool = False
 
     def id_names(self, usual: Iterable[str] = ID_NAMES) -> tuple[str, ...]:
-        """The fields in which to look for the id: the one named, else the usual ones."""
+        """Lists the fields in which to look for the id: the one named, else the usual ones."""
         return (self.id_column,) if self.id_column else tuple(usual)
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One crystal as its file gives it: id, place, structure (see `Record`), the split if its folder says it, and
-    the named values, not yet understood.
+    """One crystal as its file gives it, see `Record`, with the named values that are not yet understood.
+
+    `split` is given if the folder says it, `file` if the crystal is in a structure file.
     """
 
     id: str
     where: str
-    structure: Any
+    load: Callable[[], Crystal]
     values: Mapping[str, Any]
     split: str = ""
+    file: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,47 +79,23 @@ class Items:
     sha256: str
     read: Callable[[], Iterator[Item | BadRecord]]
     count: int | None = None
-    no_labels: tuple[str, ...] = ()
+    no_labels: tuple[str, ...] = ID_NAMES
 
 
-@dataclasses.dataclass(frozen=True)
-class StructureText:
-    """The text of a CIF or of one frame of extended XYZ, to be parsed when called."""
-
-    text: str
-    where: str
-    is_cif: bool
-
-    def __call__(self) -> Crystal:
-        """The crystal; raises CrystalError."""
-        from crystalframer_jax.structures.files import cif_crystals, extxyz_crystals
-
-        crystals = (cif_crystals if self.is_cif else extxyz_crystals)(self.text, self.where)
-        if len(crystals) != 1:
-            raise CrystalError(f"{self.where}: has {len(crystals)} structures for one label; make it one")
-        return crystals[0]
-
-
-def is_cif_text(value: Any) -> TypeGuard[str]:
-    """Whether a value is the text of a CIF."""
-    return isinstance(value, str) and "data_" in value and "\n" in value.strip()
-
-
-def record_of(item: Item, fields: tuple[str, ...], options: OwnData) -> Record | BadRecord:
-    """The record of an item, with the labels in `fields`."""
+def record_of(item: Item | BadRecord, fields: tuple[str, ...], options: CustomData) -> Record | BadRecord:
+    """Makes the record of an item, with the labels in `fields`."""
+    if isinstance(item, BadRecord):
+        return item
     try:
         labels = tuple(_label(item.values, name) for name in fields)
-        split = item.split or _split(field(item.values, options.split_column))
+        split = item.split or _split(text(item.values, options.split_column).lower())
     except ValueError as error:
         return BadRecord(item.id, item.where, str(error))
-    group = text(field(item.values, options.group_column))
-    return Record(item.id, item.where, item.structure, labels, split, group)
+    return Record(item.id, item.where, item.load, labels, split, text(item.values, options.group_column))
 
 
 def field(values: Mapping[str, Any], name: str) -> Any:
-    """The value of that name, or None; a dot leads into a nested object, as in "properties.band_gap"."""
-    if not name:
-        return None
+    """Returns the value of that name, or None; a dot leads into a nested object, as in "properties.band_gap"."""
     if name in values:
         return values[name]
     first, _, rest = name.partition(".")
@@ -124,23 +103,25 @@ def field(values: Mapping[str, Any], name: str) -> Any:
     return field(nested, rest) if rest and isinstance(nested, Mapping) else None
 
 
-def text(value: Any) -> str:
-    """An id or group as text; "" for None and NaN."""
-    return "" if value is None or (isinstance(value, float) and math.isnan(value)) else str(value).strip()
+def text(values: Mapping[str, Any], *names: str) -> str:
+    """Returns the first text (an id, a group) among the values of these names that is not blank, else ""."""
+    found = (field(values, name) for name in names if name)
+    known = (value for value in found if value is not None and not (isinstance(value, float) and math.isnan(value)))
+    return next(filter(None, (str(value).strip() for value in known)), "")
 
 
 def short(text: str) -> str:
-    """The beginning of a text, for messages."""
+    """Returns the beginning of a text, for messages."""
     return text if len(text) <= 40 else f"{text[:40]}..."
 
 
-def first_text(values: Mapping[str, Any], names: Iterable[str]) -> str:
-    """The first text among the values of these names that is not blank; "" if there is none."""
-    return next((found for name in names if (found := text(field(values, name)))), "")
+def is_cif_text(value: Any) -> TypeGuard[str]:
+    """Tells whether a value is the text of a CIF."""
+    return isinstance(value, str) and "data_" in value and "\n" in value.strip()
 
 
 def number(value: Any) -> float:
-    """A label as a number, NaN where it is unknown; ValueError for what is neither a number nor a missing marker."""
+    """Reads a label as a number, NaN where it is unknown; ValueError for what is no number and no missing marker."""
     if value is None or (isinstance(value, str) and value.strip().lower() in MISSING):
         return math.nan
     if isinstance(value, bool | np.bool_) or (isinstance(value, str) and "_" in value):  # Python reads 1_5 as 15
@@ -152,7 +133,7 @@ def number(value: Any) -> float:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite number, or the text of one."""
+    """Tells whether a value is a finite number, or the text of one."""
     try:
         return math.isfinite(number(value))
     except ValueError:
@@ -160,19 +141,17 @@ def is_number(value: Any) -> bool:
 
 
 def _label(values: Mapping[str, Any], name: str) -> float:
-    """The label of that name; ValueError naming it."""
+    """Reads the label of that name; ValueError naming it."""
     value = field(values, name)
     try:
         return number(value)
     except ValueError as error:
-        raise ValueError(
-            f"{name} is {short(repr(value))}; write a number with a decimal point, or na if unknown"
-        ) from error
+        remedy = "write a number with a decimal point, or na if unknown"
+        raise ValueError(f"{name} is {short(repr(value))}; {remedy}") from error
 
 
-def _split(value: Any) -> str:
-    """train, val or test, "" if there is none; ValueError for anything else."""
-    found = text(value).lower()
+def _split(found: str) -> str:
+    """Returns train, val or test, "" if there is none; ValueError for anything else."""
     if found in MISSING:
         return ""
     if found not in SPLIT_NAMES:

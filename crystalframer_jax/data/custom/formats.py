@@ -6,44 +6,34 @@ import itertools
 import re
 import sys
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from crystalframer_jax.data.custom.fields import (
-    ID_NAMES,
-    Item,
-    Items,
-    OwnData,
-    StructureText,
-    first_text,
-    is_cif_text,
-    short,
-)
+from crystalframer_jax.data.custom.fields import CustomData, Item, Items, is_cif_text, short, text
+from crystalframer_jax.data.io.streams import json_lines, json_records
 from crystalframer_jax.data.records import BadRecord, DataError
+from crystalframer_jax.data.structures import FLAT, JARVIS, PYMATGEN, dict_loader, from_dict, from_pymatgen, from_text
 from crystalframer_jax.files import sha256
+from crystalframer_jax.structures.crystal import Crystal
 
 STRUCTURE_KEYS = ("structure", "atoms", "cif")
-FLAT_STRUCTURES = (  # keys of records that are structures themselves, with and without those that may lack
-    (("lattice", "sites"), ("charge",)),
-    (("lattice", "species", "frac_coords"), ()),
-    (("lattice_mat", "elements", "coords"), ("cartesian",)),
-)
+MAY_LACK = ("charge", "cartesian")  # of the keys of a structure
 NOT_IN_INFO = ("Lattice", "Properties", "pbc")  # what ASE takes out of the comment line for itself
 
 
-def xyz_items(file: Path, options: OwnData) -> Items:
-    """The frames of an extended XYZ file, with the values of their comment lines."""
+def xyz_items(file: Path, options: CustomData) -> Items:
+    """Reads the frames of an extended XYZ file, with the values of their comment lines."""
     try:
         import ase.io.extxyz  # noqa: F401
     except ImportError as error:
         raise DataError(f"{file}: reading extended XYZ needs ASE; pip install ase") from error
     count = sum(1 for _ in _frames(file))
-    return Items(str(file), sha256(file), functools.partial(_read_xyz, file, options.id_names()), count, ID_NAMES)
+    return Items(str(file), sha256(file), functools.partial(_read_xyz, file, options.id_names()), count)
 
 
 def _frames(file: Path) -> Iterator[tuple[int, list[str]]]:
-    """Number of the first line and lines of each frame; the last may be cut short."""
+    """Yields number of the first line and lines of each frame; the last may be cut short."""
     with file.open(encoding="utf-8-sig", errors="replace") as stream:
         lines = enumerate(stream, 1)
         for number, first in lines:
@@ -60,11 +50,10 @@ def _read_xyz(file: Path, id_names: tuple[str, ...]) -> Iterator[Item | BadRecor
     from ase.io.extxyz import key_val_str_to_dict
 
     for number, lines in _frames(file):
-        where, id, num_atoms = f"{file}:{number}", f"{file.name}:{number}", int(lines[0])
-        if len(lines) < num_atoms + 2:
-            yield BadRecord(
-                id, where, f"the file ends after {max(0, len(lines) - 2)} of {num_atoms} atoms; complete the frame"
-            )
+        where, id, missing = f"{file}:{number}", f"{file.name}:{number}", int(lines[0]) + 2 - len(lines)
+        if missing > 0:
+            reason = f"the file ends after {max(0, len(lines) - 2)} of {int(lines[0])} atoms; complete the frame"
+            yield BadRecord(id, where, reason)
             continue
         try:
             found = key_val_str_to_dict(lines[1])
@@ -72,27 +61,25 @@ def _read_xyz(file: Path, id_names: tuple[str, ...]) -> Iterator[Item | BadRecor
             yield BadRecord(id, where, f"comment line not understood ({error}); correct it")
             continue
         values = {key: value for key, value in found.items() if key not in NOT_IN_INFO}
-        text = StructureText("".join(lines), where, is_cif=False)
-        yield Item(_xyz_id(values, lines[1], id_names) or id, where, text, values)
+        id = _xyz_id(values, lines[1], id_names) or id
+        yield Item(id, where, functools.partial(from_text, "".join(lines), where, False, id), values)
 
 
-def _xyz_id(values: Mapping[str, Any], comment: str, names: Iterable[str]) -> str:
-    """The id of a frame as it is written: ASE makes 7 of 007."""
+def _xyz_id(values: Mapping[str, Any], comment: str, names: tuple[str, ...]) -> str:
+    """Returns the id of a frame as it is written: ASE makes 7 of 007."""
     for name in names:
-        if found := first_text(values, (name,)):
+        if found := text(values, name):
             written = re.search(rf"(?:^|\s){re.escape(name)}\s*=\s*[\"']?([^\s\"']+)", comment)
             return found if isinstance(values[name], str) or not written else written[1]
     return ""
 
 
-def json_items(file: Path, options: OwnData) -> Items:
-    """The records of a JSON array (also gzipped, or alone in a zip archive) or of JSON lines (also gzipped)."""
-    return Items(str(file), sha256(file), functools.partial(_read_json, file, options.id_names()), None, ID_NAMES)
+def json_items(file: Path, options: CustomData) -> Items:
+    """Reads the records of a JSON array (also gzipped, or alone in a zip archive) or of JSON lines (also gzipped)."""
+    return Items(str(file), sha256(file), functools.partial(_read_json, file, options.id_names()))
 
 
 def _read_json(file: Path, id_names: tuple[str, ...]) -> Iterator[Item | BadRecord]:
-    from crystalframer_jax.data.io.streams import json_lines, json_records
-
     has_lines = file.name.lower().endswith((".jsonl", ".jsonl.gz"))
     for number, record in json_lines(file) if has_lines else json_records(file, _member(file)):
         place = f"{file}:{number}" if has_lines else f"{file} record {number}"
@@ -100,7 +87,7 @@ def _read_json(file: Path, id_names: tuple[str, ...]) -> Iterator[Item | BadReco
 
 
 def _member(file: Path) -> str:
-    """The JSON file inside a zip archive; "" for other files."""
+    """Names the JSON file inside a zip archive; "" for other files."""
     try:
         with zipfile.ZipFile(file) as archive:
             names = [n for n in archive.namelist() if n.lower().endswith(".json") and not n.startswith("__MACOSX")]
@@ -111,66 +98,57 @@ def _member(file: Path) -> str:
     return names[0]
 
 
-def pickle_items(file: Path, options: OwnData) -> Items:
-    """The records of one pickled list."""
-    return _pickle_items(file, {"": file}, options)
-
-
-def official_items(folder: Path, files: Mapping[str, Path], options: OwnData) -> Items:
-    """The records of the pickles of the official project, one for each split."""
-    return _pickle_items(folder, files, options)
-
-
-def _pickle_items(path: Path, files: Mapping[str, Path], options: OwnData) -> Items:
+def pickle_items(path: Path, options: CustomData, files: Mapping[str, Path] | None = None) -> Items:
+    """Reads the records of one pickled list, or of the `files` of the official project, one for each split."""
     if not options.allow_pickle:
         raise DataError(
             f"{path}: pickle files can run programs when they are read; if you trust this one, add --allow_pickle, "
             "which reads no more than lists, numbers and structures"
         )
+    from crystalframer_jax.data.io.pickles import load_pickle  # imports pymatgen
+
+    files = files or {"": path}
     digest = hashlib.sha256("\n".join(f"{split} {sha256(file)}" for split, file in files.items()).encode())
-    from crystalframer_jax.data.io.pickles import load_pickle
-
     load = functools.cache(load_pickle)  # slow, and all of a file is in memory anyway
-    read = functools.partial(_read_pickles, load, files, options.id_names())
-    return Items(str(path), digest.hexdigest(), read, None, ID_NAMES)
 
+    def read() -> Iterator[Item | BadRecord]:
+        for split, file in files.items():
+            records = load(file)
+            if not isinstance(records, list):
+                raise DataError(f"{file}: holds a {type(records).__name__}, not a list of records; pickle such a list")
+            for number, record in enumerate(records, 1):
+                found = record if isinstance(record, dict) else f"is not a dict but of type {type(record).__name__}"
+                id = f"{split or file.name}:{number}"
+                yield _item(found, f"{file} record {number}", id, options.id_names(), split)
 
-def _read_pickles(
-    load: Callable[[Path], Any], files: Mapping[str, Path], id_names: tuple[str, ...]
-) -> Iterator[Item | BadRecord]:
-    for split, file in files.items():
-        records = load(file)
-        if not isinstance(records, list):
-            raise DataError(f"{file}: holds a {type(records).__name__}, not a list of records; pickle such a list")
-        for number, record in enumerate(records, 1):
-            found = record if isinstance(record, dict) else f"is not a dict but of type {type(record).__name__}"
-            yield _item(found, f"{file} record {number}", f"{split or file.name}:{number}", id_names, split)
+    return Items(str(path), digest.hexdigest(), read)
 
 
 def _item(
     record: dict[str, Any] | str, where: str, fallback: str, id_names: tuple[str, ...], split: str = ""
 ) -> Item | BadRecord:
-    """The item of a record, or of the reason why it is none; `fallback` is its id if it has none."""
+    """Makes the item of a record, or of the reason why it is none; `fallback` is its id if it has none."""
     if isinstance(record, str):
         return BadRecord(fallback, where, record)
-    id = first_text(record, id_names) or fallback
-    keys, structure = _structure(record, where)
-    if structure is None:
+    id = text(record, *id_names) or fallback
+    keys, load = _structure(record, where, id)
+    if load is None:
         remedy = "give it under structure, atoms or cif, or as lattice, species and frac_coords"
         return BadRecord(id, where, f"no structure; {remedy}")
-    return Item(id, where, structure, {key: value for key, value in record.items() if key not in keys}, split)
+    return Item(id, where, load, {key: value for key, value in record.items() if key not in keys}, split)
 
 
-def _structure(record: dict[str, Any], where: str) -> tuple[tuple[str, ...], Any]:
-    """The structure of a record, None if it has none, and the keys that it is made of."""
+def _structure(record: dict[str, Any], where: str, id: str) -> tuple[tuple[str, ...], Callable[[], Crystal] | None]:
+    """Returns the keys that the structure of a record is made of, and what makes it; None if it has none."""
     for key in STRUCTURE_KEYS:
         value = record.get(key)
         if is_cif_text(value):
-            return (key,), StructureText(value, where, is_cif=True)
-        if isinstance(value, Mapping) or hasattr(value, "sites"):
-            return (key,), value
-    for required, optional in FLAT_STRUCTURES:
-        if all(key in record for key in required):
-            keys = (*required, *optional)
-            return keys, {key: record[key] for key in keys if key in record}
+            return (key,), functools.partial(from_text, value, where, True, id)
+        if isinstance(value, Mapping):
+            return (key,), dict_loader(value, id)
+        if hasattr(value, "sites"):
+            return (key,), functools.partial(from_pymatgen, value, id)
+    for keys in (PYMATGEN, FLAT, JARVIS):  # records that are structures themselves
+        if all(key in record or key in MAY_LACK for key in keys):
+            return keys, functools.partial(from_dict, {key: record[key] for key in keys if key in record}, id)
     return (), None

@@ -2,23 +2,22 @@
 
 import collections
 import dataclasses
-import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from crystalframer_jax.data.custom.fields import SAMPLE, Items, OwnData, number, record_of
-from crystalframer_jax.data.custom.formats import json_items, official_items, pickle_items, xyz_items
+from crystalframer_jax.data.custom.fields import SAMPLE, CustomData, Items, number, record_of
+from crystalframer_jax.data.custom.formats import json_items, pickle_items, xyz_items
 from crystalframer_jax.data.custom.tables import folder_items, table_items
-from crystalframer_jax.data.records import BadRecord, DataError, Record, Source, Target
+from crystalframer_jax.data.records import BadRecord, DataError, Source, Target
 from crystalframer_jax.data.splits import SPLITS
 
-__all__ = ["OwnData", "own_source"]
+__all__ = ["CustomData", "custom_source"]
 
-READERS: dict[tuple[str, ...], Callable[[Path, OwnData], Items]] = {
+READERS: dict[tuple[str, ...], Callable[[Path, CustomData], Items]] = {
     (".csv", ".tsv"): table_items,
     (".extxyz", ".xyz"): xyz_items,
     (".json", ".json.gz", ".zip", ".jsonl", ".jsonl.gz"): json_items,
@@ -30,8 +29,8 @@ ACCEPTED = (
 )
 
 
-def own_source(path: Path, options: OwnData) -> Source:
-    """The crystals and labels of a file or folder; what is in it is told by names, see `READERS`.
+def custom_source(path: Path, options: CustomData) -> Source:
+    """Opens the crystals and labels of a file or folder; what is in it is told by names, see `READERS`.
 
     Labels are the fields in `options.targets`, or all that hold numbers rather than other text in the first 1000
     items. Raises DataError for what concerns all items: no such file, no labels, unknown names.
@@ -44,11 +43,13 @@ def own_source(path: Path, options: OwnData) -> Source:
     units = options.units or ("",) * len(fields)
     # names of targets are listed with commas in configurations
     targets = tuple(Target(name.replace(",", " "), name, unit) for name, unit in zip(fields, units, strict=True))
-    return Source(targets, _checksum(items, options), functools.partial(_records, items, fields, options), items.count)
+    columns = (options.targets, options.id_column, options.structure_column, options.split_column, options.group_column)
+    checksum = hashlib.sha256(json.dumps([items.sha256, columns]).encode()).hexdigest()  # with what changes records
+    return Source(targets, checksum, lambda: (record_of(item, fields, options) for item in items.read()), items.count)
 
 
-def _items(path: Path, options: OwnData) -> Items:
-    """The items of a file or folder, by the reader for its kind."""
+def _items(path: Path, options: CustomData) -> Items:
+    """Reads the items of a file or folder, by the reader for its kind."""
     lower = path.name.lower()
     if options.structure_column and not lower.endswith((".csv", ".tsv")):
         raise DataError(f"{path}: --structure_column is for CSV files; leave it out")
@@ -62,48 +63,48 @@ def _items(path: Path, options: OwnData) -> Items:
     raise DataError(f"{path}: unknown kind of data; give {ACCEPTED}")
 
 
-def _items_of_folder(folder: Path, options: OwnData) -> Items:
+def _items_of_folder(folder: Path, options: CustomData) -> Items:
     if (folder / "id_prop.csv").is_file():
         return folder_items(folder, options)
     pickles = {split: folder / split / "raw" / "raw_data.pkl" for split in SPLITS}
     pickles = {split: file for split, file in pickles.items() if file.is_file()}
     if pickles:
-        return official_items(folder, pickles, options)
+        return pickle_items(folder, options, pickles)
     endings = tuple(ending for group in READERS for ending in group)
     files = sorted(file.name for file in folder.iterdir() if file.name.lower().endswith(endings))
     hint = f"; or give one of its files: {', '.join(files[:5])}" if files else ""
     raise DataError(f"{folder}: no id_prop.csv and no train/raw/raw_data.pkl in it; add a file with the labels{hint}")
 
 
-def _target_fields(items: Items, options: OwnData) -> tuple[str, ...]:
-    """The fields that are targets; DataError if there are none, or if a name in the options is not found."""
+def _target_fields(items: Items, options: CustomData) -> tuple[str, ...]:
+    """Chooses the fields that are targets; DataError if there are none, or a name in the options is not found."""
     if len(set(options.targets)) < len(options.targets):
         raise DataError(f"{items.name}: --targets={','.join(options.targets)} names a target twice")
-    survey = _Survey.of(items, options)
+    survey = _survey(items, options)
+    names = list(survey.is_nested)
+    known = ", ".join(names[:30]) + (", ..." if len(names) > 30 else "") or "nothing but structures"
     for name in options.targets:
         if not survey.numbers[name]:
-            problem = "there are no numbers in" if name in survey.is_nested else "there is no"
-            raise DataError(f"{items.name}: {problem} field {name!r} of --targets; choose among {survey.listed()}")
+            problem = "there are no numbers in" if name in names else "there is no"
+            raise DataError(f"{items.name}: {problem} field {name!r} of --targets; choose among {known}")
     for option, name in _named_columns(options).items():
-        if name not in survey.is_nested:
-            raise DataError(f"{items.name}: there is no field --{option}={name}; choose among {survey.listed()}")
+        if name not in names:
+            raise DataError(f"{items.name}: there is no field --{option}={name}; choose among {known}")
     no_labels = {*items.no_labels, options.id_column, options.group_column, options.split_column}
     fields = options.targets or tuple(
         name
-        for name, is_nested in survey.is_nested.items()
-        if survey.numbers[name] > survey.others[name] and not is_nested and name not in no_labels
+        for name in names
+        if survey.numbers[name] > survey.others[name] and not survey.is_nested[name] and name not in no_labels
     )
     if not fields:
-        raise DataError(
-            f"{items.name}: no field holds numbers as labels ({survey.listed()}); add one or name --targets"
-        )
+        raise DataError(f"{items.name}: no field holds numbers as labels ({known}); add one or name --targets")
     return fields
 
 
-def _named_columns(options: OwnData) -> dict[str, str]:
-    """The columns besides targets that the user has named."""
+def _named_columns(options: CustomData) -> dict[str, str]:
+    """Returns the columns besides targets that the user has named."""
     columns = {name: getattr(options, name) for name in ("id_column", "group_column", "split_column")}
-    return {option: name for option, name in columns.items() if name != getattr(OwnData, option) and name}
+    return {option: name for option, name in columns.items() if name != getattr(CustomData, option) and name}
 
 
 @dataclasses.dataclass
@@ -114,36 +115,8 @@ class _Survey:
     numbers: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     others: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
-    @classmethod
-    def of(cls, items: Items, options: OwnData) -> "_Survey":
-        """Of the first items, and of more until all names in the options are found; DataError if none can be used."""
-        survey = cls()
-        count, num_used, first_bad = 0, 0, ""
-        for count, item in enumerate(items.read(), 1):
-            if isinstance(item, BadRecord):
-                first_bad = first_bad or f"{item.where}: {item.reason}"
-            else:
-                num_used += 1
-                survey._add(item.values)
-            if count >= SAMPLE and survey._has_all(options):
-                break
-        if not count:
-            raise DataError(f"{items.name}: there is nothing in it; give a file with structures and labels")
-        if not num_used:
-            raise DataError(f"{items.name}: none of {count} records can be used, first: {first_bad}")
-        return survey
-
-    def _has_all(self, options: OwnData) -> bool:
-        """Whether all names in the options are found."""
-        columns = _named_columns(options).values()
-        return all(self.numbers[name] for name in options.targets) and all(name in self.is_nested for name in columns)
-
-    def listed(self) -> str:
-        """The names, at most 30 of them."""
-        names = list(self.is_nested)
-        return ", ".join(names[:30]) + (", ..." if len(names) > 30 else "") or "nothing but structures"
-
-    def _add(self, values: Mapping[str, Any], prefix: str = "") -> None:
+    def add(self, values: Mapping[str, Any], prefix: str = "") -> None:
+        """Counts the values of an item, and those of nested objects, see `field`."""
         for key, value in values.items():
             name = f"{prefix}{key}"
             self.is_nested[name] = bool(prefix)
@@ -152,15 +125,24 @@ class _Survey:
             except ValueError:
                 self.others[name] += 1
             if isinstance(value, Mapping):
-                self._add(value, f"{name}.")
+                self.add(value, f"{name}.")
 
 
-def _records(items: Items, fields: tuple[str, ...], options: OwnData) -> Iterator[Record | BadRecord]:
-    for item in items.read():
-        yield item if isinstance(item, BadRecord) else record_of(item, fields, options)
-
-
-def _checksum(items: Items, options: OwnData) -> str:
-    """Of all that is read, and of the options that change records."""
-    columns = (options.targets, options.id_column, options.structure_column, options.split_column, options.group_column)
-    return hashlib.sha256(json.dumps([items.sha256, columns]).encode()).hexdigest()
+def _survey(items: Items, options: CustomData) -> _Survey:
+    """Looks at the first items, and at more until all names in the options are found; DataError if none is usable."""
+    survey, columns = _Survey(), set(_named_columns(options).values())
+    count, num_used, first_bad = 0, 0, ""
+    for count, item in enumerate(items.read(), 1):
+        if isinstance(item, BadRecord):
+            first_bad = first_bad or f"{item.where}: {item.reason}"
+        else:
+            num_used += 1
+            survey.add(item.values)
+        has_all = all(survey.numbers[name] for name in options.targets) and survey.is_nested.keys() >= columns
+        if count >= SAMPLE and has_all:
+            break
+    if not count:
+        raise DataError(f"{items.name}: there is nothing in it; give a file with structures and labels")
+    if not num_used:
+        raise DataError(f"{items.name}: none of {count} records can be used, first: {first_bad}")
+    return survey

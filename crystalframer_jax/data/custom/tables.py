@@ -1,7 +1,6 @@
 """Labels in CSV files, beside structure files or with the text of CIFs in a column."""
 
 import csv
-import dataclasses
 import functools
 import hashlib
 import itertools
@@ -13,16 +12,16 @@ from crystalframer_jax.data.custom.fields import (
     ID_NAMES,
     MISSING,
     SAMPLE,
+    CustomData,
     Item,
     Items,
-    OwnData,
-    StructureText,
-    first_text,
     is_cif_text,
     is_number,
     short,
+    text,
 )
 from crystalframer_jax.data.records import BadRecord, DataError
+from crystalframer_jax.data.structures import from_file, from_text
 from crystalframer_jax.files import sha256
 
 SUFFIXES = (".cif", ".vasp", ".poscar", ".extxyz", ".xyz")
@@ -30,19 +29,8 @@ POSCAR_PREFIXES = ("POSCAR", "CONTCAR")
 FILE_COLUMNS = ("structure", "structure_file", "file", "filename", "file_name", "path", "cif", "cif_file", "poscar")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Table:
-    """How to read a CSV file: names of its columns ("" to pass over one), the column of structures, those of ids."""
-
-    file: Path
-    names: Sequence[str]
-    has_header: bool
-    structure: int
-    id_names: tuple[str, ...]
-
-
-def folder_items(folder: Path, options: OwnData) -> Items:
-    """The crystals of a folder with id_prop.csv: id or file name, then labels; mostly without a header."""
+def folder_items(folder: Path, options: CustomData) -> Items:
+    """Reads the crystals of a folder with id_prop.csv: id or file name, then labels; mostly without a header."""
     file = folder / "id_prop.csv"
     sample = [cells for _, cells in itertools.islice(_rows(file), SAMPLE)]
     first = sample[0] if sample else []
@@ -54,11 +42,11 @@ def folder_items(folder: Path, options: OwnData) -> Items:
         raise DataError(f"{file}: no labels; write an id and its labels on each line, separated by commas")
     has_header = _is_header(folder, first)
     names = _checked_names(file, first) if has_header else ["", *_label_names(file, width - 1, options)]
-    return _table_items(_Table(file, names, has_header, 0, options.id_names(())))
+    return _items(file, names, has_header, 0, options.id_names(()))
 
 
-def table_items(file: Path, options: OwnData) -> Items:
-    """The crystals of a CSV file with a header and a column of file names or of CIF texts."""
+def table_items(file: Path, options: CustomData) -> Items:
+    """Reads the crystals of a CSV file with a header and a column of file names or of CIF texts."""
     rows = _rows(file)
     line, first = next(rows, (0, []))
     if not first:
@@ -68,11 +56,48 @@ def table_items(file: Path, options: OwnData) -> Items:
     names = _checked_names(file, first)
     structure = _structure_column(file, names, rows, options)
     found = sorted((name for name in names if name.lower() in ID_NAMES), key=lambda name: ID_NAMES.index(name.lower()))
-    return _table_items(_Table(file, names, True, structure, options.id_names(found)))
+    return _items(file, names, True, structure, options.id_names(found))
+
+
+def _items(file: Path, names: Sequence[str], has_header: bool, structure: int, id_names: tuple[str, ...]) -> Items:
+    """Reads a table with those columns ("" to pass over one); `structure` is the number of that with structures.
+
+    The checksum is of the table and of all files that it names.
+    """
+    read = functools.partial(_read, file, names, has_header, structure, id_names)
+    digest, count = hashlib.sha256(sha256(file).encode()), 0
+    for item in read():
+        count += 1
+        if isinstance(item, Item) and item.file:
+            digest.update(f"{os.path.relpath(item.file, file.parent)}\n{sha256(item.file)}\n".encode())
+    return Items(str(file), digest.hexdigest(), read, count, (names[structure], *id_names))
+
+
+def _read(
+    file: Path, names: Sequence[str], has_header: bool, structure: int, id_names: tuple[str, ...]
+) -> Iterator[Item | BadRecord]:
+    width = len(names)
+    for line, cells in itertools.islice(_rows(file), int(has_header), None):
+        while len(cells) > width and not cells[-1]:
+            cells.pop()
+        where = f"{file}:{line}"
+        values = {name: cell for name, cell in zip(names, cells, strict=False) if name}
+        cell = cells[structure] if structure < len(cells) else ""
+        id = text(values, *id_names) or _id_of_cell(cell) or f"{file.name}:{line}"
+        if len(cells) != width:
+            yield BadRecord(id, where, f"{len(cells)} cells instead of {width}; correct the line")
+        elif any("\n" in cell and not is_cif_text(cell) for cell in cells):
+            yield BadRecord(id.split("\n")[0], where, "a quoted cell goes on over several lines; close the quote")
+        elif is_cif_text(cell):
+            yield Item(id, where, functools.partial(from_text, cell, where, True, id), values)
+        elif found := _structure_file(file.parent, cell):
+            yield Item(id, where, functools.partial(from_file, found, id), values, file=found)
+        else:
+            yield BadRecord(id, where, f"no {_expected(cell)} in {file.parent}; correct the name or add the file")
 
 
 def _rows(file: Path) -> Iterator[tuple[int, list[str]]]:
-    """Number of the first line and cells of each row that is not blank."""
+    """Yields number of the first line and cells of each row that is not blank."""
     csv.field_size_limit(2**31 - 1)  # a CIF may be long
     line = 1
     try:
@@ -92,20 +117,20 @@ def _rows(file: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _delimiter(line: str) -> str:
-    """The delimiter that makes most cells of a line; the comma last, which may be a decimal comma."""
+    """Chooses the delimiter that makes most cells of a line; the comma last, which may be a decimal comma."""
     return max("\t;,", key=lambda delimiter: len(next(csv.reader([line], delimiter=delimiter), [])))
 
 
 def _is_header(folder: Path, cells: list[str]) -> bool:
-    """Whether a row of id_prop.csv has names instead of an id and labels."""
+    """Tells whether a row of id_prop.csv has names instead of an id and labels."""
     labels = cells[1:]
     is_named = any(cell.lower() not in MISSING for cell in labels)
     are_names = not any(is_number(cell) or cell[:1] in "+-.,0123456789" for cell in labels if cell)  # 1.o is a slip
     return is_named and are_names and not _structure_file(folder, cells[0])
 
 
-def _label_names(file: Path, count: int, options: OwnData) -> list[str]:
-    """Names for the labels of a file without a header."""
+def _label_names(file: Path, count: int, options: CustomData) -> list[str]:
+    """Chooses names for the labels of a file without a header."""
     if options.targets and len(options.targets) != count:
         given = ", ".join(options.targets)
         raise DataError(f"{file}: {count} columns of labels for --targets={given}; name all of them, or add a header")
@@ -113,7 +138,7 @@ def _label_names(file: Path, count: int, options: OwnData) -> list[str]:
 
 
 def _checked_names(file: Path, header: list[str]) -> list[str]:
-    """The names in a header; "" for columns that have none, as the index that pandas writes."""
+    """Checks the names in a header; "" for columns that have none, as the index that pandas writes."""
     named = [name for name in header if name]
     for name in named:
         if named.count(name) > 1:
@@ -121,8 +146,8 @@ def _checked_names(file: Path, header: list[str]) -> list[str]:
     return header if header[-1] else header[:-1]
 
 
-def _structure_column(file: Path, names: list[str], rows: Iterator[tuple[int, list[str]]], options: OwnData) -> int:
-    """The column of structures: as named, else the first of a usual name whose cells are such."""
+def _structure_column(file: Path, names: list[str], rows: Iterator[tuple[int, list[str]]], options: CustomData) -> int:
+    """Finds the column of structures: as named, else the first of a usual name whose cells are such."""
     known = ", ".join(name for name in names if name)
     if options.structure_column:
         if options.structure_column not in names:
@@ -132,62 +157,23 @@ def _structure_column(file: Path, names: list[str], rows: Iterator[tuple[int, li
     lower = [name.lower() for name in names]
     for usual in (*FILE_COLUMNS, *ID_NAMES):
         column = lower.index(usual) if usual in lower else len(names)
-        if any(_structure(file, line, cells[column]) for line, cells in sample if column < len(cells)):
+        found = (cells[column] for _, cells in sample if column < len(cells))
+        if any(is_cif_text(cell) or _structure_file(file.parent, cell) for cell in found):
             return column
     problem = f"no column with names of structure files in {file.parent} or with CIFs" if sample else "no rows"
     raise DataError(f"{file}: {problem}; it has {known}; name it with --structure_column")
 
 
-def _structure(file: Path, line: int, cell: str) -> Path | StructureText | None:
-    """The structure that a cell names or holds."""
-    if is_cif_text(cell):
-        return StructureText(cell, f"{file}:{line}", is_cif=True)
-    return _structure_file(file.parent, cell)
-
-
 def _structure_file(folder: Path, name: str) -> Path | None:
-    """The file of that name, else the one of that name with a suffix, or with POSCAR_ before it."""
+    """Finds the file of that name, else the one of that name with a suffix, or with POSCAR_ before it."""
     is_whole = name.lower().endswith(SUFFIXES) or Path(name).name.upper().startswith(POSCAR_PREFIXES)
     guesses = [f"{name}{suffix}" for suffix in SUFFIXES] + [f"POSCAR_{name}", f"POSCAR-{name}"]
     candidates = [name, *guesses] if is_whole else [*guesses, name]
     return next((folder / guess for guess in candidates if name and os.path.isfile(folder / guess)), None)
 
 
-def _table_items(table: _Table) -> Items:
-    """The items of a table, with the checksum of all files that it names."""
-    digest, count = hashlib.sha256(sha256(table.file).encode()), 0
-    for item in _read_table(table):
-        count += 1
-        if isinstance(item, Item) and isinstance(item.structure, Path):
-            name = os.path.relpath(item.structure, table.file.parent)
-            digest.update(f"{name}\n{sha256(item.structure)}\n".encode())
-    read = functools.partial(_read_table, table)
-    no_labels = (table.names[table.structure], *table.id_names)
-    return Items(str(table.file), digest.hexdigest(), read, count, no_labels)
-
-
-def _read_table(table: _Table) -> Iterator[Item | BadRecord]:
-    width = len(table.names)
-    for line, cells in itertools.islice(_rows(table.file), int(table.has_header), None):
-        while len(cells) > width and not cells[-1]:
-            cells.pop()
-        where = f"{table.file}:{line}"
-        values = {name: cell for name, cell in zip(table.names, cells, strict=False) if name}
-        cell = cells[table.structure] if table.structure < len(cells) else ""
-        structure = _structure(table.file, line, cell)
-        id = first_text(values, table.id_names) or _id_of_cell(cell) or f"{table.file.name}:{line}"
-        if len(cells) != width:
-            yield BadRecord(id, where, f"{len(cells)} cells instead of {width}; correct the line")
-        elif any("\n" in cell and not is_cif_text(cell) for cell in cells):
-            yield BadRecord(id.split("\n")[0], where, "a quoted cell goes on over several lines; close the quote")
-        elif structure is None:
-            yield BadRecord(id, where, f"no {_expected(cell)} in {table.file.parent}; correct the name or add the file")
-        else:
-            yield Item(id, where, structure, values)
-
-
 def _expected(cell: str) -> str:
-    """What a cell names, for messages."""
+    """Tells what a cell names, for messages."""
     shown = short(cell)
     if not shown:
         return "name of a structure file"
@@ -195,7 +181,7 @@ def _expected(cell: str) -> str:
 
 
 def _id_of_cell(cell: str) -> str:
-    """A file name without the suffix; "" for the text of a CIF."""
+    """Returns a file name without the suffix; "" for the text of a CIF."""
     if "\n" in cell:
         return ""
     return next((cell[: -len(suffix)] for suffix in SUFFIXES if cell.lower().endswith(suffix)), cell)

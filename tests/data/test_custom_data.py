@@ -23,9 +23,9 @@ from pymatgen.io.cif import CifWriter
 from pymatgen.io.vasp import Poscar
 from support import ROOT, real_crystals
 
-from crystalframer_jax.data.custom import fields as own_fields
-from crystalframer_jax.data.custom.source import OwnData, own_source
-from crystalframer_jax.data.records import BadRecord, DataError, Record, Source, crystal_of
+from crystalframer_jax.data.custom import fields
+from crystalframer_jax.data.custom.source import CustomData, custom_source
+from crystalframer_jax.data.records import BadRecord, DataError, Record, Source
 from crystalframer_jax.structures.crystal import Crystal, CrystalError
 from crystalframer_jax.structures.files import read_crystals
 
@@ -70,7 +70,7 @@ def gap_text(gap: float) -> str:
     return "na" if math.isnan(gap) else repr(gap)
 
 
-# Writers: each puts the five crystals into a folder and returns what to give to own_source
+# Writers: each puts the five crystals into a folder and returns what to give to custom_source
 
 
 def write_folder(folder: Path) -> Path:
@@ -209,7 +209,7 @@ def labels(source: Source) -> list[tuple[float, ...]]:
 
 
 def crystal_in_worker(records: list[Record]) -> list[Crystal]:
-    return [crystal_of(record) for record in records]
+    return [record.load() for record in records]
 
 
 # Round trips
@@ -217,7 +217,7 @@ def crystal_in_worker(records: list[Record]) -> list[Crystal]:
 
 @formats
 def test_round_trip(write, tmp_path):
-    source = own_source(write(tmp_path), OwnData())
+    source = custom_source(write(tmp_path), CustomData())
     found = usable(source)
     order = [target.name for target in source.targets]
     assert sorted(order) == ["e_form", "gap"]
@@ -226,7 +226,7 @@ def test_round_trip(write, tmp_path):
     np.testing.assert_array_equal([r.labels for r in found], np.transpose([expected[name] for name in order]))
     assert [record.split for record in found] == list(STANDARD)
     for record, original in zip(found, originals(), strict=True):
-        crystal = crystal_of(record)
+        crystal = record.load()
         assert crystal.id == original.id
         assert_same(crystal, original)
         if write in KEPT:
@@ -247,11 +247,11 @@ def test_cif_files_are_read_as_predict_reads_them(tmp_path):
     lines = [f"{file.stem},{i}" for i, file in enumerate(files)]
     shutil.copy(ROOT / "examples" / "POSCAR_Si", tmp_path)
     (tmp_path / "id_prop.csv").write_text("\n".join([*lines, "Si,99"]))
-    found = usable(own_source(tmp_path, OwnData()))
+    found = usable(custom_source(tmp_path, CustomData()))
     assert [record.labels for record in found] == [(float(i),) for i in range(len(files))] + [(99.0,)]
     for record, file in zip(found, [*files, ROOT / "examples" / "POSCAR_Si"], strict=True):
         (original,) = read_crystals(file)
-        crystal = crystal_of(record)
+        crystal = record.load()
         np.testing.assert_array_equal(crystal.species, original.species)
         np.testing.assert_array_equal(crystal.positions, original.positions)
         np.testing.assert_array_equal(crystal.lattice, original.lattice)
@@ -262,10 +262,10 @@ def test_records_are_sent_to_workers(tmp_path):
     sent, here = [], []
     for i, write in enumerate(WRITERS):
         (tmp_path / str(i)).mkdir()
-        sent += usable(own_source(write(tmp_path / str(i)), OwnData()))
+        sent += usable(custom_source(write(tmp_path / str(i)), CustomData()))
     here = crystal_in_worker(sent)
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        there = [pool.submit(crystal_of, record) for record in sent]
+        there = [pool.submit(record.load) for record in sent]
         for a, b in zip(here, [future.result() for future in there], strict=True):
             np.testing.assert_array_equal(a.positions, b.positions)
             np.testing.assert_array_equal(a.species, b.species)
@@ -274,7 +274,7 @@ def test_records_are_sent_to_workers(tmp_path):
 
 @formats
 def test_passes_are_independent(write, tmp_path):
-    source = own_source(write(tmp_path), OwnData())
+    source = custom_source(write(tmp_path), CustomData())
     first = source.records()
     next(first), next(first)
     assert ids(source) == list(IDS)
@@ -286,56 +286,56 @@ def test_passes_are_independent(write, tmp_path):
 @formats
 def test_targets_are_taken_in_the_order_asked_for(write, tmp_path):
     path = write(tmp_path)
-    source = own_source(path, OwnData(targets=("gap", "e_form"), units=("eV", "eV/atom")))
+    source = custom_source(path, CustomData(targets=("gap", "e_form"), units=("eV", "eV/atom")))
     assert [(t.name, t.field, t.unit) for t in source.targets] == [
         ("gap", "gap", "eV"),
         ("e_form", "e_form", "eV/atom"),
     ]
     np.testing.assert_array_equal(labels(source), np.transpose([GAP, E_FORM]))
-    assert labels(own_source(path, OwnData(targets=("e_form",)))) == [(value,) for value in E_FORM]
+    assert labels(custom_source(path, CustomData(targets=("e_form",)))) == [(value,) for value in E_FORM]
     with pytest.raises(DataError, match=r"no field 'band' of --targets; choose among .*e_form.*gap|e_form"):
-        own_source(path, OwnData(targets=("band",)))
+        custom_source(path, CustomData(targets=("band",)))
     with pytest.raises(DataError, match=r"--units has 1 units for 2 targets"):
-        own_source(path, OwnData(units=("eV",)))
+        custom_source(path, CustomData(units=("eV",)))
     with pytest.raises(DataError, match=r"no field --group_column=prototype; choose among .*gap"):
-        own_source(path, OwnData(group_column="prototype"))
+        custom_source(path, CustomData(group_column="prototype"))
     with pytest.raises(DataError, match=r"names a target twice"):
-        own_source(path, OwnData(targets=("gap", "gap")))
+        custom_source(path, CustomData(targets=("gap", "gap")))
 
 
 @formats
 def test_checksum(write, tmp_path):
     path = write(tmp_path)
-    before = own_source(path, OwnData()).sha256
-    assert own_source(path, OwnData()).sha256 == before
-    changed = [OwnData(targets=("gap",)), OwnData(split_column=""), OwnData(group_column="split")]
-    assert len({own_source(path, options).sha256 for options in changed} | {before}) == 4
+    before = custom_source(path, CustomData()).sha256
+    assert custom_source(path, CustomData()).sha256 == before
+    changed = [CustomData(targets=("gap",)), CustomData(split_column=""), CustomData(group_column="split")]
+    assert len({custom_source(path, options).sha256 for options in changed} | {before}) == 4
     moved = tmp_path.with_name(tmp_path.name + "_moved")
     tmp_path.rename(moved)
-    assert own_source(moved / path.relative_to(tmp_path), OwnData()).sha256 == before
+    assert custom_source(moved / path.relative_to(tmp_path), CustomData()).sha256 == before
 
 
 @pytest.mark.parametrize(("write", "name"), [(write_folder, "mp-10.cif"), (write_csv, "cells/0.vasp")])
 def test_checksum_changes_with_a_structure_file(write, name, tmp_path):
     path = write(tmp_path)
-    before = own_source(path, OwnData()).sha256
+    before = custom_source(path, CustomData()).sha256
     file = tmp_path / name
     text = file.read_text()
     file.write_text(text.replace("As", "Sb"))
     assert len(file.read_text()) == len(text)
-    after = own_source(path, OwnData()).sha256
+    after = custom_source(path, CustomData()).sha256
     file.unlink()
-    assert len({before, after, own_source(path, OwnData()).sha256}) == 3
+    assert len({before, after, custom_source(path, CustomData()).sha256}) == 3
 
 
 @formats
 def test_split_and_group_and_id_columns(write, tmp_path):
     path = write(tmp_path)
-    found = usable(own_source(path, OwnData(split_column="", group_column="split", id_column="split")))
+    found = usable(custom_source(path, CustomData(split_column="", group_column="split", id_column="split")))
     assert [record.split for record in found] == [""] * 5
     assert [record.group for record in found] == list(SPLITS)
     assert [record.id for record in found] == list(SPLITS)
-    bad = only_bad(own_source(path, OwnData(split_column="e_form")))
+    bad = only_bad(custom_source(path, CustomData(split_column="e_form")))
     assert len(bad) == 5 and "split is '-0.25'; write train, val or test" in bad[0].reason
 
 
@@ -367,29 +367,29 @@ def folder_of_cifs(folder: Path, text: str | bytes, name: str = "id_prop.csv") -
     ],
 )
 def test_tables_beside_cif_files(text, tmp_path):
-    source = own_source(folder_of_cifs(tmp_path, text), OwnData())
+    source = custom_source(folder_of_cifs(tmp_path, text), CustomData())
     assert [target.name for target in source.targets] == ["target"]
     assert ids(source) == ["a", "b", "c"]
     np.testing.assert_array_equal(labels(source), [[1.0], [-2.5], [math.nan]])
     assert source.count == 3
     for record, original in zip(usable(source), originals(), strict=False):
-        assert_same(crystal_of(record), original)
+        assert_same(record.load(), original)
 
 
 def test_names_of_labels_without_a_header(tmp_path):
     folder_of_cifs(tmp_path, "a,1,4\nb,2,5\nc,3,6\n")
-    source = own_source(tmp_path, OwnData())
+    source = custom_source(tmp_path, CustomData())
     assert [target.name for target in source.targets] == ["target_1", "target_2"]
-    source = own_source(tmp_path, OwnData(targets=("e", "gap")))
+    source = custom_source(tmp_path, CustomData(targets=("e", "gap")))
     assert [target.name for target in source.targets] == ["e", "gap"]
     assert labels(source) == [(1, 4), (2, 5), (3, 6)]
     with pytest.raises(DataError, match=r"id_prop.csv: 2 columns of labels for --targets=e; name all"):
-        own_source(tmp_path, OwnData(targets=("e",)))
+        custom_source(tmp_path, CustomData(targets=("e",)))
 
 
 def test_a_first_line_that_names_a_file_is_no_header(tmp_path):
     """A typing error in the label of the first crystal must not make it a header."""
-    source = own_source(folder_of_cifs(tmp_path, "a,o.5\nb,2\nc,3\n"), OwnData())
+    source = custom_source(folder_of_cifs(tmp_path, "a,o.5\nb,2\nc,3\n"), CustomData())
     (bad,) = only_bad(source)
     assert bad == BadRecord(
         "a", f"{tmp_path}/id_prop.csv:1", "target is 'o.5'; write a number with a decimal point, or na if unknown"
@@ -400,7 +400,7 @@ def test_a_first_line_that_names_a_file_is_no_header(tmp_path):
 def test_bad_lines_leave_the_others(tmp_path):
     lines = ["id,e,gap,split", "a,1,2,train", "b,1.5 eV,2,train", "missing,1,2,test", "a,1", "a,1,2,train,9"]
     lines += ["c,1,2,holdout", ",1,2,val", "c,True,2,val", "c,1_0,2,val", '"c\nd",1,2,val', "b,3,4,Dev", "a,5,,"]
-    source = own_source(folder_of_cifs(tmp_path, "\n".join(lines)), OwnData())
+    source = custom_source(folder_of_cifs(tmp_path, "\n".join(lines)), CustomData())
     good = [record for record in source.records() if isinstance(record, Record)]
     assert [(record.id, record.labels[0], record.split) for record in good] == [
         ("a", 1.0, "train"),
@@ -430,11 +430,11 @@ def test_bad_lines_leave_the_others(tmp_path):
 def test_a_damaged_cif_concerns_one_crystal(tmp_path):
     folder_of_cifs(tmp_path, "a,1\nb,2\nc,3\n")
     (tmp_path / "b.cif").write_text("data_b\n_cell_length_a 3\n")
-    a, b, c = usable(own_source(tmp_path, OwnData()))
+    a, b, c = usable(custom_source(tmp_path, CustomData()))
     with pytest.raises(CrystalError, match=r"b\.cif"):
-        crystal_of(b)
-    assert_same(crystal_of(a), originals()[0])
-    assert_same(crystal_of(c), originals()[2])
+        b.load()
+    assert_same(a.load(), originals()[0])
+    assert_same(c.load(), originals()[2])
 
 
 def test_file_names_with_and_without_suffix(tmp_path):
@@ -448,10 +448,10 @@ def test_file_names_with_and_without_suffix(tmp_path):
     (tmp_path / "POSCAR_y").write_text(poscar(crystals[3]))
     (tmp_path / "mp-1.5.poscar").write_text(poscar(crystals[4]))
     (tmp_path / "id_prop.csv").write_text("x.vasp,0\nx,1\nsub/POSCAR,2\ny,3\nmp-1.5,4\n")
-    found = usable(own_source(tmp_path, OwnData()))
+    found = usable(custom_source(tmp_path, CustomData()))
     assert [record.id for record in found] == ["x", "x", "sub/POSCAR", "y", "mp-1.5"]
     for record, original in zip(found, crystals, strict=True):
-        assert_same(crystal_of(record), original)
+        assert_same(record.load(), original)
 
 
 @pytest.mark.parametrize(
@@ -471,19 +471,19 @@ def test_file_names_with_and_without_suffix(tmp_path):
 )
 def test_faults_of_a_whole_table(text, message, tmp_path):
     with pytest.raises(DataError, match=message):
-        own_source(folder_of_cifs(tmp_path, text), OwnData())
+        custom_source(folder_of_cifs(tmp_path, text), CustomData())
 
 
 def test_a_target_without_any_number(tmp_path):
     folder_of_cifs(tmp_path, "id,e,gap\na,1,na\nb,2,\n")
     with pytest.raises(DataError, match=r"there are no numbers in field 'gap' of --targets; choose among id, e, gap"):
-        own_source(tmp_path, OwnData(targets=("gap",)))
-    assert [target.name for target in own_source(tmp_path, OwnData()).targets] == ["e"]
+        custom_source(tmp_path, CustomData(targets=("gap",)))
+    assert [target.name for target in custom_source(tmp_path, CustomData()).targets] == ["e"]
 
 
 def test_a_column_with_a_few_typing_errors_is_a_target_all_the_same(tmp_path):
     lines = ["id,e", *["a,1"] * 5, "b,one", *["c,3"] * 5]
-    source = own_source(folder_of_cifs(tmp_path, "\n".join(lines)), OwnData())
+    source = custom_source(folder_of_cifs(tmp_path, "\n".join(lines)), CustomData())
     assert len(labels(source)) == 10 and [bad.where for bad in only_bad(source)] == [f"{tmp_path}/id_prop.csv:7"]
 
 
@@ -491,11 +491,11 @@ def test_csv_columns(tmp_path):
     """The file column by its name; all other numeric columns are targets but those of ids, splits and groups."""
     lines = ["Name,CIF,e (eV, PBE),group,id".replace("e (eV, PBE)", '"e (eV, PBE)"'), "p,a,1,7,10", "q,b.cif,2,8,11"]
     folder_of_cifs(tmp_path, "\n".join(lines), "set.csv")
-    source = own_source(tmp_path / "set.csv", OwnData(group_column="group"))
+    source = custom_source(tmp_path / "set.csv", CustomData(group_column="group"))
     assert [(target.name, target.field) for target in source.targets] == [("e (eV  PBE)", "e (eV, PBE)")]
     assert [(record.id, record.group) for record in usable(source)] == [("10", "7"), ("11", "8")]
-    assert_same(crystal_of(usable(source)[1]), originals()[1])
-    assert ids(own_source(tmp_path / "set.csv", OwnData(id_column="Name", targets=("group",)))) == ["p", "q"]
+    assert_same(usable(source)[1].load(), originals()[1])
+    assert ids(custom_source(tmp_path / "set.csv", CustomData(id_column="Name", targets=("group",)))) == ["p", "q"]
 
 
 def test_csv_structure_column(tmp_path):
@@ -504,31 +504,31 @@ def test_csv_structure_column(tmp_path):
     with pytest.raises(
         DataError, match=r"no column with names of structure files .* it has id, first, second, e; name it"
     ):
-        own_source(file, OwnData())
-    source = own_source(file, OwnData(structure_column="second"))
+        custom_source(file, CustomData())
+    source = custom_source(file, CustomData(structure_column="second"))
     assert ids(source) == ["p", "q"] and only_bad(source)[0].where == f"{file}:4"
-    assert_same(crystal_of(next(iter(source.records()))), originals()[1])
-    assert source.sha256 != own_source(file, OwnData(structure_column="first")).sha256
+    assert_same(next(iter(source.records())).load(), originals()[1])
+    assert source.sha256 != custom_source(file, CustomData(structure_column="first")).sha256
     with pytest.raises(DataError, match=r"no column --structure_column=third; it has id, first, second, e"):
-        own_source(file, OwnData(structure_column="third"))
+        custom_source(file, CustomData(structure_column="third"))
 
 
 def test_csv_ids_fall_back_to_the_file(tmp_path):
     folder_of_cifs(tmp_path, "id\tfile\te\n\ta.cif\t1\nnamed\tb.cif\t2\n", "set.tsv")
-    assert ids(own_source(tmp_path / "set.tsv", OwnData())) == ["a", "named"]
+    assert ids(custom_source(tmp_path / "set.tsv", CustomData())) == ["a", "named"]
     folder_of_cifs(tmp_path, "material_id,e\na,1\nb,2\n", "labels.csv")
-    assert ids(own_source(tmp_path / "labels.csv", OwnData())) == ["a", "b"]
+    assert ids(custom_source(tmp_path / "labels.csv", CustomData())) == ["a", "b"]
 
 
 def test_csv_of_cif_texts_with_a_bad_one(tmp_path):
     path = write_csv_of_cifs(tmp_path)
     text = path.read_text().replace("['Na', 'Cl']", "text").replace('"# generated', '"', 1)
     path.write_text(text.replace("_cell_length_a", "_cell_length_q", 1))
-    first, *others = usable(own_source(path, OwnData()))
+    first, *others = usable(custom_source(path, CustomData()))
     with pytest.raises(CrystalError, match=r"train\.csv:2: .*CIF"):
-        crystal_of(first)
+        first.load()
     for record, original in zip(others, originals()[1:], strict=True):
-        assert_same(crystal_of(record), original)
+        assert_same(record.load(), original)
 
 
 @pytest.mark.parametrize(
@@ -547,7 +547,7 @@ def test_csv_of_cif_texts_with_a_bad_one(tmp_path):
 def test_faults_of_a_whole_csv(text, message, tmp_path):
     folder_of_cifs(tmp_path, text, "set.csv")
     with pytest.raises(DataError, match=message):
-        own_source(tmp_path / "set.csv", OwnData())
+        custom_source(tmp_path / "set.csv", CustomData())
 
 
 # Extended XYZ
@@ -560,7 +560,7 @@ def test_xyz_frames_that_cannot_be_used(tmp_path):
     frames[3] = frames[3].replace("split=test", "split=unseen")
     frames[4] = frames[4].replace("e_form", 'stress="1 2" e_form')
     path.write_text("Lattice=".join(frames).replace("\n", "\r\n") + "\r\n\r\n4\r\nLattice=\r\nCs 0 0 0\r\n")
-    source = own_source(path, OwnData(targets=("e_form",)))
+    source = custom_source(path, CustomData(targets=("e_form",)))
     assert ids(source) == [IDS[0], IDS[4]] and source.count == 6
     bad = only_bad(source)
     starts = [0, *np.cumsum([crystal.num_atoms + 2 for crystal in originals()])]
@@ -575,7 +575,7 @@ def test_xyz_frames_that_cannot_be_used(tmp_path):
         assert reason in record.reason
     good = [record for record in source.records() if isinstance(record, Record)]
     for record, original in zip(good, (originals()[0], originals()[4]), strict=True):
-        assert_same(crystal_of(record), original)
+        assert_same(record.load(), original)
 
 
 def test_a_wrong_number_of_atoms_is_never_passed_over(tmp_path):
@@ -587,7 +587,7 @@ def test_a_wrong_number_of_atoms_is_never_passed_over(tmp_path):
         with pytest.raises(
             DataError, match=r"set.extxyz:\d+: no number of atoms but .*correct this line or the number"
         ):
-            own_source(path, OwnData())
+            custom_source(path, CustomData())
 
 
 def test_a_bad_atom_concerns_one_frame(tmp_path):
@@ -595,36 +595,36 @@ def test_a_bad_atom_concerns_one_frame(tmp_path):
     lines = path.read_text().splitlines()
     lines[2] = lines[2].replace(lines[2].split()[1], "0.o")
     path.write_text("\n".join(lines))
-    first, *others = usable(own_source(path, OwnData()))
+    first, *others = usable(custom_source(path, CustomData()))
     with pytest.raises(CrystalError, match=r"set.extxyz:1: cannot be read as extended XYZ"):
-        crystal_of(first)
+        first.load()
     for record, original in zip(others, originals()[1:], strict=True):
-        assert_same(crystal_of(record), original)
+        assert_same(record.load(), original)
 
 
 def test_xyz_ids(tmp_path):
     frame = '1\nLattice="3 0 0 0 3 0 0 0 3" {} e=1.5\nCs 0 0 0\n'
     comments = ["id=007", "id='a b'", "other=1", "name=12 id=1e3", "cutoff=1 id=T"]
     (tmp_path / "set.xyz").write_text("\ufeff" + "\n".join(frame.format(comment) for comment in comments))
-    source = own_source(tmp_path / "set.xyz", OwnData(targets=("e",)))
+    source = custom_source(tmp_path / "set.xyz", CustomData(targets=("e",)))
     assert ids(source) == ["007", "a b", "set.xyz:9", "1e3", "T"]
 
 
 def test_xyz_vectors_and_flags_are_no_labels(tmp_path):
     frame = '1\nLattice="3 0 0 0 3 0 0 0 3" pbc="T T T" dipole="1 2 3" relaxed energy=1.5\nCs 0 0 0\n'
     (tmp_path / "set.xyz").write_text(2 * frame)
-    assert [target.name for target in own_source(tmp_path / "set.xyz", OwnData()).targets] == ["energy"]
+    assert [target.name for target in custom_source(tmp_path / "set.xyz", CustomData()).targets] == ["energy"]
     with pytest.raises(
         DataError, match=r"no numbers in field 'dipole' of --targets; choose among dipole, relaxed, energy"
     ):
-        own_source(tmp_path / "set.xyz", OwnData(targets=("dipole",)))
+        custom_source(tmp_path / "set.xyz", CustomData(targets=("dipole",)))
 
 
 def test_xyz_without_ase(tmp_path, monkeypatch):
     path = write_xyz(tmp_path)
     monkeypatch.setitem(sys.modules, "ase.io.extxyz", None)
     with pytest.raises(DataError, match=r"needs ASE; pip install ase"):
-        own_source(path, OwnData())
+        custom_source(path, CustomData())
 
 
 # JSON
@@ -640,7 +640,7 @@ def test_json_records_that_cannot_be_used(name, tmp_path):
     made.append({**made[0], "id": None, "e_form": 10**400})
     text = json.dumps(made) if name == "set.json" else "\n".join(map(json.dumps, made))
     (tmp_path / name).write_text(text)
-    source = own_source(tmp_path / name, OwnData(targets=("e_form",)))
+    source = custom_source(tmp_path / name, CustomData(targets=("e_form",)))
     assert ids(source) == [IDS[0], IDS[4]]
     bad = only_bad(source)
     place = " record " if name == "set.json" else ":"
@@ -658,7 +658,7 @@ def test_a_line_that_is_not_json(tmp_path):
     lines = [json.dumps(record) for record in records("pymatgen")]
     lines[2] = lines[2][:-5]
     (tmp_path / "set.jsonl").write_text("\n".join(lines))
-    source = own_source(tmp_path / "set.jsonl", OwnData())
+    source = custom_source(tmp_path / "set.jsonl", CustomData())
     assert ids(source) == [*IDS[:2], *IDS[3:]]
     assert [record.where for record in only_bad(source)] == [f"{tmp_path}/set.jsonl:3"]
 
@@ -666,18 +666,18 @@ def test_a_line_that_is_not_json(tmp_path):
 def test_nested_labels_are_taken_when_named(tmp_path):
     made = [record | {"properties": {"dft": {"k": i}}} for i, record in enumerate(records("flat"))]
     (tmp_path / "set.json").write_text(json.dumps(made))
-    source = own_source(tmp_path / "set.json", OwnData(targets=("properties.dft.k",)))
+    source = custom_source(tmp_path / "set.json", CustomData(targets=("properties.dft.k",)))
     assert labels(source) == [(float(i),) for i in range(5)]
-    assert [t.name for t in own_source(tmp_path / "set.json", OwnData()).targets] == ["e_form", "gap"]
+    assert [t.name for t in custom_source(tmp_path / "set.json", CustomData()).targets] == ["e_form", "gap"]
     with pytest.raises(DataError, match=r"no field 'properties.k' .* properties.dft.k"):
-        own_source(tmp_path / "set.json", OwnData(targets=("properties.k",)))
+        custom_source(tmp_path / "set.json", CustomData(targets=("properties.k",)))
 
 
 def test_labels_far_down_in_a_file_are_found(tmp_path, monkeypatch):
     monkeypatch.setattr("crystalframer_jax.data.custom.source.SAMPLE", 2)
     made = [record | ({"late": 4.0} if i == 3 else {}) for i, record in enumerate(records("flat"))]
     (tmp_path / "set.json").write_text(json.dumps(made))
-    source = own_source(tmp_path / "set.json", OwnData(targets=("late",)))
+    source = custom_source(tmp_path / "set.json", CustomData(targets=("late",)))
     np.testing.assert_array_equal(np.ravel(labels(source)), [np.nan] * 3 + [4.0, np.nan])
 
 
@@ -685,21 +685,21 @@ def test_structures_without_labels(tmp_path):
     structures = [structure_of(crystal).as_dict() for crystal in originals()]
     (tmp_path / "set.json").write_text(json.dumps(structures))
     with pytest.raises(DataError, match=r"set.json: no field holds numbers as labels"):
-        own_source(tmp_path / "set.json", OwnData())
+        custom_source(tmp_path / "set.json", CustomData())
     labelled = [structure | {"e": float(i)} for i, structure in enumerate(structures)]
     (tmp_path / "set.json").write_text(json.dumps(labelled))
-    source = own_source(tmp_path / "set.json", OwnData())
+    source = custom_source(tmp_path / "set.json", CustomData())
     assert labels(source) == [(0,), (1,), (2,), (3,), (4,)] and ids(source)[0] == "set.json:1"
-    assert_same(crystal_of(usable(source)[1]), originals()[1])
+    assert_same(usable(source)[1].load(), originals()[1])
 
 
 def test_json_with_cif_texts(tmp_path):
     made = [{"_id": i, "cif": cif(crystal), "e": 1.5} for i, crystal in enumerate(originals())]
     (tmp_path / "set.json").write_text(json.dumps(made))
-    source = own_source(tmp_path / "set.json", OwnData())
+    source = custom_source(tmp_path / "set.json", CustomData())
     assert ids(source) == ["0", "1", "2", "3", "4"]
     for record, original in zip(usable(source), originals(), strict=True):
-        assert_same(crystal_of(record), original)
+        assert_same(record.load(), original)
 
 
 @pytest.mark.parametrize(
@@ -716,7 +716,7 @@ def test_json_with_cif_texts(tmp_path):
 def test_faults_of_a_whole_json_file(name, text, message, tmp_path):
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=message):
-        own_source(tmp_path / name, OwnData())
+        custom_source(tmp_path / name, CustomData())
 
 
 def test_archives_of_several_files(tmp_path):
@@ -724,10 +724,10 @@ def test_archives_of_several_files(tmp_path):
         archive.writestr("a.json", "[]")
         archive.writestr("b.json", "[]")
     with pytest.raises(DataError, match=r"holds 2 JSON files instead of one; unpack it"):
-        own_source(tmp_path / "set.zip", OwnData())
+        custom_source(tmp_path / "set.zip", CustomData())
     (tmp_path / "set.zip").write_bytes(b"PK\x03\x04 nothing")
     with pytest.raises(DataError, match=r"set.zip"):
-        own_source(tmp_path / "set.zip", OwnData())
+        custom_source(tmp_path / "set.zip", CustomData())
 
 
 # Pickles
@@ -737,20 +737,20 @@ def test_pickles_are_refused_unless_allowed(tmp_path):
     write_pickles(tmp_path)
     for path in (tmp_path, tmp_path / "val" / "raw" / "raw_data.pkl"):
         with pytest.raises(DataError, match=r"can run programs .* add --allow_pickle"):
-            own_source(path, OwnData())
+            custom_source(path, CustomData())
 
 
 def test_official_pickles(tmp_path):
-    source = own_source(write_pickles(tmp_path), OwnData(allow_pickle=True))
+    source = custom_source(write_pickles(tmp_path), CustomData(allow_pickle=True))
     order = [0, 3, 1, 4, 2]
     assert [target.name for target in source.targets] == ["e_form", "gap"]
     assert ids(source) == [IDS[i] for i in order]
     assert [record.split for record in usable(source)] == ["train", "train", "val", "val", "test"]
     np.testing.assert_array_equal(labels(source), [(E_FORM[i], GAP[i]) for i in order])
     for record, i in zip(usable(source), order, strict=True):
-        assert_same(crystal_of(pickle.loads(pickle.dumps(record))), originals()[i])
+        assert_same(pickle.loads(pickle.dumps(record)).load(), originals()[i])
     (tmp_path / "test" / "raw" / "raw_data.pkl").write_bytes(pickle.dumps([]))
-    assert own_source(tmp_path, OwnData(allow_pickle=True)).sha256 != source.sha256
+    assert custom_source(tmp_path, CustomData(allow_pickle=True)).sha256 != source.sha256
 
 
 def test_one_pickle(tmp_path):
@@ -760,20 +760,20 @@ def test_one_pickle(tmp_path):
         {"jid": "J", "atoms": jarvis_atoms(originals()[1], True), "e_form": 2},
     ]
     (tmp_path / "set.pkl").write_bytes(pickle.dumps(content))
-    source = own_source(tmp_path / "set.pkl", OwnData(allow_pickle=True, targets=("e_form",)))
+    source = custom_source(tmp_path / "set.pkl", CustomData(allow_pickle=True, targets=("e_form",)))
     assert ids(source) == [IDS[0], "J"] and labels(source) == [(E_FORM[0],), (2.0,)]
-    assert_same(crystal_of([r for r in source.records() if isinstance(r, Record)][1]), originals()[1])
+    assert_same([r for r in source.records() if isinstance(r, Record)][1].load(), originals()[1])
     (bad,) = only_bad(source)
     assert bad.where == f"{tmp_path}/set.pkl record 2" and "not a dict" in bad.reason
     (tmp_path / "set.pkl").write_bytes(pickle.dumps({"a": 1}))
     with pytest.raises(DataError, match=r"set.pkl: holds a dict, not a list"):
-        own_source(tmp_path / "set.pkl", OwnData(allow_pickle=True))
+        custom_source(tmp_path / "set.pkl", CustomData(allow_pickle=True))
 
 
 def test_pickles_go_through_the_allow_list(tmp_path):
     (tmp_path / "set.pkl").write_bytes(pickle.dumps([{"structure": shutil.rmtree}]))
     with pytest.raises(DataError, match=r"set\.pkl"):
-        own_source(tmp_path / "set.pkl", OwnData(allow_pickle=True))
+        custom_source(tmp_path / "set.pkl", CustomData(allow_pickle=True))
 
 
 # What is no data
@@ -781,28 +781,28 @@ def test_pickles_go_through_the_allow_list(tmp_path):
 
 def test_folders_and_files_of_other_kinds(tmp_path):
     with pytest.raises(DataError, match=r"nowhere: there is no such file or folder"):
-        own_source(tmp_path / "nowhere", OwnData())
+        custom_source(tmp_path / "nowhere", CustomData())
     with pytest.raises(
         DataError, match=r"no id_prop.csv and no train/raw/raw_data.pkl in it; add a file with the labels$"
     ):
-        own_source(tmp_path, OwnData())
+        custom_source(tmp_path, CustomData())
     (tmp_path / "labels.csv").write_text("")
     with pytest.raises(DataError, match=r"or give one of its files: labels.csv$"):
-        own_source(tmp_path, OwnData())
+        custom_source(tmp_path, CustomData())
     (tmp_path / "a.cif").write_text("")
     with pytest.raises(DataError, match=r"a.cif: unknown kind of data; give a folder with id_prop.csv"):
-        own_source(tmp_path / "a.cif", OwnData())
+        custom_source(tmp_path / "a.cif", CustomData())
     with pytest.raises(DataError, match=r"--structure_column is for CSV files"):
-        own_source(write_json(tmp_path), OwnData(structure_column="structure"))
+        custom_source(write_json(tmp_path), CustomData(structure_column="structure"))
 
 
-@pytest.mark.parametrize("marker", own_fields.MISSING)
+@pytest.mark.parametrize("marker", fields.MISSING)
 def test_missing_markers(marker):
-    assert math.isnan(own_fields.number(f" {marker.upper()} ")) and not own_fields.is_number(marker)
+    assert math.isnan(fields.number(f" {marker.upper()} ")) and not fields.is_number(marker)
 
 
 def test_options_are_those_of_the_command():
-    names = [field.name for field in dataclasses.fields(OwnData)]
+    names = [field.name for field in dataclasses.fields(CustomData)]
     assert names == [
         "targets",
         "units",
