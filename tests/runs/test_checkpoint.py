@@ -23,7 +23,7 @@ import pytest
 from support import ROOT
 from tiny import assert_equal_trees
 
-from crystalframer_jax.runs import checksums as manifest
+from crystalframer_jax.runs import checksums
 from crystalframer_jax.runs.checkpoints import (
     DAMAGED_FOLDER,
     FOLDER,
@@ -174,7 +174,7 @@ def test_every_bit_comes_back(tmp_path, x64, dtype):
     with reader(tmp_path) as other:
         assert_equal_trees(other.restore_model(5, on_this_device(model_of(state))), model_of(state))
         assert other.meta(5) == meta
-    assert manifest.problem(tmp_path / FOLDER / "5") is None  # reading changes nothing
+    assert checksums.problem(tmp_path / FOLDER / "5") is None  # reading changes nothing
 
 
 @pytest.mark.parametrize("kind", ["donated", "NumPy"])
@@ -205,7 +205,7 @@ def test_weights_alone_have_a_manifest_too(tmp_path):
         with pytest.raises(CheckpointError) as error:
             checkpoints.restore_latest(like_of(state_of(7)))
         assert "weights only" in one_line(error)
-    assert manifest.problem(tmp_path / FOLDER / "7") is None and kept_in(tmp_path) == ["7"]
+    assert checksums.problem(tmp_path / FOLDER / "7") is None and kept_in(tmp_path) == ["7"]
     with reader(tmp_path) as other:
         assert (other.last(), other.best(), other.meta(7)) == (7, None, {"epoch": 3})
         assert_equal_trees(other.restore_model(7, on_this_device(model)), model)
@@ -263,14 +263,14 @@ def test_deleted_and_additional_files_are_found(run):
     for file in [path for path in folder.rglob("*") if path.is_file()]:
         moved = run / "moved"
         file.rename(moved)
-        assert file.name in manifest.problem(folder)
+        assert file.name in checksums.problem(folder)
         moved.rename(file)
     for name in ("new", "model/d/new", "SHA256SUMS.orig", "model/new/new"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).touch()
-        assert name in manifest.problem(folder)
+        assert name in checksums.problem(folder)
         (folder / name).unlink()
-    assert manifest.problem(folder) is None
+    assert checksums.problem(folder) is None
 
 
 @pytest.mark.parametrize(
@@ -393,14 +393,14 @@ def test_arrays_keep_the_type_they_were_stored_in(tmp_path, x64):
 
 def test_a_checkpoint_that_vanishes_while_it_is_read(run, monkeypatch):
     like = on_this_device(model_of(state_of(9)))
-    verify = manifest.problem
+    verify = checksums.problem
 
     def verify_then_vanish(folder: Path, under: str = "") -> str | None:
         wrong = verify(folder, under)
         shutil.rmtree(folder, ignore_errors=True)
         return wrong
 
-    monkeypatch.setattr(manifest, "problem", verify_then_vanish)
+    monkeypatch.setattr(checksums, "problem", verify_then_vanish)
     with reader(run) as checkpoints:
         for read in (lambda: checkpoints.restore_model(9, like), lambda: checkpoints.meta(9), checkpoints.best):
             with pytest.raises(CheckpointError) as error:
@@ -468,7 +468,7 @@ def test_a_kill_at_any_moment_leaves_the_newest_verified_checkpoint(tmp_path, ca
     rng = random.Random(7)
     processes = []
     for number in range(4):
-        call = f"import test_checkpoint; test_checkpoint.save_until_killed({str(tmp_path / str(number))!r})"
+        call = f"from runs import test_checkpoint; test_checkpoint.save_until_killed({str(tmp_path / str(number))!r})"
         command = [sys.executable, "-c", call]
         processes.append(subprocess.Popen(command, cwd=ROOT / "tests", stdout=subprocess.PIPE, text=True))
     for number, process in enumerate(processes):
@@ -559,7 +559,7 @@ def test_a_disk_that_fails_at_the_manifest(run, monkeypatch, number):
 
     with writer(run) as checkpoints:
         with monkeypatch.context() as patch:
-            patch.setattr(manifest, "write", fail)
+            patch.setattr(checksums, "write", fail)
             checkpoints.save(state_of(12), {}, 0.01)
             with pytest.raises(CheckpointError) as error:
                 checkpoints.wait()
