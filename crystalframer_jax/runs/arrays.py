@@ -78,21 +78,20 @@ def _print_unraisable(hook: Callable[[Any], None], unraisable: "sys.UnraisableHo
         hook(unraisable)
 
 
-def _check_fits(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+def _check_fits(stored: Tree, like: Tree) -> None:
     """Raises ValueError unless the same arrays are there, of types that are switched on (float64 may not be)."""
-
-    def fits(name: str) -> bool:
-        there, here = found.get(name), wanted.get(name)
-        is_there = there is not None and here is not None
-        return is_there and there.shape == here.shape and jax.dtypes.canonicalize_dtype(there.dtype) == there.dtype
-
-    differing = [name for name in sorted(found.keys() | wanted) if not fits(name)]
+    differing = []
+    for name in sorted(stored.keys() | like):
+        there, here = stored.get(name), like.get(name)
+        is_missing = there is None or here is None
+        if is_missing or there.shape != here.shape or jax.dtypes.canonicalize_dtype(there.dtype) != there.dtype:
+            differing.append(f"{name} is {_shown(there)} there, {_shown(here)} here")
     if differing:
-        there, here = (
-            "missing" if leaf is None else f"{np.dtype(leaf.dtype)} {list(leaf.shape)}"
-            for leaf in (found.get(differing[0]), wanted.get(differing[0]))
-        )
-        raise ValueError(f"{differing[0]} is {there} there, {here} here, and {len(differing) - 1} more differ")
+        raise ValueError(f"{differing[0]}, and {len(differing) - 1} more differ")
+
+
+def _shown(leaf: Any) -> str:
+    return "missing" if leaf is None else f"{np.dtype(leaf.dtype)} {list(leaf.shape)}"
 
 
 def _name(path: Any) -> str:

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,16 +29,8 @@ from crystalframer_jax.runs.arrays import read_arrays, write_arrays
 
 FOLDER = "checkpoints"
 DAMAGED_FOLDER = "damaged_checkpoints"
-# what prediction needs
-MODEL_FIELDS = (
-    "params",
-    "calibration",
-    "batch_stats",
-    "swa_params",
-    "swa_batch_stats",
-    "ema_params",
-    "ema_batch_stats",
-)
+MODEL_FIELDS: tuple[str, ...] = ("params", "calibration", "batch_stats")  # what prediction needs
+MODEL_FIELDS += ("swa_params", "swa_batch_stats", "ema_params", "ema_batch_stats")
 META_FILE, LOSS_FILE = "meta/metadata", "metrics/metadata"  # where Orbax keeps such JSON
 
 
@@ -195,15 +187,9 @@ class Checkpoints:
             for step in damaged:
                 self._verify(step)
             return next(iter(_by_loss(losses)), None)
-        best = None
-        for step in _by_loss(losses):
-            wrong = checksums.problem(self.path(step))
-            if wrong is None:
-                best = step
-                break
-            damaged[step] = wrong
+        best, wrong = self._first_whole(_by_loss(losses))
         then = "there is no other best" if best is None else f"the best checkpoint is that of step {best}"
-        self._set_aside(damaged, then)
+        self._set_aside(damaged | wrong, then)
         return best
 
     def losses(self) -> list[float]:
@@ -217,13 +203,10 @@ class Checkpoints:
         with a line on stderr. Raises CheckpointError if none is whole, or if it is of another model than `like`.
         """
         self.wait()
-        damaged: dict[int, str] = {}
-        for step in reversed(_steps_in(self.folder)):
-            wrong = checksums.problem(self.path(step))
-            if wrong is None:
-                self._set_aside(damaged, f"the training goes on from step {step}")
-                return self.restore_state(step, like)
-            damaged[step] = wrong
+        step, damaged = self._first_whole(reversed(_steps_in(self.folder)))
+        if step is not None:
+            self._set_aside(damaged, f"the training goes on from step {step}")
+            return self.restore_state(step, like)
         if damaged:
             what = "; ".join(f"{step}: {wrong}" for step, wrong in damaged.items())
             raise CheckpointError(
@@ -290,8 +273,17 @@ class Checkpoints:
             raise CheckpointError(f"{self.path(step)} cannot be used: {wrong}; {remedy}")
 
     def _newest_intact(self, but: int | None = None) -> int | None:
-        steps = (step for step in reversed(self._finished()) if step != but)
-        return next((step for step in steps if checksums.problem(self.path(step)) is None), None)
+        return self._first_whole(step for step in reversed(self._finished()) if step != but)[0]
+
+    def _first_whole(self, steps: Iterable[int]) -> tuple[int | None, dict[int, str]]:
+        """The first of the steps that is whole, and what is wrong with those before it."""
+        damaged: dict[int, str] = {}
+        for step in steps:
+            wrong = checksums.problem(self.path(step))
+            if wrong is None:
+                return step, damaged
+            damaged[step] = wrong
+        return None, damaged
 
     def _losses(self) -> tuple[dict[int, float], dict[int, str]]:
         """Validation losses of the finished steps that have one, and what is wrong where it cannot be read."""
