@@ -17,7 +17,6 @@ from crystalframer_jax.batching.shapes import BatchShape, shape_for
 from crystalframer_jax.batching.table import CrystalTable, make_table
 from crystalframer_jax.batching.targets import TargetStatistics
 from crystalframer_jax.config import BatchParts, ModelConfig, model_config, neighbor_cutoff
-from crystalframer_jax.configs import default
 from crystalframer_jax.inference.evaluation import Predictions, frame_draws, groups_by_atoms, predict_rows
 from crystalframer_jax.inference.forward import Forward, make_forward, working_precision
 from crystalframer_jax.model.regressor import CrystalFramer
@@ -30,6 +29,7 @@ from crystalframer_jax.runs.checkpoints import (
     on_this_device,
     read_json,
 )
+from crystalframer_jax.runs.run_directory import read_config
 from crystalframer_jax.structures.crystal import Crystal
 from crystalframer_jax.structures.files import as_crystals
 from crystalframer_jax.structures.neighbors import LatticeBox, neighbor_rows
@@ -190,19 +190,6 @@ def work_for(table: CrystalTable, devices: Devices) -> tuple[list[np.ndarray], D
 def _forward_of(model: ModelConfig, devices: Devices) -> Forward:
     """The forward pass of a model, compiled once for all predictors of the same hyperparameters."""
     return make_forward(CrystalFramer(model), devices)
-
-
-def read_config(workdir: Path) -> ConfigDict:
-    """The configuration that a run was started with."""
-    config = default.get_config()
-    for key, value in read_json(workdir / "config.json").items():
-        if key not in config:
-            raise CheckpointError(f"{workdir / 'config.json'}: unknown key {key!r}")
-        try:
-            config[key] = tuple(value) if isinstance(value, list) else value
-        except TypeError as error:
-            raise CheckpointError(f"{workdir / 'config.json'}: {key}={value!r} is of the wrong type") from error
-    return config
 
 
 def all_zero(tree: Tree) -> bool:

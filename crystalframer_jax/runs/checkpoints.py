@@ -129,13 +129,13 @@ class Checkpoints:
         checksums.sync(self.folder)
 
     def _superseded(self) -> list[int]:
-        """Finished steps that are not to be kept."""
+        """Lists the finished steps that are not to be kept."""
         steps, (losses, damaged) = self._finished(), self._losses()
         kept = {*steps[-self.keep_last :], *_by_loss(losses)[: self.keep_best], *damaged}
         return [step for step in steps if step not in kept]
 
     def _is_stored(self, step: int, loss: float | None) -> bool:
-        """Whether a step is there with this loss; if it is damaged, it is set aside."""
+        """Tells whether a step is there with this loss; if it is damaged, it is set aside."""
         if not self.path(step).exists():
             return False
         if wrong := checksums.problem(self.path(step)):
@@ -167,14 +167,14 @@ class Checkpoints:
     # Reading
 
     def last(self) -> int | None:
-        """Step of the newest finished checkpoint; a reader gets CheckpointError if there are only unfinished ones."""
+        """Gives the newest finished step, if any; a reader gets CheckpointError if there are only unfinished ones."""
         finished, steps = self._finished(), _steps_in(self.folder)
         if steps and not finished and not self.writable:
             self._verify(steps[-1])
         return max(finished, default=None)
 
     def best(self) -> int | None:
-        """Step of the checkpoint with the smallest validation loss; None if none has one.
+        """Gives the step of the checkpoint with the smallest validation loss; None if none has one.
 
         In the process that trains, it is verified; damaged ones are set aside with a warning. A reader gets
         CheckpointError if a loss cannot be read.
@@ -193,11 +193,11 @@ class Checkpoints:
         return best
 
     def losses(self) -> list[float]:
-        """The validation losses of the checkpoints that are there, ascending."""
+        """Gives the validation losses of the checkpoints that are there, ascending."""
         return sorted(self._losses()[0].values())
 
     def restore_latest(self, like: Tree) -> tuple[Tree, dict[str, Any]] | None:
-        """State and meta data of the newest checkpoint that is whole, for a training that goes on; None if none.
+        """Reads state and meta data of the newest checkpoint that is whole, for a training that goes on; None if none.
 
         `like`: structure, shapes and placement. Newer checkpoints that are damaged are moved to damaged_checkpoints,
         with a line on stderr. Raises CheckpointError if none is whole, or if it is of another model than `like`.
@@ -221,7 +221,7 @@ class Checkpoints:
         return None
 
     def restore_state(self, step: int, like: Tree) -> tuple[Tree, dict[str, Any]]:
-        """The training state of a step, with the structure and placement of `like`, and its meta data."""
+        """Reads the training state of a step, with the structure and placement of `like`, and its meta data."""
         with self._reading(step) as folder:
             if not (folder / "training").is_dir():
                 raise CheckpointError(
@@ -231,12 +231,12 @@ class Checkpoints:
             return type(like)(**items["model"], **items["training"]), json.loads((folder / META_FILE).read_text())
 
     def restore_model(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
-        """MODEL_FIELDS of a step; `like` gives their shapes."""
+        """Reads MODEL_FIELDS of a step; `like` gives their shapes."""
         with self._reading(step) as folder:
             return read_arrays(folder / "model", like)
 
     def meta(self, step: int) -> dict[str, Any]:
-        """Epoch, target statistics and validation errors stored with a step."""
+        """Reads epoch, target statistics and validation errors stored with a step."""
         with self._reading(step) as folder:
             return json.loads((folder / META_FILE).read_text())
 
@@ -276,7 +276,7 @@ class Checkpoints:
         return self._first_whole(step for step in reversed(self._finished()) if step != but)[0]
 
     def _first_whole(self, steps: Iterable[int]) -> tuple[int | None, dict[int, str]]:
-        """The first of the steps that is whole, and what is wrong with those before it."""
+        """Finds the first of the steps that is whole, and what is wrong with those before it."""
         damaged: dict[int, str] = {}
         for step in steps:
             wrong = checksums.problem(self.path(step))
@@ -286,7 +286,7 @@ class Checkpoints:
         return None, damaged
 
     def _losses(self) -> tuple[dict[int, float], dict[int, str]]:
-        """Validation losses of the finished steps that have one, and what is wrong where it cannot be read."""
+        """Reads the validation losses of the finished steps that have one, and what is wrong where it cannot be read."""
         losses, damaged = {}, {}
         for step in self._finished():
             wrong = checksums.problem(self.path(step), LOSS_FILE)
@@ -318,18 +318,18 @@ class Checkpoints:
         return [step for step in _steps_in(self.folder) if (self.path(step) / checksums.NAME).is_file()]
 
     def path(self, step: int) -> Path:
-        """The folder of a step."""
+        """Gives the folder of a step."""
         return self.folder / str(step)
 
 
 def on_this_device(shapes: Any) -> Any:
-    """Shapes with a placement, as restoring asks for."""
+    """Gives shapes a placement, as restoring asks for."""
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON file of a run; CheckpointError if it is missing or damaged."""
+    """Reads a JSON file of a run; CheckpointError if it is missing or damaged."""
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError) as error:
@@ -337,26 +337,26 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _items(state: Tree) -> dict[str, dict[str, Tree]]:
-    """The two items of a checkpoint: what prediction needs, and what only the training needs."""
+    """Parts a state into the two items of a checkpoint: what prediction needs, and what only the training needs."""
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     model = {name: value for name, value in fields.items() if name in MODEL_FIELDS}
     return {"model": model, "training": {name: value for name, value in fields.items() if name not in model}}
 
 
 def _steps_in(folder: Path) -> list[int]:
-    """The steps that have a folder there, in ascending order."""
+    """Lists the steps that have a folder there, in ascending order."""
     return sorted(
         int(path.name) for path in folder.glob("*") if re.fullmatch("0|[1-9][0-9]*", path.name) and path.is_dir()
     )
 
 
 def _by_loss(losses: dict[int, float]) -> list[int]:
-    """Steps by their loss, the best first; of equal ones the earliest."""
+    """Sorts steps by their loss, the best first; of equal ones the earliest."""
     return sorted(losses, key=lambda step: (losses[step], step))
 
 
 def _reason(error: Exception) -> str:
-    """The words of the operating system in an error, wherever they are; its beginning otherwise."""
+    """Finds the words of the operating system in an error, wherever they are; its beginning otherwise."""
     numbers = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
     known = (os.strerror(number) for number in numbers)
     text = " ".join(str(error).split()) or type(error).__name__

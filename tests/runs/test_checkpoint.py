@@ -150,7 +150,7 @@ def test_how_many_are_kept_can_be_chosen(tmp_path, keep_best, keep_last, kept):
     assert " ".join(kept_in(tmp_path)) == kept
 
 
-def test_every_file_is_in_the_manifest_as_sha256sum_writes_it(three):
+def test_every_file_is_in_the_checksums_as_sha256sum_writes_it(three):
     tool = shutil.which("sha256sum") or pytest.skip("no sha256sum here")
     for step in (3, 6, 9):
         folder = three / FOLDER / str(step)
@@ -197,7 +197,7 @@ def test_the_arrays_may_be_overwritten_as_soon_as_save_returns(tmp_path, kind):
             assert found == {"a": [1]}
 
 
-def test_weights_alone_have_a_manifest_too(tmp_path):
+def test_weights_alone_have_checksums_too(tmp_path):
     model = jax.tree.map(np.asarray, model_of(state_of(7)))
     with writer(tmp_path) as checkpoints:
         checkpoints.save_weights(7, model, {"epoch": 3})
@@ -495,7 +495,7 @@ def test_what_killed_processes_leave_is_cleared_away(run):
     unfinished = run / FOLDER / "unfinished"
     shutil.copytree(run / FOLDER / "9", unfinished / "12")  # killed before it got its place
     shutil.copytree(run / FOLDER / "9", unfinished / "15")
-    (unfinished / "15" / "SHA256SUMS").unlink()  # killed before its manifest
+    (unfinished / "15" / "SHA256SUMS").unlink()  # killed before its checksums
     shutil.copytree(run / FOLDER / "9", unfinished / "18.orbax-checkpoint-tmp")
     shutil.copytree(run / FOLDER / "9", unfinished / "deleted-2")
     (run / FOLDER / "3").rename(unfinished / "3")  # killed while it replaced another checkpoint of its step
@@ -552,7 +552,7 @@ def test_a_full_disk(small_disk, capfd):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
-def test_a_disk_that_fails_at_the_manifest(run, monkeypatch, number):
+def test_a_disk_that_fails_at_the_checksums(run, monkeypatch, number):
     def fail(folder: Path) -> None:
         (folder / "SHA256SUMS").write_text("")
         raise OSError(number, os.strerror(number), "file")
