@@ -286,7 +286,7 @@ class Checkpoints:
         return None, damaged
 
     def _losses(self) -> tuple[dict[int, float], dict[int, str]]:
-        """Reads the validation losses of the finished steps that have one, and what is wrong where it cannot be read."""
+        """Reads the validation losses of the finished steps that have one; and what is wrong where one cannot be read."""
         losses, damaged = {}, {}
         for step in self._finished():
             wrong = checksums.problem(self.path(step), LOSS_FILE)
