@@ -96,10 +96,9 @@ class Checkpoints:
         if self._is_stored(step, loss):
             return
         texts = {META_FILE: json.dumps(meta), LOSS_FILE: json.dumps({"validation_loss": loss})}
-        copies = jax.tree.map(np.array, trees)  # the caller may change them, and Orbax refuses those on many processes
+        copies = jax.tree.map(np.array, trees)  # the caller may change them; Orbax refuses those of several processes
         try:
-            self._discard_unfinished()
-            self._unfinished.mkdir()
+            self._unfinished.mkdir(exist_ok=True)  # a disk that cannot be written is an error at once
         except OSError as error:
             raise self._failure(step, error) from error
         self._pending = self._thread.submit(self._finish, step, copies, texts)
@@ -108,6 +107,8 @@ class Checkpoints:
         """Writes files and checksums, puts the checkpoint in its place, deletes older ones; in the background."""
         folder = self._unfinished / str(step)
         try:
+            self._discard_unfinished()
+            folder.mkdir(parents=True)
             for name, tree in trees.items():
                 write_arrays(folder / name, tree)
             for name, text in texts.items():
@@ -286,7 +287,7 @@ class Checkpoints:
         return None, damaged
 
     def _losses(self) -> tuple[dict[int, float], dict[int, str]]:
-        """Reads the validation losses of the finished steps that have one; and what is wrong where one cannot be read."""
+        """Reads the validation losses of finished steps that have one, and what is wrong where it cannot be read."""
         losses, damaged = {}, {}
         for step in self._finished():
             wrong = checksums.problem(self.path(step), LOSS_FILE)
