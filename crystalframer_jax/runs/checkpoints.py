@@ -132,7 +132,7 @@ class Checkpoints:
     def _superseded(self) -> list[int]:
         """Lists the finished steps that are not to be kept."""
         steps, (losses, damaged) = self._finished(), self._losses()
-        kept = {*steps[-self.keep_last :], *_by_loss(losses)[: self.keep_best], *damaged}
+        kept = {*steps[-self.keep_last :], *list(losses)[: self.keep_best], *damaged}
         return [step for step in steps if step not in kept]
 
     def _is_stored(self, step: int, loss: float | None) -> bool:
@@ -187,15 +187,15 @@ class Checkpoints:
         if not self.writable:
             for step in damaged:
                 self._verify(step)
-            return next(iter(_by_loss(losses)), None)
-        best, wrong = self._first_whole(_by_loss(losses))
+            return next(iter(losses), None)
+        best, wrong = self._first_whole(losses)
         then = "there is no other best" if best is None else f"the best checkpoint is that of step {best}"
         self._set_aside(damaged | wrong, then)
         return best
 
     def losses(self) -> list[float]:
         """Gives the validation losses of the checkpoints that are there, ascending."""
-        return sorted(self._losses()[0].values())
+        return list(self._losses()[0].values())
 
     def restore_latest(self, like: Tree) -> tuple[Tree, dict[str, Any]] | None:
         """Reads state and meta data of the newest checkpoint that is whole, for a training that goes on; None if none.
@@ -287,7 +287,10 @@ class Checkpoints:
         return None, damaged
 
     def _losses(self) -> tuple[dict[int, float], dict[int, str]]:
-        """Reads the validation losses of finished steps that have one, and what is wrong where it cannot be read."""
+        """Reads the validation losses of finished steps that have one, and what is wrong where it cannot be read.
+
+        The smallest loss comes first; of equal ones the earliest.
+        """
         losses, damaged = {}, {}
         for step in self._finished():
             wrong = checksums.problem(self.path(step), LOSS_FILE)
@@ -299,7 +302,7 @@ class Checkpoints:
                 damaged[step] = wrong
             elif loss is not None:
                 losses[step] = loss
-        return losses, damaged
+        return dict(sorted(losses.items(), key=lambda item: (item[1], item[0]))), damaged
 
     def _loss(self, step: int) -> float | None:
         return json.loads((self.path(step) / LOSS_FILE).read_text())["validation_loss"]
@@ -349,11 +352,6 @@ def _steps_in(folder: Path) -> list[int]:
     return sorted(
         int(path.name) for path in folder.glob("*") if re.fullmatch("0|[1-9][0-9]*", path.name) and path.is_dir()
     )
-
-
-def _by_loss(losses: dict[int, float]) -> list[int]:
-    """Sorts steps by their loss, the best first; of equal ones the earliest."""
-    return sorted(losses, key=lambda step: (losses[step], step))
 
 
 def _reason(error: Exception) -> str:
