@@ -17,7 +17,6 @@ from crystalframer_jax.batching.shapes import BatchShape
 from crystalframer_jax.batching.table import CrystalTable, make_table
 from crystalframer_jax.batching.targets import TargetStatistics
 from crystalframer_jax.config import BatchParts, ModelConfig, model_config, neighbor_cutoff
-from crystalframer_jax.configs import default
 from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.inference.evaluation import Predictions, frame_draws, groups_by_atoms, groups_of, predict_rows
 from crystalframer_jax.inference.forward import Forward, make_forward, working_precision
@@ -31,6 +30,7 @@ from crystalframer_jax.runs.checkpoints import (
     on_this_device,
     read_json,
 )
+from crystalframer_jax.runs.run_directory import read_config
 from crystalframer_jax.structures.crystal import Crystal
 from crystalframer_jax.structures.files import as_crystals
 from crystalframer_jax.structures.neighbors import LatticeBox, neighbor_rows
@@ -190,19 +190,6 @@ def run_and_step(path: str | Path) -> tuple[Path, int | None]:
     path = Path(path).expanduser()
     is_checkpoint = path.parent.name == FOLDER and path.name.isdigit()
     return (path.parent.parent, int(path.name)) if is_checkpoint else (path, None)
-
-
-def read_config(workdir: Path) -> ConfigDict:
-    """Reads the configuration that a run was started with."""
-    config = default.get_config()
-    for key, value in read_json(workdir / "config.json").items():
-        if key not in config:
-            raise CheckpointError(f"{workdir / 'config.json'}: unknown key {key!r}")
-        try:
-            config[key] = tuple(value) if isinstance(value, list) else value
-        except TypeError as error:
-            raise CheckpointError(f"{workdir / 'config.json'}: {key}={value!r} is of the wrong type") from error
-    return config
 
 
 def all_zero(tree: Tree) -> bool:

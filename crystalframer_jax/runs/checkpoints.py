@@ -1,8 +1,8 @@
-"""Checkpoints of a run (Orbax): the newest and the best, written in the background and verified when they are read.
+"""Checkpoints of a run: the newest and the best, written in the background and verified when they are read.
 
-A checkpoint is written in checkpoints/unfinished. Only when Orbax has committed it and its SHA-256 manifest is on
-the disk does it get its place, checkpoints/STEP, and only then are older ones deleted. So a folder checkpoints/STEP is
-complete, and a process that dies at any moment leaves the checkpoints that were there.
+A checkpoint is written in checkpoints/unfinished. Only when its files and their checksums are on the disk does it get
+its place, checkpoints/STEP, and only then are older ones deleted. So a folder checkpoints/STEP is complete, and a
+process that dies at any moment leaves the checkpoints that were there.
 """
 
 import contextlib
@@ -13,33 +13,25 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from tqdm import tqdm
 
 from crystalframer_jax.errors import UserError
 from crystalframer_jax.parallel.devices import Tree
-from crystalframer_jax.runs import checksums as manifest
-from crystalframer_jax.runs.orbax_habits import silence_leftovers, silenced, this_process_alone, with_stored_types
+from crystalframer_jax.runs import checksums
+from crystalframer_jax.runs.arrays import read_arrays, write_arrays
 
 FOLDER = "checkpoints"
 DAMAGED_FOLDER = "damaged_checkpoints"
-# what prediction needs
-MODEL_FIELDS = (
-    "params",
-    "calibration",
-    "batch_stats",
-    "swa_params",
-    "swa_batch_stats",
-    "ema_params",
-    "ema_batch_stats",
-)
-LOSS_FILE = "metrics/metadata"  # as Orbax names the file of the JSON item "metrics"
+MODEL_FIELDS: tuple[str, ...] = ("params", "calibration", "batch_stats")  # what prediction needs
+MODEL_FIELDS += ("swa_params", "swa_batch_stats", "ema_params", "ema_batch_stats")
+META_FILE, LOSS_FILE = "meta/metadata", "metrics/metadata"  # where Orbax keeps such JSON
 
 
 class CheckpointError(UserError, RuntimeError):
@@ -56,34 +48,20 @@ class Checkpoints:
     def __init__(self, workdir: Path, writable: bool = False, keep_best: int = 1, keep_last: int = 2):
         if keep_last < 1 or keep_best < 0:
             raise ValueError(f"keep_last={keep_last} must be at least 1, keep_best={keep_best} at least 0")
-        self.workdir, self.folder = workdir, workdir.absolute() / FOLDER
+        self.workdir, self.folder = workdir, workdir / FOLDER
         self.writable, self.keep_best, self.keep_last = writable, keep_best, keep_last
         if not writable and not self.folder.is_dir():
             raise CheckpointError(f"{workdir} has no {FOLDER} folder; give the --workdir of a training run")
         self._unfinished = self.folder / "unfinished"
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
-        alone = this_process_alone()
-        handlers: dict[str, Any] = {
-            "model": ocp.StandardCheckpointHandler(multiprocessing_options=alone),
-            "training": ocp.StandardCheckpointHandler(multiprocessing_options=alone),
-            "meta": ocp.JsonCheckpointHandler(multiprocessing_options=alone),
-            "metrics": ocp.JsonCheckpointHandler(multiprocessing_options=alone),
-        }
-        composite = ocp.CompositeCheckpointHandler(
-            composite_options=ocp.CompositeOptions(multiprocessing_options=alone), **handlers
-        )
-        self._orbax = ocp.AsyncCheckpointer(composite, multiprocessing_options=alone)
-        self._has_failed = False
-        self._silence = contextlib.ExitStack()
-        self._silence.enter_context(silenced())
         if writable:
             self._tidy()
 
     # Writing
 
     def save(self, state: Tree, meta: dict[str, Any], validation_loss: float | None) -> None:
-        """Write a checkpoint in the background; `meta` is plain JSON. The arrays may change at once.
+        """Writes a checkpoint in the background; `meta` is plain JSON. The arrays may change at once.
 
         `validation_loss`: None (or not finite) for a checkpoint that cannot be the best, as one inside an epoch. A
         step that is there already is kept, unless it is damaged or only the new one has this loss.
@@ -93,12 +71,12 @@ class Checkpoints:
         self._write(int(state.step), _items(state), meta, validation_loss)
 
     def save_weights(self, step: int, model: dict[str, Any], meta: dict[str, Any]) -> None:
-        """Write MODEL_FIELDS and meta data without the state of a training, and return when they are on disk."""
+        """Writes MODEL_FIELDS and meta data without the state of a training, and returns when they are on disk."""
         self._write(step, {"model": model}, meta, None)
         self.wait()
 
     def wait(self) -> None:
-        """Return when everything is on disk; CheckpointError if the last checkpoint could not be written."""
+        """Returns when everything is on disk; CheckpointError if the last checkpoint could not be written."""
         if self._pending:
             error = self._pending.exception()  # may be interrupted, and then waited for again
             self._pending = None
@@ -106,74 +84,72 @@ class Checkpoints:
                 raise error
 
     def close(self) -> None:
-        """Finish writing and let go of the folder."""
+        """Finishes writing."""
         try:
             self.wait()
         finally:
             self._thread.shutdown()
-            with contextlib.suppress(Exception):  # what it could not write, wait() has told
-                self._orbax.close()
-            if not self._has_failed:  # else its threads may still complain
-                self._silence.close()
 
     def _write(self, step: int, trees: dict[str, Tree], meta: dict[str, Any], loss: float | None) -> None:
         self.wait()
-        meta = json.loads(json.dumps(meta))  # the caller may change it
         loss = float(loss) if loss is not None and np.isfinite(loss) else None
         if self._is_stored(step, loss):
             return
-        items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
-        items |= {"meta": ocp.args.JsonSave(meta), "metrics": ocp.args.JsonSave({"validation_loss": loss})}
+        texts = {META_FILE: json.dumps(meta), LOSS_FILE: json.dumps({"validation_loss": loss})}
+        copies = jax.tree.map(np.array, trees)  # the caller may change them; Orbax refuses those of several processes
+        try:
+            self._unfinished.mkdir(exist_ok=True)  # a disk that cannot be written is an error at once
+        except OSError as error:
+            raise self._failure(step, error) from error
+        self._pending = self._thread.submit(self._finish, step, copies, texts)
+
+    def _finish(self, step: int, trees: dict[str, Tree], texts: dict[str, str]) -> None:
+        """Writes files and checksums, puts the checkpoint in its place, deletes older ones; in the background."""
+        folder = self._unfinished / str(step)
         try:
             self._discard_unfinished()
-            self._unfinished.mkdir(exist_ok=True)
-            self._orbax.save(self._unfinished / str(step), args=ocp.args.Composite(**items))
-        except Exception as error:  # Orbax and TensorStore raise many kinds
-            raise self._failure(step, error) from error
-        self._pending = self._thread.submit(self._finish, step)
-
-    def _finish(self, step: int) -> None:
-        """In the background: wait for Orbax, write the manifest, put the checkpoint in its place, delete old ones."""
-        try:
-            self._orbax.wait_until_finished()
-            manifest.write(self._unfinished / str(step))
+            folder.mkdir(parents=True)
+            for name, tree in trees.items():
+                write_arrays(folder / name, tree)
+            for name, text in texts.items():
+                (folder / name).parent.mkdir()
+                (folder / name).write_text(text)
+            checksums.write(folder)
             self._put_in_place(step)
             for old in self._superseded():
-                os.rename(self._path(old), self._unfinished / f"deleted-{old}")  # a reader sees all of it or none
-        except Exception as error:  # as above
+                os.rename(self.path(old), self._unfinished / f"deleted-{old}")  # a reader sees all of it or none
+        except Exception as error:  # Orbax and TensorStore raise many kinds
+            self._discard_unfinished()  # gives back its space
             raise self._failure(step, error) from error
-        finally:
-            self._discard_unfinished()
+        self._discard_unfinished()
 
     def _put_in_place(self, step: int) -> None:
-        if self._path(step).exists():
-            os.rename(self._path(step), self._unfinished / f"replaced-{step}")
-        os.rename(self._unfinished / str(step), self._path(step))
-        manifest.sync(self.folder)
+        if self.path(step).exists():
+            os.rename(self.path(step), self._unfinished / f"replaced-{step}")
+        os.rename(self._unfinished / str(step), self.path(step))
+        checksums.sync(self.folder)
 
     def _superseded(self) -> list[int]:
-        """Finished steps that are not to be kept."""
+        """Lists the finished steps that are not to be kept."""
         steps, (losses, damaged) = self._finished(), self._losses()
-        kept = {*steps[-self.keep_last :], *_by_loss(losses)[: self.keep_best], *damaged}
+        kept = {*steps[-self.keep_last :], *list(losses)[: self.keep_best], *damaged}
         return [step for step in steps if step not in kept]
 
     def _is_stored(self, step: int, loss: float | None) -> bool:
-        """Whether a step is there with this loss; if it is damaged, it is set aside."""
-        if not self._path(step).exists():
+        """Tells whether a step is there with this loss; if it is damaged, it is set aside."""
+        if not self.path(step).exists():
             return False
-        wrong = manifest.problem(self._path(step))
-        if wrong:
+        if wrong := checksums.problem(self.path(step)):
             self._set_aside({step: wrong}, "it is written again")
             return False
         return loss is None or self._loss(step) == loss
 
     def _tidy(self) -> None:
-        """Make the folder, and clear away what a killed process left; a checkpoint with its manifest is finished."""
+        """Makes the folder, and clears away what a killed process left; a checkpoint with checksums is finished."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self._unfinished.is_dir():
-            for step in _steps_in(self._unfinished):
-                if manifest.problem(self._unfinished / str(step)) is None:
-                    self._put_in_place(step)
+        for step in _steps_in(self._unfinished):
+            if checksums.problem(self._unfinished / str(step)) is None:
+                self._put_in_place(step)
         self._discard_unfinished()
         for leftover in self.folder.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(leftover)
@@ -182,27 +158,24 @@ class Checkpoints:
         shutil.rmtree(self._unfinished, ignore_errors=True)  # what cannot be deleted now is with the next save
 
     def _failure(self, step: int, error: Exception) -> CheckpointError:
-        self._has_failed = True
-        silence_leftovers()
-        self._discard_unfinished()  # gives back its space
         intact = self._newest_intact()
         kept = "there is none before it" if intact is None else f"the one of step {intact} is intact"
         return CheckpointError(
-            f"checkpoint {self._shown(step)} could not be written: {_reason(error)}; {kept}; make space or mend what "
+            f"checkpoint {self.path(step)} could not be written: {_reason(error)}; {kept}; make space or mend what "
             "it says, and run the same command again: it goes on from the last intact checkpoint"
         )
 
     # Reading
 
     def last(self) -> int | None:
-        """Step of the newest finished checkpoint; a reader gets CheckpointError if there are only unfinished ones."""
+        """Gives the newest finished step, if any; a reader gets CheckpointError if there are only unfinished ones."""
         finished, steps = self._finished(), _steps_in(self.folder)
         if steps and not finished and not self.writable:
             self._verify(steps[-1])
         return max(finished, default=None)
 
     def best(self) -> int | None:
-        """Step of the checkpoint with the smallest validation loss; None if none has one.
+        """Gives the step of the checkpoint with the smallest validation loss; None if none has one.
 
         In the process that trains, it is verified; damaged ones are set aside with a warning. A reader gets
         CheckpointError if a loss cannot be read.
@@ -214,41 +187,32 @@ class Checkpoints:
         if not self.writable:
             for step in damaged:
                 self._verify(step)
-            return next(iter(_by_loss(losses)), None)
-        best = None
-        for step in _by_loss(losses):
-            wrong = manifest.problem(self._path(step))
-            if wrong is None:
-                best = step
-                break
-            damaged[step] = wrong
+            return next(iter(losses), None)
+        best, wrong = self._first_whole(losses)
         then = "there is no other best" if best is None else f"the best checkpoint is that of step {best}"
-        self._set_aside(damaged, then)
+        self._set_aside(damaged | wrong, then)
         return best
 
     def losses(self) -> list[float]:
-        """The validation losses of the checkpoints that are there, ascending."""
-        return sorted(self._losses()[0].values())
+        """Gives the validation losses of the checkpoints that are there, ascending."""
+        return list(self._losses()[0].values())
 
     def restore_latest(self, like: Tree) -> tuple[Tree, dict[str, Any]] | None:
-        """State and meta data of the newest checkpoint that is whole, for a training that goes on; None if none.
+        """Reads state and meta data of the newest checkpoint that is whole, for a training that goes on; None if none.
 
         `like`: structure, shapes and placement. Newer checkpoints that are damaged are moved to damaged_checkpoints,
         with a line on stderr. Raises CheckpointError if none is whole, or if it is of another model than `like`.
         """
         self.wait()
-        damaged: dict[int, str] = {}
-        for step in reversed(_steps_in(self.folder)):
-            wrong = manifest.problem(self._path(step))
-            if wrong is None:
-                self._set_aside(damaged, f"the training goes on from step {step}")
-                return self.restore_state(step, like)
-            damaged[step] = wrong
+        step, damaged = self._first_whole(reversed(_steps_in(self.folder)))
+        if step is not None:
+            self._set_aside(damaged, f"the training goes on from step {step}")
+            return self.restore_state(step, like)
         if damaged:
             what = "; ".join(f"{step}: {wrong}" for step, wrong in damaged.items())
             raise CheckpointError(
-                f"none of the checkpoints in {self.workdir / FOLDER} can be used: {what}; put back a copy, or remove "
-                "them to train from the start"
+                f"none of the checkpoints in {self.folder} can be used: {what}; put back a copy, or remove them to "
+                "train from the start"
             )
         aside = self.workdir / DAMAGED_FOLDER
         if aside.is_dir() and any(aside.iterdir()):
@@ -258,73 +222,78 @@ class Checkpoints:
         return None
 
     def restore_state(self, step: int, like: Tree) -> tuple[Tree, dict[str, Any]]:
-        """The training state of a step, with the structure and placement of `like`, and its meta data."""
-        items = self._restore(step, _items(jax.tree.map(ocp.utils.to_shape_dtype_struct, like)) | {"meta": None})
-        return type(like)(**items["model"], **items["training"]), items["meta"]
+        """Reads the training state of a step, with the structure and placement of `like`, and its meta data."""
+        with self._reading(step) as folder:
+            if not (folder / "training").is_dir():
+                raise CheckpointError(
+                    f"{folder} has weights only, no training state; train from them with pretrained_model"
+                )
+            items = {name: read_arrays(folder / name, tree) for name, tree in _items(like).items()}
+            return type(like)(**items["model"], **items["training"]), json.loads((folder / META_FILE).read_text())
 
     def restore_model(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
-        """MODEL_FIELDS of a step; `like` gives their shapes."""
-        return self._restore(step, {"model": like})["model"]
+        """Reads MODEL_FIELDS of a step; `like` gives their shapes."""
+        with self._reading(step) as folder:
+            return read_arrays(folder / "model", like)
 
     def meta(self, step: int) -> dict[str, Any]:
-        """Epoch, target statistics and validation errors stored with a step."""
-        return self._restore(step, {"meta": None})["meta"]
+        """Reads epoch, target statistics and validation errors stored with a step."""
+        with self._reading(step) as folder:
+            return json.loads((folder / META_FILE).read_text())
 
-    def _restore(self, step: int, likes: dict[str, Tree | None]) -> dict[str, Any]:
-        """Items of a step, after verifying it: arrays like the trees, or JSON where there is None.
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[Path]:
+        """Gives the folder of a step, after verifying it.
 
         Raises CheckpointError, naming the damaged file, what does not fit, or that the step is no longer there.
         """
         self.wait()
         self._verify(step)
         try:
-            args = ocp.args.Composite(**self._restore_args(step, likes))
-            return self._orbax.restore(self._path(step), args=args)
+            yield self.path(step)
         except Exception as error:  # Orbax and TensorStore raise many kinds
             self._verify(step)  # a training may have replaced it since
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(
-                f"{self._shown(step)} is of another model than config.json ({_reason(error)}); restore that file"
+                f"{self.path(step)} is of another model than config.json ({_reason(error)}); restore that file"
             ) from error
 
-    def _restore_args(self, step: int, likes: dict[str, Tree | None]) -> dict[str, Any]:
-        stored: Any = self._orbax.metadata(self._path(step)).item_metadata
-        args: dict[str, Any] = {item: ocp.args.JsonRestore() for item in likes}
-        for item, like in likes.items():
-            if like is not None and stored.get(item) is None:
-                raise CheckpointError(
-                    f"{self._shown(step)} has weights only, no {item} state; train from them with pretrained_model"
-                )
-            if like is not None:
-                args[item] = ocp.args.StandardRestore(with_stored_types(like, stored[item].tree))
-        return args
-
     def _verify(self, step: int) -> None:
-        """Raise CheckpointError unless all files of a step are as they were written."""
-        wrong = manifest.problem(self._path(step))
-        if not self._path(step).is_dir():
+        """Raises CheckpointError unless all files of a step are as they were written."""
+        wrong = checksums.problem(self.path(step))
+        if not self.path(step).is_dir():
             steps = ", ".join(map(str, self._finished())) or "none"
             raise CheckpointError(
-                f"{self._shown(step)} is not there (any more; a running training replaces its checkpoints): try again, "
+                f"{self.path(step)} is not there (any more; a running training replaces its checkpoints): try again, "
                 f"or another step (there are: {steps})"
             )
         if wrong:
             other = self._newest_intact(but=step)
-            remedy = (
-                "there is no other checkpoint" if other is None else f"use another checkpoint: {self._shown(other)}"
-            )
-            raise CheckpointError(f"{self._shown(step)} cannot be used: {wrong}; {remedy}")
+            remedy = "there is no other checkpoint" if other is None else f"use another checkpoint: {self.path(other)}"
+            raise CheckpointError(f"{self.path(step)} cannot be used: {wrong}; {remedy}")
 
     def _newest_intact(self, but: int | None = None) -> int | None:
-        steps = (step for step in reversed(self._finished()) if step != but)
-        return next((step for step in steps if manifest.problem(self._path(step)) is None), None)
+        return self._first_whole(step for step in reversed(self._finished()) if step != but)[0]
+
+    def _first_whole(self, steps: Iterable[int]) -> tuple[int | None, dict[int, str]]:
+        """Finds the first of the steps that is whole, and what is wrong with those before it."""
+        damaged: dict[int, str] = {}
+        for step in steps:
+            wrong = checksums.problem(self.path(step))
+            if wrong is None:
+                return step, damaged
+            damaged[step] = wrong
+        return None, damaged
 
     def _losses(self) -> tuple[dict[int, float], dict[int, str]]:
-        """Validation losses of the finished steps that have one, and what is wrong where it cannot be read."""
+        """Reads the validation losses of finished steps that have one, and what is wrong where it cannot be read.
+
+        The smallest loss comes first; of equal ones the earliest.
+        """
         losses, damaged = {}, {}
         for step in self._finished():
-            wrong = manifest.problem(self._path(step), LOSS_FILE)
+            wrong = checksums.problem(self.path(step), LOSS_FILE)
             try:
                 loss = None if wrong else self._loss(step)
             except OSError as error:  # deleted since
@@ -333,40 +302,38 @@ class Checkpoints:
                 damaged[step] = wrong
             elif loss is not None:
                 losses[step] = loss
-        return losses, damaged
+        return dict(sorted(losses.items(), key=lambda item: (item[1], item[0]))), damaged
 
     def _loss(self, step: int) -> float | None:
-        return json.loads((self._path(step) / LOSS_FILE).read_text())["validation_loss"]
+        return json.loads((self.path(step) / LOSS_FILE).read_text())["validation_loss"]
 
     def _set_aside(self, damaged: dict[int, str], then: str) -> None:
-        """Move damaged steps out of the way, with a line each on stderr."""
+        """Moves damaged steps out of the way, with a line each on stderr."""
         for step, wrong in damaged.items():
             aside = self.workdir / DAMAGED_FOLDER
             aside.mkdir(exist_ok=True)
             names = (str(step) if n == 1 else f"{step}-{n}" for n in range(1, sys.maxsize))
             target = next(aside / name for name in names if not (aside / name).exists())
-            shutil.move(self._path(step), target)  # also to another disk
-            line = f"warning: checkpoint {self._shown(step)} cannot be used: {wrong}; moved to {target}; {then}"
+            shutil.move(self.path(step), target)  # also to another disk
+            line = f"warning: checkpoint {self.path(step)} cannot be used: {wrong}; moved to {target}; {then}"
             tqdm.write(line, file=sys.stderr)
 
     def _finished(self) -> list[int]:
-        return [step for step in _steps_in(self.folder) if (self._path(step) / manifest.NAME).is_file()]
+        return [step for step in _steps_in(self.folder) if (self.path(step) / checksums.NAME).is_file()]
 
-    def _path(self, step: int) -> Path:
+    def path(self, step: int) -> Path:
+        """Gives the folder of a step."""
         return self.folder / str(step)
-
-    def _shown(self, step: int) -> Path:
-        return self.workdir / FOLDER / str(step)
 
 
 def on_this_device(shapes: Any) -> Any:
-    """Shapes with a placement, as restoring asks for."""
+    """Gives shapes a placement, as restoring asks for."""
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON file of a run; CheckpointError if it is missing or damaged."""
+    """Reads a JSON file of a run; CheckpointError if it is missing or damaged."""
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError) as error:
@@ -374,26 +341,21 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _items(state: Tree) -> dict[str, dict[str, Tree]]:
-    """The two items of a checkpoint: what prediction needs, and what only the training needs."""
+    """Parts a state into the two items of a checkpoint: what prediction needs, and what only the training needs."""
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     model = {name: value for name, value in fields.items() if name in MODEL_FIELDS}
     return {"model": model, "training": {name: value for name, value in fields.items() if name not in model}}
 
 
 def _steps_in(folder: Path) -> list[int]:
-    """The steps that have a folder there, in ascending order."""
+    """Lists the steps that have a folder there, in ascending order."""
     return sorted(
-        int(path.name) for path in folder.iterdir() if re.fullmatch("0|[1-9][0-9]*", path.name) and path.is_dir()
+        int(path.name) for path in folder.glob("*") if re.fullmatch("0|[1-9][0-9]*", path.name) and path.is_dir()
     )
 
 
-def _by_loss(losses: dict[int, float]) -> list[int]:
-    """Steps by their loss, the best first; of equal ones the earliest."""
-    return sorted(losses, key=lambda step: (losses[step], step))
-
-
 def _reason(error: Exception) -> str:
-    """The words of the operating system in an error, wherever they are; its beginning otherwise."""
+    """Finds the words of the operating system in an error, wherever they are; its beginning otherwise."""
     numbers = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
     known = (os.strerror(number) for number in numbers)
     text = " ".join(str(error).split()) or type(error).__name__

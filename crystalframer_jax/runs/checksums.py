@@ -1,4 +1,4 @@
-"""The SHA-256 manifest of a folder: shows every flipped bit, and every truncated, missing or additional file."""
+"""Checksums of a folder: show every flipped bit, and every truncated, missing or additional file."""
 
 import errno
 import os
@@ -11,35 +11,25 @@ from crystalframer_jax.files import sha256
 NAME = "SHA256SUMS"  # check it in its folder with: sha256sum -c SHA256SUMS
 
 
-def text_of(folder: Path, under: str = "") -> str:
-    """Lines "DIGEST  PATH" as `sha256sum` prints them, sorted by path, of all files but the manifest.
-
-    `under`: only paths that begin so. Raises OSError if one of them cannot be read.
-    """
-    names = sorted(file.relative_to(folder).as_posix() for file in _files(folder))
-    return "".join(f"{sha256(folder / name)}  {name}\n" for name in names if name != NAME and name.startswith(under))
-
-
 def write(folder: Path) -> None:
-    """Write the manifest of a folder, and return when the disk has all of it: files, folders and manifest."""
+    """Writes the checksums of a folder, and returns when the disk has all of it: files, folders and checksums."""
     for file in _files(folder):
         sync(file)
     with (folder / NAME).open("x") as stream:
-        stream.write(text_of(folder))
+        stream.write(_lines(_digests(folder)))
     sync(folder / NAME)
     for parent, _, _ in os.walk(folder, topdown=False):
         sync(Path(parent))
 
 
 def problem(folder: Path, under: str = "") -> str | None:
-    """What is wrong with the files of a folder, naming one of them; None if they are those of its manifest.
+    """Tells what is wrong with the files of a folder, naming one of them; None if they are those of its checksums.
 
     `under`: look only at paths that begin so.
     """
     try:
-        lines = (folder / NAME).read_bytes().decode().split("\n")
-        stored = "\n".join(line for line in lines if not line or line[66:].startswith(under))
-        found = text_of(folder, under)
+        text = (folder / NAME).read_bytes().decode()
+        found = _digests(folder, under)
     except FileNotFoundError as error:
         if error.filename == str(folder / NAME):
             return f"it has no {NAME}, so it was not finished or comes from an old version"
@@ -48,13 +38,22 @@ def problem(folder: Path, under: str = "") -> str | None:
         return f"{NAME} is damaged"
     except OSError as error:
         return _cannot_be_read(error)
-    if not all(re.fullmatch("[0-9a-f]{64}  .+", line) for line in lines[:-1]) or lines[-1]:
+    stored = {name: digest for digest, name in re.findall("([0-9a-f]{64})  (.+)\n", text)}
+    if text != _lines(stored):
         return f"{NAME} is damaged"
-    return None if stored == found else _difference(_digests(stored), _digests(found))
+    stored = {name: digest for name, digest in stored.items() if name.startswith(under)}
+    for name in sorted(stored.keys() | found.keys()):
+        if name not in found:
+            return f"{name!r} is listed in {NAME} and missing"
+        if name not in stored:
+            return f"{name} is not listed in {NAME}"
+        if stored[name] != found[name]:
+            return f"{name} is damaged (its SHA-256 is not that of {NAME})"
+    return None
 
 
 def sync(path: Path) -> None:
-    """Return when the disk has a file, or the list of names in a folder."""
+    """Returns when the disk has a file, or the list of names in a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -65,6 +64,17 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _digests(folder: Path, under: str = "") -> dict[str, str]:
+    """SHA-256 of the files whose path begins with `under`, but for the checksums; OSError if one cannot be read."""
+    names = (file.relative_to(folder).as_posix() for file in _files(folder))
+    return {name: sha256(folder / name) for name in names if name != NAME and name.startswith(under)}
+
+
+def _lines(digests: dict[str, str]) -> str:
+    """Lines "DIGEST  PATH" as `sha256sum` prints them, sorted by path."""
+    return "".join(f"{digests[name]}  {name}\n" for name in sorted(digests))
+
+
 def _files(folder: Path) -> Iterator[Path]:
     def fail(error: OSError) -> None:
         raise error
@@ -72,21 +82,6 @@ def _files(folder: Path) -> Iterator[Path]:
     for parent, _, names in os.walk(folder, onerror=fail):
         for name in names:
             yield Path(parent, name)
-
-
-def _digests(text: str) -> dict[str, str]:
-    return {line[66:]: line[:66] for line in text.split("\n") if line}
-
-
-def _difference(stored: dict[str, str], found: dict[str, str]) -> str:
-    for name in sorted(stored.keys() | found.keys()):
-        if name not in found:
-            return f"{name!r} is listed in {NAME} and missing"
-        if name not in stored:
-            return f"{name} is not listed in {NAME}"
-        if stored[name] != found[name]:
-            return f"{name} is damaged (its SHA-256 is not that of {NAME})"
-    return f"{NAME} is damaged"
 
 
 def _cannot_be_read(error: OSError) -> str:

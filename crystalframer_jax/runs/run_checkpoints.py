@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from crystalframer_jax.parallel.devices import Devices, Tree
 from crystalframer_jax.parallel.processes import arrays_from_first_process, is_first_process, json_from_first_process
@@ -25,8 +24,7 @@ class RunCheckpoints:
     def save(self, state: Tree, meta: dict[str, Any], validation_loss: float | None) -> None:
         """See `Checkpoints.save`."""
         if self.own:
-            copies = jax.tree.map(np.array, state)  # Orbax refuses arrays on one of several processes' devices
-            self.own.save(copies, meta, validation_loss)
+            self.own.save(state, meta, validation_loss)
 
     def wait(self) -> None:
         """See `Checkpoints.wait`."""
@@ -39,32 +37,31 @@ class RunCheckpoints:
             self.own.close()
 
     def last(self) -> int | None:
-        """Step of the newest checkpoint; None in all processes but the first."""
+        """Gives the step of the newest checkpoint; None in all processes but the first."""
         return self.own.last() if self.own else None
 
     def losses(self) -> list[float]:
-        """The validation losses of the checkpoints that are there; none in all processes but the first."""
+        """Gives the validation losses of the checkpoints that are there; none in all processes but the first."""
         return self.own.losses() if self.own else []
 
     def restore_latest(self, like: Tree) -> tuple[Tree, dict[str, Any]] | None:
         """See `Checkpoints.restore_latest`; `like` gives structure, shapes and types."""
         found = self.own.restore_latest(on_this_device(like)) if self.own else None
-        meta = json_from_first_process(found and found[1])
-        return (self.on_all(lambda: found[0] if found else None, like), meta) if meta is not None else None
+        state, meta = found or (None, None)
+        meta = json_from_first_process(meta)
+        return (self.on_all(lambda: state, like), meta) if meta is not None else None
 
     def best_model(self, like: Tree) -> dict[str, Any] | None:
-        """MODEL_FIELDS of the checkpoint with the smallest validation loss, unless that is the newest."""
-        shapes, best = {name: getattr(like, name) for name in MODEL_FIELDS}, None
-        if self.own:
-            best = self.own.best()
-            best = None if best == self.own.last() else best
-        if json_from_first_process(best) is None:
+        """Reads MODEL_FIELDS of the checkpoint with the smallest validation loss, unless that is the newest."""
+        own, best = self.own, self.own.best() if self.own else None
+        best = json_from_first_process(None if own and best == own.last() else best)
+        if best is None:
             return None
-        own = self.own
-        return self.on_all(lambda: own.restore_model(best, on_this_device(shapes)) if own and best else None, shapes)
+        shapes = {name: getattr(like, name) for name in MODEL_FIELDS}
+        return self.on_all(lambda: own.restore_model(best, on_this_device(shapes)) if own else None, shapes)
 
     def on_all(self, read: Callable[[], Tree], like: Tree) -> Any:
-        """The arrays that the first process reads, on all devices; `like` has their shapes and types."""
+        """Puts the arrays that the first process reads on all devices; `like` has their shapes and types."""
         tree = read() if is_first_process() else None
         if jax.process_count() > 1:
             tree = arrays_from_first_process(tree, like)

@@ -1,4 +1,4 @@
-"""The run directory: who may train in it, with which hyperparameters, and what software has."""
+"""The run directory: who may train in it, with which hyperparameters, data and software."""
 
 import datetime
 import importlib.metadata
@@ -19,13 +19,13 @@ from crystalframer_jax.config.hyperparameters import RESUMABLE_KEYS, UNIMPORTANT
 from crystalframer_jax.configs import default
 from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.files import write_json
-from crystalframer_jax.runs.checkpoints import FOLDER, read_json
+from crystalframer_jax.runs.checkpoints import FOLDER, CheckpointError, read_json
 
 REPORTED_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pymatgen")
 
 
 def check_config(config: ConfigDict, workdir: Path, resume_with_changes: Sequence[str] = ()) -> None:
-    """Raise ConfigError unless this run may be in that directory.
+    """Raises ConfigError unless this run may be in that directory.
 
     It may if the directory is new, or the run there was started with the same values; of those named in
     `resume_with_changes`, RESUMABLE_KEYS may have changed.
@@ -50,7 +50,7 @@ def check_config(config: ConfigDict, workdir: Path, resume_with_changes: Sequenc
 
 
 def check_data(dataset: Dataset, workdir: Path) -> None:
-    """Raise ConfigError if a run was started with other data than these; data.json tells which they are."""
+    """Raises ConfigError if a run was started with other data than these; data.json tells which they are."""
     file = workdir / "data.json"
     values = {"target_set": dataset.name, "digest": dataset.digest, "remark": dataset.remark}
     before = read_json(file) if file.exists() and stored_config(workdir) else values
@@ -63,7 +63,7 @@ def check_data(dataset: Dataset, workdir: Path) -> None:
 
 
 def store_config(config: ConfigDict, workdir: Path) -> None:
-    """Write config.json; values that have changed since are kept in config_changes.jsonl."""
+    """Writes config.json; values that have changed since are kept in config_changes.jsonl."""
     before, values = stored_config(workdir), as_json(config)
     changed = _changed(before, values) if before else []
     if changed:
@@ -74,12 +74,23 @@ def store_config(config: ConfigDict, workdir: Path) -> None:
         write_json(workdir / "config.json", values)
 
 
+def read_config(workdir: Path) -> ConfigDict:
+    """Reads the configuration that a run was started with; keys that are new since then have their defaults."""
+    file, config = workdir / "config.json", default.get_config()
+    for key, value in read_json(file).items():
+        if key not in config:
+            raise CheckpointError(f"{file}: unknown key {key!r}")
+        try:
+            config[key] = tuple(value) if isinstance(value, list) else value
+        except TypeError as error:
+            raise CheckpointError(f"{file}: {key}={value!r} is of the wrong type") from error
+    return config
+
+
 def stored_config(workdir: Path) -> dict[str, Any]:
-    """config.json of a run; empty if nothing was trained there that could be lost."""
-    file = workdir / "config.json"
-    if not file.exists() or not any((workdir / FOLDER).glob("[0-9]*")):
-        return {}
-    return as_json(default.get_config()) | read_json(file)  # keys that are new since then had their defaults
+    """Reads config.json of a run as JSON; empty if nothing was trained there that could be lost."""
+    is_begun = (workdir / "config.json").exists() and any((workdir / FOLDER).glob("[0-9]*"))
+    return as_json(read_config(workdir)) if is_begun else {}
 
 
 def _changed(before: dict[str, Any], values: dict[str, Any]) -> list[str]:
@@ -89,7 +100,7 @@ def _changed(before: dict[str, Any], values: dict[str, Any]) -> list[str]:
 def _check_changes(
     workdir: Path, changed: list[str], before: dict[str, Any], values: dict[str, Any], allowed: Sequence[str]
 ) -> None:
-    """Raise ConfigError unless all hyperparameters that changed may change and were named."""
+    """Raises ConfigError unless all hyperparameters that changed may change and were named."""
     changes = ", ".join(f"{key} {before.get(key)!r} -> {values.get(key)!r}" for key in changed if key not in allowed)
     fixed = [key for key in changed if key not in RESUMABLE_KEYS]
     if fixed and set(changed) <= set(allowed):
@@ -106,14 +117,14 @@ def _check_changes(
 
 
 def as_json(config: ConfigDict) -> dict[str, Any]:
-    """The hyperparameters as config.json has them."""
+    """Gives the hyperparameters as config.json has them."""
     values = json.loads(config.to_json())
     values["targets"] = ",".join(target_names(config))
     return values
 
 
 def record_environment(workdir: Path) -> None:
-    """Append to environment.jsonl what runs from now on: command, versions, device, commit of a source checkout."""
+    """Appends to environment.jsonl what runs from now on: command, versions, device, commit of a source checkout."""
     device = jax.local_devices()[0]
     record = {
         "time": _now(),
@@ -136,7 +147,7 @@ def _now() -> str:
 
 
 def _git_commit() -> str | None:
-    """The commit of the source checkout that runs, with "+changes" if files differ from it; None if installed."""
+    """Gives the commit of the source checkout that runs, with "+changes" if files differ from it; None if installed."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists() or not (root / "pyproject.toml").exists():
         return None

@@ -23,7 +23,7 @@ import pytest
 from support import ROOT
 from tiny import assert_equal_trees
 
-from crystalframer_jax.runs import checksums as manifest
+from crystalframer_jax.runs import checksums
 from crystalframer_jax.runs.checkpoints import (
     DAMAGED_FOLDER,
     FOLDER,
@@ -150,7 +150,7 @@ def test_how_many_are_kept_can_be_chosen(tmp_path, keep_best, keep_last, kept):
     assert " ".join(kept_in(tmp_path)) == kept
 
 
-def test_every_file_is_in_the_manifest_as_sha256sum_writes_it(three):
+def test_every_file_is_in_the_checksums_as_sha256sum_writes_it(three):
     tool = shutil.which("sha256sum") or pytest.skip("no sha256sum here")
     for step in (3, 6, 9):
         folder = three / FOLDER / str(step)
@@ -174,7 +174,7 @@ def test_every_bit_comes_back(tmp_path, x64, dtype):
     with reader(tmp_path) as other:
         assert_equal_trees(other.restore_model(5, on_this_device(model_of(state))), model_of(state))
         assert other.meta(5) == meta
-    assert manifest.problem(tmp_path / FOLDER / "5") is None  # reading changes nothing
+    assert checksums.problem(tmp_path / FOLDER / "5") is None  # reading changes nothing
 
 
 @pytest.mark.parametrize("kind", ["donated", "NumPy"])
@@ -197,7 +197,7 @@ def test_the_arrays_may_be_overwritten_as_soon_as_save_returns(tmp_path, kind):
             assert found == {"a": [1]}
 
 
-def test_weights_alone_have_a_manifest_too(tmp_path):
+def test_weights_alone_have_checksums_too(tmp_path):
     model = jax.tree.map(np.asarray, model_of(state_of(7)))
     with writer(tmp_path) as checkpoints:
         checkpoints.save_weights(7, model, {"epoch": 3})
@@ -205,7 +205,7 @@ def test_weights_alone_have_a_manifest_too(tmp_path):
         with pytest.raises(CheckpointError) as error:
             checkpoints.restore_latest(like_of(state_of(7)))
         assert "weights only" in one_line(error)
-    assert manifest.problem(tmp_path / FOLDER / "7") is None and kept_in(tmp_path) == ["7"]
+    assert checksums.problem(tmp_path / FOLDER / "7") is None and kept_in(tmp_path) == ["7"]
     with reader(tmp_path) as other:
         assert (other.last(), other.best(), other.meta(7)) == (7, None, {"epoch": 3})
         assert_equal_trees(other.restore_model(7, on_this_device(model)), model)
@@ -263,14 +263,14 @@ def test_deleted_and_additional_files_are_found(run):
     for file in [path for path in folder.rglob("*") if path.is_file()]:
         moved = run / "moved"
         file.rename(moved)
-        assert file.name in manifest.problem(folder)
+        assert file.name in checksums.problem(folder)
         moved.rename(file)
     for name in ("new", "model/d/new", "SHA256SUMS.orig", "model/new/new"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).touch()
-        assert name in manifest.problem(folder)
+        assert name in checksums.problem(folder)
         (folder / name).unlink()
-    assert manifest.problem(folder) is None
+    assert checksums.problem(folder) is None
 
 
 @pytest.mark.parametrize(
@@ -393,14 +393,14 @@ def test_arrays_keep_the_type_they_were_stored_in(tmp_path, x64):
 
 def test_a_checkpoint_that_vanishes_while_it_is_read(run, monkeypatch):
     like = on_this_device(model_of(state_of(9)))
-    verify = manifest.problem
+    verify = checksums.problem
 
     def verify_then_vanish(folder: Path, under: str = "") -> str | None:
         wrong = verify(folder, under)
         shutil.rmtree(folder, ignore_errors=True)
         return wrong
 
-    monkeypatch.setattr(manifest, "problem", verify_then_vanish)
+    monkeypatch.setattr(checksums, "problem", verify_then_vanish)
     with reader(run) as checkpoints:
         for read in (lambda: checkpoints.restore_model(9, like), lambda: checkpoints.meta(9), checkpoints.best):
             with pytest.raises(CheckpointError) as error:
@@ -468,7 +468,7 @@ def test_a_kill_at_any_moment_leaves_the_newest_verified_checkpoint(tmp_path, ca
     rng = random.Random(7)
     processes = []
     for number in range(4):
-        call = f"import test_checkpoint; test_checkpoint.save_until_killed({str(tmp_path / str(number))!r})"
+        call = f"from runs import test_checkpoint; test_checkpoint.save_until_killed({str(tmp_path / str(number))!r})"
         command = [sys.executable, "-c", call]
         processes.append(subprocess.Popen(command, cwd=ROOT / "tests", stdout=subprocess.PIPE, text=True))
     for number, process in enumerate(processes):
@@ -495,7 +495,7 @@ def test_what_killed_processes_leave_is_cleared_away(run):
     unfinished = run / FOLDER / "unfinished"
     shutil.copytree(run / FOLDER / "9", unfinished / "12")  # killed before it got its place
     shutil.copytree(run / FOLDER / "9", unfinished / "15")
-    (unfinished / "15" / "SHA256SUMS").unlink()  # killed before its manifest
+    (unfinished / "15" / "SHA256SUMS").unlink()  # killed before its checksums
     shutil.copytree(run / FOLDER / "9", unfinished / "18.orbax-checkpoint-tmp")
     shutil.copytree(run / FOLDER / "9", unfinished / "deleted-2")
     (run / FOLDER / "3").rename(unfinished / "3")  # killed while it replaced another checkpoint of its step
@@ -552,14 +552,14 @@ def test_a_full_disk(small_disk, capfd):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
-def test_a_disk_that_fails_at_the_manifest(run, monkeypatch, number):
+def test_a_disk_that_fails_at_the_checksums(run, monkeypatch, number):
     def fail(folder: Path) -> None:
         (folder / "SHA256SUMS").write_text("")
         raise OSError(number, os.strerror(number), "file")
 
     with writer(run) as checkpoints:
         with monkeypatch.context() as patch:
-            patch.setattr(manifest, "write", fail)
+            patch.setattr(checksums, "write", fail)
             checkpoints.save(state_of(12), {}, 0.01)
             with pytest.raises(CheckpointError) as error:
                 checkpoints.wait()

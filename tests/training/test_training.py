@@ -31,7 +31,7 @@ from crystalframer_jax.errors import UserError
 from crystalframer_jax.files import locked
 from crystalframer_jax.inference.predictor import Predictor
 from crystalframer_jax.parallel.interruption import TrainingInterrupted
-from crystalframer_jax.runs import checksums as manifest
+from crystalframer_jax.runs import checksums
 from crystalframer_jax.runs.checkpoints import CheckpointError, Checkpoints
 from crystalframer_jax.runs.run_directory import as_json
 from crystalframer_jax.training.logging import MetricsLog, read_metrics
@@ -373,7 +373,7 @@ def test_a_signal_while_a_checkpoint_is_read_is_no_damage(finished, monkeypatch)
     def interrupted(*_):
         raise TrainingInterrupted("stopped by SIGTERM")
 
-    monkeypatch.setattr(manifest, "problem", interrupted)
+    monkeypatch.setattr(checksums, "problem", interrupted)
     with pytest.raises(TrainingInterrupted, match="stopped by SIGTERM"):
         Predictor.load(workdir)
     assert not (workdir / "damaged_checkpoints").exists()
