@@ -178,7 +178,8 @@ def fit(records: list[Record], key: str = "median_s") -> Line | None:
 def check(records: list[Record], cores: int) -> list[Record]:
     """Compares the times of all steps with those predicted from one device, the balance, the sum and the cores.
 
-    Where devices share `cores` (0: none), their core-seconds too: those of one device, as often as there are devices.
+    Where devices share `cores` (0: none), of which one keeps some busy, they take longer as soon as all are; their
+    core-seconds are those of one device, as often as there are devices.
     """
     line, core_line = fit(records), fit(records, "core_s")
     used = [r["cores_busy"] for r in records if r["series"] == "one device" and r["cores_busy"]]
@@ -188,7 +189,8 @@ def check(records: list[Record], cores: int) -> list[Record]:
         if line and record["median_s"] and record["sum_s"] is not None:
             number, core_s = record["devices"], record["core_s"]
             share = record["crystals"] / number * record["balance"]
-            seconds = crowding(number, cores_of_one, cores) * line.at(share) + record["sum_s"]
+            crowding = max(1.0, number * cores_of_one / cores) if cores else 1.0
+            seconds = crowding * line.at(share) + record["sum_s"]
             core_seconds = number * core_line.at(share) if core_line else None
             found.append(
                 {name: record[name] for name in ("series", "devices", "crystals", "median_s", "core_s")}
@@ -197,11 +199,3 @@ def check(records: list[Record], cores: int) -> list[Record]:
                 | {"predicted_to_measured_core_s": core_seconds / core_s if core_seconds and core_s else None}
             )
     return found
-
-
-def crowding(devices: int, cores_of_one: float, cores: int) -> float:
-    """Tells how many times longer devices take that share `cores` (0: machines of their own).
-
-    A device alone keeps `cores_of_one` of them busy.
-    """
-    return max(1.0, devices * cores_of_one / cores) if cores else 1.0

@@ -204,16 +204,16 @@ def measure_case(
 def over_atoms(records: Sequence[Record], cases: Sequence[Record]) -> list[Record]:
     """Finds the log-log slope of the time over the number of atoms of the supercells, where there are two or more."""
     atoms = {case["case"]: case["atoms"] for case in cases if case["crystals"] == 1}
-    found: dict[tuple[str, str, str], list[tuple[int, float]]] = {}
+    names, found = ("measure", "variant", "implementation"), dict[tuple, dict[int, float]]()
     for record in records:
         if record["case"] in atoms and record["median_s"] is not None:
-            key = (record["measure"], record["variant"], record["implementation"])
-            found.setdefault(key, []).append((atoms[record["case"]], record["median_s"]))
+            seconds = found.setdefault(tuple(record[name] for name in names), {})
+            seconds[atoms[record["case"]]] = record["median_s"]
     return [
-        dict(zip(("measure", "variant", "implementation"), key, strict=True))
-        | {"atoms": [n for n, _ in points], "slope": slope(*zip(*points, strict=True))}
-        for key, points in found.items()
-        if len(points) > 1
+        dict(zip(names, key, strict=True))
+        | {"atoms": list(seconds), "slope": slope(list(seconds), list(seconds.values()))}
+        for key, seconds in found.items()
+        if len(seconds) > 1
     ]
 
 

@@ -102,11 +102,7 @@ def show(title: str, columns: Sequence[Column], records: Sequence[Record]) -> No
 
 def show_numbers(title: str, numbers: dict[str, float], unit: float = 1) -> None:
     """Prints names and numbers."""
-    show(
-        title,
-        [Column("", "name"), Column("", "number", ",.1f", unit)],
-        [{"name": name, "number": number} for name, number in numbers.items()],
-    )
+    print("\n" + table([title, ""], [[name, f"{number / unit:,.1f}"] for name, number in numbers.items()]))
 
 
 def print_pipeline(results: Record) -> None:
