@@ -101,13 +101,10 @@ def measure_devices(
     dataset, on_cpu = bundled_set(data_dir), jax.default_backend() == "cpu"
     counts = device_counts(len(jax.local_devices()))
     chosen = series(counts)
-    loaders = {
-        setting: TrainingBatches(
-            dataset, setting.batch, 1, SEED, variant.model.parts, devices=Devices.of_this_process(setting.devices)
-        )
-        for settings in chosen.values()
-        for setting in settings
-    }
+    loaders = {}
+    for setting in dict.fromkeys(setting for settings in chosen.values() for setting in settings):
+        devices = Devices.of_this_process(setting.devices)
+        loaders[setting] = TrainingBatches(dataset, setting.batch, 1, SEED, variant.model.parts, devices=devices)
     programs = [step_program(loader, variant, implementation) for loader in loaders.values()]
     timings = dict(zip(loaders, take_turns(programs, rounds, seconds), strict=True))
     sums = take_turns([sum_program(variant, n) for n in counts], 0, SUM_SECONDS)
