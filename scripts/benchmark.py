@@ -20,15 +20,13 @@ import jax
 import joblib
 from benchmarking import report
 from benchmarking.cases import BUNDLED, CASES, SMALL
-from benchmarking.ceilings import measure_ceilings
 from benchmarking.devices import make_cpu_devices, measure_devices
-from benchmarking.measure import ATTENTION, STEPS, describe_case, measure_case, over_atoms
-from benchmarking.model import Variant
+from benchmarking.measure import ATTENTION, STEPS, Variant, describe_case, measure_case, over_atoms
 from benchmarking.pipeline import any_target, measure_pipeline
+from benchmarking.roofline import measure_ceilings
 
 from crystalframer_jax.cli.common import reporting_errors
-from crystalframer_jax.configs import default
-from crystalframer_jax.configs.variants import VARIANTS, with_variant
+from crystalframer_jax.configs.variants import VARIANTS
 
 PARTS = ("steps", "attention", "atoms", "pipeline")
 MEASURES = {"steps": STEPS, "attention": ATTENTION, "atoms": (*STEPS, *ATTENTION)}
@@ -37,7 +35,35 @@ SECONDS = 10.0  # for the rounds of a case and measure, at least 5 of them
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, print tables, write JSON."""
+    """Measures, prints tables, writes JSON."""
+    arguments = parse(argv)
+    if arguments.scaling:
+        make_cpu_devices()
+    results: dict[str, Any] = {
+        "device": jax.devices()[0].device_kind,
+        "cores": joblib.cpu_count(),
+        "jax": jax.__version__,
+        "date": datetime.datetime.now().isoformat(" ", "minutes"),
+    }
+    print(f"{results['device']}, {results['cores']} cores, JAX {results['jax']}, {results['date']}")
+    parts = arguments.part or PARTS
+    with reporting_errors():
+        if arguments.scaling:
+            results["devices"] = measure_scaling(arguments)
+        else:
+            if "pipeline" in parts:
+                any_target(arguments.target_set, arguments.data_dir)  # an unknown name is an error before all else
+            if set(parts) & set(MEASURES):
+                results |= measure_models(arguments, parts)
+            if "pipeline" in parts:
+                results["pipeline"] = measure_pipeline(arguments.target_set, arguments.data_dir)
+                report.print_pipeline(results["pipeline"])
+        if arguments.json:
+            arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line; leaves with an error if --scaling is given together with what it has no use for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--part", action="append", choices=PARTS, help="default: all")
     parser.add_argument("--scaling", action="store_true", help="nothing but training steps on 1, 2, 4, ... devices")
@@ -55,84 +81,43 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--rounds={arguments.rounds} must be positive")
     if arguments.json and not os.access(arguments.json.absolute().parent, os.W_OK):
         parser.error(f"--json={arguments.json}: there is no such folder, or it cannot be written to")
-    if arguments.scaling:
-        check_scaling(parser, arguments)
-        make_cpu_devices()
-    on_cpu = jax.default_backend() == "cpu"
-    skipped = SMALL + SLOW_ON_CPU * on_cpu
-    parts = () if arguments.scaling else arguments.part or PARTS
-    results: dict[str, Any] = {
-        "device": jax.devices()[0].device_kind,
-        "cores": joblib.cpu_count(),
-        "jax": jax.__version__,
-        "date": datetime.datetime.now().isoformat(" ", "minutes"),
-    }
-    report.print_header(results)
-    with reporting_errors():
-        if arguments.scaling:
-            results["devices"] = measure_scaling(arguments, on_cpu)
-        if "pipeline" in parts:
-            any_target(arguments.target_set, arguments.data_dir)  # an unknown name is an error before all measurements
-        if set(parts) & set(MEASURES):
-            results |= measure_models(
-                parts,
-                arguments.case or [name for name in CASES if name not in skipped],
-                arguments.variant or list(VARIANTS),
-                arguments.implementation or (["xla"] if on_cpu else ["xla", "pallas"]),
-                arguments.rounds,
-                arguments.data_dir,
-            )
-        if "pipeline" in parts:
-            results["pipeline"] = measure_pipeline(arguments.target_set, arguments.data_dir)
-            report.print_pipeline(results["pipeline"])
-        if arguments.json:
-            arguments.json.write_text(json.dumps(results, indent=1) + "\n")
-
-
-def check_scaling(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Leave with an error if --scaling is given together with what it has no use for."""
-    for name in ("part", "case"):
+    for name in ("part", "case") if arguments.scaling else ():
         if getattr(arguments, name):
             parser.error(f"--scaling measures nothing else; leave --{name} out")
-    for name in ("variant", "implementation"):
+    for name in ("variant", "implementation") if arguments.scaling else ():
         if len(getattr(arguments, name) or ()) > 1:
             parser.error(f"--scaling takes one --{name}")
+    return arguments
 
 
-def measure_scaling(arguments: argparse.Namespace, on_cpu: bool) -> dict[str, Any]:
-    """Training steps on several devices and the model on paper, printed as tables."""
+def measure_scaling(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measures training steps on several devices and prints tables."""
     (name,) = arguments.variant or ["default"]
-    (implementation,) = arguments.implementation or ["xla" if on_cpu else "pallas"]
+    (implementation,) = arguments.implementation or ["xla" if jax.default_backend() == "cpu" else "pallas"]
     print(f"{name} {implementation}: training steps on up to {jax.local_device_count()} devices, for minutes ...")
-    variant = Variant(name, with_variant(default.get_config(), name))
-    results = measure_devices(variant, implementation, report.print_line, arguments.rounds, data_dir=arguments.data_dir)
+    results = measure_devices(Variant.named(name), implementation, arguments.rounds, data_dir=arguments.data_dir)
     report.print_devices(results)
     return results
 
 
-def measure_models(
-    parts: Sequence[str],
-    cases: Sequence[str],
-    variants: Sequence[str],
-    implementations: Sequence[Any],
-    rounds: int,
-    data_dir: str,
-) -> dict[str, Any]:
-    """Measurements of whole models and of the attention, printed as tables."""
+def measure_models(arguments: argparse.Namespace, parts: Sequence[str]) -> dict[str, Any]:
+    """Measures whole models and the attention and prints tables."""
+    on_cpu = jax.default_backend() == "cpu"
+    skipped = SMALL + SLOW_ON_CPU * on_cpu
+    variants = [Variant.named(name) for name in arguments.variant or VARIANTS]
+    implementations = arguments.implementation or (["xla"] if on_cpu else ["xla", "pallas"])
     ceilings = measure_ceilings()
-    chosen = [Variant(name, with_variant(default.get_config(), name)) for name in variants]
     described, records = [], []
-    for name in cases:
+    for name in arguments.case or [name for name in CASES if name not in skipped]:
         case = CASES[name]
         wanted = [part for part in parts if part in MEASURES and (part != "atoms" or not case.batch_size)]
-        measures = list(dict.fromkeys(measure for part in wanted for measure in MEASURES[part]))
-        if not measures:
+        if not wanted:
             continue
-        batch = case.batch(data_dir=data_dir)
+        batch = case.batch(arguments.data_dir)
         described.append(describe_case(case, batch))
-        for measure in measures:
+        for measure in dict.fromkeys(measure for part in wanted for measure in MEASURES[part]):
             print(f"{name}: {measure} ...", flush=True)
-            found = measure_case(case, batch, measure, chosen, implementations, ceilings, rounds, SECONDS)
+            found = measure_case(case, batch, measure, variants, implementations, ceilings, arguments.rounds, SECONDS)
             report.print_progress(found)
             records += found
     results = {
@@ -141,10 +126,7 @@ def measure_models(
         "measurements": records,
         "atoms": over_atoms(records, described),
     }
-    report.print_ceilings(results["ceilings"])
-    report.print_cases(described)
-    report.print_measures(records)
-    report.print_over_atoms(results["atoms"])
+    report.print_models(results)
     return results
 
 

@@ -1,62 +1,57 @@
-"""Weak and strong scaling of the training step over the devices of this process, and the model on paper beside it."""
+"""Weak and strong scaling of the training step over the devices of this process."""
 
-import dataclasses
-import time
-from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import joblib
 import numpy as np
+from scipy.optimize import nnls
 
-from benchmarking import cluster
-from benchmarking.cases import BUNDLED, SEED, TARGET
-from benchmarking.cluster import Compute
-from benchmarking.model import STATISTICS, STEPS_PER_EPOCH, Variant
+from benchmarking.cases import SEED, bundled_set
+from benchmarking.measure import Record, Variant
 from benchmarking.timing import Program, Timing, take_turns
-from crystalframer_jax.config import neighbor_cutoff
-from crystalframer_jax.data.datasets import open_dataset
 from crystalframer_jax.data.loader import TrainingBatches
-from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.model.implementation import Implementation
-from crystalframer_jax.model.regressor import CrystalFramer
 from crystalframer_jax.parallel.devices import Devices, sum_in_order
-from crystalframer_jax.training.step import make_loss, make_recipe, make_train_step
+from crystalframer_jax.training.step import make_train_step
 
 CPU_DEVICES = 8  # on a machine without accelerators
 STRONG_BATCH = 256  # crystals
 WEAK_BATCH = 32  # crystals of each device
-SINGLE_BATCH = 128  # crystals, of one more step on one device by which the model on paper is fitted
+SINGLE_BATCH = 128  # crystals, of one more step on one device by which the prediction is fitted
 SUM_SECONDS = 5.0  # for the rounds of the gradient sums
 
-Record = dict[str, Any]
 
-
-def make_cpu_devices() -> None:
-    """Let a machine without accelerators have CPU_DEVICES devices; to be called before JAX looks for devices."""
-    jax.config.update("jax_num_cpu_devices", CPU_DEVICES)
-
-
-def device_counts(available: int) -> list[int]:
-    """1, 2, 4, ... and all."""
-    return sorted({2**i for i in range(available.bit_length())} | {available})
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
+class Setting(NamedTuple):
     """A training step to measure."""
 
     devices: int
     batch: int  # crystals in all
 
-    def loader(self, dataset: Dataset, variant: Variant) -> TrainingBatches:
-        """One epoch of such batches."""
-        devices = Devices.of_this_process(self.devices)
-        return TrainingBatches(dataset, self.batch, 1, SEED, variant.model.parts, devices=devices)
+
+class Line(NamedTuple):
+    """Seconds (or core-seconds) of a step on one device: fixed + crystals * per_crystal."""
+
+    fixed: float
+    per_crystal: float
+
+    def at(self, crystals: float) -> float:
+        """Those for some crystals."""
+        return self.fixed + crystals * self.per_crystal
+
+
+def make_cpu_devices() -> None:
+    """Lets a machine without accelerators have CPU_DEVICES devices; to be called before JAX looks for devices."""
+    jax.config.update("jax_num_cpu_devices", CPU_DEVICES)
+
+
+def device_counts(available: int) -> list[int]:
+    """Lists 1, 2, 4, ... and all."""
+    return sorted({2**i for i in range(available.bit_length())} | {available})
 
 
 def series(counts: list[int]) -> dict[str, list[Setting]]:
-    """The settings of strong and of weak scaling, and of one device alone; some are in two of them."""
+    """Lists the settings of strong and of weak scaling, and of one device alone; some are in two of them."""
     return {
         "strong": [Setting(n, STRONG_BATCH) for n in counts],
         "weak": [Setting(n, n * WEAK_BATCH) for n in counts],
@@ -64,62 +59,27 @@ def series(counts: list[int]) -> dict[str, list[Setting]]:
     }
 
 
-class CoreClock:
-    """Core-seconds of this process for programs that run in turns: told after every run, it counts from the last."""
-
-    def __init__(self) -> None:
-        self.last = time.process_time()
-        self.seconds: dict[Any, list[float]] = {}
-
-    def ran(self, key: Any) -> None:
-        """The program `key` has just run."""
-        now = time.process_time()
-        self.seconds.setdefault(key, []).append(now - self.last)
-        self.last = now
-
-    def median(self, key: Any) -> float | None:
-        """Median core-seconds of a run of a program; its first run, for warming up, does not count."""
-        rounds = self.seconds.get(key, [])[1:]
-        return float(np.median(rounds)) if rounds else None
-
-
-def step_program(
-    setting: Setting,
-    loader: TrainingBatches,
-    variant: Variant,
-    implementation: Implementation,
-    clock: CoreClock,
-    tell: Callable[[str], None],
-) -> Program:
-    """The step of a training on several devices, again and again on its typical batch, which stays on them.
-
-    `tell` is told when it is about to be compiled.
-    """
-    devices, recipe = loader.devices, make_recipe(variant.config, STEPS_PER_EPOCH)
-    loss = make_loss(CrystalFramer(variant.model, implementation), recipe, STATISTICS, jax.random.key(1), devices.axis)
-    step = make_train_step(recipe, loss, devices=devices)
+def step_program(loader: TrainingBatches, variant: Variant, implementation: Implementation) -> Program:
+    """Makes the step of a training on several devices, again and again on its typical batch, which stays on them."""
+    devices = loader.devices
+    step = make_train_step(variant.recipe, variant.loss(implementation, devices.axis), devices=devices)
 
     def arguments() -> tuple:
-        tell(f"compiling the step of {setting.batch} crystals on {setting.devices} of the devices")
-        return devices.replicate(jax.tree.map(np.array, variant.state)), devices.put(
-            loader[typical(loader)]
-        )  # consumed: a copy
+        print(f"    compiling the step of {loader.batch_size} crystals on {devices.count} of the devices", flush=True)
+        copy = jax.tree.map(np.array, variant.state)  # runs consume their state
+        return devices.replicate(copy), devices.put(loader[typical(loader)])
 
-    def advance(given: tuple, result: tuple) -> tuple:
-        clock.ran(setting)
-        return result[0], given[1]
-
-    return Program(step, arguments, advance)
+    return Program(step, arguments, advance=lambda given, result: (result[0], given[1]))
 
 
 def typical(loader: TrainingBatches) -> int:
-    """The batch whose number of neighbours is closest to the mean of an epoch; it does not depend on the devices."""
+    """Finds the batch whose number of neighbors is closest to the mean of an epoch, whatever the devices."""
     edges = np.array([loader.dataset.table.num_edges[loader.rows(step)].sum() for step in range(len(loader))])
     return int(np.argmin(np.abs(edges - edges.mean())))
 
 
 def sum_program(variant: Variant, number: int) -> Program:
-    """The sum over devices of numbers in the shapes of the gradient."""
+    """Makes the sum over devices of numbers in the shapes of the gradient."""
     devices = Devices.of_this_process(number)
     function = devices.each(lambda tree: sum_in_order(tree, devices.axis), split=(0,))
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), variant.state.params)
@@ -127,42 +87,37 @@ def sum_program(variant: Variant, number: int) -> Program:
 
 
 def gradient_bytes(variant: Variant) -> int:
-    """Of one device."""
+    """Counts those of one device."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(variant.state.params))
 
 
 def measure_devices(
-    variant: Variant,
-    implementation: Implementation,
-    tell: Callable[[str], None],
-    rounds: int = 0,
-    seconds: float = 60.0,
-    data_dir: str = "",
+    variant: Variant, implementation: Implementation, rounds: int = 0, seconds: float = 60.0, data_dir: str = ""
 ) -> Record:
-    """Steps and gradient sums on 1, 2, 4, ... devices in turns, and what the model on paper makes of them.
+    """Measures steps and gradient sums on 1, 2, 4, ... devices in turns, and compares them with a prediction.
 
-    See `take_turns` for `rounds` and `seconds`; what fails has a `failure` and no figures. `tell` hears how far it is.
+    See `take_turns` for `rounds` and `seconds`; what fails has a `failure` and no figures.
     """
-    dataset = open_dataset(BUNDLED, (TARGET,), neighbor_cutoff(variant.config), data_dir)
-    counts, on_cpu = device_counts(len(jax.local_devices())), jax.default_backend() == "cpu"
+    dataset, on_cpu = bundled_set(data_dir), jax.default_backend() == "cpu"
+    counts = device_counts(len(jax.local_devices()))
     chosen = series(counts)
-    settings = list(dict.fromkeys(setting for one in chosen.values() for setting in one))
-    loaders = {setting: setting.loader(dataset, variant) for setting in settings}
-    clock = CoreClock()
-    programs = [step_program(setting, loaders[setting], variant, implementation, clock, tell) for setting in settings]
-    timings = dict(zip(settings, take_turns(programs, rounds, seconds), strict=True))
-    sums = dict(zip(counts, take_turns([sum_program(variant, n) for n in counts], 0, SUM_SECONDS), strict=True))
-    core_seconds = {setting: clock.median(setting) for setting in settings}
+    loaders = {}
+    for setting in dict.fromkeys(setting for settings in chosen.values() for setting in settings):
+        devices = Devices.of_this_process(setting.devices)
+        loaders[setting] = TrainingBatches(dataset, setting.batch, 1, SEED, variant.model.parts, devices=devices)
+    programs = [step_program(loader, variant, implementation) for loader in loaders.values()]
+    timings = dict(zip(loaders, take_turns(programs, rounds, seconds), strict=True))
+    sums = take_turns([sum_program(variant, n) for n in counts], 0, SUM_SECONDS)
+    sum_seconds = {n: timing.median for n, timing in zip(counts, sums, strict=True)} | {1: 0.0}
     cores = joblib.cpu_count() if on_cpu else 0
-    sum_seconds = {n: timing.median for n, timing in sums.items()} | {1: 0.0}
-    records = [
-        step_record(name, setting, timings, core_seconds, cores)
-        | {"sum_s": sum_seconds[setting.devices]}
-        | how_even(loaders[setting])
-        for name in chosen
-        for setting in chosen[name]
-    ]
-    compute = fit(records)
+    records = []
+    for name, settings in chosen.items():
+        for setting in settings:
+            loader, record = loaders[setting], step_record(name, setting, timings, cores)
+            fill = loader.fill_factors(len(loader))
+            record |= {"sum_s": sum_seconds[setting.devices], "balance": loader.imbalance(len(loader))}
+            records.append(record | {"atoms_filled": fill.atoms, "neighbors_filled": fill.edges})
+    line = fit(records)
     return {
         "variant": variant.name,
         "implementation": implementation,
@@ -170,30 +125,24 @@ def measure_devices(
         "shared_cores": cores,
         "gradient_bytes": gradient_bytes(variant),
         "steps": records,
-        "fit": dataclasses.asdict(compute) if compute else None,
+        "fit": line._asdict() if line else None,
         "check": check(records, cores),
-        "paper": paper(dataset, variant, None if on_cpu else compute),
     }
 
 
-def step_record(
-    name: str,
-    setting: Setting,
-    timings: dict[Setting, Timing],
-    core_seconds: dict[Setting, float | None],
-    cores: int = 0,
-) -> Record:
-    """A measured step of a series; speed-up and efficiency are of crystals per second, round by round.
+def step_record(name: str, setting: Setting, timings: dict[Setting, Timing], cores: int = 0) -> Record:
+    """Describes a measured step of a series; speed-up and efficiency are of crystals per second, round by round.
 
     `cores` that all devices share (0: none): the speed-up cannot be expected to be more. Core-seconds show what several
     devices cost even where cores are busy with other things: their efficiency is crystals per core-second, over that of
     one device.
     """
-    timing, single = timings[setting], Setting(1, setting.batch // setting.devices if name == "weak" else setting.batch)
+    timing = timings[setting]
+    single = Setting(1, setting.batch // setting.devices if name == "weak" else setting.batch)
     ratio, median = timing.ratio_to(timings[single]), timing.median
     times_work = setting.batch / single.batch
     speed_up = times_work / ratio if ratio else None
-    used, alone = (core_seconds.get(one) if timings[one].median and cores else None for one in (setting, single))
+    used, alone = (timings[one].core_median if cores else None for one in (setting, single))
     return {
         "series": name,
         "devices": setting.devices,
@@ -213,57 +162,37 @@ def step_record(
     }
 
 
-def how_even(loader: TrainingBatches) -> Record:
-    """Balance and filled places, means over all batches of an epoch."""
-    fill = loader.fill_factors(len(loader))
-    return {"balance": loader.imbalance(len(loader)), "atoms_filled": fill.atoms, "neighbors_filled": fill.edges}
-
-
-def fit(records: list[Record], key: str = "median_s") -> Compute | None:
-    """Time (or core-seconds) of a step against crystals, from the series "one device"; None if all of it failed."""
+def fit(records: list[Record], key: str = "median_s") -> Line | None:
+    """Fits the series "one device" by least squares of the relative errors; None if all of it failed."""
     points = [(r["crystals"], r[key]) for r in records if r["series"] == "one device" and r[key]]
-    return Compute.fitted(*zip(*points, strict=True)) if points else None
+    if not points:
+        return None
+    crystals, seconds = np.array(points, float).T
+    parts, _ = nnls(np.stack([1 / seconds, crystals / seconds], axis=1), np.ones(len(seconds)))
+    return Line(*parts.tolist())
 
 
 def check(records: list[Record], cores: int) -> list[Record]:
-    """Predicted and measured times of all steps: one device's time per crystal, the balance, the sum, the cores.
+    """Compares the times of all steps with those predicted from one device, the balance, the sum and the cores.
 
-    Where devices share `cores` (0: none), their core-seconds too: those of one device, as often as there are devices.
+    Where devices share `cores` (0: none), of which one keeps some busy, they take longer as soon as all are; their
+    core-seconds are those of one device, as often as there are devices.
     """
-    compute, core_work = fit(records), fit(records, "core_s")
+    line, core_line = fit(records), fit(records, "core_s")
     used = [r["cores_busy"] for r in records if r["series"] == "one device" and r["cores_busy"]]
-    cores_of_one, found = float(np.median(used)) if used else 1.0, []
+    cores_of_one = float(np.median(used)) if used else 1.0
+    found: list[Record] = []
     for record in records:
-        if compute and record["median_s"] and record["sum_s"] is not None:
+        if line and record["median_s"] and record["sum_s"] is not None:
             number, core_s = record["devices"], record["core_s"]
-            crystals = record["crystals"] / number * record["balance"]
-            seconds = cluster.predict_here(number, crystals, compute, record["sum_s"], cores_of_one, cores)
-            predicted_core_s = number * core_work.seconds(crystals) if core_work else None
+            share = record["crystals"] / number * record["balance"]
+            crowding = max(1.0, number * cores_of_one / cores) if cores else 1.0
+            seconds = crowding * line.at(share) + record["sum_s"]
+            core_seconds = number * core_line.at(share) if core_line else None
             found.append(
                 {name: record[name] for name in ("series", "devices", "crystals", "median_s", "core_s")}
                 | {"predicted_s": seconds, "predicted_to_measured": seconds / record["median_s"]}
-                | {"predicted_core_s": predicted_core_s}
-                | {"predicted_to_measured_core_s": predicted_core_s / core_s if predicted_core_s and core_s else None}
+                | {"predicted_core_s": core_seconds}
+                | {"predicted_to_measured_core_s": core_seconds / core_s if core_seconds and core_s else None}
             )
     return found
-
-
-def paper(dataset: Dataset, variant: Variant, measured: Compute | None) -> Record:
-    """The model on paper, with the measured time of a GPU or else the estimate."""
-    compute = measured or cluster.ESTIMATE
-    tables = cluster.predictions(dataset, compute, gradient_bytes(variant))
-    rows = []
-    for one in tables:
-        for row in one:
-            record = dataclasses.asdict(row) | {"step": row.step, "crystals_per_s": row.batch / row.step}
-            record["efficiency_on_gpus"] = [row.efficiency(one[0], seconds) for seconds in row.on_gpus]
-            record["efficiency"] = row.efficiency(one[0], row.step)
-            rows.append(record | {"packed_efficiency": row.efficiency(one[0], row.packed_step)})
-    assumed = dataclasses.asdict(cluster.Cluster(cluster.NETWORKS[0]))
-    del assumed["network"]
-    return {
-        "compute": dataclasses.asdict(compute) | {"measured": measured is not None},
-        "cluster": assumed,
-        "networks": [dataclasses.asdict(network) for network in cluster.NETWORKS],
-        "rows": rows,
-    }

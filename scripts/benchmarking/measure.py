@@ -1,68 +1,153 @@
-"""Measurements of cases, variants and implementations side by side, as records for tables and JSON."""
+"""Training steps, predictions and the attention of one block alone, measured side by side for tables and JSON."""
 
+import dataclasses
+import functools
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
-from benchmarking import floor
-from benchmarking.cases import Case
-from benchmarking.model import Variant, attention_program, forward_program, train_step_program
-from benchmarking.timing import Program, Timing, take_turns
-from crystalframer_jax.batching.batch import Batch, fill_factors
+from benchmarking import roofline
+from benchmarking.cases import TARGET, Case, packed, unit_cell
+from benchmarking.timing import Program, take_turns
+from crystalframer_jax.batching.batch import Batch, fill_factors, unpacked
+from crystalframer_jax.batching.targets import TargetStatistics
+from crystalframer_jax.config import ModelConfig, model_config
+from crystalframer_jax.configs import default
+from crystalframer_jax.configs.variants import with_variant
+from crystalframer_jax.inference.forward import make_forward
+from crystalframer_jax.model.attention import ValueEncoding, framed_attention
+from crystalframer_jax.model.encoder import value_bases
+from crystalframer_jax.model.frames import block_frames
 from crystalframer_jax.model.implementation import Implementation
+from crystalframer_jax.model.regressor import CrystalFramer
 from crystalframer_jax.training.layer_names import count_parameters
+from crystalframer_jax.training.state import TrainState
+from crystalframer_jax.training.step import LossFunction, Recipe, initial_state, make_loss, make_recipe, make_train_step
 
 BASELINE = "crystalformer"  # frame-free: what frames cost is counted from it
 STEPS = ("train step", "forward")
 ATTENTION = ("attention", "attention and gradient")
+STEPS_PER_EPOCH = 10  # nothing depends on it: the averages start long after the last step measured
+STATISTICS = (TargetStatistics(TARGET, "eV/atom", 0.0, 1.0),)  # as many operations as with the true ones
+SMALL_CUTOFF = 3.0  # Å, of the batch that initial weights are made with: their cost is not measured
 
 Record = dict[str, Any]
 
 
-def measure_case(
-    case: Case,
-    batch: Batch,
-    measure: str,
-    variants: Sequence[Variant],
-    implementations: Sequence[Implementation],
-    ceilings: floor.Work,
-    rounds: int = 0,
-    seconds: float = 20.0,
-) -> list[Record]:
-    """Records of a measure (one of STEPS and ATTENTION) for one batch, of every variant and implementation.
+# What is measured
 
-    They take turns; see `take_turns` for `rounds` and `seconds`.
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Variant:
+    """A configuration to measure, by name."""
+
+    name: str
+    config: ConfigDict
+
+    @classmethod
+    def named(cls, name: str) -> "Variant":
+        """Takes the default configuration with the values of a variant."""
+        return cls(name, with_variant(default.get_config(), name))
+
+    @functools.cached_property
+    def model(self) -> ModelConfig:
+        """Its model."""
+        return model_config(self.config)
+
+    @property
+    def recipe(self) -> Recipe:
+        """Its loss and optimizer."""
+        return make_recipe(self.config, STEPS_PER_EPOCH)
+
+    @functools.cached_property
+    def state(self) -> TrainState:
+        """The state that a training starts from, calibrated on one small crystal; takes seconds to compile."""
+        batch = packed(unit_cell(), SMALL_CUTOFF, self.model.parts)
+        return initial_state(CrystalFramer(self.model, "xla"), self.recipe, batch, jax.random.key(0))
+
+    def loss(self, implementation: Implementation, axis: str | None = None) -> LossFunction:
+        """The loss of a training."""
+        model = CrystalFramer(self.model, implementation)
+        return make_loss(model, self.recipe, STATISTICS, jax.random.key(1), axis)
+
+
+def make_program(
+    measure: str, variant: Variant, batch: Batch, implementation: Implementation
+) -> tuple[Program, roofline.Work]:
+    """Makes the program of a measure, one of STEPS and ATTENTION, and counts its least work.
+
+    A training step starts from the initial weights, and its state goes from run to run. A prediction is from the packed
+    batch to standardised targets. The attention is that of one block for random q, k, v and a, its gradient that with
+    respect to these and the projections; rows are unpacked beforehand.
     """
-    size = floor.Size.of(batch)
-    keys = [(variant, implementation) for variant in variants for implementation in implementations]
-    programs = [program(measure, variant, batch, implementation) for variant, implementation in keys]
-    found = take_turns(programs, rounds, seconds)
-    timings = {(variant.name, implementation): found[i] for i, (variant, implementation) in enumerate(keys)}
-    records = []
-    for (variant, implementation), timing in zip(keys, found, strict=True):
-        work = work_of(measure, variant, size)
-        record: Record = {"case": case.name, "measure": measure}
-        record |= {"variant": variant.name, "implementation": implementation}
-        record |= _numbers(timing, size, work, work.seconds(ceilings))
-        record |= {
-            "ratio_to_crystalformer": timing.ratio_to(timings.get((BASELINE, implementation))),
-            "ratio_to_xla": timing.ratio_to(timings.get((variant.name, "xla"))),
-            "failure": timing.failure,
-        }
-        records.append(record)
-    return records
+    config, size = variant.model, roofline.Size.of(batch)
+    if measure == "train step":
+        program = Program(
+            make_train_step(variant.recipe, variant.loss(implementation)),
+            lambda: (jax.tree.map(jnp.copy, variant.state), jax.device_put(batch)),  # runs consume their state
+            advance=lambda given, result: (result[0], given[1]),
+        )
+        return program, roofline.train_step(config, size, count_parameters(variant.state.params))
+    if measure == "forward":
+        names = ("params", "calibration", "batch_stats")
+        program = Program(
+            make_forward(CrystalFramer(config, implementation)),
+            lambda: ({name: getattr(variant.state, name) for name in names}, jax.device_put(batch)),
+        )
+        return program, roofline.forward(config, size)
+
+    forward = functools.partial(attention, config, implementation)
+    inputs, work = functools.partial(random_inputs, config, len(batch.species)), roofline.attention(config, size)
+    if measure == "attention":
+        return Program(jax.jit(forward), lambda: (inputs(), jax.jit(unpacked)(batch))), work
+
+    def with_gradient(inputs: dict, batch: Batch, gradient: jax.Array) -> tuple[jax.Array, dict]:
+        output, transpose = jax.vjp(lambda inputs: forward(inputs, batch), inputs)
+        return output, transpose(gradient)[0]
+
+    program = Program(jax.jit(with_gradient), lambda: (inputs(), jax.jit(unpacked)(batch), inputs(seed=1)["v"]))
+    return program, roofline.attention(config, size, training=True) + roofline.attention_backward(config, size)
+
+
+def attention(config: ModelConfig, implementation: Implementation, inputs: dict, batch: Batch) -> jax.Array:
+    """Frames and attention of one block: [N, H, d_v] from `random_inputs` and an unpacked batch."""
+    q, k, v, a = (inputs[name] for name in "qkva")
+    frames = None
+    if config.uses_frames:
+        frames = block_frames(config.frame_method, q, k, a, batch, config.tie_tolerance, implementation=implementation)
+    w_dist, w_angle = inputs.get("w_dist"), inputs.get("w_angle")
+    factors = config.value_pe_dist_coef, config.value_pe_angle_coef
+    encoding = ValueEncoding(w_dist, w_angle, value_bases(config, 0), *factors)
+    return framed_attention(q, k, v, a, batch.rows, frames, encoding, implementation)
+
+
+def random_inputs(config: ModelConfig, num_atoms: int, seed: int = 0) -> dict[str, jax.Array]:
+    """Draws q, k [N, H, d_k], v [N, H, d_v], a [N, H] (1/Å^2) and the projections of a block, of the order of one."""
+    rng, heads = np.random.default_rng(seed), config.head_num
+    distances, angles = value_bases(config, 0).sizes
+    shapes: dict[str, tuple[int, ...]] = {name: (num_atoms, heads, config.k_dim) for name in "qk"}
+    shapes["v"] = (num_atoms, heads, config.v_dim)
+    shapes |= {"w_dist": (heads, config.v_dim, distances), "w_angle": (3, heads, config.v_dim, angles)}
+    inputs = {name: rng.normal(size=shape) for name, shape in shapes.items() if math.prod(shape)}
+    inputs["a"] = -rng.uniform(0.5, 1.5, (num_atoms, heads)) / (2 * config.scale_of_block(0) ** 2)
+    return {name: jnp.asarray(x, config.dtype) for name, x in inputs.items()}
+
+
+# Records
 
 
 def describe_case(case: Case, batch: Batch) -> Record:
-    """How large a case is and how full its arrays are."""
-    size, fill = floor.Size.of(batch), fill_factors(batch)
+    """Tells how large a case is and how full its arrays are."""
+    size, fill = roofline.Size.of(batch), fill_factors(batch)
     return {
         "case": case.name,
-        "crystals": size.crystals,
-        "atoms": size.atoms,
-        "neighbors": size.neighbors,
+        **dataclasses.asdict(size),
         "neighbors_per_atom": size.neighbors / size.atoms,
         "padded_atoms": len(batch.species),
         "row_length": batch.rows.row_length,
@@ -72,69 +157,66 @@ def describe_case(case: Case, batch: Batch) -> Record:
     }
 
 
-def program(measure: str, variant: Variant, batch: Batch, implementation: Implementation) -> Program:
-    """The program of a measure."""
-    if measure == "train step":
-        return train_step_program(variant, batch, implementation)
-    if measure == "forward":
-        return forward_program(variant, batch, implementation)
-    return attention_program(variant, batch, implementation, backward=measure != "attention")
-
-
-def work_of(measure: str, variant: Variant, size: floor.Size) -> floor.Work:
-    """The least work of a measure."""
-    model = variant.model
-    if measure == "train step":
-        return floor.train_step(model, size, count_parameters(variant.state.params))
-    if measure == "forward":
-        return floor.forward(model, size)
-    backward = measure != "attention"
-    work = floor.attention(model, size, training=backward)
-    return work + floor.attention_backward(model, size) if backward else work
+def measure_case(
+    case: Case,
+    batch: Batch,
+    measure: str,
+    variants: Sequence[Variant],
+    implementations: Sequence[Implementation],
+    ceilings: roofline.Work,
+    rounds: int = 0,
+    seconds: float = 20.0,
+) -> list[Record]:
+    """Measures one batch with every variant and implementation in turns, see `take_turns`."""
+    size, keys = roofline.Size.of(batch), list(itertools.product(variants, implementations))
+    programs, works = zip(*(make_program(measure, variant, batch, kind) for variant, kind in keys), strict=True)
+    found = take_turns(programs, rounds, seconds)
+    timings = {(variant.name, kind): timing for (variant, kind), timing in zip(keys, found, strict=True)}
+    records = []
+    for (variant, implementation), timing, work in zip(keys, found, works, strict=True):
+        median, memory, floor = timing.median, timing.memory_bytes, work.seconds(ceilings)
+        record = {
+            "case": case.name,
+            "measure": measure,
+            "variant": variant.name,
+            "implementation": implementation,
+            "rounds": len(timing.seconds),
+            "median_s": median,
+            "shortest_s": min(timing.seconds) if median else None,
+            "crystals_per_s": size.crystals / median if median else None,
+            "atoms_per_s": size.atoms / median if median else None,
+            "compile_s": timing.compile_seconds,
+            "memory_bytes": memory,
+            "memory_bytes_per_crystal": memory / size.crystals if memory else None,
+            "memory_bytes_per_atom": memory / size.atoms if memory else None,
+            "peak_device_bytes": (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
+            **dataclasses.asdict(work),
+            "floor_s": floor,
+            "share_of_floor": floor / median if median else None,
+            "ratio_to_crystalformer": timing.ratio_to(timings.get((BASELINE, implementation))),
+            "ratio_to_xla": timing.ratio_to(timings.get((variant.name, "xla"))),
+            "failure": timing.failure,
+        }
+        records.append(record)
+    return records
 
 
 def over_atoms(records: Sequence[Record], cases: Sequence[Record]) -> list[Record]:
-    """Log-log slope of the time over the number of atoms of the supercells, wherever there are two or more."""
+    """Finds the log-log slope of the time over the number of atoms of the supercells, where there are two or more."""
     atoms = {case["case"]: case["atoms"] for case in cases if case["crystals"] == 1}
-    found: dict[tuple[str, str, str], list[tuple[int, float]]] = {}
+    names, found = ("measure", "variant", "implementation"), dict[tuple, dict[int, float]]()
     for record in records:
         if record["case"] in atoms and record["median_s"] is not None:
-            key = (record["measure"], record["variant"], record["implementation"])
-            found.setdefault(key, []).append((atoms[record["case"]], record["median_s"]))
+            seconds = found.setdefault(tuple(record[name] for name in names), {})
+            seconds[atoms[record["case"]]] = record["median_s"]
     return [
-        dict(zip(("measure", "variant", "implementation"), key, strict=True))
-        | {"atoms": [n for n, _ in points], "slope": slope(*zip(*points, strict=True))}
-        for key, points in found.items()
-        if len(points) > 1
+        dict(zip(names, key, strict=True))
+        | {"atoms": list(seconds), "slope": slope(list(seconds), list(seconds.values()))}
+        for key, seconds in found.items()
+        if len(seconds) > 1
     ]
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> float:
-    """Exponent p of y = c x^p by least squares of the logarithms."""
+    """Fits the exponent p of y = c x^p by least squares of the logarithms."""
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
-
-
-def peak_device_bytes() -> int | None:
-    """Largest memory in use on the device since the process started; None where the device does not count it."""
-    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-
-
-def _numbers(timing: Timing, size: floor.Size, work: floor.Work, floor_seconds: float) -> Record:
-    median, memory = timing.median, timing.memory_bytes
-    return {
-        "rounds": len(timing.seconds),
-        "median_s": median,
-        "shortest_s": min(timing.seconds) if median else None,
-        "crystals_per_s": size.crystals / median if median else None,
-        "atoms_per_s": size.atoms / median if median else None,
-        "compile_s": timing.compile_seconds,
-        "memory_bytes": memory,
-        "memory_bytes_per_crystal": memory / size.crystals if memory else None,
-        "memory_bytes_per_atom": memory / size.atoms if memory else None,
-        "peak_device_bytes": peak_device_bytes(),
-        "exponentials": work.exponentials,
-        "flops": work.flops,
-        "bytes": work.bytes,
-        "floor_s": floor_seconds,
-        "share_of_floor": floor_seconds / median if median else None,
-    }

@@ -1,104 +1,155 @@
 """Tables of what was measured."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from benchmarking.measure import ATTENTION, STEPS
+from benchmarking.measure import ATTENTION, STEPS, Record
 from crystalframer_jax.text import table
 
-NAMES = ["case", "variant", "implementation"]
+
+class Column(NamedTuple):
+    """A column of a table: what it is called and the entry of a record that it shows."""
+
+    title: str
+    key: str
+    form: str = "s"  # texts stand first in a table, aligned left
+    unit: float = 1
+
+    def text(self, record: Record) -> str:
+        """Writes an entry, or - if there is none."""
+        value = record[self.key]
+        return "-" if value is None else format(value if self.unit == 1 else value / self.unit, self.form)
 
 
-def print_header(results: dict[str, Any]) -> None:
-    """Where and when."""
-    print(f"{results['device']}, {results['cores']} cores, JAX {results['jax']}, {results['date']}")
+NAMES = [Column(name, name) for name in ("case", "variant", "implementation")]
+MEASURES = [
+    Column("rounds", "rounds", "d"),
+    Column("median ms", "median_s", ",.2f", 1e-3),
+    Column("crystals/s", "crystals_per_s", ",.1f"),
+    Column("atoms/s", "atoms_per_s", ",.0f"),
+    Column("/ Crystalformer", "ratio_to_crystalformer", ".2f"),
+    Column("compile s", "compile_s", ".1f"),
+    Column("MB", "memory_bytes", ",.0f", 1e6),
+    Column("MB/crystal", "memory_bytes_per_crystal", ",.2f", 1e6),
+    Column("kB/atom", "memory_bytes_per_atom", ",.1f", 1e3),
+    Column("floor ms", "floor_s", ",.2f", 1e-3),
+    Column("share of floor", "share_of_floor", ".1f", 0.01),
+]
+TO_XLA = Column("/ xla", "ratio_to_xla", ".2f")
+CASES = [
+    Column("case", "case"),
+    Column("crystals", "crystals", ",d"),
+    Column("atoms", "atoms", ",d"),
+    Column("neighbors per atom", "neighbors_per_atom", ".0f"),
+    Column("atoms filled", "atoms_filled", ".0%"),
+    Column("neighbors filled", "neighbors_filled", ".0%"),
+    Column("columns filled", "columns_filled", ".0%"),
+]
+SLOPES = [
+    Column("time ~ atoms^p", "measure"),
+    *NAMES[1:],
+    Column("from atoms", "least", ",d"),
+    Column("to atoms", "most", ",d"),
+    Column("p", "slope", ".2f"),
+]
+SHARED = [  # where devices share cores
+    Column("/ min(devices, cores)", "efficiency_of_cores", ".0%"),
+    Column("core s", "core_s", ".2f"),
+    Column("of core s", "efficiency_of_core_s", ".0%"),
+    Column("cores busy", "cores_busy", ".2f"),
+]
+DEVICES = [
+    Column("devices", "devices", "d"),
+    Column("crystals", "crystals", ",d"),
+    Column("rounds", "rounds", "d"),
+    Column("step ms", "median_s", ",.1f", 1e-3),
+    Column("crystals/s", "crystals_per_s", ",.1f"),
+    Column("speed-up", "speed_up", ".2f"),
+    Column("/ devices", "efficiency", ".0%"),
+    *SHARED,
+    Column("sum ms", "sum_s", ".2f", 1e-3),
+    Column("balance", "balance", ".3f"),
+    Column("atoms filled", "atoms_filled", ".0%"),
+    Column("neighbors filled", "neighbors_filled", ".0%"),
+    Column("compile s", "compile_s", ".1f"),
+    Column("MB", "memory_bytes", ",.0f", 1e6),
+]
+CHECK = [
+    Column("series", "series"),
+    Column("devices", "devices", "d"),
+    Column("crystals", "crystals", "d"),
+    Column("measured ms", "median_s", ",.0f", 1e-3),
+    Column("predicted ms", "predicted_s", ",.0f", 1e-3),
+    Column("predicted / measured", "predicted_to_measured", ".2f"),
+]
+CHECK_OF_CORES = [
+    Column("measured core s", "core_s", ".2f"),
+    Column("predicted core s", "predicted_core_s", ".2f"),
+    Column("predicted / measured", "predicted_to_measured_core_s", ".2f"),
+]
+DEVICE_SERIES = {
+    "strong": "strong scaling: the same crystals on more devices",
+    "weak": "weak scaling: as many crystals for each device",
+}
 
 
-def print_pipeline(results: dict[str, Any]) -> None:
-    """Preparation, storage and batches per second."""
+def show(title: str, columns: Sequence[Column], records: Sequence[Record]) -> None:
+    """Prints a table with a row for each record."""
+    rows = [[column.text(record) for column in columns] for record in records]
+    num_left = sum(column.form == "s" for column in columns)
+    print(f"\n{title}\n" + table([column.title for column in columns], rows, num_left))
+
+
+def show_numbers(title: str, numbers: dict[str, float], unit: float = 1) -> None:
+    """Prints names and numbers."""
+    print("\n" + table([title, ""], [[name, f"{number / unit:,.1f}"] for name, number in numbers.items()]))
+
+
+def print_pipeline(results: Record) -> None:
+    """Prints preparation, storage and batches per second."""
     for part in ("preparation", "storage"):
         if part in results:
-            rows = [[key, f"{value:,.1f}"] for key, value in results[part].items()]
-            print("\n" + table([f"{part}, {results['target_set']}", ""], rows))
-    header = ["batches per s", *(f"{found['crystals']} crystals" for found in results["batches"])]
-    rows = [
-        [way, *(f"{found['batches per s'][way]:,.0f}" for found in results["batches"])]
-        for way in results["batches"][0]["batches per s"]
-    ]
-    rows += [
-        [f"{what} filled", *(f"{found['fill'][what]:.0%}" for found in results["batches"])]
-        for what in results["batches"][0]["fill"]
-    ]
-    print("\n" + table(header, rows))
+            show_numbers(f"{part}, {results['target_set']}", results[part])
+    found = results["batches"]
+    rows = [[way, *(f"{each['batches per s'][way]:,.0f}" for each in found)] for way in found[0]["batches per s"]]
+    rows += [[f"{what} filled", *(f"{each['fill'][what]:.0%}" for each in found)] for what in found[0]["fill"]]
+    print("\n" + table(["batches per s", *(f"{each['crystals']} crystals" for each in found)], rows))
 
 
-def print_ceilings(ceilings: dict[str, float]) -> None:
-    """What the device reaches at best."""
-    rows = [[f"10⁹ {name}", f"{rate / 1e9:,.1f}"] for name, rate in ceilings.items()]
-    print("\n" + table(["measured ceilings", ""], rows))
-
-
-def print_cases(cases: Sequence[dict[str, Any]]) -> None:
-    """Sizes and padding."""
-    header = ["case", "crystals", "atoms", "neighbors per atom", "atoms filled", "neighbors filled", "columns filled"]
-    rows = [
-        [case["case"], f"{case['crystals']:,}", f"{case['atoms']:,}", f"{case['neighbors_per_atom']:.0f}"]
-        + [f"{case[what]:.0%}" for what in ("atoms_filled", "neighbors_filled", "columns_filled")]
-        for case in cases
-    ]
-    print("\n" + table(header, rows))
-
-
-def print_progress(records: Sequence[dict[str, Any]]) -> None:
-    """A line for each record, as soon as it is there."""
+def print_progress(records: Sequence[Record]) -> None:
+    """Prints a line for each record, as soon as it is there."""
     for record in records:
-        found = f"{_text(record['median_s'], 1e-3, ',.2f')} ms" if not record["failure"] else record["failure"]
+        found = record["failure"] or f"{record['median_s'] * 1e3:,.2f} ms"
         print(f"    {record['variant']} {record['implementation']}: {found}", flush=True)
 
 
-def print_line(text: str) -> None:
-    """A line of progress."""
-    print(f"    {text}", flush=True)
-
-
-def print_measures(records: Sequence[dict[str, Any]]) -> None:
-    """One table for each measure; failures below it."""
+def print_models(results: Record) -> None:
+    """Prints ceilings, cases, one table for each measure with the failures below it, and growth with the atoms."""
+    show_numbers("measured ceilings, in 10⁹", results["ceilings"], 1e9)
+    show("cases", CASES, results["cases"])
     for measure in (*STEPS, *ATTENTION):
-        chosen = [record for record in records if record["measure"] == measure]
-        if not chosen:
-            continue
-        columns = [*COLUMNS, TO_XLA] if {record["implementation"] for record in chosen} - {"xla"} else COLUMNS
-        header = [*NAMES, *(title for title, *_ in columns)]
-        rows = [
-            [record[name] for name in NAMES] + [_text(record[key], scale, form) for _, key, scale, form in columns]
-            for record in chosen
-        ]
-        print(f"\n{measure}\n" + table(header, rows, num_left=len(NAMES)))
-        failures: dict[str, list[str]] = {}
-        for record in chosen:
-            if record["failure"]:
-                failures.setdefault(record["failure"], []).append(" ".join(record[name] for name in NAMES))
-        for reason, where in failures.items():
-            print(f"failed: {', '.join(where)}: {reason}")
-
-
-def print_over_atoms(slopes: Sequence[dict[str, Any]]) -> None:
-    """Growth of the time with the number of atoms."""
+        chosen = [record for record in results["measurements"] if record["measure"] == measure]
+        if chosen:
+            print_measure(measure, chosen)
+    slopes = [found | {"least": min(found["atoms"]), "most": max(found["atoms"])} for found in results["atoms"]]
     if slopes:
-        header = ["time ~ atoms^p", "variant", "implementation", "atoms", "p"]
-        rows = [
-            [
-                *(found[name] for name in ("measure", "variant", "implementation")),
-                f"{min(found['atoms']):,} to {max(found['atoms']):,}",
-                f"{found['slope']:.2f}",
-            ]
-            for found in slopes
-        ]
-        print("\n" + table(header, rows, num_left=3))
+        show("growth with the number of atoms", SLOPES, slopes)
+
+
+def print_measure(title: str, records: Sequence[Record]) -> None:
+    """Prints the table of a measure and, once for each reason, what failed."""
+    kinds = {record["implementation"] for record in records}
+    show(title, [*NAMES, *MEASURES, *([TO_XLA] if kinds - {"xla"} else [])], records)
+    failures: dict[str, list[str]] = {}
+    for record in records:
+        if record["failure"]:
+            failures.setdefault(record["failure"], []).append(" ".join(record[name.key] for name in NAMES))
+    for reason, where in failures.items():
+        print(f"failed: {', '.join(where)}: {reason}")
 
 
 def print_devices(results: dict[str, Any]) -> None:
-    """Scaling over devices: the measured steps, the model on paper, and how well its arithmetic fits the former."""
+    """Prints scaling over devices: the measured steps, and how well a prediction fits them."""
     cores, forced = results["shared_cores"], results["forced_cpu_devices"]
     print(f"\n{results['variant']} {results['implementation']}, gradients of {results['gradient_bytes'] / 1e6:.2f} MB")
     if forced:
@@ -106,103 +157,13 @@ def print_devices(results: dict[str, Any]) -> None:
             f"{forced} forced CPU devices share {cores} cores: no speed-up beyond {cores} can show. What can: how even "
             "shares are,\nand what sharing out, summing and running several devices cost at equal work."
         )
-    columns = [column for column in DEVICE_COLUMNS if cores or column not in SHARED_COLUMNS]
     for series, title in DEVICE_SERIES.items():
         chosen = [record for record in results["steps"] if record["series"] == series]
-        rows = [[_text(record[key], scale, form) for _, key, scale, form in columns] for record in chosen]
-        print(f"\n{title}\n" + table([name for name, *_ in columns], rows, num_left=0))
+        show(title, [column for column in DEVICES if cores or column not in SHARED], chosen)
         for record in chosen:
             if record["failure"]:
                 print(f"failed: {record['devices']} devices, {record['crystals']} crystals: {record['failure']}")
     if results["fit"]:
-        fixed, each = results["fit"]["fixed"], results["fit"]["per_crystal"]
-        print(f"\none device: {fixed * 1e3:.3g} ms + {each * 1e3:.3g} ms for each crystal; steps predicted from that:")
-        checked = CHECK_COLUMNS if cores else CHECK_COLUMNS[:-3]
-        rows = [
-            [row["series"], *(_text(row[key], scale, form) for _, key, scale, form in checked)]
-            for row in results["check"]
-        ]
-        print(table(["series", *(name for name, *_ in checked)], rows))
-    print_paper(results["paper"])
-
-
-def print_paper(paper: dict[str, Any]) -> None:
-    """The model on paper, a table for each batch size."""
-    fixed, each = paper["compute"]["fixed"], paper["compute"]["per_crystal"]
-    origin = "measured here" if paper["compute"]["measured"] else "estimated, the least that a step can take"
-    print(f"\non paper: {fixed * 1e3:.3g} ms + {each * 1e6:.3g} µs for each crystal ({origin})")
-    first, *others = [network["name"] for network in paper["networks"]]
-    header = ["GPUs", "crystals", "balance", "compute ms", "MB sent", f"sum ms: {first}", *others]
-    header += [f"efficiency: {first}", *others, "share out ms", "step ms", "crystals/s", "efficiency", "packed"]
-    groups: list[tuple[str, list[list[str]]]] = []
-    for row in paper["rows"]:
-        if row["gpus"] == 1:
-            of = "in all" if row["series"] == "strong" else "for each GPU"
-            groups.append((f"{row['series']} scaling, {row['batch']:,} crystals {of}", []))
-        groups[-1][1].append(
-            [f"{row['gpus']:,}", f"{row['batch']:,}", f"{row['balance']:.2f}", _text(row["compute"], 1e-3, ".2f")]
-            + [_text(row["bytes"], 1e6, ".1f"), *(_text(x, 1e-3, ".2f") for x in row["sums"])]
-            + [f"{x:.0%}" for x in row["efficiency_on_gpus"]]
-            + [_text(row["sharing"], 1e-3, ".1f"), _text(row["step"], 1e-3, ".2f"), f"{row['crystals_per_s']:,.0f}"]
-            + [f"{row[x]:.0%}" for x in ("efficiency", "packed_efficiency")]
-        )
-    for title, rows in groups:
-        print(f"\n{title}\n" + table(header, rows, num_left=0))
-
-
-COLUMNS = [  # title, key of the record, what it is divided by, format
-    ("rounds", "rounds", 1, "d"),
-    ("median ms", "median_s", 1e-3, ",.2f"),
-    ("crystals/s", "crystals_per_s", 1, ",.1f"),
-    ("atoms/s", "atoms_per_s", 1, ",.0f"),
-    ("/ Crystalformer", "ratio_to_crystalformer", 1, ".2f"),
-    ("compile s", "compile_s", 1, ".1f"),
-    ("MB", "memory_bytes", 1e6, ",.0f"),
-    ("MB/crystal", "memory_bytes_per_crystal", 1e6, ",.2f"),
-    ("kB/atom", "memory_bytes_per_atom", 1e3, ",.1f"),
-    ("floor ms", "floor_s", 1e-3, ",.2f"),
-    ("share of floor", "share_of_floor", 0.01, ".1f"),
-]
-DEVICE_SERIES = {
-    "strong": "strong scaling: the same crystals on more devices",
-    "weak": "weak scaling: as many crystals for each device",
-}
-SHARED_COLUMNS = [  # where devices share cores
-    ("/ min(devices, cores)", "efficiency_of_cores", 1, ".0%"),
-    ("core s", "core_s", 1, ".2f"),
-    ("of core s", "efficiency_of_core_s", 1, ".0%"),
-    ("cores busy", "cores_busy", 1, ".2f"),
-]
-DEVICE_COLUMNS = [
-    ("devices", "devices", 1, "d"),
-    ("crystals", "crystals", 1, ",d"),
-    ("rounds", "rounds", 1, "d"),
-    ("step ms", "median_s", 1e-3, ",.1f"),
-    ("crystals/s", "crystals_per_s", 1, ",.1f"),
-    ("speed-up", "speed_up", 1, ".2f"),
-    ("/ devices", "efficiency", 1, ".0%"),
-    *SHARED_COLUMNS,
-    ("sum ms", "sum_s", 1e-3, ".2f"),
-    ("balance", "balance", 1, ".3f"),
-    ("atoms filled", "atoms_filled", 1, ".0%"),
-    ("neighbors filled", "neighbors_filled", 1, ".0%"),
-    ("compile s", "compile_s", 1, ".1f"),
-    ("MB", "memory_bytes", 1e6, ",.0f"),
-]
-CHECK_COLUMNS = [
-    ("devices", "devices", 1, "d"),
-    ("crystals", "crystals", 1, "d"),
-    ("measured ms", "median_s", 1e-3, ",.0f"),
-    ("predicted ms", "predicted_s", 1e-3, ",.0f"),
-    ("predicted / measured", "predicted_to_measured", 1, ".2f"),
-    ("measured core s", "core_s", 1, ".2f"),
-    ("predicted core s", "predicted_core_s", 1, ".2f"),
-    ("predicted / measured", "predicted_to_measured_core_s", 1, ".2f"),
-]
-TO_XLA = ("/ xla", "ratio_to_xla", 1, ".2f")
-
-
-def _text(value: float | None, scale: float, form: str) -> str:
-    if value is None:
-        return "-"
-    return format(value if scale == 1 else value / scale, form)
+        fixed, each = results["fit"]["fixed"] * 1e3, results["fit"]["per_crystal"] * 1e3
+        title = f"one device: {fixed:.3g} ms + {each:.3g} ms for each crystal; steps predicted from that:"
+        show(title, [*CHECK, *(CHECK_OF_CORES if cores else [])], results["check"])

@@ -17,12 +17,12 @@ LEAST_ROUNDS, MOST_ROUNDS = 5, 50
 class Program:
     """A function that is compiled for its arguments and run again and again.
 
-    `advance(arguments, result)` gives the arguments of the next run where a run consumes its own; None: they stay.
+    `advance(arguments, result)` gives the arguments of the next run, where a run consumes its own.
     """
 
     function: Any  # as jax.jit returns it
     arguments: Callable[[], tuple]
-    advance: Callable[[tuple, Any], tuple] | None = None
+    advance: Callable[[tuple, Any], tuple] = lambda arguments, result: arguments
 
 
 @dataclasses.dataclass
@@ -30,6 +30,7 @@ class Timing:
     """What was measured of a program; `failure` says why there is nothing."""
 
     seconds: list[float] = dataclasses.field(default_factory=list)  # of each round
+    core_seconds: list[float] = dataclasses.field(default_factory=list)  # that cores spent on the process meanwhile
     compile_seconds: float | None = None  # tracing, lowering and compiling
     memory_bytes: int | None = None  # arguments, outputs and temporaries, shared buffers once
     failure: str = ""
@@ -39,6 +40,11 @@ class Timing:
         """Median seconds of a run."""
         return float(np.median(self.seconds)) if self.seconds and not self.failure else None
 
+    @property
+    def core_median(self) -> float | None:
+        """Median core-seconds of a run."""
+        return float(np.median(self.core_seconds)) if self.median else None
+
     def ratio_to(self, other: "Timing | None") -> float | None:
         """Median over the rounds of how many times longer this took than the other; None without one of them."""
         if other is None or self.median is None or other.median is None:
@@ -47,7 +53,7 @@ class Timing:
 
 
 def take_turns(programs: Sequence[Program], rounds: int = 0, seconds: float = 20.0) -> list[Timing]:
-    """Compile every program, run each once to warm up, then measure them in turns.
+    """Compiles every program, runs each once to warm up, then measures them in turns.
 
     `rounds` 0: as many as fit into `seconds`, from 5 to 50. A program that fails, whatever the reason (no memory, not
     available on this device), gets a `failure` and the others go on.
@@ -64,33 +70,32 @@ def take_turns(programs: Sequence[Program], rounds: int = 0, seconds: float = 20
             timings[i].memory_bytes = memory_bytes(compiled)
             ready[i] = compiled, arguments
 
-    def run(i: int) -> float | None:
-        """Seconds of one run of a program; None if it fails."""
+    def run(i: int) -> None:
+        """Runs a program; one that fails is not ready any more."""
         compiled, arguments = ready.pop(i)
         with reported(timings[i]):
-            start = time.perf_counter()
+            start, core_start = time.perf_counter(), time.process_time()
             result = jax.block_until_ready(compiled(*arguments))
-            taken = time.perf_counter() - start
-            advance = programs[i].advance
-            ready[i] = compiled, advance(arguments, result) if advance else arguments
-            return taken
-        return None
+            timings[i].seconds.append(time.perf_counter() - start)
+            timings[i].core_seconds.append(time.process_time() - core_start)
+            ready[i] = compiled, programs[i].advance(arguments, result)
 
     start = time.perf_counter()
     for i in list(ready):
         run(i)
     warm_up = time.perf_counter() - start
+    for timing in timings:
+        timing.seconds.clear()
+        timing.core_seconds.clear()
     for _ in range(rounds or int(np.clip(seconds / max(warm_up, 1e-6), LEAST_ROUNDS, MOST_ROUNDS))):
         for i in list(ready):
-            taken = run(i)
-            if taken is not None:
-                timings[i].seconds.append(taken)
+            run(i)
     return timings
 
 
 @contextlib.contextmanager
 def reported(timing: Timing) -> Iterator[None]:
-    """Write the first line of what goes wrong inside into a timing."""
+    """Writes the first line of what goes wrong inside into a timing."""
     try:
         yield
     except Exception as error:  # of many kinds: the compiler, the allocator, an implementation that is not there
@@ -100,7 +105,7 @@ def reported(timing: Timing) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_compilation_cache() -> Iterator[None]:
-    """Compile anew, whatever earlier processes have compiled."""
+    """Compiles anew, whatever earlier processes have compiled."""
     switch = "jax_enable_compilation_cache"
     before = getattr(jax.config, switch)
     jax.config.update(switch, False)
@@ -113,7 +118,7 @@ def without_compilation_cache() -> Iterator[None]:
 
 
 def memory_bytes(compiled: Any) -> int | None:
-    """Bytes of arguments, outputs and temporaries of a compiled program; None where the compiler does not say."""
+    """Adds up arguments, outputs and temporaries of a compiled program; None where the compiler does not say."""
     found = compiled.memory_analysis()
     if found is None:
         return None

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from benchmarking.cases import find_case
+from benchmarking import cases
 from dense_sums import dense_sums
 from support import atom_places, batch_of, primitive, random_crystal, random_rotation, random_variables, small_config
 
@@ -308,7 +308,7 @@ def test_kernels_find_a_frame_where_scores_round_differently(factor):
 def model_gradient(kind, sharded=False):
     """Predictions of a small model, for a case of the benchmark, and their gradient, for one implementation."""
     config = small_config(num_layers=1)
-    batch = find_case("supercell-40").batch()
+    batch = cases.CASES["supercell-40"].batch()
     model, variables = CrystalFramer(config, kind), random_variables(config)
 
     def loss(params, batch):

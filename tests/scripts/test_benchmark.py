@@ -7,24 +7,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from benchmarking import floor, report
-from benchmarking.cases import CASES, SMALL, find_case, unit_cell
-from benchmarking.measure import describe_case, measure_case, over_atoms, slope
-from benchmarking.model import Variant, attention_program
+from benchmarking import report, roofline
+from benchmarking.cases import CASES, SMALL, unit_cell
+from benchmarking.measure import ATTENTION, Variant, describe_case, make_program, measure_case, over_atoms, slope
 from benchmarking.timing import Program, Timing, take_turns
 from support import batch_of, random_crystal, random_variables, small_config
 
 from crystalframer_jax.batching.batch import Batch, Rows, pack
 from crystalframer_jax.batching.shapes import shape_for
 from crystalframer_jax.batching.table import make_table
-from crystalframer_jax.config import ConfigError
 from crystalframer_jax.configs import default
 from crystalframer_jax.configs.variants import VARIANTS, with_variant
 from crystalframer_jax.model.layers import Dense
 from crystalframer_jax.structures.neighbors import neighbor_rows
 from crystalframer_jax.training.layer_names import count_parameters
 
-CEILINGS = floor.Work(1e9, 1e10, 1e10)
+CEILINGS = roofline.Work(1e9, 1e10, 1e10)
 
 
 def small(variant):
@@ -38,7 +36,7 @@ def small(variant):
 
 
 def test_a_supercell_is_the_repeated_cell_slightly_displaced():
-    case = find_case("supercell-40")
+    case = CASES["supercell-40"]
     batch, cell = case.batch(), unit_cell()
     assert batch.species.shape == (40,) and batch.crystal_sizes.tolist() == [40]
     assert sorted(batch.species) == sorted(np.tile(cell.species, 8))
@@ -57,8 +55,6 @@ def test_supercells_have_as_many_atoms_as_their_name_says(name):
 def test_names_of_bundled_cases_are_batch_sizes():
     sizes = {name: case.batch_size for name, case in CASES.items() if name.startswith("bundled")}
     assert all(name == f"bundled-{size}" for name, size in sizes.items()) and set(SMALL) <= set(CASES)
-    with pytest.raises(ConfigError, match=r"'bundled-5'.*bundled-64"):
-        find_case("bundled-5")
 
 
 # The least work
@@ -122,13 +118,13 @@ def test_the_counts_are_those_of_the_lattice_sums_less_what_a_single_sweep_saves
     chosen = Variant(variant, with_variant(default.get_config(), variant))
     N, M = 64, 40
     batch = full_rows(N, M)
-    size = floor.Size.of(batch)
-    assert size == floor.Size(N, 1, N * M)
-    programs = [attention_program(chosen, batch, "xla", backward) for backward in (False, True)]
+    size = roofline.Size.of(batch)
+    assert size == roofline.Size(N, 1, N * M)
+    programs = [make_program(measure, chosen, batch, "xla") for measure in ATTENTION]
     model, E = chosen.model, N * M
     H = model.head_num
-    forward, both = (operations(program.function, *program.arguments()) for program in programs)
-    work, back = floor.attention(model, size), floor.attention_backward(model, size)
+    forward, both = (operations(program.function, *program.arguments()) for program, _ in programs)
+    work, back = roofline.attention(model, size), roofline.attention_backward(model, size)
 
     # The softmax is evaluated twice (its sum, then the weights), the angle factors also for the atom itself.
     factors = {"default": 16, "lightweight": 10, "crystalformer": 0}[variant]
@@ -150,7 +146,7 @@ def test_the_counts_of_dense_layers_are_those_of_the_compiler():
     def analysed(function, *arguments):
         return jax.jit(function).lower(*arguments).compile().cost_analysis()
 
-    forward, back = floor.dense(rows, inputs, outputs), floor.dense_backward(rows, inputs, outputs)
+    forward, back = roofline.dense(rows, inputs, outputs), roofline.dense_backward(rows, inputs, outputs)
     found = analysed(layer.apply, variables, x)
     assert found["flops"] == pytest.approx(forward.flops, rel=1e-3)
     assert found["bytes accessed"] >= forward.bytes == 4 * (x.size + rows * outputs + (inputs + 1) * outputs)
@@ -162,8 +158,9 @@ def test_the_model_is_counted_layer_by_layer():
     """The parameters of the layers that are counted, and those that are known to be left out, are all there are."""
     config = small_config()
     params = random_variables(config)["params"]
-    counted = sum((i + 1) * o for i, o in floor.block_layers(config)) * config.num_layers
-    counted += sum((i + 1) * o for i, o in floor.head_layers(config))
+    layers = roofline.dense_layers(config, roofline.Size(10, 2, 800))
+    assert [rows for rows, _, _ in layers] == [10] * 4 * config.num_layers + [2] * (len(config.embedding_dim) + 1)
+    counted = sum((i + 1) * o for _, i, o in layers)
     H, dk, dv = config.head_num, config.k_dim, config.v_dim
     encodings = H * dv * (config.value_pe_dist_real + 3 * config.value_pe_angle_real) + H * dk
     embedding = 98 * config.model_dim
@@ -172,28 +169,28 @@ def test_the_model_is_counted_layer_by_layer():
 
 def test_work_grows_with_the_neighbors_and_training_costs_more_than_twice_a_prediction():
     config = small_config()
-    small, large = floor.Size(10, 2, 800), floor.Size(20, 4, 1600)
-    for work in (floor.attention, floor.attention_backward, floor.forward):
+    small, large = roofline.Size(10, 2, 800), roofline.Size(20, 4, 1600)
+    for work in (roofline.attention, roofline.attention_backward, roofline.forward):
         for field in ("exponentials", "flops"):
             assert getattr(work(config, large), field) == pytest.approx(2 * getattr(work(config, small), field))
-    step, forward = floor.train_step(config, small, 1000), floor.forward(config, small)
+    step, forward = roofline.train_step(config, small, 1000), roofline.forward(config, small)
     assert step.exponentials == 2 * forward.exponentials
     assert 2 * forward.flops < step.flops < 4 * forward.flops and step.bytes > 2 * forward.bytes
 
 
 def test_the_floor_is_set_by_the_scarcest_of_three():
-    work = floor.Work(10, 100, 1000)
-    assert work.seconds(floor.Work(1, 100, 1000)) == 10
-    assert work.seconds(floor.Work(10, 50, 1000)) == 2
-    assert work.seconds(floor.Work(10, 100, 250)) == 4
+    work = roofline.Work(10, 100, 1000)
+    assert work.seconds(roofline.Work(1, 100, 1000)) == 10
+    assert work.seconds(roofline.Work(10, 50, 1000)) == 2
+    assert work.seconds(roofline.Work(10, 100, 250)) == 4
 
 
 def test_padding_is_not_counted():
     crystal = random_crystal(np.random.default_rng(0), 3)
     packed, alone = batch_of([crystal] * 2, 4.0), batch_of([crystal], 4.0)
-    size = floor.Size.of(packed)
+    size = roofline.Size.of(packed)
     assert size.atoms == 6 < len(packed.species) and size.crystals == 2
-    assert size.neighbors == 2 * floor.Size.of(alone).neighbors == int((packed.rows.vector**2).any(-1).sum()) + 6
+    assert size.neighbors == 2 * roofline.Size.of(alone).neighbors == int((packed.rows.vector**2).any(-1).sum()) + 6
 
 
 # Timing
@@ -299,7 +296,7 @@ def test_the_slope_is_over_the_supercells_alone():
 @pytest.fixture(scope="module")
 def measured():
     """Small models on short rows, one implementation not available."""
-    cell, case = unit_cell(), find_case("supercell-40")
+    cell, case = unit_cell(), CASES["supercell-40"]
     table, indices = make_table([cell], [neighbor_rows(cell, 3.0)]), np.array([0])
     batch = pack(table, indices, shape_for(table, indices), np.zeros((1, 1)))
     variants = [small("lightweight"), small("crystalformer")]
@@ -327,8 +324,7 @@ def test_an_implementation_that_fails_is_reported_and_the_rest_is_measured(measu
     case, records = measured
     failed = [record for record in records if record["implementation"] == "none"]
     assert all("'none'" in record["failure"] and record["median_s"] is None for record in failed)
-    report.print_cases([case])
-    report.print_measures(records)
+    report.print_models({"ceilings": {}, "cases": [case], "measurements": records, "atoms": []})
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("supercell-40  lightweight") for line in lines) == 2
     told = [line for line in lines if line.startswith("failed: ")]
@@ -356,6 +352,7 @@ def test_the_script_writes_tables_and_json(script, tmp_path, capsys, monkeypatch
         ("--rounds=-1", "must be positive"),
         ("--json=missing/results.json", "no such folder"),
         ("--case=bundled", "choose"),
+        ("--case=bundled-5", "'bundled-64'"),
     ],
 )
 def test_bad_arguments_are_told_before_anything_is_measured(script, argument, words, capsys):
