@@ -13,7 +13,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pymatgen.core import Composition, DummySpecies, Element, Lattice, PeriodicSite, Site, Species, Structure
+from pymatgen.core import (
+    Composition,
+    DummySpecies,
+    Element,
+    IStructure,
+    Lattice,
+    PeriodicSite,
+    Site,
+    Species,
+    Structure,
+)
 
 from crystalframer_jax.data.io import pickles
 from crystalframer_jax.data.io.pickles import load_pickle
@@ -121,6 +131,32 @@ def test_names_of_other_versions(tmp_path):
         content = content.replace(new, old)
     loaded = load_pickle(stored(tmp_path, content))
     assert same(loaded, [np.float64(1.5), np.array([0, 2]), Species("Fe", 2)])
+
+
+def test_states_of_older_pymatgen(tmp_path):
+    crystal, species = structure(), Species("Fe", 3, spin=5)
+    for holder, key in ((species, "_spin"), (crystal, "_properties"), (crystal.lattice, "_pbc")):
+        del vars(holder)[key]
+    for site in crystal:
+        del vars(site)["_label"]
+    vars(species)["_properties"] = {"spin": 5}
+    loaded, iron = load_pickle(stored(tmp_path, pickle.dumps([crystal, species])))
+    assert (iron, iron.spin) == (Species("Fe", 3, spin=5), 5)
+    expected = structure()
+    expected.properties = {}
+    assert loaded == expected
+    assert (loaded.properties, loaded.lattice.pbc, loaded.labels) == ({}, (True, True, True), expected.labels)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_isotopes_and_immutable_structures(tmp_path, protocol):
+    values = [
+        Species("D", 1),
+        Species("Fe"),
+        DummySpecies("Xa", None, 2),
+        IStructure(Lattice.cubic(3), ["D"], [[0, 0, 0]], labels=["a"]),
+    ]
+    assert same(through(tmp_path, values, protocol), values)
 
 
 def test_elements_as_python_3_11_0_pickles_them(tmp_path):

@@ -255,7 +255,7 @@ def _lattice(new: bool, state: dict[str, Any]) -> core.Lattice:
 
 
 def _species(cls: Any, new: bool, state: dict[str, Any]) -> core.Species:
-    symbol = state["_symbol"] if cls is core.DummySpecies else state["_el"].symbol
+    symbol = state["_symbol"] if cls is core.DummySpecies else state["_el"].name  # its symbol is H for D
     older = state.get("_properties") or {}
     return cls(symbol, state["_oxi_state"], state.get("_spin", older.get("spin")))
 
