@@ -13,8 +13,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pymatgen.core import Composition, DummySpecies, Element, Lattice, PeriodicSite, Site, Species, Structure
+from pymatgen.core import (
+    Composition,
+    DummySpecies,
+    Element,
+    IStructure,
+    Lattice,
+    PeriodicSite,
+    Site,
+    Species,
+    Structure,
+)
 
+from crystalframer_jax.data.io import pickles
 from crystalframer_jax.data.io.pickles import load_pickle
 from crystalframer_jax.data.records import DataError
 
@@ -120,6 +131,32 @@ def test_names_of_other_versions(tmp_path):
         content = content.replace(new, old)
     loaded = load_pickle(stored(tmp_path, content))
     assert same(loaded, [np.float64(1.5), np.array([0, 2]), Species("Fe", 2)])
+
+
+def test_states_of_older_pymatgen(tmp_path):
+    crystal, species = structure(), Species("Fe", 3, spin=5)
+    for holder, key in ((species, "_spin"), (crystal, "_properties"), (crystal.lattice, "_pbc")):
+        del vars(holder)[key]
+    for site in crystal:
+        del vars(site)["_label"]
+    vars(species)["_properties"] = {"spin": 5}
+    loaded, iron = load_pickle(stored(tmp_path, pickle.dumps([crystal, species])))
+    assert (iron, iron.spin) == (Species("Fe", 3, spin=5), 5)
+    expected = structure()
+    expected.properties = {}
+    assert loaded == expected
+    assert (loaded.properties, loaded.lattice.pbc, loaded.labels) == ({}, (True, True, True), expected.labels)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_isotopes_and_immutable_structures(tmp_path, protocol):
+    values = [
+        Species("D", 1),
+        Species("Fe"),
+        DummySpecies("Xa", None, 2),
+        IStructure(Lattice.cubic(3), ["D"], [[0, 0, 0]], labels=["a"]),
+    ]
+    assert same(through(tmp_path, values, protocol), values)
 
 
 def test_elements_as_python_3_11_0_pickles_them(tmp_path):
@@ -291,6 +328,13 @@ def hostile(canary: Path) -> dict[str, bytes]:
         "instance": b"(S'true'\nios\nsystem\n.",
         "object": b"(" + STRUCTURE + b"o.",
         "outside buffer": b"\x97.",
+        "huge memo": b"Nr\xff\xff\xff\x7f.",
+        "huge memo as text": b"Np99999999999\n.",
+        "class of an object": STRUCTURE + b")\x81N}" + text("__class__") + LATTICE + b"s\x86b.",
+        "formula for a composition": named("pymatgen.core.composition", "Composition") + b")\x81}" + text("_data")
+        + text("Fe") + b"sb.",
+        "sites of another kind": STRUCTURE + b")\x81}(" + text("_lattice") + b"]((K\x01K\x00K\x00t(K\x00K\x01K\x00t"
+        + b"(K\x00K\x00K\x01te" + text("_sites") + b"]K\x01aub.",
     }  # fmt: skip
 
 
@@ -308,6 +352,35 @@ def test_misuse_of_what_is_allowed(tmp_path, case):
     assert Element.Fe.Z == 26
     assert np.dtype("f8").str == "<f8"
     assert np.dtype("f8").hasobject is False
+
+
+def test_a_cached_extension_is_refused(tmp_path, monkeypatch):
+    canary = tmp_path / "canary"
+    monkeypatch.setitem(copyreg._extension_cache, 240, os.system)
+    monkeypatch.setitem(copyreg._inverted_registry, 240, ("os", "system"))
+    with pytest.raises(DataError, match="asks for the instruction EXT1"):
+        load_pickle(stored(tmp_path, b"\x80\x05\x82\xf0" + text(f"touch {canary}") + b"\x85R."))
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        named("collections", "OrderedDict") + b")R\x94" + text("a") + b"h\x00s.",
+        b"]\x94(" + named("builtins", "set") + b"h\x00\x85Re.",
+        b"]" * 100_000 + b"a" * 99_999 + b".",
+    ],
+    ids=["OrderedDict", "set", "depth"],
+)
+def test_objects_that_contain_themselves_and_great_depth(tmp_path, content):
+    with pytest.raises(DataError, match="RecursionError"):
+        load_pickle(stored(tmp_path, b"\x80\x05" + content))
+
+
+def test_a_file_that_is_too_large(tmp_path, monkeypatch):
+    monkeypatch.setattr(pickles, "MAX_BYTES", 10)
+    with pytest.raises(DataError, match=r"has 20 bytes, over 10; split it"):
+        load_pickle(stored(tmp_path, pickle.dumps("0123456789", 2)))
 
 
 def test_the_classes_themselves_never_come_out(tmp_path):

@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import requests
 from tqdm import tqdm
@@ -26,7 +27,7 @@ def download(
     waits_s: Sequence[float] = (1, 3, 9),
     timeout_s: float = 30,
 ) -> Path:
-    """Fetch a file from the first of several URLs that gives it, unless it was fetched before and is unchanged.
+    """Fetches a file from the first of several URLs that gives it, unless it was fetched before and is unchanged.
 
     Beside `file` its record is kept: URL, size, SHA-256 and date. What has arrived of a file is kept in `.FILE.part`,
     also after an error or a kill, and continued where the server confirms that it is of the same version.
@@ -48,7 +49,8 @@ def download(
     """
     record = file.with_name(f"{file.name}.download.json")
     if file.exists():
-        if _is_as_recorded(file, record):
+        recorded = _json_object(record)
+        if recorded.get("size") == file.stat().st_size and recorded.get("sha256") == sha256(file):
             return file
         tqdm.write(f"{file} is not as {record.name} says; downloading it again")
     try:
@@ -72,7 +74,7 @@ def download(
 
 
 def figshare_urls(file_id: int | str) -> tuple[str, ...]:
-    """The URLs of a file on figshare, those that have answered scripts first."""
+    """Gives the URLs of a file on figshare, those that have answered scripts first."""
     return (
         f"https://ndownloader.figshare.com/files/{file_id}",
         f"https://api.figshare.com/v2/file/download/{file_id}",
@@ -81,7 +83,7 @@ def figshare_urls(file_id: int | str) -> tuple[str, ...]:
 
 
 def jarvis_location(name: str) -> tuple[str, tuple[str, ...]]:
-    """The JSON file in the archive of a data set of jarvis-tools, and the URLs of the archive.
+    """Gives the JSON file in the archive of a data set of jarvis-tools, and the URLs of the archive.
 
     Raises:
       DataError: jarvis-tools does not know the data set.
@@ -99,12 +101,21 @@ def jarvis_location(name: str) -> tuple[str, tuple[str, ...]]:
     return member, tuple(dict.fromkeys((url, *others)))
 
 
-class _NoFileError(Exception):
-    """A URL that does not give the file; the text says what it gave."""
+class _FailedError(Exception):
+    """A try that did not give the file; the text says what it gave, `again` whether another may succeed."""
+
+    def __init__(self, what: str, again: bool = False):
+        super().__init__(what)
+        self.again = again
 
 
-class _BrokenError(Exception):
-    """A try that failed while another may succeed; the text says how."""
+def _json_object(file: Path) -> dict[str, Any]:
+    """Reads a JSON object; an empty one if there is none that can be read."""
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 class _Part:
@@ -115,49 +126,38 @@ class _Part:
         self.content = file.with_name(f".{file.name}.part")
         self._origin = file.with_name(f".{file.name}.part.json")
 
-    def origin(self) -> dict[str, str]:
-        """`url` and the `version` that the server named; empty if they are not known, so nothing can be added."""
-        try:
-            origin = json.loads(self._origin.read_text())
-            return {key: str(origin[key]) for key in ("url", "version")}
-        except (OSError, ValueError, KeyError, TypeError):
-            return {}
+    def origin(self) -> tuple[str, str]:
+        """Gives the URL and the version that the server named; empty if they are not known: nothing can be added."""
+        origin = _json_object(self._origin)
+        return str(origin.get("url", "")), str(origin.get("version", ""))
 
     def size(self) -> int:
-        """Bytes that have arrived."""
+        """Counts the bytes that have arrived."""
         return self.content.stat().st_size if self.content.exists() else 0
 
     def restart(self, url: str, version: str) -> None:
-        """Begin anew, with that origin; without a version of the server it cannot be continued later."""
+        """Begins anew, with that origin; without a version of the server it cannot be continued later."""
         self.remove()
         if version:
             write_json(self._origin, {"url": url, "version": version})
 
     def remove(self) -> None:
-        """Forget all that has arrived."""
+        """Forgets all that has arrived."""
         self._origin.unlink(missing_ok=True)  # first: content is never taken for that of another origin
         self.content.unlink(missing_ok=True)
-
-
-def _is_as_recorded(file: Path, record: Path) -> bool:
-    try:
-        recorded = json.loads(record.read_text())
-        return bool(recorded["size"] == file.stat().st_size and recorded["sha256"] == sha256(file))
-    except (OSError, ValueError, KeyError, TypeError):  # no record, or none that can be read
-        return False
 
 
 def _first_that_works(
     urls: Sequence[str], part: _Part, check: Callable[[Path], None], waits_s: Sequence[float], timeout_s: float
 ) -> str:
-    """Fills the part; the URL that gave it. Raises DataError if none does."""
-    begun = part.origin().get("url")
+    """Fills the part and returns the URL that gave it; raises DataError if none does."""
+    begun, _ = part.origin()
     answers = []
     for url in sorted(urls, key=lambda url: url != begun):  # the one that the part is of comes first
         try:
             _fetch(url, part, check, waits_s, timeout_s)
             return url
-        except _NoFileError as error:
+        except _FailedError as error:
             answers.append(f"{url} gave {error}")
     raise DataError(
         f"{part.file} could not be downloaded: {'; '.join(answers)}; "
@@ -166,65 +166,64 @@ def _first_that_works(
 
 
 def _fetch(url: str, part: _Part, check: Callable[[Path], None], waits_s: Sequence[float], timeout_s: float) -> None:
-    """Fills the part from one URL, in several tries. Raises _NoFileError."""
+    """Fills the part from one URL, in several tries, as the Retry of urllib3 ends where content begins."""
     furthest, waits = part.size(), list(waits_s)
     while True:
         try:
-            resumed = _receive(url, part, timeout_s)
-            return _inspect(part, check, resumed)
-        except _BrokenError as error:
+            return _inspect(part, check, _receive(url, part, timeout_s))
+        except _FailedError as error:
             if part.size() > furthest:
                 furthest, waits = part.size(), list(waits_s)
-            if not waits:
-                raise _NoFileError(str(error)) from error
+            if not (error.again and waits):
+                raise
         time.sleep(waits.pop(0))
 
 
 def _receive(url: str, part: _Part, timeout_s: float) -> bool:
-    """One request, with what arrives added to the part; whether it was continued. Raises _NoFileError, _BrokenError."""
+    """Adds what one request brings to the part; returns whether it was continued. Raises _FailedError."""
     headers = {"Accept-Encoding": "identity"}  # so that sizes are those of the file
-    origin, start = part.origin(), part.size()
-    if origin.get("url") == url and start:
-        headers |= {"Range": f"bytes={start}-", "If-Range": origin["version"]}
+    origin, version = part.origin()
+    ranged = bool(origin == url and version and part.size())
+    if ranged:
+        headers |= {"Range": f"bytes={part.size()}-", "If-Range": version}
     try:
         with requests.get(url, headers=headers, stream=True, timeout=timeout_s) as response:
-            resumed = "Range" in headers and response.status_code == 206
-            if "Range" in headers and (response.status_code == 416 or (resumed and not _continues(response, part))):
+            resumed = ranged and response.status_code == 206
+            if ranged and (response.status_code == 416 or (resumed and not _continues(response, part))):
                 part.remove()
-                raise _BrokenError("another part than was asked for")
+                raise _FailedError("another part than was asked for", again=True)
             if not resumed:
                 _require_file(response)
                 part.restart(url, _version(response))
             _write(response, part)
     except requests.RequestException as error:
-        raise _BrokenError(_reason(error, timeout_s)) from error
+        raise _FailedError(_reason(error, timeout_s), again=True) from error
     return resumed
 
 
 def _continues(response: requests.Response, part: _Part) -> bool:
-    """Whether partial content begins where the part ends, and is of its version."""
-    found = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
-    same_version = _version(response) in ("", part.origin()["version"])  # it need not be repeated
-    return found is not None and int(found[1]) == part.size() and same_version and not _is_encoded(response)
+    """Tells whether partial content begins where the part ends, and is of its version, which need not be repeated."""
+    start = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+    same_version = _version(response) in ("", part.origin()[1])
+    return start is not None and int(start[1]) == part.size() and same_version and not _is_encoded(response)
 
 
 def _require_file(response: requests.Response) -> None:
     status = response.status_code
-    if status >= 500 or status in BUSY:
-        raise _BrokenError(f"status {status}")
+    busy = status >= 500 or status in BUSY
     if status != 200:
-        raise _NoFileError(f"status {status}" + " without a file" * (status == 202))
+        raise _FailedError(f"status {status}" + " without a file" * (status == 202), again=busy)
     if response.headers.get("Content-Type", "").strip().lower().startswith("text/html"):
-        raise _NoFileError("an HTML page")
+        raise _FailedError("an HTML page")
 
 
 def _is_encoded(response: requests.Response) -> bool:
-    """Whether the server compresses what it sends, so that sizes and positions are not those of the file."""
+    """Tells whether the server compresses what it sends: sizes and positions are then not those of the file."""
     return response.headers.get("Content-Encoding", "identity").lower() != "identity"
 
 
 def _version(response: requests.Response) -> str:
-    """What tells versions of the content apart; "" if nothing does."""
+    """Gives what tells versions of the content apart; "" if nothing does."""
     etag = response.headers.get("ETag", "")
     if _is_encoded(response) or etag.startswith("W/"):  # a weak tag is shared by contents that differ in bytes
         return ""
@@ -232,27 +231,18 @@ def _version(response: requests.Response) -> str:
 
 
 def _write(response: requests.Response, part: _Part) -> None:
-    """Append what arrives to the part. Raises _BrokenError if that is not all."""
-    total = _total(response, part.size())
-    progress = tqdm(
-        total=total,
-        initial=part.size(),
-        desc=part.file.name,
-        unit="B",
-        unit_scale=True,
-        dynamic_ncols=True,
-        disable=None,
-    )
-    with progress, part.content.open("ab") as stream:
+    """Appends what arrives to the part; raises _FailedError if that is not all."""
+    start, total = part.size(), _total(response, part.size())
+    bar = {"total": total, "initial": start, "desc": part.file.name, "dynamic_ncols": True, "disable": None}
+    with part.content.open("ab") as file, tqdm.wrapattr(file, "write", **bar) as stream:
         for chunk in response.iter_content(CHUNK_BYTES):
             stream.write(chunk)
-            progress.update(len(chunk))
-    if total is not None and part.size() != total:
-        raise _BrokenError(f"{part.size():,} of {total:,} bytes")
+    if total not in (None, part.size()):
+        raise _FailedError(f"{part.size():,} of {total:,} bytes", again=True)
 
 
 def _total(response: requests.Response, start: int) -> int | None:
-    """Size of the whole file in bytes, if the server says it."""
+    """Gives the size of the whole file in bytes, if the server says it."""
     of_range = re.search(r"/(\d+)$", response.headers.get("Content-Range", ""))
     if of_range:
         return int(of_range[1])
@@ -261,29 +251,29 @@ def _total(response: requests.Response, start: int) -> int | None:
 
 
 def _inspect(part: _Part, check: Callable[[Path], None], resumed: bool) -> None:
-    """Raises _NoFileError if what has arrived is not the file wanted, _BrokenError if that may be due to its parts."""
-    try:
-        with part.content.open("rb") as stream:
-            start = stream.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-        if part.size() == 0:
-            raise _NoFileError("an empty file")
-        if start.startswith((b"<!doctype", b"<html")):
-            raise _NoFileError("an HTML page")
-        check(part.content)
-    except DataError as error:
-        part.remove()
-        kind = _BrokenError if resumed else _NoFileError
-        raise kind(f"another file than expected ({error})") from error
-    except _NoFileError:
-        part.remove()
-        raise
+    """Removes the part and raises _FailedError if it is not the file wanted, which may be due to its pieces."""
+    with part.content.open("rb") as stream:
+        start = stream.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    again = False
+    if part.size() == 0:
+        what = "an empty file"
+    elif start.startswith((b"<!doctype", b"<html")):
+        what = "an HTML page"
+    else:
+        try:
+            return check(part.content)
+        except DataError as error:
+            what, again = f"another file than expected ({error})", resumed
+    part.remove()
+    raise _FailedError(what, again)
 
 
 def _reason(error: requests.RequestException, timeout_s: float) -> str:
-    if isinstance(error, requests.Timeout):
-        return f"no answer within {timeout_s:g} s"
-    if isinstance(error, requests.exceptions.SSLError):
-        return "no trusted connection (TLS)"
-    if isinstance(error, requests.exceptions.ProxyError):
-        return "no connection through the proxy"
-    return "no connection" if isinstance(error, requests.ConnectionError) else f"a failure ({type(error).__name__})"
+    reasons = {
+        requests.Timeout: f"no answer within {timeout_s:g} s",
+        requests.exceptions.SSLError: "no trusted connection (TLS)",
+        requests.exceptions.ProxyError: "no connection through the proxy",
+        requests.ConnectionError: "no connection",
+        requests.RequestException: f"a failure ({type(error).__name__})",
+    }
+    return next(reason for kind, reason in reasons.items() if isinstance(error, kind))

@@ -11,7 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import IO, Any, BinaryIO, NoReturn
 
 from crystalframer_jax.data.records import DataError
 
@@ -26,7 +26,7 @@ _DAMAGE = (OSError, EOFError, ValueError, RuntimeError, struct.error, zlib.error
 
 
 def json_records(file: Path, member: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """The elements of the JSON array that a file holds, numbered from 1; one element is in memory at a time.
+    """Reads the elements of the JSON array that a file holds, numbered from 1; one element is in memory at a time.
 
     Args:
       file: a zip archive, a gzip file or plain JSON, told apart by their content. NaN and Infinity may occur.
@@ -39,38 +39,32 @@ def json_records(file: Path, member: str) -> Iterator[tuple[int, dict[str, Any] 
       DataError: the file is missing, damaged, encrypted or unreasonably large, has no such member, or is not one
         complete array.
     """
-    with _opened(file, member) as stream:
-        text = _JsonText(stream, f"{file} ({member})" if _is_zip(file) else str(file))
-        if text.peek() != "[":
+    with _opened(file, member) as (stream, name):
+        text = _JsonText(stream, name)
+        if not text.take("["):
             text.fail("is not a list of records at its top level", "give a file that is one")
-        text.skip()
         number = 0
         goes_on = text.peek() != "]"
         while goes_on:
             number += 1
             yield number, _as_record(text.value(number))
-            goes_on = text.peek() == ","
-            if goes_on:
-                text.skip()
-        if text.peek() != "]":
+            goes_on = text.take(",")
+        if not text.take("]"):
             text.fail(f"has no comma and no end of the list after record {number}")
-        text.skip()
         if text.peek():
             text.fail("goes on after the end of the list")
 
 
 def json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """The records of a file with one JSON object a line, plain or gzipped, with line numbers from 1.
+    """Reads the records of a file with one JSON object a line, plain or gzipped, with line numbers from 1.
 
     Blank lines are skipped. A line that is not a JSON object gives the reason instead of a record.
 
     Raises:
       DataError: the file is missing, damaged, unreasonably large, or has a line longer than `MAX_RECORD_CHARS` bytes.
     """
-    with _opened(file) as stream:
-        number = 0
-        while line := stream.readline(MAX_RECORD_CHARS + 1):
-            number += 1
+    with _opened(file) as (stream, _):
+        for number, line in enumerate(iter(lambda: stream.readline(MAX_RECORD_CHARS + 1), b""), 1):
             if len(line) > MAX_RECORD_CHARS:
                 raise DataError(f"{file}: line {number} is longer than {MAX_RECORD_CHARS:,} bytes; is it JSON lines?")
             if number == 1:
@@ -80,15 +74,15 @@ def json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
 
 
 def check_zip(member: str) -> Callable[[Path], None]:
-    """A check that a file is a complete zip archive with that member; without unpacking more than its beginning.
+    """Returns a check that a file is a complete zip archive with that member; it unpacks no more than its beginning.
 
     The check raises DataError. A damaged byte inside the member only shows when `json_records` reads it.
     """
 
     def check(file: Path) -> None:
-        if not _is_zip(file):
-            raise DataError(f"{file} is not a zip archive; fetch it again")
-        with _opened(file, member) as stream:
+        with _opened(file, member) as (stream, name):
+            if name == str(file):
+                raise DataError(f"{file} is not a zip archive; fetch it again")
             if not stream.read(1):
                 raise DataError(f"{file}: {member} is empty; fetch the archive again")
 
@@ -117,41 +111,39 @@ class _JsonText:
         self._dropped = 0  # characters before the window
 
     def fail(self, what: str, remedy: str = "fetch it again or repair it") -> NoReturn:
-        """Raise DataError that the text `what`, with the position."""
+        """Raises DataError that the text `what`, with the position."""
         raise DataError(f"{self._name} {what}, at character {self._dropped + self._at + 1:,}; {remedy}")
 
     def peek(self) -> str:
-        """The next character that is not blank; "" at the end."""
+        """Gives the next character that is not blank; "" at the end."""
         while True:
             self._at = _BLANKS.match(self._window, self._at).end()  # type: ignore[union-attr]
-            if self._at < len(self._window):
-                return self._window[self._at]
-            if self._ended:
-                return ""
+            if self._at < len(self._window) or self._ended:
+                return self._window[self._at : self._at + 1]
             self._read_more()
 
-    def skip(self) -> None:
-        """Pass the character that `peek` gave."""
-        self._at += 1
+    def take(self, character: str) -> bool:
+        """Passes that character, if it is the next that is not blank."""
+        found = self.peek() == character
+        self._at += found
+        return found
 
     def value(self, number: int) -> Any:
-        """The JSON value that begins here, which is record `number`."""
+        """Parses the JSON value that begins here, which is record `number`."""
         if not self.peek():
             self.fail(f"ends before record {number}")
         while True:
             try:
                 value, end = self._parse(self._window, self._at)
+                reason, cut = "", isinstance(value, int | float) and self._near_end(end)  # 1 of 1.5
+                if self._ended or not cut:
+                    self._at = end
+                    return value
             except json.JSONDecodeError as error:
                 reason = error.msg
                 cut = self._near_end(error.pos) or reason.startswith("Unterminated string")
             except (ValueError, RecursionError) as error:  # too many digits; nested too deeply
                 reason, cut = str(error), False
-            else:
-                may_go_on = isinstance(value, int | float) and self._near_end(end)  # 1 of 1.5
-                if self._ended or not may_go_on:
-                    self._at = end
-                    return value
-                reason, cut = "", True
             if not cut or self._ended:
                 self.fail(f"{'ends within' if cut else 'is not JSON in'} record {number} ({reason})")
             if len(self._window) - self._at > MAX_RECORD_CHARS:
@@ -159,7 +151,7 @@ class _JsonText:
             self._read_more()
 
     def _near_end(self, position: int) -> bool:
-        """Whether an error or a number at that position of the window may be due to what is not read yet."""
+        """Tells whether an error or a number at that position of the window may be due to what is not read yet."""
         return position > len(self._window) - _LONGEST_TOKEN
 
     def _read_more(self) -> None:
@@ -176,40 +168,34 @@ class _JsonText:
 
 
 @contextlib.contextmanager
-def _opened(file: Path, member: str | None = None) -> Iterator[BinaryIO]:
-    """The unpacked content of a file, or of that member if it is a zip archive."""
-    start = _start(file)
+def _opened(file: Path, member: str | None = None) -> Iterator[tuple[BinaryIO, str]]:
+    """Opens the unpacked content of a file, or of that member if it is a zip archive; gives it with its name."""
     with contextlib.ExitStack() as stack:
-        plain = stack.enter_context(file.open("rb"))
-        limit = max(MIN_SIZE_LIMIT, MAX_EXPANSION * file.stat().st_size)
-        with _naming_damage(file):
-            unpacked: Any = plain
-            if _is_zip(file):
-                archive = stack.enter_context(zipfile.ZipFile(plain))
-                unpacked = stack.enter_context(archive.open(_member(archive, file, member, limit)))
-            elif start[:2] == b"\x1f\x8b":  # gzip
-                unpacked = stack.enter_context(gzip.GzipFile(fileobj=plain))
-        yield io.BufferedReader(_Guarded(unpacked, file, limit), CHUNK_BYTES)  # type: ignore[misc]
+        try:
+            stream: Any = stack.enter_context(file.open("rb"))
+            start, name = stream.read(4), str(file)
+        except OSError as error:
+            raise DataError(f"{file} cannot be read ({error.strerror}); give another file") from error
+        if not start:
+            raise DataError(f"{file} is empty; fetch it again")
+        try:
+            stream.seek(0)
+            limit = max(MIN_SIZE_LIMIT, MAX_EXPANSION * file.stat().st_size)
+            if start in (b"PK\x03\x04", b"PK\x05\x06"):  # zip; the latter has no members
+                archive = stack.enter_context(zipfile.ZipFile(stream))
+                stream, name = stack.enter_context(_member(archive, file, member, limit)), f"{file} ({member})"
+            elif start[:2] == b"\x1f\x8b":
+                stream = stack.enter_context(gzip.GzipFile(fileobj=stream))
+            yield io.BufferedReader(_Limited(stream, file, limit), CHUNK_BYTES), name  # type: ignore[misc]
+        except DataError:
+            raise
+        except _DAMAGE as error:
+            reason = error or type(error).__name__
+            raise DataError(f"{file} is damaged ({reason}); delete it and fetch it again") from error
 
 
-def _start(file: Path) -> bytes:
-    """The first bytes of a file, which tell what it is."""
-    try:
-        with file.open("rb") as stream:
-            start = stream.read(4)
-    except OSError as error:
-        raise DataError(f"{file} cannot be read ({error.strerror}); give another file") from error
-    if not start:
-        raise DataError(f"{file} is empty; fetch it again")
-    return start
-
-
-def _is_zip(file: Path) -> bool:
-    return _start(file) in (b"PK\x03\x04", b"PK\x05\x06")  # the latter has no members
-
-
-def _member(archive: zipfile.ZipFile, file: Path, member: str | None, limit: int) -> zipfile.ZipInfo:
-    """The member of a zip archive, which can be read; zipfile itself reads no more of it than the size declared."""
+def _member(archive: zipfile.ZipFile, file: Path, member: str | None, limit: int) -> IO[bytes]:
+    """Opens a member of a zip archive; zipfile itself reads no more of it than the size declared."""
     if member is None:
         raise DataError(f"{file} is a zip archive; unpack it and give the file inside")
     names = archive.namelist()
@@ -223,11 +209,11 @@ def _member(archive: zipfile.ZipFile, file: Path, member: str | None, limit: int
         raise DataError(f"{file}: {member} is packed by method {info.compress_type}; pack it with deflate")
     if info.file_size > limit:
         raise DataError(f"{file}: {member} would unpack to {info.file_size:,} bytes, over {limit:,}; unpack it first")
-    return info
+    return archive.open(info)
 
 
-class _Guarded(io.RawIOBase):
-    """An unpacked stream whose errors name the file, and which stops at the limit."""
+class _Limited(io.RawIOBase):
+    """An unpacked stream that stops at a limit, in bytes."""
 
     def __init__(self, stream: BinaryIO, file: Path, limit: int):
         self._stream, self._file, self._left = stream, file, limit
@@ -236,21 +222,8 @@ class _Guarded(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        with _naming_damage(self._file):
-            content = self._stream.read(len(buffer))
-        self._left -= len(content)
+        count: int = self._stream.readinto(buffer)  # type: ignore[attr-defined]
+        self._left -= count
         if self._left < 0:
             raise DataError(f"{self._file} unpacks to far more than its size suggests; unpack it first")
-        buffer[: len(content)] = content
-        return len(content)
-
-
-@contextlib.contextmanager
-def _naming_damage(file: Path) -> Iterator[None]:
-    """Turns what zipfile and gzip raise into DataError."""
-    try:
-        yield
-    except DataError:
-        raise
-    except _DAMAGE as error:
-        raise DataError(f"{file} is damaged ({error or type(error).__name__}); delete it and fetch it again") from error
+        return count
