@@ -1,10 +1,8 @@
-"""Hyperparameters: their defaults, what is allowed, and the part of them that the model needs."""
+"""Hyperparameters: their defaults, what is allowed, and the frozen configurations of a training and of a model."""
 
+from crystalframer_jax.config.hyperparameters import NO_PARTS, BatchParts, ModelConfig, TrainConfig
 from crystalframer_jax.config.validation import (
-    NO_PARTS,
-    BatchParts,
     ConfigError,
-    ModelConfig,
     check_overrides,
     model_config,
     neighbor_cutoff,
@@ -19,6 +17,7 @@ __all__ = [
     "BatchParts",
     "ConfigError",
     "ModelConfig",
+    "TrainConfig",
     "check_overrides",
     "model_config",
     "neighbor_cutoff",

@@ -15,7 +15,7 @@ from crystalframer_jax.config import (
     validate,
     validate_model,
 )
-from crystalframer_jax.config.hyperparameters import NEUTRAL_VALUES, TRAINING_KEYS, WITHOUT_COUNTERPART
+from crystalframer_jax.config.hyperparameters import KEYS, NEUTRAL_VALUES, TRAINING_KEYS, WITHOUT_COUNTERPART
 from crystalframer_jax.configs import default
 from crystalframer_jax.data.registry import TARGET_SETS
 
@@ -23,21 +23,7 @@ from crystalframer_jax.data.registry import TARGET_SETS
 SCRIPT_KEYS = ("param_file", "training_data", "ddp")
 
 # Our keys that the official code does not have.
-OURS_ALONE = (
-    "data_dir",
-    "cutoff_radius",
-    "tie_tolerance",
-    "precision",
-    "num_frame_samples",
-    "bias_weight_decay",
-    "reinit_layers",
-    "frozen_layers",
-    "ema_decay",
-    "keep_last_checkpoints",
-    "checkpoint_minutes",
-    "ensemble_size",
-    "num_devices",
-)
+OURS_ALONE = tuple(name for name, row in KEYS.items() if not row.metadata["official"])
 
 # The values with which the official keys of WITHOUT_COUNTERPART are written for the official code, which asks for them
 # and has no defaults: those of its JSON files. NEUTRAL_VALUES has the others: those are also asked for on reading.
@@ -78,7 +64,7 @@ def config_from_official(official: Mapping[str, Any]) -> tuple[ConfigDict, list[
     for key, value in official.items():
         _check_plain(key, value)
         if key not in config and key not in WITHOUT_COUNTERPART and key not in SCRIPT_KEYS:
-            raise ConfigError(unknown_key_message(key, list(config)))
+            raise ConfigError(unknown_key_message(key))
         if key in NEUTRAL_VALUES and value != NEUTRAL_VALUES[key]:
             raise ConfigError(f"{key}={value!r} is not available: {WITHOUT_COUNTERPART[key]}")
     missing = [key for key in config if key not in (*TRAINING_KEYS, *OURS_ALONE) and official.get(key) is None]

@@ -19,8 +19,7 @@ from crystalframer_jax.config import (
 )
 from crystalframer_jax.config.hyperparameters import (
     ALLOWED_VALUES,
-    NOT_NEGATIVE,
-    POSITIVE,
+    KEYS,
     TRAINING_KEYS,
     WITHOUT_COUNTERPART,
 )
@@ -117,6 +116,11 @@ def changed(**changes):
     return config
 
 
+def with_limit(limit) -> list[str]:
+    """The keys whose rows have a limit."""
+    return [key for key, row in KEYS.items() if limit in row.metadata["limits"]]
+
+
 def refusal(config) -> str:
     """The one-line message with which a configuration is refused."""
     with pytest.raises(ConfigError) as error:
@@ -204,13 +208,13 @@ def test_values_that_are_not_available_are_refused_with_the_allowed_ones(key):
         assert repr(value) in message
 
 
-@pytest.mark.parametrize("key", POSITIVE)
+@pytest.mark.parametrize("key", with_limit(">0"))
 @pytest.mark.parametrize("value", [0, -1])
 def test_numbers_that_must_be_positive(key, value):
     assert f"{key}={value}" in refusal(changed(**{key: value})) and "positive" in refusal(changed(**{key: value}))
 
 
-@pytest.mark.parametrize("key", NOT_NEGATIVE)
+@pytest.mark.parametrize("key", with_limit(">=0"))
 def test_numbers_that_must_not_be_negative(key):
     assert f"{key}=-1" in refusal(changed(**{key: -1})) and "negative" in refusal(changed(**{key: -1}))
 
@@ -306,7 +310,7 @@ def test_impossible_combinations_are_refused(changes, words):
     ],
     ids=str,
 )
-def test_neighbours_of_the_impossible_combinations_are_accepted(changes):
+def test_neighbors_of_the_impossible_combinations_are_accepted(changes):
     validate(changed(**changes))
 
 
@@ -377,7 +381,7 @@ def test_the_sign_of_adaptive_cutoff_sigma_makes_no_difference():
         assert neighbor_cutoff(changed(adaptive_cutoff_sigma=-sigma)) == pytest.approx(sigma * 1.4 / 0.5**0.5)
 
 
-def test_without_adaptive_cutoff_the_neighbours_are_a_box_of_images():
+def test_without_adaptive_cutoff_the_neighbors_are_a_box_of_images():
     assert neighbor_cutoff(changed(adaptive_cutoff_sigma=0.0)) == LatticeBox(2)
     assert neighbor_cutoff(changed(adaptive_cutoff_sigma=0.0, lattice_range=1)) == LatticeBox(1)
     assert neighbor_cutoff(changed(adaptive_cutoff_sigma=0.0, cutoff_radius=6.5)) == 6.5
