@@ -27,6 +27,7 @@ from benchmarking.model import Variant
 from benchmarking.pipeline import any_target, measure_pipeline
 
 from crystalframer_jax.cli.common import reporting_errors
+from crystalframer_jax.config import validate
 from crystalframer_jax.configs import default
 from crystalframer_jax.configs.variants import VARIANTS, with_variant
 
@@ -104,7 +105,7 @@ def measure_scaling(arguments: argparse.Namespace, on_cpu: bool) -> dict[str, An
     (name,) = arguments.variant or ["default"]
     (implementation,) = arguments.implementation or ["xla" if on_cpu else "pallas"]
     print(f"{name} {implementation}: training steps on up to {jax.local_device_count()} devices, for minutes ...")
-    variant = Variant(name, with_variant(default.get_config(), name))
+    variant = Variant(name, validate(with_variant(default.get_config(), name)))
     results = measure_devices(variant, implementation, report.print_line, arguments.rounds, data_dir=arguments.data_dir)
     report.print_devices(results)
     return results
@@ -120,7 +121,7 @@ def measure_models(
 ) -> dict[str, Any]:
     """Measurements of whole models and of the attention, printed as tables."""
     ceilings = measure_ceilings()
-    chosen = [Variant(name, with_variant(default.get_config(), name)) for name in variants]
+    chosen = [Variant(name, validate(with_variant(default.get_config(), name))) for name in variants]
     described, records = [], []
     for name in cases:
         case = CASES[name]

@@ -17,7 +17,6 @@ from crystalframer_jax.config.hyperparameters import (
     TrainConfig,
 )
 from crystalframer_jax.errors import UserError
-from crystalframer_jax.structures.neighbors import LatticeBox
 
 
 class ConfigError(UserError, ValueError):
@@ -51,16 +50,6 @@ def validate_model(config: ConfigDict | Mapping[str, Any] | TrainConfig) -> Trai
 def model_config(config: ConfigDict | Mapping[str, Any] | TrainConfig) -> ModelConfig:
     """The model's part of a configuration."""
     return validate_model(config).model
-
-
-def target_names(config: ConfigDict) -> tuple[str, ...]:
-    """The targets of a configuration."""
-    return validate_model(config).targets
-
-
-def neighbor_cutoff(config: ConfigDict) -> float | LatticeBox:
-    """The cutoff of a configuration."""
-    return validate_model(config).cutoff
 
 
 def _frozen_value(key: str, value: Any) -> Any:

@@ -9,15 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from crystalframer_jax.batching.batch import pack
 from crystalframer_jax.batching.shapes import BatchShape, shape_for
 from crystalframer_jax.batching.table import CrystalTable, make_table
 from crystalframer_jax.batching.targets import TargetStatistics
-from crystalframer_jax.config import BatchParts, ModelConfig, model_config, neighbor_cutoff
-from crystalframer_jax.configs import default
+from crystalframer_jax.config import BatchParts, ConfigError, ModelConfig, TrainConfig, validate_model
 from crystalframer_jax.inference.evaluation import Predictions, frame_draws, groups_by_atoms, predict_rows
 from crystalframer_jax.inference.forward import Forward, make_forward, working_precision
 from crystalframer_jax.model.regressor import CrystalFramer
@@ -50,13 +48,13 @@ class Predictor:
       origin: the same in words.
     """
 
-    def __init__(self, config: ConfigDict, variables: Tree, targets: tuple[TargetStatistics, ...]):
+    def __init__(self, config: TrainConfig, variables: Tree, targets: tuple[TargetStatistics, ...]):
         self.config = config
         self.variables = variables
         self.targets = targets
-        self.cutoff = neighbor_cutoff(config)
+        self.cutoff = config.cutoff
         self.weights, self.step, self.origin = "given", 0, "given parameters"
-        self.parts = model_config(config).parts
+        self.parts = config.model.parts
         self.devices = Devices.of_this_process()
 
     @classmethod
@@ -98,7 +96,9 @@ class Predictor:
         variables = {name: model[prefix + name] for name in ("params", "batch_stats")}
         if prefix and (not variables["params"] or all_zero(variables["params"])):
             key = AVERAGES[weights]
-            raise CheckpointError(f"{workdir} has no {weights} weights ({key}={config[key]}, or not reached yet)")
+            raise CheckpointError(
+                f"{workdir} has no {weights} weights ({key}={getattr(config, key)}, or not reached yet)"
+            )
         if prefix and all_zero(variables["batch_stats"]):
             raise CheckpointError(
                 f"{workdir}: the {weights} weights of step {step} have no BatchNorm statistics, which come at the "
@@ -145,7 +145,7 @@ class Predictor:
         devices = devices or self.devices
         with working_precision(self.config):
             return predict_rows(
-                _forward_of(model_config(self.config), devices),
+                _forward_of(self.config.model, devices),
                 self.variables,
                 table,
                 groups,
@@ -192,17 +192,14 @@ def _forward_of(model: ModelConfig, devices: Devices) -> Forward:
     return make_forward(CrystalFramer(model), devices)
 
 
-def read_config(workdir: Path) -> ConfigDict:
+def read_config(workdir: Path) -> TrainConfig:
     """The configuration that a run was started with."""
-    config = default.get_config()
-    for key, value in read_json(workdir / "config.json").items():
-        if key not in config:
-            raise CheckpointError(f"{workdir / 'config.json'}: unknown key {key!r}")
-        try:
-            config[key] = tuple(value) if isinstance(value, list) else value
-        except TypeError as error:
-            raise CheckpointError(f"{workdir / 'config.json'}: {key}={value!r} is of the wrong type") from error
-    return config
+    file = workdir / "config.json"
+    values = TrainConfig().as_dict() | read_json(file)  # keys that are new since then had their defaults
+    try:
+        return validate_model(values)
+    except ConfigError as error:
+        raise CheckpointError(f"{file}: {error}") from error
 
 
 def all_zero(tree: Tree) -> bool:
@@ -217,16 +214,16 @@ def _selected(workdir: Path) -> str:
     return read_json(file).get("selected_weights", "best") if file.exists() else "best"
 
 
-def _abstract_model(config: ConfigDict) -> dict[str, Tree]:
+def _abstract_model(config: TrainConfig) -> dict[str, Tree]:
     """Shapes of the model's part of a checkpoint."""
-    model, parts = CrystalFramer(model_config(config)), model_config(config).parts
+    model, parts = CrystalFramer(config.model), config.model.parts
     table = table_of([Crystal(np.array([1]), np.zeros((1, 3)), 3 * np.eye(3))], 4.0)
     batch = pack(table, np.array([0]), [shape_for(table, np.array([0]), parts)])
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jax.tree.map(jnp.asarray, batch)))
     return on_this_device(stored_fields(config, variables))
 
 
-def stored_fields(config: ConfigDict, variables: Tree) -> dict[str, Tree]:
+def stored_fields(config: TrainConfig, variables: Tree) -> dict[str, Tree]:
     """MODEL_FIELDS as a checkpoint of a run with this model has them; averages look like what they average."""
     absent = () if config.ema_decay else ("ema_params", "ema_batch_stats")
     likes = {name: name.removeprefix("swa_").removeprefix("ema_") for name in MODEL_FIELDS}

@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
-from crystalframer_jax.config import ConfigError, target_names
-from crystalframer_jax.config.hyperparameters import RESUMABLE_KEYS, UNIMPORTANT_KEYS
-from crystalframer_jax.configs import default
+from crystalframer_jax.config import ConfigError, TrainConfig
+from crystalframer_jax.config.hyperparameters import KEYS, RESUMABLE_KEYS, UNIMPORTANT_KEYS
 from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.files import write_json
 from crystalframer_jax.runs.checkpoints import FOLDER, read_json
@@ -24,13 +22,13 @@ from crystalframer_jax.runs.checkpoints import FOLDER, read_json
 REPORTED_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pymatgen")
 
 
-def check_config(config: ConfigDict, workdir: Path, resume_with_changes: Sequence[str] = ()) -> None:
+def check_config(config: TrainConfig, workdir: Path, resume_with_changes: Sequence[str] = ()) -> None:
     """Raise ConfigError unless this run may be in that directory.
 
     It may if the directory is new, or the run there was started with the same values; of those named in
     `resume_with_changes`, RESUMABLE_KEYS may have changed.
     """
-    unknown = [key for key in resume_with_changes if key not in config]
+    unknown = [key for key in resume_with_changes if key not in KEYS]
     if unknown:
         raise ConfigError(
             f"--resume_with_changes={','.join(resume_with_changes)}: there is no hyperparameter {unknown[0]}"
@@ -62,7 +60,7 @@ def check_data(dataset: Dataset, workdir: Path) -> None:
     write_json(file, values)
 
 
-def store_config(config: ConfigDict, workdir: Path) -> None:
+def store_config(config: TrainConfig, workdir: Path) -> None:
     """Write config.json; values that have changed since are kept in config_changes.jsonl."""
     before, values = stored_config(workdir), as_json(config)
     changed = _changed(before, values) if before else []
@@ -79,7 +77,7 @@ def stored_config(workdir: Path) -> dict[str, Any]:
     file = workdir / "config.json"
     if not file.exists() or not any((workdir / FOLDER).glob("[0-9]*")):
         return {}
-    return as_json(default.get_config()) | read_json(file)  # keys that are new since then had their defaults
+    return as_json(TrainConfig()) | read_json(file)  # keys that are new since then had their defaults
 
 
 def _changed(before: dict[str, Any], values: dict[str, Any]) -> list[str]:
@@ -105,11 +103,9 @@ def _check_changes(
         )
 
 
-def as_json(config: ConfigDict) -> dict[str, Any]:
+def as_json(config: TrainConfig) -> dict[str, Any]:
     """The hyperparameters as config.json has them."""
-    values = json.loads(config.to_json())
-    values["targets"] = ",".join(target_names(config))
-    return values
+    return json.loads(json.dumps(config.as_dict()))
 
 
 def record_environment(workdir: Path) -> None:

@@ -8,8 +8,7 @@ import numpy as np
 from crystalframer_jax.batching.batch import Batch, pack
 from crystalframer_jax.batching.shapes import BatchShape
 from crystalframer_jax.batching.table import make_table
-from crystalframer_jax.config import NO_PARTS, BatchParts, ConfigError, neighbor_cutoff
-from crystalframer_jax.configs import default
+from crystalframer_jax.config import NO_PARTS, BatchParts, ConfigError, TrainConfig
 from crystalframer_jax.data.datasets import open_dataset
 from crystalframer_jax.data.loader import TrainingBatches
 from crystalframer_jax.data.records import Record, crystal_of
@@ -40,7 +39,7 @@ class Case:
         prepared in `data_dir` (empty: the user's cache folder) if need be. A supercell is packed into a shape that
         fits exactly, so that its cost is that of its atoms.
         """
-        cutoff = neighbor_cutoff(default.get_config())
+        cutoff = TrainConfig().cutoff
         if self.batch_size:
             dataset = open_dataset(BUNDLED, (TARGET,), cutoff, data_dir)
             return TrainingBatches(dataset, self.batch_size, 1, SEED, parts)[0]

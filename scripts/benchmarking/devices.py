@@ -14,7 +14,6 @@ from benchmarking.cases import BUNDLED, SEED, TARGET
 from benchmarking.cluster import Compute
 from benchmarking.model import STATISTICS, STEPS_PER_EPOCH, Variant
 from benchmarking.timing import Program, Timing, take_turns
-from crystalframer_jax.config import neighbor_cutoff
 from crystalframer_jax.data.datasets import open_dataset
 from crystalframer_jax.data.loader import TrainingBatches
 from crystalframer_jax.data.store import Dataset
@@ -143,7 +142,7 @@ def measure_devices(
 
     See `take_turns` for `rounds` and `seconds`; what fails has a `failure` and no figures. `tell` hears how far it is.
     """
-    dataset = open_dataset(BUNDLED, (TARGET,), neighbor_cutoff(variant.config), data_dir)
+    dataset = open_dataset(BUNDLED, (TARGET,), variant.config.cutoff, data_dir)
     counts, on_cpu = device_counts(len(jax.local_devices())), jax.default_backend() == "cpu"
     chosen = series(counts)
     settings = list(dict.fromkeys(setting for one in chosen.values() for setting in one))

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from benchmarking.cases import TARGET, unit_cell
 from benchmarking.timing import Program
@@ -16,7 +15,7 @@ from crystalframer_jax.batching.batch import Batch, pack, unpacked
 from crystalframer_jax.batching.shapes import shape_for
 from crystalframer_jax.batching.table import make_table
 from crystalframer_jax.batching.targets import TargetStatistics
-from crystalframer_jax.config import ModelConfig, model_config
+from crystalframer_jax.config import ModelConfig, TrainConfig
 from crystalframer_jax.inference.forward import make_forward
 from crystalframer_jax.model.attention import ValueEncoding, framed_attention
 from crystalframer_jax.model.encoder import value_bases
@@ -37,12 +36,12 @@ class Variant:
     """A configuration to measure, by name."""
 
     name: str
-    config: ConfigDict
+    config: TrainConfig
 
     @functools.cached_property
     def model(self) -> ModelConfig:
         """Its model."""
-        return model_config(self.config)
+        return self.config.model
 
     @functools.cached_property
     def state(self) -> TrainState:

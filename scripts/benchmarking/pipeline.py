@@ -20,8 +20,7 @@ import joblib
 import numpy as np
 
 from benchmarking.cases import BUNDLED
-from crystalframer_jax.config import ConfigError, neighbor_cutoff
-from crystalframer_jax.configs import default
+from crystalframer_jax.config import ConfigError, TrainConfig
 from crystalframer_jax.data.datasets import folder_of, open_dataset
 from crystalframer_jax.data.loader import TrainingBatches
 from crystalframer_jax.data.prepare import Preparation, prepare
@@ -29,7 +28,7 @@ from crystalframer_jax.data.registry import TARGET_SETS
 from crystalframer_jax.data.sources import Bundled
 from crystalframer_jax.data.store import Dataset, data_folder, load_dataset
 
-CUTOFF = neighbor_cutoff(default.get_config())
+CUTOFF = TrainConfig().cutoff
 BATCH_SIZES = (64, 256)
 PASSES = 5
 SECONDS = 2.0  # of each pass at most
