@@ -14,9 +14,8 @@ import numpy as np
 
 from crystalframer_jax.structures.neighbors import LatticeBox
 
-NEVER, IF_ASKED, ALWAYS = range(
-    3
-)  # whether a value may change when a run is continued; ALWAYS: no result depends on it
+# Whether a value may change when a run is continued; ALWAYS: no result depends on it.
+NEVER, IF_ASKED, ALWAYS = range(3)
 
 # Limits of a value, each with a test and what the message says of a value that fails it.
 LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -42,9 +41,8 @@ class PredictionKeys:
     data_dir: str = key("", change=ALWAYS, official=False)
     # Å; 0: |adaptive_cutoff_sigma| * max(scale_real) / sqrt(gauss_lb_real)
     cutoff_radius: float = key(0.0, ">=0", official=False)
-    adaptive_cutoff_sigma: float = key(
-        -3.5
-    )  # 0: all images n in [-lattice_range, lattice_range]^3 of each pair of atoms
+    # 0: all images n in [-lattice_range, lattice_range]^3 of each pair of atoms
+    adaptive_cutoff_sigma: float = key(-3.5)
     # predictions average this many draws among tied frames; 1: no draw, the first
     num_frame_samples: int = key(1, ">0", change=IF_ASKED, official=False)
 
