@@ -15,7 +15,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 from small_sets import small_set
 
-from crystalframer_jax.config import neighbor_cutoff, target_names
+from crystalframer_jax.config import TrainConfig, validate, validate_model
 from crystalframer_jax.configs import default
 from crystalframer_jax.data.datasets import open_dataset
 from crystalframer_jax.data.registry import TARGET_SETS
@@ -67,9 +67,10 @@ def tiny_config(data_dir: Path, **changes) -> ConfigDict:
 STEPS_PER_EPOCH = 3
 
 
-def open_tiny(config: ConfigDict):
+def open_tiny(config: ConfigDict | TrainConfig):
     """The dataset of a configuration."""
-    return open_dataset(config.target_set, target_names(config), neighbor_cutoff(config), config.data_dir)
+    config = validate_model(config)
+    return open_dataset(config.target_set, config.targets, config.cutoff, config.data_dir)
 
 
 def assert_equal_trees(a, b) -> None:
@@ -110,7 +111,7 @@ class StopAt(Interruption):
 
 def stored_state(config: ConfigDict, workdir: Path) -> tuple[TrainState, dict]:
     """The training state of the last checkpoint of a run, and its meta data."""
-    run = Run(config, workdir, open_tiny(config))
+    run = Run(validate(config), workdir, open_tiny(config))
     run.checkpoints.close()
     checkpoints = Checkpoints(workdir)
     try:

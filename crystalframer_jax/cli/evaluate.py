@@ -8,7 +8,7 @@ import numpy as np
 
 from crystalframer_jax.batching.targets import TargetStatistics
 from crystalframer_jax.cli.common import model_parser, reporting_errors, use_compilation_cache
-from crystalframer_jax.config import ConfigError, target_names
+from crystalframer_jax.config import ConfigError
 from crystalframer_jax.data.datasets import open_dataset
 from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.errors import UserError
@@ -61,7 +61,7 @@ def dataset_of(model: Predictor | Ensemble, run: str) -> Dataset:
             f"{run} was imported without a dataset known here, so there is nothing to evaluate it on; "
             "predict structure files, or import it again with --target_set and --targets"
         )
-    return open_dataset(config.target_set, target_names(config), model.cutoff, config.data_dir)
+    return open_dataset(config.target_set, config.targets, model.cutoff, config.data_dir)
 
 
 def error_table(

@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from crystalframer_jax.cli.common import command_parser, names, reporting_errors
-from crystalframer_jax.config import ConfigError, neighbor_cutoff
-from crystalframer_jax.configs import default
+from crystalframer_jax.config import ConfigError, TrainConfig
 from crystalframer_jax.data.custom.source import CustomData, custom_source
 from crystalframer_jax.data.datasets import folder_of, prepared_sets
 from crystalframer_jax.data.prepare import Preparation, prepare
@@ -47,7 +46,7 @@ def prepare_main(argv: Sequence[str] | None = None) -> int:
         if not prepare(folder, source, known, options):
             print(f"{name} is prepared already, in {folder}")
         targets = tuple(target.name for target in source.targets)
-        dataset = load_dataset(folder, targets, neighbor_cutoff(default.get_config()), options.workers)
+        dataset = load_dataset(folder, targets, TrainConfig().cutoff, options.workers)
         trainable = [
             target
             for target, labels in zip(targets, dataset.labels.T, strict=True)

@@ -1,14 +1,10 @@
-"""Hyperparameters: their defaults, what is allowed, and the part of them that the model needs."""
+"""Hyperparameters: their defaults, what is allowed, and the frozen configurations of a training and of a model."""
 
+from crystalframer_jax.config.hyperparameters import NO_PARTS, BatchParts, ModelConfig, TrainConfig
 from crystalframer_jax.config.validation import (
-    NO_PARTS,
-    BatchParts,
     ConfigError,
-    ModelConfig,
     check_overrides,
     model_config,
-    neighbor_cutoff,
-    target_names,
     unknown_key_message,
     validate,
     validate_model,
@@ -19,10 +15,9 @@ __all__ = [
     "BatchParts",
     "ConfigError",
     "ModelConfig",
+    "TrainConfig",
     "check_overrides",
     "model_config",
-    "neighbor_cutoff",
-    "target_names",
     "unknown_key_message",
     "validate",
     "validate_model",

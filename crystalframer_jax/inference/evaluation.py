@@ -7,14 +7,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from crystalframer_jax.batching.batch import Batch, pack
 from crystalframer_jax.batching.device_table import DeviceTable
 from crystalframer_jax.batching.shapes import BatchShape, Shared, shared_out
 from crystalframer_jax.batching.table import CrystalTable
 from crystalframer_jax.batching.targets import TargetStatistics, to_label_units
-from crystalframer_jax.config import NO_PARTS, BatchParts, ConfigError, model_config
+from crystalframer_jax.config import NO_PARTS, BatchParts, ConfigError, TrainConfig
 from crystalframer_jax.inference.forward import Forward
 from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices
 
@@ -35,7 +34,7 @@ class Predictions(NamedTuple):
         return cls(samples.mean(axis=0), samples.std(axis=0, ddof=min(1, len(samples) - 1)))
 
 
-def frame_draws(config: ConfigDict, num_frame_samples: int | None = None) -> int:
+def frame_draws(config: TrainConfig, num_frame_samples: int | None = None) -> int:
     """Tells how many draws among equally good frames a prediction averages: as asked for, or (None) as configured.
 
     1 for models without frames. Raises ConfigError for less than 1.
@@ -43,7 +42,7 @@ def frame_draws(config: ConfigDict, num_frame_samples: int | None = None) -> int
     samples = config.num_frame_samples if num_frame_samples is None else num_frame_samples
     if samples < 1:
         raise ConfigError(f"num_frame_samples={samples} must be at least 1")
-    return samples if model_config(config).uses_frames else 1
+    return samples if config.model.uses_frames else 1
 
 
 def predict_rows(

@@ -6,16 +6,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
 from crystalframer_jax.batching.batch import Batch
+from crystalframer_jax.config import TrainConfig
 from crystalframer_jax.model.regressor import CrystalFramer
 from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices, Tree
 
 Forward = Callable[..., jax.Array]
 
 
-def working_precision(config: ConfigDict) -> contextlib.AbstractContextManager:
+def working_precision(config: TrainConfig) -> contextlib.AbstractContextManager:
     """Switches float64 on in JAX while a model of precision=float64 is at work; nothing else needs to."""
     return jax.enable_x64(True) if config.precision == "float64" else contextlib.nullcontext()
 

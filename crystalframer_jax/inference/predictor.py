@@ -9,14 +9,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from crystalframer_jax.batching.batch import pack
 from crystalframer_jax.batching.shapes import BatchShape
 from crystalframer_jax.batching.table import CrystalTable, make_table
 from crystalframer_jax.batching.targets import TargetStatistics
-from crystalframer_jax.config import BatchParts, ModelConfig, model_config, neighbor_cutoff
+from crystalframer_jax.config import BatchParts, ModelConfig, TrainConfig
 from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.inference.evaluation import Predictions, frame_draws, groups_by_atoms, groups_of, predict_rows
 from crystalframer_jax.inference.forward import Forward, make_forward, working_precision
@@ -53,7 +52,7 @@ class Predictor:
 
     def __init__(
         self,
-        config: ConfigDict,
+        config: TrainConfig,
         variables: Tree,
         targets: tuple[TargetStatistics, ...],
         weights: str = "given",
@@ -62,8 +61,8 @@ class Predictor:
     ):
         self.config, self.variables, self.targets = config, variables, targets
         self.weights, self.step, self.origin = weights, step, origin
-        self.cutoff = neighbor_cutoff(config)
-        self.parts = model_config(config).parts
+        self.cutoff = config.cutoff
+        self.parts = config.model.parts
         self.devices = Devices.of_this_process()
 
     @classmethod
@@ -148,7 +147,7 @@ class Predictor:
         devices = devices or self.devices
         with working_precision(self.config):
             return predict_rows(
-                _forward_of(model_config(self.config), devices),
+                _forward_of(self.config.model, devices),
                 self.variables,
                 table,
                 groups,
@@ -217,14 +216,14 @@ def _step_with(weights: str, checkpoints: Checkpoints) -> int:
     return step
 
 
-def _check_average(weights: str, fields: dict[str, Tree], config: ConfigDict, workdir: Path, step: int) -> None:
+def _check_average(weights: str, fields: dict[str, Tree], config: TrainConfig, workdir: Path, step: int) -> None:
     """Raises CheckpointError if averaged weights are asked for that are not there, or not complete."""
     if weights not in AVERAGES:
         return
     variables = variables_in(fields, weights)
     if not variables["params"] or all_zero(variables["params"]):
         key = AVERAGES[weights]
-        raise CheckpointError(f"{workdir} has no {weights} weights ({key}={config[key]}, or not reached yet)")
+        raise CheckpointError(f"{workdir} has no {weights} weights ({key}={getattr(config, key)}, or not reached yet)")
     if all_zero(variables["batch_stats"]):
         raise CheckpointError(
             f"{workdir}: the {weights} weights of step {step} have no BatchNorm statistics, which come at the "
@@ -242,15 +241,15 @@ def variables_in(fields: dict[str, Tree], weights: str) -> Tree:
     }
 
 
-def _abstract_model(config: ConfigDict) -> dict[str, Tree]:
+def _abstract_model(config: TrainConfig) -> dict[str, Tree]:
     """Returns the shapes of the model's part of a checkpoint."""
-    model = model_config(config)
+    model = config.model
     padding = pack(make_table([], []), np.arange(0), BatchShape(1, 1, 1, 1, model.parts))
     variables = jax.eval_shape(CrystalFramer(model).init, jax.random.key(0), padding)
     return on_this_device(stored_fields(config, variables))
 
 
-def stored_fields(config: ConfigDict, variables: Tree) -> dict[str, Tree]:
+def stored_fields(config: TrainConfig, variables: Tree) -> dict[str, Tree]:
     """Arranges MODEL_FIELDS as a checkpoint of this model has them; averages look like what they average."""
     absent = () if config.ema_decay else ("ema_params", "ema_batch_stats")
     likes = {name: name.removeprefix("swa_").removeprefix("ema_") for name in MODEL_FIELDS}

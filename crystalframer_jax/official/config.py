@@ -1,43 +1,20 @@
 """Hyperparameters of the official PyTorch implementation: read from its files, and written for it."""
 
+import dataclasses
 import os
 import reprlib
 from collections.abc import Mapping
 from typing import Any
 
-from ml_collections import ConfigDict
-
-from crystalframer_jax.config import (
-    ConfigError,
-    model_config,
-    target_names,
-    unknown_key_message,
-    validate,
-    validate_model,
-)
-from crystalframer_jax.config.hyperparameters import NEUTRAL_VALUES, TRAINING_KEYS, WITHOUT_COUNTERPART
-from crystalframer_jax.configs import default
+from crystalframer_jax.config import ConfigError, TrainConfig, unknown_key_message, validate, validate_model
+from crystalframer_jax.config.hyperparameters import KEYS, NEUTRAL_VALUES, TRAINING_KEYS, WITHOUT_COUNTERPART
 from crystalframer_jax.data.registry import TARGET_SETS
 
 # Keys that the official training script reads or adds, beside those of its JSON files.
 SCRIPT_KEYS = ("param_file", "training_data", "ddp")
 
 # Our keys that the official code does not have.
-OURS_ALONE = (
-    "data_dir",
-    "cutoff_radius",
-    "tie_tolerance",
-    "precision",
-    "num_frame_samples",
-    "bias_weight_decay",
-    "reinit_layers",
-    "frozen_layers",
-    "ema_decay",
-    "keep_last_checkpoints",
-    "checkpoint_minutes",
-    "ensemble_size",
-    "num_devices",
-)
+OURS_ALONE = tuple(name for name, row in KEYS.items() if not row.metadata["official"])
 
 # The values with which the official keys of WITHOUT_COUNTERPART are written for the official code, which asks for them
 # and has no defaults: those of its JSON files. NEUTRAL_VALUES has the others: those are also asked for on reading.
@@ -64,7 +41,7 @@ JUDGED_TOGETHER = (
 )
 
 
-def config_from_official(official: Mapping[str, Any]) -> tuple[ConfigDict, list[str]]:
+def config_from_official(official: Mapping[str, Any]) -> tuple[TrainConfig, list[str]]:
     """Our configuration from official hyperparameters, and those ("key=value") that it does not take over.
 
     A trained model does not depend on how it was trained: a training setting that is missing or not available here (a
@@ -74,26 +51,23 @@ def config_from_official(official: Mapping[str, Any]) -> tuple[ConfigDict, list[
     Raises ConfigError, naming the key, if the model itself is not available here, or if a hyperparameter of the model
     is missing: the official defaults are others than ours, and another cos_abs or pooling would go unnoticed.
     """
-    config = default.get_config()
     for key, value in official.items():
         _check_plain(key, value)
-        if key not in config and key not in WITHOUT_COUNTERPART and key not in SCRIPT_KEYS:
-            raise ConfigError(unknown_key_message(key, list(config)))
+        if key not in KEYS and key not in WITHOUT_COUNTERPART and key not in SCRIPT_KEYS:
+            raise ConfigError(unknown_key_message(key))
         if key in NEUTRAL_VALUES and value != NEUTRAL_VALUES[key]:
             raise ConfigError(f"{key}={value!r} is not available: {WITHOUT_COUNTERPART[key]}")
-    missing = [key for key in config if key not in (*TRAINING_KEYS, *OURS_ALONE) and official.get(key) is None]
+    missing = [key for key in sorted(KEYS) if key not in (*TRAINING_KEYS, *OURS_ALONE) and official.get(key) is None]
     if missing:
         raise ConfigError(
             f"hyperparameters of the model are missing: {', '.join(missing)}; give them with --config=FILE.json"
         )
-    given = {key: value for key, value in official.items() if key in config and key not in NOT_TAKEN_OVER}
-    for key, value in given.items():
-        if key not in TRAINING_KEYS:
-            _set(config, key, value)
-    config.targets = _targets(official["targets"])
-    validate_model(config)
+    given = {key: value for key, value in official.items() if key in KEYS and key not in NOT_TAKEN_OVER}
     name = official.get("target_set")
-    config.target_set = name if isinstance(name, str) and name in TARGET_SETS else ""
+    values = {key: _as_ours(key, value) for key, value in given.items() if key not in TRAINING_KEYS}
+    values["targets"] = _targets(official["targets"])
+    values["target_set"] = name if isinstance(name, str) and name in TARGET_SETS else ""
+    config = validate_model(TrainConfig().as_dict() | values)
     return _with_training_keys(config, {key: value for key, value in given.items() if key in TRAINING_KEYS})
 
 
@@ -118,62 +92,44 @@ def _targets(targets: Any) -> str:
     return ",".join(names)
 
 
-def _set(config: ConfigDict, key: str, value: Any) -> None:
-    """Set a key of ours to an official value."""
-    try:
-        config[key] = _as_ours(config, key, value)
-    except TypeError as error:
-        raise ConfigError(f"{key}={value!r} is of the wrong type; the default is {config[key]!r}") from error
-
-
-def _as_ours(config: ConfigDict, key: str, value: Any) -> Any:
+def _as_ours(key: str, value: Any) -> Any:
     """An official value as we write it."""
-    if isinstance(config[key], tuple):
+    if isinstance(KEYS[key].default, tuple):
         return tuple(value) if isinstance(value, list | tuple) else (value,)
     return ALIASES.get(key, {}).get(value, value) if isinstance(value, str) else value
 
 
-def _with_training_keys(config: ConfigDict, given: dict[str, Any]) -> tuple[ConfigDict, list[str]]:
+def _with_training_keys(config: TrainConfig, given: dict[str, Any]) -> tuple[TrainConfig, list[str]]:
     """The configuration with the training settings that can be used here, and those that cannot ("key=value")."""
     together = {key for group in JUDGED_TOGETHER for key in group}
-    groups = JUDGED_TOGETHER + tuple((key,) for key in given if key not in together)
     left_out = []
-    for group in groups:
-        trial = config.copy_and_resolve_references()
+    for group in JUDGED_TOGETHER + tuple((key,) for key in given if key not in together):
+        changes = {key: _as_ours(key, given[key]) for key in group if key in given}
         try:
-            for key in group:
-                if key in given:
-                    _set(trial, key, given[key])
-            validate(trial)
+            config = validate(dataclasses.replace(config, **changes))
         except ConfigError:
-            kept = {key: config[key] for key in group if key in given}
-            left_out += [
-                f"{key}={reprlib.repr(given[key])}" for key in kept if _as_ours(config, key, given[key]) != kept[key]
-            ]
-        else:
-            config = trial
+            left_out += [f"{key}={reprlib.repr(given[key])}" for key in changes if changes[key] != getattr(config, key)]
     return config, left_out
 
 
-def official_from_config(config: ConfigDict) -> dict[str, Any]:
+def official_from_config(config: TrainConfig) -> dict[str, Any]:
     """Every official hyperparameter, with the values of our configuration.
 
     Raises ConfigError if the official code cannot run such a model.
     """
     _check_official_limits(config)
     left_out = OURS_ALONE if config.optimizer == "sgd" else (*OURS_ALONE, "momentum")  # read for sgd alone
-    values = {key: config[key] for key in config if key not in left_out}
+    values = {key: value for key, value in config.as_dict().items() if key not in left_out}
     official = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-    names = target_names(config)
-    official["targets"] = names[0] if len(names) == 1 else list(names)
+    official["targets"] = config.targets[0] if len(config.targets) == 1 else list(config.targets)
     official["target_set"] = config.target_set or None
     official["pretrained_model"] = None
     return official | NEUTRAL_VALUES | OFFICIAL_ALONE
 
 
-def _check_official_limits(config: ConfigDict) -> None:
+def _check_official_limits(config: TrainConfig) -> None:
     """Raise ConfigError for models that exist here and not in the official code."""
-    model = model_config(config)
+    model = config.model
     usual = config.model_dim // config.head_num
     if config.model_dim % config.head_num or (model.k_dim, model.v_dim) != (usual, usual):
         raise ConfigError(
@@ -182,5 +138,5 @@ def _check_official_limits(config: ConfigDict) -> None:
     hidden = len(config.embedding_dim) - config.pre_pooling_op.startswith("w")
     if hidden < 1:
         raise ConfigError(
-            f"embedding_dim={tuple(config.embedding_dim)}: the official code needs a layer between pooling and output"
+            f"embedding_dim={config.embedding_dim}: the official code needs a layer between pooling and output"
         )

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -11,10 +10,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from crystalframer_jax.batching.targets import TargetStatistics
-from crystalframer_jax.config import ConfigError, ModelConfig, model_config, target_names
+from crystalframer_jax.config import ConfigError, ModelConfig, TrainConfig, validate_model
 from crystalframer_jax.data.registry import TARGET_SETS, target_set
 from crystalframer_jax.errors import UserError
 from crystalframer_jax.files import write_json
@@ -32,6 +30,7 @@ from crystalframer_jax.official.state import (
     variables_from_official,
 )
 from crystalframer_jax.runs.checkpoints import FOLDER, Checkpoints, on_this_device
+from crystalframer_jax.runs.run_directory import as_json
 
 RUN_FILES = ("config.json", "summary.json", FOLDER)
 
@@ -40,7 +39,7 @@ RUN_FILES = ("config.json", "summary.json", FOLDER)
 class Conversion:
     """What was imported or exported, and what a user should know of it."""
 
-    config: ConfigDict  # of the run
+    config: TrainConfig  # of the run
     targets: tuple[TargetStatistics, ...]
     parameters: int  # how many numbers are trained
     weights: str  # that prediction uses: on import "last" (the model of the file) or "swa"; on export, of which run
@@ -85,8 +84,8 @@ def import_checkpoint(
         config, left_out = config_from_official({**given, **found})
         mean = _given_once("target_mean", checkpoint.target_mean, target_mean)
         std = _given_once("target_std", checkpoint.target_std, target_std)
-        statistics = _describe_targets(config, (mean, std), data, targets, units)
-    fields = _model_fields(file, checkpoint, model_config(config))
+        config, statistics = _with_targets(config, (mean, std), data, targets, units)
+    fields = _model_fields(file, checkpoint, config.model)
     selected = "swa" if has_average and weights != "model" else "last"
     parameters = sum(leaf.size for leaf in jax.tree.leaves(fields["params"]))
     notes = _import_notes(given, found, left_out, statistics, config)
@@ -99,7 +98,7 @@ def import_checkpoint(
 def _write_run(folder: Path, run: Conversion, fields: dict[str, Tree], origin: str) -> None:
     """Writes the files of a run directory."""
     targets = [dataclasses.asdict(s) for s in run.targets]
-    write_json(folder / "config.json", json.loads(run.config.to_json()))
+    write_json(folder / "config.json", as_json(run.config))
     with contextlib.closing(Checkpoints(folder, writable=True)) as checkpoints:
         meta = {"epoch": run.epoch, "seconds": 0.0, "targets": targets, "val_mae": {}}
         checkpoints.save_weights(run.step, fields, meta)
@@ -126,7 +125,7 @@ def _import_notes(
     found: Mapping[str, Any],
     left_out: list[str],
     statistics: tuple[TargetStatistics, ...],
-    config: ConfigDict,
+    config: TrainConfig,
 ) -> list[str]:
     """Tells what a user should know about an imported model, a sentence each."""
     notes = []
@@ -183,33 +182,34 @@ def _given_once(name: str, found: np.ndarray | None, given: tuple[float, ...]) -
     return given or None if found is None else found
 
 
-def _describe_targets(
-    config: ConfigDict,
+def _with_targets(
+    config: TrainConfig,
     scaling: tuple[Any | None, Any | None],
     data: str,
     targets: tuple[str, ...],
     units: tuple[str, ...],
-) -> tuple[TargetStatistics, ...]:
-    """Finds names, units and scaling of the targets; sets `targets` and `target_set` of the configuration."""
-    names = target_names(config)
+) -> tuple[TrainConfig, tuple[TargetStatistics, ...]]:
+    """Finds names, units and scaling of the targets; returns them with the configuration that names them."""
+    names = config.targets
     for option, given in (("targets", targets), ("units", units)):
         if given and len(given) != len(names):
             raise ConfigError(f"--{option}={','.join(given)}: the model has {len(names)} ({', '.join(names)})")
-    config.targets = ",".join(targets or names)
-    names = target_names(config)
+    config = validate_model(dataclasses.replace(config, targets=targets or names))
+    names, name_of_set = config.targets, config.target_set
     if data:
-        config.target_set = data
+        name_of_set = data
         known = tuple(target_set(data).target(name).unit for name in names)
-    elif config.target_set and set(names) <= {target.name for target in TARGET_SETS[config.target_set].targets}:
-        known = tuple(target_set(config.target_set).target(name).unit for name in names)
+    elif name_of_set and set(names) <= {target.name for target in TARGET_SETS[name_of_set].targets}:
+        known = tuple(target_set(name_of_set).target(name).unit for name in names)
     else:
-        config.target_set = ""
+        name_of_set = ""
         known = (UNKNOWN_UNIT,) * len(names)
     if any(values is None for values in scaling):
         if units:
             raise ConfigError(f"--units={','.join(units)} needs target_mean and target_std: raw output has no unit")
-        config.target_set = ""  # its labels are not what the model predicts
-    return target_statistics(names, *scaling, units or known)
+        name_of_set = ""  # its labels are not what the model predicts
+    config = dataclasses.replace(config, target_set=name_of_set)
+    return config, target_statistics(names, *scaling, units or known)
 
 
 def _model_fields(file: Path, checkpoint: OfficialCheckpoint, model: ModelConfig) -> dict[str, Tree]:
@@ -234,7 +234,7 @@ def _variables(origin: str, state: Arrays, model: ModelConfig) -> dict[str, Tree
     return jax.tree.map(lambda leaf: np.array(leaf, model.dtype, order="C"), variables)
 
 
-def _frame_notes(config: ConfigDict) -> list[str]:
+def _frame_notes(config: TrainConfig) -> list[str]:
     """Tells of frames that are not the same in the two implementations."""
     if not config.value_pe_angle_real or config.frame_method not in ("max_static", "weighted_pca"):
         return []
@@ -257,7 +257,7 @@ def export_checkpoint(
     if file.is_dir() or (file.exists() and not overwrite):
         raise UserError(f"{file} is a folder" if file.is_dir() else f"{file} exists; replace it with --overwrite")
     predictor = Predictor.load(run, weights)
-    config, model = predictor.config, model_config(predictor.config)
+    config, model = predictor.config, predictor.config.model
     official = official_from_config(config)
     epoch, average = _epoch_and_average(run, predictor)
     notes = _export_notes(config)
@@ -300,7 +300,7 @@ def _epoch_and_average(run: Path, predictor: Predictor) -> tuple[int, Tree | Non
     return epoch, None if all_zero(average["params"]) else average
 
 
-def _export_notes(config: ConfigDict) -> list[str]:
+def _export_notes(config: TrainConfig) -> list[str]:
     """Tells what the official code computes differently, a sentence each."""
     notes = _frame_notes(config)
     if config.cutoff_radius:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from crystalframer_jax.batching.targets import TargetStatistics
-from crystalframer_jax.config import ModelConfig, model_config, target_names
+from crystalframer_jax.config import ModelConfig
 from crystalframer_jax.errors import UserError
 from crystalframer_jax.inference.predictor import Predictor
 from crystalframer_jax.official.config import config_from_official
@@ -271,8 +271,8 @@ def load_official(config: Mapping[str, Any], state: Mapping[str, np.ndarray]) ->
     ours, _ = config_from_official(config)
     state = dict(state)
     scaling = state.pop("target_mean", None), state.pop("target_std", None)
-    targets = target_statistics(target_names(ours), *scaling)
-    return Predictor(ours, variables_from_official(state, model_config(ours)), targets)
+    targets = target_statistics(ours.targets, *scaling)
+    return Predictor(ours, variables_from_official(state, ours.model), targets)
 
 
 def target_statistics(

@@ -3,19 +3,18 @@
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
-from crystalframer_jax.config import neighbor_cutoff
+from crystalframer_jax.config import TrainConfig
 from crystalframer_jax.data.splits import SPLITS
 from crystalframer_jax.text import duration, table
 
 WINDOW, BEST = 50, 10  # of the score history: epochs in a running mean, epochs in the mean of the best
 
 
-def describe(config: ConfigDict) -> str:
+def describe(config: TrainConfig) -> str:
     """Describes the model of a configuration in a line."""
     frames = f"{config.frame_method} frames" if config.value_pe_angle_real else "no frames (Crystalformer)"
-    cutoff = neighbor_cutoff(config)
+    cutoff = config.cutoff
     reach = (
         f"within {cutoff:.2f} Å" if isinstance(cutoff, float) else f"in a box of {2 * cutoff.lattice_range + 1}^3 cells"
     )

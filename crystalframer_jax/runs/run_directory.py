@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
-from crystalframer_jax.config import ConfigError, target_names
-from crystalframer_jax.config.hyperparameters import RESUMABLE_KEYS, UNIMPORTANT_KEYS
-from crystalframer_jax.configs import default
+from crystalframer_jax.config import ConfigError, TrainConfig, validate_model
+from crystalframer_jax.config.hyperparameters import KEYS, RESUMABLE_KEYS, UNIMPORTANT_KEYS
 from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.files import write_json
 from crystalframer_jax.runs.checkpoints import FOLDER, CheckpointError, read_json
@@ -24,13 +22,13 @@ from crystalframer_jax.runs.checkpoints import FOLDER, CheckpointError, read_jso
 REPORTED_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pymatgen")
 
 
-def check_config(config: ConfigDict, workdir: Path, resume_with_changes: Sequence[str] = ()) -> None:
+def check_config(config: TrainConfig, workdir: Path, resume_with_changes: Sequence[str] = ()) -> None:
     """Raises ConfigError unless this run may be in that directory.
 
     It may if the directory is new, or the run there was started with the same values; of those named in
     `resume_with_changes`, RESUMABLE_KEYS may have changed.
     """
-    unknown = [key for key in resume_with_changes if key not in config]
+    unknown = [key for key in resume_with_changes if key not in KEYS]
     if unknown:
         raise ConfigError(
             f"--resume_with_changes={','.join(resume_with_changes)}: there is no hyperparameter {unknown[0]}"
@@ -62,7 +60,7 @@ def check_data(dataset: Dataset, workdir: Path) -> None:
     write_json(file, values)
 
 
-def store_config(config: ConfigDict, workdir: Path) -> None:
+def store_config(config: TrainConfig, workdir: Path) -> None:
     """Writes config.json; values that have changed since are kept in config_changes.jsonl."""
     before, values = stored_config(workdir), as_json(config)
     changed = _changed(before, values) if before else []
@@ -74,17 +72,14 @@ def store_config(config: ConfigDict, workdir: Path) -> None:
         write_json(workdir / "config.json", values)
 
 
-def read_config(workdir: Path) -> ConfigDict:
-    """Reads the configuration that a run was started with; keys that are new since then have their defaults."""
-    file, config = workdir / "config.json", default.get_config()
-    for key, value in read_json(file).items():
-        if key not in config:
-            raise CheckpointError(f"{file}: unknown key {key!r}")
-        try:
-            config[key] = tuple(value) if isinstance(value, list) else value
-        except TypeError as error:
-            raise CheckpointError(f"{file}: {key}={value!r} is of the wrong type") from error
-    return config
+def read_config(workdir: Path) -> TrainConfig:
+    """Reads the configuration that a run was started with."""
+    file = workdir / "config.json"
+    values = TrainConfig().as_dict() | read_json(file)  # keys that are new since then had their defaults
+    try:
+        return validate_model(values)
+    except ConfigError as error:
+        raise CheckpointError(f"{file}: {error}") from error
 
 
 def stored_config(workdir: Path) -> dict[str, Any]:
@@ -116,11 +111,9 @@ def _check_changes(
         )
 
 
-def as_json(config: ConfigDict) -> dict[str, Any]:
+def as_json(config: TrainConfig) -> dict[str, Any]:
     """Gives the hyperparameters as config.json has them."""
-    values = json.loads(config.to_json())
-    values["targets"] = ",".join(target_names(config))
-    return values
+    return json.loads(json.dumps(config.as_dict()))
 
 
 def record_environment(workdir: Path) -> None:

@@ -7,9 +7,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
-from crystalframer_jax.config import ConfigError
+from crystalframer_jax.config import ConfigError, TrainConfig
 from crystalframer_jax.model.implementation import Implementation, ImplementationError
 from crystalframer_jax.parallel.devices import Devices
 from crystalframer_jax.parallel.processes import json_from_first_process, largest_of_processes
@@ -47,7 +46,7 @@ class Consensus:
         return largest_of_processes(request)
 
 
-def check_alike(config: ConfigDict, options: dict[str, Any]) -> None:
+def check_alike(config: TrainConfig, options: dict[str, Any]) -> None:
     """Raise ConfigError unless all processes have the same hyperparameters, `options`, versions and kind of devices.
 
     Otherwise they would wait for one another, or their weights would drift apart.

@@ -7,12 +7,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from crystalframer_jax.batching.batch import Batch
 from crystalframer_jax.batching.device_table import Chunk
 from crystalframer_jax.batching.targets import TargetStatistics
-from crystalframer_jax.config import ConfigError, model_config
+from crystalframer_jax.config import ConfigError, TrainConfig
 from crystalframer_jax.data.loader import TrainingBatches
 from crystalframer_jax.data.splits import SPLITS
 from crystalframer_jax.data.store import Dataset
@@ -102,7 +101,7 @@ class Run:
 
     def __init__(
         self,
-        config: ConfigDict,
+        config: TrainConfig,
         workdir: Path,
         dataset: Dataset,
         options: Options | None = None,
@@ -112,7 +111,7 @@ class Run:
         self.config, self.workdir, self.dataset = config, workdir, dataset
         self.options = options or Options()
         self._interruption = interruption or Interruption()
-        wanted = model_config(config)
+        wanted = config.model
         self.batches = TrainingBatches(
             dataset,
             config.batch_size,
@@ -151,7 +150,7 @@ class Run:
 
     def _trace(self, implementation: Implementation) -> None:
         """Raise ImplementationError if a training step cannot be taken so by this process."""
-        model = CrystalFramer(model_config(self.config), implementation)
+        model = CrystalFramer(self.config.model, implementation)
         state, batch = jax.eval_shape(lambda: self.initial_state(model)), self.batches.parts_of(0)[0]
         jax.eval_shape(lambda state: self.loss(None, model)(state.params, state, batch, False), state)
 
@@ -290,7 +289,7 @@ class Run:
         splits = ", ".join(f"{len(self.dataset.splits[name]):,} {name}" for name in SPLITS)
         like = jax.eval_shape(self.initial_state)
         for key in ("frozen_layers", "reinit_layers"):  # a misspelt layer is an error before anything is done
-            layer_mask(like.params, self.config[key], key)
+            layer_mask(like.params, getattr(self.config, key), key)
         found = self.checkpoints.restore_latest(like)
         if found is not None:
             state, meta = found

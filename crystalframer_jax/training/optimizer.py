@@ -7,14 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 
-from crystalframer_jax.config import ConfigError
+from crystalframer_jax.config import ConfigError, TrainConfig
 
 Schedule = Callable[[Any], jax.Array]  # learning rate of an optimizer step 0, 1, ...
 
 
-def learning_rate(config: ConfigDict, total_steps: int, hold_from: int | None = None) -> Schedule:
+def learning_rate(config: TrainConfig, total_steps: int, hold_from: int | None = None) -> Schedule:
     """The schedule `lr_sch`; it stands still from step `hold_from` on (while weights are averaged).
 
     With t the step, T = sch_params[0] and D = model_dim, the schedules of the official code are
@@ -33,7 +32,7 @@ def learning_rate(config: ConfigDict, total_steps: int, hold_from: int | None = 
     first = config.sch_params[0] if config.sch_params else 0
     if name == "cosine" and first >= total_steps:
         raise ConfigError(
-            f"sch_params={tuple(config.sch_params)}: the warm-up of lr_sch='cosine' must be shorter than the training, "
+            f"sch_params={config.sch_params}: the warm-up of lr_sch='cosine' must be shorter than the training, "
             f"{total_steps:,} steps"
         )
 
@@ -67,7 +66,7 @@ def learning_rate(config: ConfigDict, total_steps: int, hold_from: int | None = 
     return schedule
 
 
-def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """Directions of the updates, to be multiplied by -lr: clipping, weight decay, and adamw, adam or sgd.
 
     Weight decay is decoupled from the gradient in adamw, which decays biases and the parameters of normalisations by

@@ -6,10 +6,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from crystalframer_jax.batching.targets import TargetStatistics
-from crystalframer_jax.config import ConfigError, model_config, neighbor_cutoff
+from crystalframer_jax.config import ConfigError, TrainConfig
 from crystalframer_jax.inference.predictor import Predictor
 from crystalframer_jax.training.layer_names import layer_mask
 from crystalframer_jax.training.state import TrainState, Tree
@@ -18,7 +17,7 @@ from crystalframer_jax.training.state import TrainState, Tree
 MAY_DIFFER = ("num_targets", "dropout", "scale_grad", "precision", "tie_tolerance")
 
 
-def start_from(state: TrainState, config: ConfigDict, statistics: tuple[TargetStatistics, ...]) -> TrainState:
+def start_from(state: TrainState, config: TrainConfig, statistics: tuple[TargetStatistics, ...]) -> TrainState:
     """`state` with the weights, calibration and BatchNorm averages that prediction with `pretrained_model` uses.
 
     Targets that the old run predicts too (by name) keep their predictions in label units: their part of the output
@@ -62,9 +61,9 @@ def _output_layer(
     return {"kernel": kernel, "bias": bias}
 
 
-def _differences(old: ConfigDict, new: ConfigDict) -> list[str]:
+def _differences(old: TrainConfig, new: TrainConfig) -> list[str]:
     """The hyperparameters of the model in which two configurations differ: "key old, here new"."""
-    values = [{**dataclasses.asdict(model_config(config)), "cutoff": neighbor_cutoff(config)} for config in (old, new)]
+    values = [{**dataclasses.asdict(config.model), "cutoff": config.cutoff} for config in (old, new)]
     return [
         f"{key} {values[0][key]!r}, here {values[1][key]!r}"
         for key in values[0]

@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 
 from crystalframer_jax.batching.batch import Batch
 from crystalframer_jax.batching.device_table import Chunk
 from crystalframer_jax.batching.targets import TargetStatistics, standardise
+from crystalframer_jax.config import TrainConfig
 from crystalframer_jax.model.regressor import CrystalFramer
 from crystalframer_jax.ops.random_bits import keys_by_place
 from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices, sum_in_order
@@ -37,7 +37,7 @@ class Recipe:
     frozen_layers: str = ""  # layers that are not trained
 
 
-def make_recipe(config: ConfigDict, steps_per_epoch: int) -> Recipe:
+def make_recipe(config: TrainConfig, steps_per_epoch: int) -> Recipe:
     """The recipe of a configuration."""
     swa_first_step = (config.n_epochs - config.swa_epochs) * steps_per_epoch if config.swa_epochs else None
     return Recipe(

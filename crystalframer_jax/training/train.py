@@ -1,13 +1,14 @@
 """Train one model, or the members of an ensemble, in a run directory."""
 
 import contextlib
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from crystalframer_jax.config import ConfigError, neighbor_cutoff, target_names, validate
+from crystalframer_jax.config import ConfigError, TrainConfig, validate
 from crystalframer_jax.data.datasets import open_dataset
 from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.files import locked, write_json
@@ -25,7 +26,7 @@ from crystalframer_jax.training.loop import Options, Run
 
 
 def train(
-    config: ConfigDict,
+    config: ConfigDict | TrainConfig,
     workdir: str | Path,
     options: Options | None = None,
     interruption: Interruption | None = None,
@@ -40,7 +41,7 @@ def train(
     if the loss is not finite or the disk is full, and TrainingInterrupted after having saved what there is if a signal
     or the time limit of `interruption` ends the run.
     """
-    validate(config)
+    config = validate(config)
     if not str(workdir):
         raise ConfigError("the workdir is empty; name the directory of the run")
     workdir, options, interruption = Path(workdir), options or Options(), interruption or Interruption()
@@ -65,14 +66,13 @@ def train(
             return Run(config, workdir, dataset, options, interruption, devices).finish()
 
 
-def _train_ensemble(config: ConfigDict, workdir: Path, options: Options, interruption: Interruption) -> dict[str, Any]:
+def _train_ensemble(config: TrainConfig, workdir: Path, options: Options, interruption: Interruption) -> dict[str, Any]:
     """Train the members of an ensemble one after the other in WORKDIR/member_N, with seeds that count up."""
     if is_first_process():
         _check_ensemble(config, workdir)
     for number in range(config.ensemble_size):
         say(f"\nmember {number + 1} of {config.ensemble_size}")
-        member = config.copy_and_resolve_references()
-        member.update(ensemble_size=1, seed=config.seed + number)
+        member = dataclasses.replace(config, ensemble_size=1, seed=config.seed + number)
         train(member, workdir / f"member_{number}", options, interruption)
         if is_first_process():
             write_json(workdir / "config.json", as_json(config))  # after the first, who checks it
@@ -85,7 +85,7 @@ def _train_ensemble(config: ConfigDict, workdir: Path, options: Options, interru
     return json_from_first_process(summary)
 
 
-def _check_ensemble(config: ConfigDict, workdir: Path) -> None:
+def _check_ensemble(config: TrainConfig, workdir: Path) -> None:
     """Raise ConfigError if a directory holds something else than this ensemble."""
     if (workdir / FOLDER).exists():
         raise ConfigError(f"{workdir} holds a run with one model; choose another --workdir for an ensemble")
@@ -96,7 +96,7 @@ def _check_ensemble(config: ConfigDict, workdir: Path) -> None:
         )
 
 
-def _open_dataset(config: ConfigDict) -> Dataset:
+def _open_dataset(config: TrainConfig) -> Dataset:
     """The data set of a training; of several processes the first prepares it before the others open it.
 
     Raises ConfigError if they find different data.
@@ -115,5 +115,5 @@ def _open_dataset(config: ConfigDict) -> Dataset:
     return dataset
 
 
-def _dataset(config: ConfigDict) -> Dataset:
-    return open_dataset(config.target_set, target_names(config), neighbor_cutoff(config), config.data_dir)
+def _dataset(config: TrainConfig) -> Dataset:
+    return open_dataset(config.target_set, config.targets, config.cutoff, config.data_dir)

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from crystalframer_jax.batching.targets import TargetStatistics, standardise
+from crystalframer_jax.config import TrainConfig
 from crystalframer_jax.data.loader import TrainingBatches
 from crystalframer_jax.data.splits import SPLITS
 from crystalframer_jax.data.store import Dataset
@@ -32,7 +32,7 @@ class Evaluator:
 
     def __init__(
         self,
-        config: ConfigDict,
+        config: TrainConfig,
         model: CrystalFramer,
         batches: TrainingBatches,
         statistics: tuple[TargetStatistics, ...],

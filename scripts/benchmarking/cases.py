@@ -8,8 +8,7 @@ import numpy as np
 from crystalframer_jax.batching.batch import Batch, pack
 from crystalframer_jax.batching.shapes import BatchShape
 from crystalframer_jax.batching.table import make_table
-from crystalframer_jax.config import NO_PARTS, BatchParts, neighbor_cutoff
-from crystalframer_jax.configs import default
+from crystalframer_jax.config import NO_PARTS, BatchParts, TrainConfig
 from crystalframer_jax.data.datasets import open_dataset
 from crystalframer_jax.data.loader import TrainingBatches
 from crystalframer_jax.data.records import Record, Source
@@ -22,7 +21,7 @@ from crystalframer_jax.structures.neighbors import LatticeBox, neighbor_rows
 BUNDLED = "mp_flla_2015"
 TARGET = "e_form"
 UNIT_CELL = "mp-4342"  # KNbO3 of the bundled set: a tetragonal perovskite, 5 atoms
-CUTOFF = neighbor_cutoff(default.get_config())
+CUTOFF = TrainConfig().cutoff
 DISPLACEMENT = 0.05  # Å, standard deviation of the atoms of a supercell along each axis: no symmetry remains
 SEED = 0
 

@@ -10,14 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from benchmarking import roofline
 from benchmarking.cases import TARGET, Case, packed, unit_cell
 from benchmarking.timing import Program, take_turns
 from crystalframer_jax.batching.batch import Batch, fill_factors, unpacked
 from crystalframer_jax.batching.targets import TargetStatistics
-from crystalframer_jax.config import ModelConfig, model_config
+from crystalframer_jax.config import ModelConfig, TrainConfig, validate
 from crystalframer_jax.configs import default
 from crystalframer_jax.configs.variants import with_variant
 from crystalframer_jax.inference.forward import make_forward
@@ -48,17 +47,17 @@ class Variant:
     """A configuration to measure, by name."""
 
     name: str
-    config: ConfigDict
+    config: TrainConfig
 
     @classmethod
     def named(cls, name: str) -> "Variant":
         """Takes the default configuration with the values of a variant."""
-        return cls(name, with_variant(default.get_config(), name))
+        return cls(name, validate(with_variant(default.get_config(), name)))
 
     @functools.cached_property
     def model(self) -> ModelConfig:
         """Its model."""
-        return model_config(self.config)
+        return self.config.model
 
     @property
     def recipe(self) -> Recipe:

@@ -14,7 +14,7 @@ from crystalframer_jax.batching.batch import pack
 from crystalframer_jax.batching.device_table import Chunk, DeviceTable, device_table_if_it_fits
 from crystalframer_jax.batching.shapes import BatchShape, shape_for, shared_out
 from crystalframer_jax.batching.table import CrystalTable, make_table
-from crystalframer_jax.config import BatchParts
+from crystalframer_jax.config import BatchParts, validate
 from crystalframer_jax.data.loader import TrainingBatches
 from crystalframer_jax.structures.crystal import Crystal
 from crystalframer_jax.structures.neighbors import neighbor_rows
@@ -154,7 +154,8 @@ def test_training_on_the_device_changes_no_bit(tmp_path):
     with tiny_runs(tmp_path / "compiled", optimized=True):
         config = tiny_config(tmp_path / "data", norm_type="bn")
         for name, on_device in ("host", False), ("device", True):
-            run = Run(config, tmp_path / name, open_tiny(config), Options(on_device=on_device, steps_per_dispatch=2))
+            options = Options(on_device=on_device, steps_per_dispatch=2)
+            run = Run(validate(config), tmp_path / name, open_tiny(config), options)
             run.finish()
             assert (run.batches.device_table is not None) == on_device
         assert_same_run(config, tmp_path / "device", tmp_path / "host")

@@ -1,7 +1,9 @@
 """Configurations: what can be run is accepted, and what cannot is refused with the key and what is allowed."""
 
+import dataclasses
 import importlib
 import json
+import typing
 
 import numpy as np
 import pytest
@@ -12,20 +14,18 @@ from crystalframer_jax.config import (
     ConfigError,
     check_overrides,
     model_config,
-    neighbor_cutoff,
-    target_names,
     validate,
     validate_model,
 )
 from crystalframer_jax.config.hyperparameters import (
     ALLOWED_VALUES,
-    NOT_NEGATIVE,
-    POSITIVE,
+    KEYS,
     TRAINING_KEYS,
     WITHOUT_COUNTERPART,
 )
 from crystalframer_jax.configs import default
 from crystalframer_jax.data.registry import TARGET_SETS, target_set
+from crystalframer_jax.runs.run_directory import as_json
 from crystalframer_jax.structures.neighbors import LatticeBox
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "variants"))
@@ -117,6 +117,11 @@ def changed(**changes):
     return config
 
 
+def with_limit(limit) -> list[str]:
+    """The keys whose rows have a limit."""
+    return [key for key, row in KEYS.items() if limit in row.metadata["limits"]]
+
+
 def refusal(config) -> str:
     """The one-line message with which a configuration is refused."""
     with pytest.raises(ConfigError) as error:
@@ -132,7 +137,7 @@ def test_every_experiment_file_can_be_run(name):
     config = module.get_config()
     validate(config)
     if config.target_set in TARGET_SETS:
-        for target in target_names(config):
+        for target in validate(config).targets:
             assert target_set(config.target_set).target(target).unit
     else:
         assert name in PAPER, "an experiment on data that nobody can get"
@@ -204,13 +209,13 @@ def test_values_that_are_not_available_are_refused_with_the_allowed_ones(key):
         assert repr(value) in message
 
 
-@pytest.mark.parametrize("key", POSITIVE)
+@pytest.mark.parametrize("key", with_limit(">0"))
 @pytest.mark.parametrize("value", [0, -1])
 def test_numbers_that_must_be_positive(key, value):
     assert f"{key}={value}" in refusal(changed(**{key: value})) and "positive" in refusal(changed(**{key: value}))
 
 
-@pytest.mark.parametrize("key", NOT_NEGATIVE)
+@pytest.mark.parametrize("key", with_limit(">=0"))
 def test_numbers_that_must_not_be_negative(key):
     assert f"{key}=-1" in refusal(changed(**{key: -1})) and "negative" in refusal(changed(**{key: -1}))
 
@@ -306,7 +311,7 @@ def test_impossible_combinations_are_refused(changes, words):
     ],
     ids=str,
 )
-def test_neighbours_of_the_impossible_combinations_are_accepted(changes):
+def test_neighbors_of_the_impossible_combinations_are_accepted(changes):
     validate(changed(**changes))
 
 
@@ -323,8 +328,8 @@ def test_a_trained_model_does_not_depend_on_how_it_was_trained():
 
 
 def test_targets_are_names_separated_by_commas():
-    assert target_names(changed(targets="e_form")) == ("e_form",)
-    assert target_names(changed(targets=" e_form,e_above_hull ,")) == ("e_form", "e_above_hull")
+    assert validate(changed(targets="e_form")).targets == ("e_form",)
+    assert validate(changed(targets=" e_form,e_above_hull ,")).targets == ("e_form", "e_above_hull")
 
 
 def test_targets_and_target_sets_that_do_not_exist_are_refused_with_those_that_do():
@@ -364,23 +369,23 @@ def test_the_defaults_that_the_paper_states():
 
 
 def test_the_radius_is_that_of_the_widest_gaussian_or_the_one_given():
-    assert neighbor_cutoff(changed()) == pytest.approx(6.9296, abs=1e-4)  # 3.5 * 1.4 / sqrt(0.5)
-    assert neighbor_cutoff(changed(scale_real=(1.4, 1.4, 2.8, 1.4))) == pytest.approx(2 * 6.929646, abs=1e-5)
-    assert neighbor_cutoff(changed(adaptive_cutoff_sigma=-7.0)) == pytest.approx(2 * 6.929646, abs=1e-5)
-    assert neighbor_cutoff(changed(gauss_lb_real=0.125)) == pytest.approx(2 * 6.929646, abs=1e-5)
-    assert neighbor_cutoff(changed(cutoff_radius=8)) == 8.0
+    assert validate(changed()).cutoff == pytest.approx(6.9296, abs=1e-4)  # 3.5 * 1.4 / sqrt(0.5)
+    assert validate(changed(scale_real=(1.4, 1.4, 2.8, 1.4))).cutoff == pytest.approx(2 * 6.929646, abs=1e-5)
+    assert validate(changed(adaptive_cutoff_sigma=-7.0)).cutoff == pytest.approx(2 * 6.929646, abs=1e-5)
+    assert validate(changed(gauss_lb_real=0.125)).cutoff == pytest.approx(2 * 6.929646, abs=1e-5)
+    assert validate(changed(cutoff_radius=8)).cutoff == 8.0
 
 
 def test_the_sign_of_adaptive_cutoff_sigma_makes_no_difference():
     for sigma in (3.5, 5.0):
-        assert neighbor_cutoff(changed(adaptive_cutoff_sigma=sigma)) == pytest.approx(sigma * 1.4 / 0.5**0.5)
-        assert neighbor_cutoff(changed(adaptive_cutoff_sigma=-sigma)) == pytest.approx(sigma * 1.4 / 0.5**0.5)
+        assert validate(changed(adaptive_cutoff_sigma=sigma)).cutoff == pytest.approx(sigma * 1.4 / 0.5**0.5)
+        assert validate(changed(adaptive_cutoff_sigma=-sigma)).cutoff == pytest.approx(sigma * 1.4 / 0.5**0.5)
 
 
-def test_without_adaptive_cutoff_the_neighbours_are_a_box_of_images():
-    assert neighbor_cutoff(changed(adaptive_cutoff_sigma=0.0)) == LatticeBox(2)
-    assert neighbor_cutoff(changed(adaptive_cutoff_sigma=0.0, lattice_range=1)) == LatticeBox(1)
-    assert neighbor_cutoff(changed(adaptive_cutoff_sigma=0.0, cutoff_radius=6.5)) == 6.5
+def test_without_adaptive_cutoff_the_neighbors_are_a_box_of_images():
+    assert validate(changed(adaptive_cutoff_sigma=0.0)).cutoff == LatticeBox(2)
+    assert validate(changed(adaptive_cutoff_sigma=0.0, lattice_range=1)).cutoff == LatticeBox(1)
+    assert validate(changed(adaptive_cutoff_sigma=0.0, cutoff_radius=6.5)).cutoff == 6.5
 
 
 def test_the_model_part_of_a_configuration():
@@ -391,6 +396,47 @@ def test_the_model_part_of_a_configuration():
     model = model_config(changed(k_dim=24, value_pe_angle_real=0, frame_method="no"))
     assert (model.k_dim, model.v_dim, model.scale_of_block(3)) == (24, 16, 1.4)
     assert not model.uses_frames
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"targets": " a, b", "scale_real": [1.4, 1.5], "k_dim": 24},
+        {"embedding_dim": (), "sch_params": (100, 200.0), "lr_sch": "multistep", "lr": 1},
+        {"targets": ["a", "b"], "pretrained_model": "runs/a", "value_pe_angle_real": 0, "frame_method": "no"},
+    ],
+    ids=str,
+)
+def test_a_frozen_configuration_is_stored_as_the_user_gave_it(changes):
+    config = default.get_config()
+    with config.ignore_type():
+        config.update({"targets": changes.get("targets", config.targets)})
+    config.update({key: value for key, value in changes.items() if key != "targets"})
+    given = json.loads(config.to_json())
+    targets = given["targets"] if isinstance(given["targets"], list) else given["targets"].split(",")
+    frozen = validate(config)
+    stored = as_json(frozen)
+    assert json.loads(json.dumps(stored)) == stored
+    assert stored == given | {"targets": ",".join(name.strip() for name in targets)}
+    assert validate(stored) == validate(frozen) == frozen and hash(validate(stored)) == hash(frozen)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        frozen.lr = 1.0
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiments_are_stored_as_they_are(name):
+    config = importlib.import_module(f"crystalframer_jax.configs.{name}").get_config()
+    assert as_json(validate(config)) == json.loads(config.to_json())
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_the_default_of_a_row_is_of_its_type(key):
+    default_value, kind = KEYS[key].default, KEYS[key].type
+    of_elements = typing.get_args(kind)[:1] or (kind,)
+    values = default_value if typing.get_origin(kind) is tuple else (default_value,)
+    assert values is default_value or not isinstance(default_value, tuple)
+    assert [type(value) for value in values] == [*of_elements] * len(values)
 
 
 def test_the_domains_of_an_interleaving_take_turns():

@@ -18,6 +18,7 @@ from small_sets import CUTOFF, assert_same_dataset, raw_records
 
 from crystalframer_jax.cli import prepare as prepare_cli
 from crystalframer_jax.cli.prepare import prepare_main
+from crystalframer_jax.config import TrainConfig
 from crystalframer_jax.data import datasets
 from crystalframer_jax.data.registry import TARGET_SETS
 from crystalframer_jax.data.splits import SplitFacts, record_hash
@@ -45,7 +46,7 @@ PICKLED = {"jarvis__megnet-bulk_modulus": "bulk", "jarvis__megnet-shear_modulus"
 
 @pytest.fixture(autouse=True)
 def short_rows(monkeypatch):
-    monkeypatch.setattr(prepare_cli, "neighbor_cutoff", lambda config: CUTOFF)
+    monkeypatch.setattr(prepare_cli, "TrainConfig", lambda: TrainConfig(cutoff_radius=CUTOFF))
 
 
 def label_of(number: int, field: str) -> float:

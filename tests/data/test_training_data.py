@@ -9,7 +9,7 @@ from tiny import tiny_config, tiny_runs
 
 from crystalframer_jax.cli import prepare as prepare_cli
 from crystalframer_jax.cli.evaluate import evaluate_main
-from crystalframer_jax.config import ConfigError
+from crystalframer_jax.config import ConfigError, TrainConfig
 from crystalframer_jax.data.splits import random_split
 from crystalframer_jax.training.train import train
 
@@ -17,7 +17,7 @@ from crystalframer_jax.training.train import train
 @pytest.fixture(scope="module", autouse=True)
 def compiled(tmp_path_factory):
     with tiny_runs(tmp_path_factory.mktemp("compiled")), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_cli, "neighbor_cutoff", lambda config: config.cutoff_radius or 4.0)
+        patch.setattr(prepare_cli, "TrainConfig", lambda: TrainConfig(cutoff_radius=4.0))
         yield
 
 

@@ -19,7 +19,7 @@ from crystalframer_jax import Ensemble, Predictor
 from crystalframer_jax.batching.targets import TargetStatistics
 from crystalframer_jax.cli.evaluate import evaluate_main
 from crystalframer_jax.cli.predict import predict_main
-from crystalframer_jax.config import ConfigError, model_config
+from crystalframer_jax.config import ConfigError, validate
 from crystalframer_jax.files import write_json
 from crystalframer_jax.inference import predictor as predictor_module
 from crystalframer_jax.inference.ensemble import ensemble_summary, load_model
@@ -28,6 +28,7 @@ from crystalframer_jax.inference.forward import working_precision
 from crystalframer_jax.inference.predictor import stored_fields
 from crystalframer_jax.reporting.summary import ensemble_text
 from crystalframer_jax.runs.checkpoints import CheckpointError, Checkpoints
+from crystalframer_jax.runs.run_directory import as_json
 from crystalframer_jax.training import loop
 from crystalframer_jax.training.train import train
 
@@ -47,9 +48,9 @@ def folder(tmp_path_factory) -> Iterator[Path]:
 
 def model(folder: Path, seed: int, targets=(E_FORM,), **changes) -> Predictor:
     """A model with random weights."""
-    config = tiny_config(folder / "data", targets=",".join(t.name for t in targets), **changes)
+    config = validate(tiny_config(folder / "data", targets=",".join(t.name for t in targets), **changes))
     with working_precision(config):
-        variables = random_variables(model_config(config), seed, model_config(config).dtype.type)
+        variables = random_variables(config.model, seed, config.model.dtype.type)
     return Predictor(config, variables, tuple(targets))
 
 
@@ -80,7 +81,7 @@ def one_line(error: pytest.ExceptionInfo) -> str:
 def write_run(folder: Path, member: Predictor) -> Path:
     """The run directory of a model."""
     folder.mkdir(parents=True)
-    write_json(folder / "config.json", json.loads(member.config.to_json()))
+    write_json(folder / "config.json", as_json(member.config))
     checkpoints = Checkpoints(folder, writable=True)
     targets = [vars(target) for target in member.targets]
     fields = stored_fields(member.config, member.variables)

@@ -1,6 +1,7 @@
 """Errors of predictions, files of predictions, and how many draws of frames there are."""
 
 import csv
+import dataclasses
 import json
 import math
 
@@ -9,7 +10,7 @@ import pytest
 from tiny import tiny_config
 
 from crystalframer_jax.batching.targets import TargetStatistics
-from crystalframer_jax.config import ConfigError
+from crystalframer_jax.config import ConfigError, validate
 from crystalframer_jax.files import write_csv, write_json
 from crystalframer_jax.inference.evaluation import frame_draws
 from crystalframer_jax.reporting.metrics import mean_absolute_errors, mean_predictor_errors, regression_metrics
@@ -115,10 +116,10 @@ def test_a_file_that_fails_half_way_leaves_the_old_one(tmp_path):
 
 
 def test_draws_of_frames(tmp_path):
-    config = tiny_config(tmp_path, num_frame_samples=5)
+    config = validate(tiny_config(tmp_path, num_frame_samples=5))
     assert (frame_draws(config), frame_draws(config, 3)) == (5, 3)
     for samples in (0, -1):
         with pytest.raises(ConfigError, match=f"num_frame_samples={samples}"):
             frame_draws(config, samples)
-    config.update(value_pe_angle_real=0, frame_method="no")
+    config = dataclasses.replace(config, value_pe_angle_real=0, frame_method="no")
     assert (frame_draws(config), frame_draws(config, 3)) == (1, 1)

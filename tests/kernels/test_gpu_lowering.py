@@ -22,7 +22,7 @@ import pytest
 from support import batch_of, primitive
 
 from crystalframer_jax.batching.targets import TargetStatistics
-from crystalframer_jax.config import model_config, target_names
+from crystalframer_jax.config import model_config, validate
 from crystalframer_jax.configs import default, jarvis, megnet, mp_flla, oqmd, quickstart
 from crystalframer_jax.configs.variants import VARIANTS
 from crystalframer_jax.model.regressor import CrystalFramer
@@ -71,8 +71,9 @@ def changed(**changes):
 
 def training_step(config, devices=ONE_DEVICE):
     """The step of a training with kernels on some devices, its state and the share of a device, both as shapes."""
-    model, recipe = model_config(config), make_recipe(config, 10)
-    statistics = tuple(TargetStatistics(name, "", 0.0, 1.0) for name in target_names(config))
+    config = validate(config)
+    model, recipe = config.model, make_recipe(config, 10)
+    statistics = tuple(TargetStatistics(name, "", 0.0, 1.0) for name in config.targets)
     loss = make_loss(CrystalFramer(model, "pallas"), recipe, statistics, jax.random.key(0), devices.axis)
     batch = batch_of([primitive("perovskite")], 6.0, num_targets=len(statistics), parts=model.parts)
     state = jax.eval_shape(

@@ -18,8 +18,7 @@ import numpy as np
 import pytest
 from process_helpers import environment, free_port
 
-from crystalframer_jax.config import ConfigError
-from crystalframer_jax.configs import default
+from crystalframer_jax.config import ConfigError, TrainConfig
 from crystalframer_jax.errors import UserError
 from crystalframer_jax.model.implementation import ImplementationError
 from crystalframer_jax.parallel.interruption import TrainingInterrupted
@@ -240,7 +239,7 @@ for arguments in ((), (free,), (free, 2), (taken, 2, 0), (free, 2, 0, 1)):
     ("key", "value", "words"), [("lr", 1e-3, "--config.lr 0.001 there"), ("jax", "0.1", "jax 0.1 there")]
 )
 def test_distributed_processes_that_differ_are_an_error(monkeypatch, key, value, words):
-    config = default.get_config()
+    config = TrainConfig()
     check_alike(config, {})
     key = key if key == "jax" else f"--config.{key}"
     monkeypatch.setattr(consensus, "json_from_first_process", lambda values: values | {key: value})

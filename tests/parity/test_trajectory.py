@@ -15,7 +15,6 @@ from crystalframer_jax.batching.batch import pack
 from crystalframer_jax.batching.shapes import shape_for
 from crystalframer_jax.batching.table import make_table
 from crystalframer_jax.batching.targets import to_label_units
-from crystalframer_jax.config import model_config, neighbor_cutoff
 from crystalframer_jax.inference.forward import make_forward
 from crystalframer_jax.model.regressor import CrystalFramer
 from crystalframer_jax.official.state import load_official, variables_from_official
@@ -54,9 +53,10 @@ def trajectory() -> Trajectory:
             init[name] = np.array([1.0, 0.0], np.float32)
     predictor = load_official(official, init | {name: golden[name] for name in ("target_mean", "target_std")})
     config, swa_first_step = predictor.config, int(golden["swa_first_step"])
-    config.update({key: official[key] for key in ("lr", "weight_decay", "clip_norm")})
-    config.update({key: tuple(official[key]) for key in ("sch_params", "adam_betas")})
-    config.update(n_epochs=30, swa_epochs=30 - swa_first_step)  # epochs of one step, so that both count the same
+    changes = {key: official[key] for key in ("lr", "weight_decay", "clip_norm")}
+    changes |= {key: tuple(official[key]) for key in ("sch_params", "adam_betas")}
+    changes |= {"n_epochs": 30, "swa_epochs": 30 - swa_first_step}  # epochs of one step, so that both count the same
+    config = dataclasses.replace(config, **changes)
 
     ends = np.cumsum(golden["sizes"])
     atoms = [slice(end - size, end) for end, size in zip(ends, golden["sizes"], strict=True)]
@@ -64,12 +64,12 @@ def trajectory() -> Trajectory:
         Crystal(golden["numbers"][a], golden["positions"][a], lattice)
         for a, lattice in zip(atoms, golden["lattice"], strict=True)
     ]
-    table = make_table(crystals, [neighbor_rows(crystal, neighbor_cutoff(config)) for crystal in crystals])
+    table = make_table(crystals, [neighbor_rows(crystal, config.cutoff) for crystal in crystals])
     order, labels = golden["batch_order"], golden["targets"][:, None]
     shape = max((shape_for(table, chosen) for chosen in order), key=lambda shape: shape.num_atoms)
     batches = [pack(table, chosen, shape, labels[chosen]) for chosen in order]
 
-    model, recipe = CrystalFramer(model_config(config)), make_recipe(config, steps_per_epoch=1)
+    model, recipe = CrystalFramer(config.model), make_recipe(config, steps_per_epoch=1)
     calibrate = jax.jit(lambda v, batch: model.apply(v, batch, calibrate=True, mutable=["calibration"])[1])
     calibration = jax.tree.map(np.asarray, calibrate(predictor.variables, batches[0])["calibration"])
     params = jax.tree.map(jnp.asarray, predictor.variables["params"])
@@ -147,7 +147,7 @@ def test_official_parameters_after_training(trajectory, weights):
     """
     state = trajectory.official(f"{weights}/")
     config = load_official(json.loads(trajectory.golden["config_json"].tobytes()), state).config
-    expected = variables_from_official(state, model_config(config))["params"]
+    expected = variables_from_official(state, config.model)["params"]
     found = trajectory.state.params if weights == "final" else trajectory.state.swa_params
     difference = jax.tree.map(jnp.subtract, found, expected)
     assert optax.global_norm(difference) < 1e-3 * optax.global_norm(expected)

@@ -16,6 +16,7 @@ from support import batch_of, random_crystal, random_variables, small_config
 from crystalframer_jax.batching.batch import Batch, Rows, pack
 from crystalframer_jax.batching.shapes import shape_for
 from crystalframer_jax.batching.table import make_table
+from crystalframer_jax.config import validate
 from crystalframer_jax.configs import default
 from crystalframer_jax.configs.variants import VARIANTS, with_variant
 from crystalframer_jax.model.layers import Dense
@@ -29,7 +30,7 @@ def small(variant):
     """A variant that compiles in a second or two."""
     config = with_variant(default.get_config(), variant)
     config.update(num_layers=1, model_dim=16, head_num=2, ff_dim=32, embedding_dim=(16,))
-    return Variant(variant, config)
+    return Variant(variant, validate(config))
 
 
 # Cases
@@ -115,7 +116,7 @@ def full_rows(num_atoms, length):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_counts_are_those_of_the_lattice_sums_less_what_a_single_sweep_saves(variant):
     """Counted in the program itself, on rows without padding."""
-    chosen = Variant(variant, with_variant(default.get_config(), variant))
+    chosen = Variant(variant, validate(with_variant(default.get_config(), variant)))
     N, M = 64, 40
     batch = full_rows(N, M)
     size = roofline.Size.of(batch)

@@ -12,6 +12,7 @@ import pytest
 from tiny import StopAt, assert_equal_trees, nan_at, open_tiny, stored_state, tiny_config, tiny_runs
 
 from crystalframer_jax.batching.device_table import Chunk
+from crystalframer_jax.config import validate
 from crystalframer_jax.parallel.interruption import Interruption, TrainingInterrupted
 from crystalframer_jax.training.ledger import Ledger
 from crystalframer_jax.training.logging import Logbook, read_metrics
@@ -36,7 +37,7 @@ def config(folder):
 
 def run_of(config, workdir: Path, options: Options, interruption: Interruption | None = None) -> Run:
     """A run whose batches all have the largest shape."""
-    run = Run(config, workdir, open_tiny(config), options, interruption)
+    run = Run(validate(config), workdir, open_tiny(config), options, interruption)
     run.batches.shapes = run.batches.shapes[-1:]
     return run
 

@@ -17,7 +17,7 @@ from crystalframer_jax.batching.batch import pack
 from crystalframer_jax.batching.device_table import DeviceTable
 from crystalframer_jax.batching.shapes import shape_for, shared_out
 from crystalframer_jax.batching.table import make_table
-from crystalframer_jax.config import BatchParts, ConfigError
+from crystalframer_jax.config import BatchParts, ConfigError, validate
 from crystalframer_jax.data.loader import TrainingBatches
 from crystalframer_jax.inference import evaluation
 from crystalframer_jax.inference.predictor import Predictor
@@ -145,7 +145,7 @@ def twenty_steps(folder: Path, count: int, changes: dict) -> tuple:
     config = tiny_config(folder / "data", precision="float64", **changes)
     with jax.enable_x64(True):
         devices = Devices.of_this_process(count)
-        run = Run(config, folder / f"steps-{count}", open_tiny(config), devices=devices)
+        run = Run(validate(config), folder / f"steps-{count}", open_tiny(config), devices=devices)
         run.checkpoints.close()
         state, results = run.initial_state(), []
         for batch in itertools.islice(run.batches.iterate(0), 20):

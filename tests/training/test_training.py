@@ -24,7 +24,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tiny import assert_equal_trees, assert_same_run, nan_at, open_tiny, stored_state, tiny_config, tiny_runs
 
 from crystalframer_jax.batching.targets import TargetStatistics, standardise, to_label_units
-from crystalframer_jax.config import ConfigError
+from crystalframer_jax.config import ConfigError, validate
 from crystalframer_jax.data.loader import TrainingBatches
 from crystalframer_jax.data.records import Target
 from crystalframer_jax.errors import UserError
@@ -56,7 +56,7 @@ def changed(config: ConfigDict, **changes) -> ConfigDict:
 
 def new_run(config: ConfigDict, workdir: Path) -> Run:
     """A run that has not started."""
-    run = Run(config, workdir, open_tiny(config))
+    run = Run(validate(config), workdir, open_tiny(config))
     run.checkpoints.close()
     return run
 
@@ -341,7 +341,7 @@ def test_an_average_that_has_begun_keeps_its_beginning(finished, folder):
     assert int(stored_state(later, folder / "later")[0].swa_steps) == 3
     with pytest.raises(ConfigError, match="begun with step 3, but the run is at step 9 with an average of 3"):
         train(changed(config, n_epochs=4, swa_epochs=3), folder / "earlier", allowed)
-    assert json.loads((folder / "earlier" / "config.json").read_text()) == as_json(config)
+    assert json.loads((folder / "earlier" / "config.json").read_text()) == as_json(validate(config))
 
 
 def test_an_old_summary_does_not_outlive_the_training_that_goes_on(finished, folder, monkeypatch):

@@ -12,7 +12,7 @@ from tiny import STEPS_PER_EPOCH, assert_equal_trees, open_tiny, tiny_config, ti
 
 from crystalframer_jax import Predictor
 from crystalframer_jax.batching.targets import TargetStatistics
-from crystalframer_jax.config import ConfigError
+from crystalframer_jax.config import ConfigError, validate
 from crystalframer_jax.inference.evaluation import groups_of
 from crystalframer_jax.parallel.interruption import Interruption, TrainingInterrupted
 from crystalframer_jax.reporting.metrics import mean_absolute_errors
@@ -75,7 +75,7 @@ def runs(folder):
 
 def new_run(config, workdir) -> Run:
     """A run that has not started."""
-    run = Run(config, workdir, open_tiny(config))
+    run = Run(validate(config), workdir, open_tiny(config))
     run.checkpoints.close()
     return run
 
@@ -245,10 +245,10 @@ def test_fine_tuning_starts_from_the_predictions_of_the_old_run(runs, folder):
     config, workdir, _ = runs("BatchNorm, dropout, another pooling")
     run = new_run(config, folder / "tuned")
     other_units = tuple(dataclasses.replace(s, mean=s.mean + 3, std=2 * s.std) for s in run.statistics)
-    state = start_from(run.initial_state(), tuned(config, workdir), other_units)
+    state = start_from(run.initial_state(), validate(tuned(config, workdir)), other_units)
     old = Predictor.load(workdir)
     weights = {"params": state.params, "calibration": state.calibration, "batch_stats": state.batch_stats}
-    new = Predictor(config, weights, other_units)
+    new = Predictor(validate(config), weights, other_units)
     indices = open_tiny(config).splits["test"]
     table = open_tiny(config).table
     expected = old.predict_table(table, [indices], old.parts).mean
@@ -262,7 +262,7 @@ def test_fine_tuning_to_other_targets_keeps_all_but_the_output_layer(runs, folde
     config, workdir, _ = runs("bfloat16, layer norms, lattice frames, draws")
     run = new_run(config, folder / "other")
     fresh = run.initial_state()
-    state = start_from(fresh, tuned(config, workdir), (TargetStatistics("band_gap", "eV", 1.0, 1.0),))
+    state = start_from(fresh, validate(tuned(config, workdir)), (TargetStatistics("band_gap", "eV", 1.0, 1.0),))
     old = Predictor.load(workdir).variables["params"]
     assert_equal_trees(state.params["output"], fresh.params["output"])
     assert_equal_trees(state.params | {"output": 0}, old | {"output": 0})
@@ -287,7 +287,8 @@ def test_layers_are_frozen_or_start_anew_by_name(runs, folder):
     config = tuned(config, workdir, n_epochs=2, **layers)
     old = Predictor.load(workdir).variables["params"]
     fresh = new_run(config, folder / "unused").initial_state().params
-    start = start_from(new_run(config, folder / "unused").initial_state(), config, Predictor.load(workdir).targets)
+    targets = Predictor.load(workdir).targets
+    start = start_from(new_run(config, folder / "unused").initial_state(), validate(config), targets)
     for layer in ("output", "dense_0"):
         assert_equal_trees(start.params[layer], fresh[layer])
     train(config, folder / "layers")
@@ -331,7 +332,7 @@ def test_targets_are_matched_by_name_and_new_ones_start_at_random(runs, folder):
     fresh = run.initial_state()
     twice = jax.tree.map(lambda x: jax.numpy.concatenate([x, x], axis=-1), fresh.params["output"])
     fresh = dataclasses.replace(fresh, params=fresh.params | {"output": twice})
-    output = start_from(fresh, tuned(config, workdir), targets).params["output"]
+    output = start_from(fresh, validate(tuned(config, workdir)), targets).params["output"]
     before = Predictor.load(workdir).variables["params"]["output"]
     np.testing.assert_array_equal(output["kernel"][:, 0], twice["kernel"][:, 0])
     np.testing.assert_allclose(output["kernel"][:, 1], 2 * before["kernel"][:, 0], rtol=1e-6)
