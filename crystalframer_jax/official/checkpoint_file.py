@@ -20,7 +20,6 @@ Arrays = dict[str, np.ndarray]
 MODEL, AVERAGE, AVERAGED_STEPS = "model.", "swa_model.module.", "swa_model.n_averaged"
 SCALING = ("target_mean", "target_std")
 MAX_COUNT = 2**53
-FIRST_SAFE_TORCH = (2, 6)  # before it, a file could execute code in spite of weights_only=True (CVE-2025-32434)
 
 # Classes that a file may hold beside tensors and plain Python values: they only store what they are given.
 HARMLESS = (argparse.Namespace, (pathlib.PurePosixPath, "pathlib.PosixPath"))
@@ -114,11 +113,10 @@ def _torch() -> Any:
         torch = importlib.import_module("torch")
     except ImportError as error:
         raise UserError('checkpoints of PyTorch need PyTorch: pip install ".[torch]"') from error
-    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if version < FIRST_SAFE_TORCH:
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):  # CVE-2025-32434
         raise UserError(
-            f"PyTorch {torch.__version__} can be made to execute code by a checkpoint file; version "
-            f'{".".join(map(str, FIRST_SAFE_TORCH))} or newer is needed: pip install --upgrade ".[torch]"'
+            f"PyTorch {torch.__version__} can be made to execute code by a checkpoint file; version 2.6 or newer is "
+            'needed: pip install --upgrade ".[torch]"'
         )
     return torch
 

@@ -77,7 +77,8 @@ def import_checkpoint(
         raise ConfigError(f"weights={weights!r} are not in a file; allowed: model, swa")
     if weights == "swa" and not has_average:
         raise UserError(f"{file} has no averaged weights; leave --weights out, or give --weights=model")
-    found = {key: value for key, value in checkpoint.hyper_parameters.items() if value is not None}
+    stored = {key: value for key, value in checkpoint.hyper_parameters.items() if value is not None}
+    found = {key: list(value) if isinstance(value, tuple) else value for key, value in stored.items()}  # as JSON has it
     if not found and not given:
         raise UserError(f"{file} has no hyperparameters: give those of its training with --config=FILE.json")
     with _about(file):
@@ -85,10 +86,10 @@ def import_checkpoint(
         mean = _given_once("target_mean", checkpoint.target_mean, target_mean)
         std = _given_once("target_std", checkpoint.target_std, target_std)
         statistics = _describe_targets(config, (mean, std), data, targets, units)
-    fields = _model_fields(file, checkpoint, config)
+        fields = _model_fields(checkpoint, config)
     selected = "swa" if has_average and weights != "model" else "last"
     parameters = sum(leaf.size for leaf in jax.tree.leaves(fields["params"]))
-    ignored = [key for key in given if key in found and _as_json(found[key]) != _as_json(given[key])]
+    ignored = [key for key in given if key in found and found[key] != given[key]]
     notes = _import_notes(ignored, left_out, statistics[0].unit, config)
     run = Conversion(config, statistics, parameters, selected, has_average, checkpoint.epoch, checkpoint.step, notes)
     _write_run(workdir, run, fields, file.name)
@@ -141,11 +142,6 @@ def _import_notes(ignored: list[str], left_out: list[str], unit: str, config: Co
     return notes + _frame_notes(config)
 
 
-def _as_json(value: Any) -> Any:
-    """Returns a hyperparameter as JSON has it."""
-    return list(value) if isinstance(value, tuple) else value
-
-
 def _check_free(workdir: Path) -> None:
     """Raises UserError unless a run can be written there."""
     if not workdir.exists():
@@ -190,19 +186,18 @@ def _describe_targets(
     return target_statistics(names, *scaling, units or known)
 
 
-def _model_fields(file: Path, checkpoint: OfficialCheckpoint, config: ConfigDict) -> dict[str, Tree]:
+def _model_fields(checkpoint: OfficialCheckpoint, config: ConfigDict) -> dict[str, Tree]:
     """Makes the model's part of a checkpoint of ours; averaged weights that are not there are zero."""
     model = model_config(config)
-    with _about(file):
-        last = variables_from_official(checkpoint.state, model)
+    last = variables_from_official(checkpoint.state, model)
     average = last | {"params": jax.tree.map(np.zeros_like, last["params"])}
     if checkpoint.swa_state is not None:
-        with _about(f"{file}, averaged weights"):
+        with _about("averaged weights"):
             average = variables_from_official(checkpoint.swa_state, model)
         pairs = zip(*(jax.tree.leaves(v["calibration"]) for v in (last, average)), strict=True)
         if not all(np.isclose(a, b, rtol=1e-6, atol=0) for a, b in pairs):
             raise OfficialStateError(
-                f"{file}: gauss_scale of the averaged weights is not that of the last; they are of two trainings"
+                "gauss_scale of the averaged weights is not that of the last; they are of two trainings"
             )
     averages = {"swa_params": average["params"], "swa_batch_stats": average["batch_stats"]}
     return stored_fields(config, last) | averages

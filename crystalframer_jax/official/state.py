@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from crystalframer_jax.batching.targets import TargetStatistics
 from crystalframer_jax.config import ModelConfig, model_config, target_names
@@ -41,22 +41,22 @@ def variables_from_official(state: Mapping[str, np.ndarray], config: ModelConfig
     if blocks != config.num_layers:  # said first: each block has two dozen names
         word = "block" if blocks == 1 else "blocks"
         raise OfficialStateError(f"the state dict has {blocks} {word}, num_layers={config.num_layers}")
-    layout = _Layout()
-    tree = _variables(layout, config)
+    layout = _layout(config)
     arrays = {name: np.asarray(value) for name, value in state.items()}
     problems = _misfits(layout.shapes, arrays, layout.unused)
     flaws = {name: _flaw(arrays[name], config.dtype) for name in layout.shapes if name in arrays}
     problems += [f"{name} {flaw}" for name, flaw in flaws.items() if flaw]
     if problems:
         raise OfficialStateError(f"the official parameters do not fit the configuration: {_listed(problems)}")
-    widths = [name for name in layout.shapes if name.endswith("gauss_scale")]
-    uncalibrated = [name for name in widths if not arrays[name][0] > 0]  # as the official code asks
+    # The official code asks the same of the scale.
+    uncalibrated = [name for name in layout.shapes if name.endswith("gauss_scale") and not arrays[name][0] > 0]
     if uncalibrated:
         raise OfficialStateError(
             f"the official model was never trained: {_listed(uncalibrated)} not set, which the first "
             "training batch does"
         )
-    return jax.tree.map(lambda leaf: np.array(leaf(arrays), config.dtype, order="C"), tree)
+    leaves = {path: np.array(leaf(arrays), config.dtype, order="C") for path, leaf in layout.leaves.items()}
+    return {"calibration": {}, "batch_stats": {}} | unflatten_dict(leaves, sep="/")
 
 
 def official_from_variables(variables: Tree, config: ModelConfig) -> Arrays:
@@ -65,22 +65,21 @@ def official_from_variables(variables: Tree, config: ModelConfig) -> Arrays:
     What the official code stores and never uses is zero. Raises OfficialStateError if the variables are of another
     model than `config`.
     """
-    layout = _Layout()
-    tree = _variables(layout, config)
+    layout = _layout(config)
     # The leaves are given running numbers in place of arrays to read, and so tell where they belong.
     numbers: Arrays = {}
     size = 0
     for name, shape in layout.shapes.items():
         numbers[name] = size + np.arange(math.prod(shape)).reshape(shape)
         size += numbers[name].size
-    places = flatten_dict(jax.tree.map(lambda leaf: leaf(numbers), tree), sep="/")
-    values = {name: np.asarray(value) for name, value in flatten_dict(variables, sep="/").items()}
-    problems = _misfits({name: place.shape for name, place in places.items()}, values)
+    places = {path: leaf(numbers) for path, leaf in layout.leaves.items()}
+    values = {path: np.asarray(value) for path, value in flatten_dict(variables, sep="/").items()}
+    problems = _misfits({path: place.shape for path, place in places.items()}, values)
     if problems:
         raise OfficialStateError(f"the variables do not fit the configuration: {_listed(problems)}")
     flat = np.zeros(size, np.result_type(*values.values()))
-    for name, place in places.items():
-        flat[place] = values[name]
+    for path, place in places.items():
+        flat[place] = values[path]
     state = {name: flat[number] for name, number in numbers.items()}
     for name, shape in layout.unused.items():
         state[name] = np.zeros(shape, np.int64 if name.endswith("num_batches_tracked") else flat.dtype)
@@ -88,10 +87,11 @@ def official_from_variables(variables: Tree, config: ModelConfig) -> Arrays:
 
 
 class _Layout:
-    """The official names of a model with their shapes, collected while a tree of leaves is made that read them."""
+    """The leaves of our variables by path, as functions of official arrays by name."""
 
     def __init__(self) -> None:
-        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.leaves: dict[str, Leaf] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}  # of the arrays that the leaves read
         self.unused: dict[str, tuple[int, ...]] = {}  # that the official code stores, and that have no effect
 
     def take(self, name: str, shape: tuple[int, ...], part: Callable[[np.ndarray], np.ndarray] = np.asarray) -> Leaf:
@@ -99,14 +99,15 @@ class _Layout:
         self.shapes[name] = shape
         return lambda state: part(state[name])
 
-    def dense(self, name: str, inputs: int, outputs: int) -> Tree:
+    def dense(self, path: str, name: str, inputs: int, outputs: int) -> None:
         """Lays out a dense layer."""
-        kernel = self.take(f"{name}.weight", (outputs, inputs), np.transpose)
-        return {"kernel": kernel, "bias": self.take(f"{name}.bias", (outputs,))}
+        self.leaves[f"{path}/kernel"] = self.take(f"{name}.weight", (outputs, inputs), np.transpose)
+        self.leaves[f"{path}/bias"] = self.take(f"{name}.bias", (outputs,))
 
-    def norm(self, name: str, width: int) -> Tree:
+    def norm(self, path: str, name: str, width: int) -> None:
         """Lays out scale and bias of a normalisation."""
-        return {"scale": self.take(f"{name}.weight", (width,)), "bias": self.take(f"{name}.bias", (width,))}
+        self.leaves[f"{path}/scale"] = self.take(f"{name}.weight", (width,))
+        self.leaves[f"{path}/bias"] = self.take(f"{name}.bias", (width,))
 
 
 def _misfits(shapes: Mapping[str, tuple[int, ...]], found: Arrays, allowed: Collection[str] = ()) -> list[str]:
@@ -136,90 +137,86 @@ def _listed(problems: Sequence[Any]) -> str:
     return "; ".join(shown) + (f"; and {more} more" if more else "")
 
 
-def _variables(layout: _Layout, config: ModelConfig) -> dict[str, Tree]:
-    """Lays out the variables of a model as leaves by official name: the one place that knows both sides."""
-    dim, ff_dim = config.model_dim, config.ff_dim
-    params: Tree = {"embedding": layout.take("input_embeddings.weight", (dim, 98), np.transpose)}
-    calibration: Tree = {}
+def _layout(config: ModelConfig) -> _Layout:
+    """Lays out the variables of a model: the one place that knows both sides."""
+    layout, dim = _Layout(), config.model_dim
+    layout.leaves["params/embedding"] = layout.take("input_embeddings.weight", (dim, 98), np.transpose)
     for number in range(config.num_layers):
-        prefix = f"encoder.layers.{number}."
-        block = {"attention": _attention(layout, prefix + "self_attn.", config, config.domain_of_block(number))}
-        block["linear1"] = layout.dense(prefix + "linear1", dim, ff_dim)
-        block["linear2"] = layout.dense(prefix + "linear2", ff_dim, dim)
+        path, name = f"params/block_{number}", f"encoder.layers.{number}"
+        _attention(layout, f"{path}/attention/", f"{name}.self_attn.", config, config.domain_of_block(number))
+        layout.dense(f"{path}/linear1", f"{name}.linear1", dim, config.ff_dim)
+        layout.dense(f"{path}/linear2", f"{name}.linear2", config.ff_dim, dim)
         if not config.t_fixup_init:
-            block |= {name: layout.norm(prefix + name, dim) for name in ("norm1", "norm2")}
-        params[f"block_{number}"] = block
-        widths = prefix + "self_attn.gauss_scale"
+            layout.norm(f"{path}/norm1", f"{name}.norm1", dim)
+            layout.norm(f"{path}/norm2", f"{name}.norm2", dim)
+        widths = f"{name}.self_attn.gauss_scale"
         if config.normalize_gauss:
-            parts = {
-                part: layout.take(widths, (2,), operator.itemgetter(i)) for i, part in enumerate(("scale", "shift"))
-            }
-            calibration[f"block_{number}"] = {"attention": parts}
+            for i, part in enumerate(("scale", "shift")):
+                leaf = layout.take(widths, (2,), operator.itemgetter(i))
+                layout.leaves[f"calibration/block_{number}/attention/{part}"] = leaf
         else:
             layout.unused[widths] = (2,)
-        layout.unused[prefix + "self_attn.atten_scale"] = (1,)
+        layout.unused[f"{name}.self_attn.atten_scale"] = (1,)
     if not config.t_fixup_init:
-        params["norm"] = layout.norm("encoder.norm", dim)
-    head, batch_stats = _head(layout, config)
-    return {"params": params | head, "calibration": calibration, "batch_stats": batch_stats}
+        layout.norm("params/norm", "encoder.norm", dim)
+    _head(layout, config)
+    return layout
 
 
-def _attention(layout: _Layout, prefix: str, config: ModelConfig, domain: str) -> Tree:
+def _attention(layout: _Layout, path: str, name: str, config: ModelConfig, domain: str) -> None:
     """Lays out the parameters of the attention of a block."""
     heads, dim = config.head_num, config.model_dim
     k_width, v_width = heads * config.k_dim, heads * config.v_dim
-    tree: Tree = {}
     end = 0
-    for name, width in (("q", k_width), ("k", k_width), ("v", v_width)):
+    for part, width in (("q", k_width), ("k", k_width), ("v", v_width)):
         start, end = end, end + width
-        kernel = layout.take(f"{prefix}{name}_proj_weight", (width, dim), np.transpose)
-        bias = layout.take(prefix + "in_proj_bias", (2 * k_width + v_width,), operator.itemgetter(slice(start, end)))
-        tree[name] = {"kernel": kernel, "bias": bias}
-    tree["out"] = layout.dense(prefix + "out_proj", v_width, dim)
+        layout.leaves[f"{path}{part}/kernel"] = layout.take(f"{name}{part}_proj_weight", (width, dim), np.transpose)
+        biases = layout.take(f"{name}in_proj_bias", (2 * k_width + v_width,), operator.itemgetter(slice(start, end)))
+        layout.leaves[f"{path}{part}/bias"] = biases
+    layout.dense(f"{path}out", f"{name}out_proj", v_width, dim)
     by_input = config.gauss_state.startswith("x")  # the widths are functions of the layer input, not of q
     stored: tuple[int, ...] = (heads, dim) if by_input else (k_width,)
-    tree["w_pos"] = layout.take(prefix + "lattice_pos_weights", stored, lambda weights: weights.reshape(heads, -1))
+    w_pos = layout.take(f"{name}lattice_pos_weights", stored, lambda weights: weights.reshape(heads, -1))
+    layout.leaves[f"{path}w_pos"] = w_pos
     if domain not in ("real", "multihead"):
-        return tree
+        return
     # The official dist weights of a multihead block have all heads, of which only the real half is used.
     real_heads = heads // 2 if domain == "multihead" else heads
-    encodings = [
-        ("w_dist", ["pe_dist_proj"], heads, config.value_pe_dist_real),
-        ("w_angle", [f"proj_angle{axis}" for axis in (1, 2, 3)], real_heads, config.value_pe_angle_real),
-    ]
-    for name, parts, stored_heads, size in encodings:
-        if size:
-            shape = (1, stored_heads, config.v_dim, size)
-            leaves = [layout.take(prefix + part, shape, lambda weights: weights[:, :real_heads]) for part in parts]
-            tree[name] = lambda state, leaves=leaves: np.concatenate([leaf(state) for leaf in leaves])
-    return tree
+
+    def encoding(parts: list[str], stored_heads: int, size: int) -> Leaf:
+        shape = (1, stored_heads, config.v_dim, size)
+        leaves = [layout.take(name + part, shape, lambda weights: weights[:, :real_heads]) for part in parts]
+        return lambda state: np.concatenate([leaf(state) for leaf in leaves])
+
+    if config.value_pe_dist_real:
+        layout.leaves[f"{path}w_dist"] = encoding(["pe_dist_proj"], heads, config.value_pe_dist_real)
+    if config.value_pe_angle_real:
+        angles = [f"proj_angle{axis}" for axis in (1, 2, 3)]
+        layout.leaves[f"{path}w_angle"] = encoding(angles, real_heads, config.value_pe_angle_real)
 
 
-def _head(layout: _Layout, config: ModelConfig) -> tuple[Tree, Tree]:
-    """Lays out parameters and running averages of the output layers; official names count Linear, norm, activation."""
-    params: Tree = {}
-    batch_stats: Tree = {}
+def _head(layout: _Layout, config: ModelConfig) -> None:
+    """Lays out the output layers; official names count Linear, norm, activation."""
 
-    def norm(official: str, name: str, width: int) -> None:
+    def norm(key: str, name: str, width: int) -> None:
         if config.norm_type in ("bn", "ln"):
-            params[name] = layout.norm(official, width)
+            layout.norm(f"params/{key}", name, width)
         if config.norm_type == "bn":
-            averages = {"mean": f"{official}.running_mean", "var": f"{official}.running_var"}
-            batch_stats[name] = {key: layout.take(value, (width,)) for key, value in averages.items()}
-            layout.unused[f"{official}.num_batches_tracked"] = ()
+            layout.leaves[f"batch_stats/{key}/mean"] = layout.take(f"{name}.running_mean", (width,))
+            layout.leaves[f"batch_stats/{key}/var"] = layout.take(f"{name}.running_var", (width,))
+            layout.unused[f"{name}.num_batches_tracked"] = ()
 
     width, widths = config.model_dim, list(config.embedding_dim)
     if config.pre_pooling_op.startswith("w"):
-        params["pre_pooling"] = layout.dense("proj_before_pooling.0", width, widths[0])
+        layout.dense("params/pre_pooling", "proj_before_pooling.0", width, widths[0])
         width = widths.pop(0)
     if config.pre_pooling_op == "w+bn+relu":
-        norm("proj_before_pooling.1", "pre_pooling_norm", width)
+        norm("pre_pooling_norm", "proj_before_pooling.1", width)
     for i, next_width in enumerate(widths):
-        params[f"dense_{i}"] = layout.dense(f"mlp.{3 * i}", width, next_width)
-        norm(f"mlp.{3 * i + 1}", f"dense_{i}_norm", next_width)
+        layout.dense(f"params/dense_{i}", f"mlp.{3 * i}", width, next_width)
+        norm(f"dense_{i}_norm", f"mlp.{3 * i + 1}", next_width)
         width = next_width
-    params["output"] = layout.dense(f"mlp.{3 * len(widths)}", width, config.num_targets)
-    return params, batch_stats
+    layout.dense("params/output", f"mlp.{3 * len(widths)}", width, config.num_targets)
 
 
 def load_official(config: Mapping[str, Any], state: Mapping[str, np.ndarray]) -> Predictor:
