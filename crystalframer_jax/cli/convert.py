@@ -14,19 +14,24 @@ from crystalframer_jax.text import table
 
 def import_main(argv: Sequence[str] | None = None) -> int:
     """Makes a run directory of a checkpoint of the official implementation."""
-    arguments = _import_parser().parse_args(argv)
+    parser = command_parser(
+        "import_torch_checkpoint.py", "Make a run directory of a checkpoint of the official PyTorch implementation."
+    )
+    add = parser.add_argument
+    add("file", metavar="FILE.ckpt", type=Path, help="Lightning checkpoint, or state dict (--config)")
+    add("--workdir", type=Path, required=True, help="run directory to write; must not hold a run")
+    config_help = "official hyperparameters not in the file"
+    add("--config", dest="hyper_parameters", type=read_official_json, metavar="FILE.json", help=config_help)
+    add("--target_set", dest="data", default="", help="name of the data that the model was trained on")
+    add("--targets", type=names, default=(), help="names instead of the official ones: a,b")
+    add("--units", type=names, default=(), help="a unit for each target; default: of the target set")
+    add("--target_mean", type=_numbers, default=(), help="of the training labels, if not in the file")
+    add("--target_std", type=_numbers, default=(), help="of the training labels, if not in the file")
+    weights_help = "used by default; without it swa if the file has averaged weights"
+    add("--weights", choices=("model", "swa"), help=weights_help)
     with reporting_errors():
-        run = import_checkpoint(
-            arguments.file,
-            arguments.workdir,
-            None if arguments.config is None else read_official_json(arguments.config),
-            data=arguments.target_set,
-            targets=arguments.targets,
-            units=arguments.units,
-            target_mean=arguments.target_mean,
-            target_std=arguments.target_std,
-            weights=arguments.weights,
-        )
+        arguments = parser.parse_args(argv)
+        run = import_checkpoint(**vars(arguments))
         print(f"{arguments.file} -> {arguments.workdir}")
         _tell(run)
         print(f"next: python scripts/predict.py {arguments.workdir} FILE.cif")
@@ -53,24 +58,6 @@ def export_main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _import_parser() -> argparse.ArgumentParser:
-    parser = command_parser(
-        "import_torch_checkpoint.py", "Make a run directory of a checkpoint of the official PyTorch implementation."
-    )
-    add = parser.add_argument
-    add("file", metavar="FILE.ckpt", type=Path, help="Lightning checkpoint, or state dict (--config)")
-    add("--workdir", type=Path, required=True, help="run directory to write; must not hold a run")
-    add("--config", type=Path, metavar="FILE.json", help="official hyperparameters not in the file")
-    add("--target_set", default="", help="name of the data that the model was trained on")
-    add("--targets", type=names, default=(), help="names instead of the official ones: a,b")
-    add("--units", type=names, default=(), help="a unit for each target; default: of the target set")
-    add("--target_mean", type=_numbers, default=(), help="of the training labels, if not in the file")
-    add("--target_std", type=_numbers, default=(), help="of the training labels, if not in the file")
-    weights_help = "used by default; without it swa if the file has averaged weights"
-    add("--weights", choices=("model", "swa"), help=weights_help)
-    return parser
-
-
 def _tell(run: Conversion) -> None:
     """Prints what was imported."""
     config = run.config
@@ -88,10 +75,10 @@ def _tell(run: Conversion) -> None:
         print(f"note: {note}")
 
 
-def read_official_json(file: Path) -> dict[str, Any]:
+def read_official_json(file: str) -> dict[str, Any]:
     """Reads the hyperparameters of an official JSON file."""
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(Path(file).read_text())
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not JSON ({error})") from error
     if not isinstance(content, dict):

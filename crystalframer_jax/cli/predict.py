@@ -52,14 +52,13 @@ def read_all(files: Sequence[str]) -> tuple[list[Crystal], list[str]]:
     """Reads the crystals of all files that can be used, and a line for each file that cannot. Warnings go to stderr."""
     crystals: list[Crystal] = []
     errors: list[str] = []
-    for file in files:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", UserWarning)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+        for file in files:
             try:
                 crystals += read_crystals(file)
             except CrystalError as error:
                 errors.append(str(error))
-        for warning in caught:
-            if issubclass(warning.category, UserWarning):
-                print(f"warning: {warning.message}", file=sys.stderr)
     return crystals, errors

@@ -20,7 +20,6 @@ Arrays = dict[str, np.ndarray]
 MODEL, AVERAGE, AVERAGED_STEPS = "model.", "swa_model.module.", "swa_model.n_averaged"
 SCALING = ("target_mean", "target_std")
 MAX_COUNT = 2**53
-FIRST_SAFE_TORCH = (2, 6)  # before it, a file could execute code in spite of weights_only=True (CVE-2025-32434)
 
 # Classes that a file may hold beside tensors and plain Python values: they only store what they are given.
 HARMLESS = (argparse.Namespace, (pathlib.PurePosixPath, "pathlib.PosixPath"))
@@ -53,29 +52,31 @@ def read_checkpoint(path: str | Path) -> OfficialCheckpoint:
     content = _load(path)
     if not isinstance(content, Mapping):
         raise TorchFileError(f"{path} holds a {type(content).__name__}, not a checkpoint or a state dict")
-    is_lightning = "state_dict" in content
-    state = _arrays(path, content["state_dict"] if is_lightning else content)
+    if "state_dict" not in content:
+        content = {"state_dict": content}
+    state = _arrays(path, content["state_dict"])
     mean, std = (state.pop(name, None) for name in SCALING)
     average = {name.removeprefix(AVERAGE): state.pop(name) for name in list(state) if name.startswith(AVERAGE)}
-    averaged_steps = _averaged_steps(path, state.pop(AVERAGED_STEPS, None), bool(average))
+    steps = state.pop(AVERAGED_STEPS, None)
+    if steps is None and average:
+        raise TorchFileError(f"{path} has averaged weights without {AVERAGED_STEPS}, the number of their steps")
+    if steps is not None and (steps.shape != () or steps.dtype.kind not in "iu" or steps < 0):
+        raise TorchFileError(f"{path}: {AVERAGED_STEPS} is {steps.dtype} {list(steps.shape)}, not a count")
     model = {name.removeprefix(MODEL): value for name, value in state.items()}
     if len(model) != len(state):
         name = next(name for name in state if MODEL + name in state)
-        raise TorchFileError(f"{path} holds both {_short(name)} and {_short(MODEL + name)}; one of them is the model")
-    hyper_parameters = content.get("hyper_parameters", {}) if is_lightning else {}
+        raise TorchFileError(f"{path} holds both {name:.200} and {MODEL + name:.200}; one of them is the model")
+    hyper_parameters = content.get("hyper_parameters", {})
     if isinstance(hyper_parameters, argparse.Namespace):
         hyper_parameters = vars(hyper_parameters)
     if not isinstance(hyper_parameters, Mapping):
         raise TorchFileError(f"{path}: hyper_parameters are a {type(hyper_parameters).__name__}, not a dictionary")
-    return OfficialCheckpoint(
-        hyper_parameters=dict(hyper_parameters),
-        state=model,
-        swa_state=average if averaged_steps > 0 else None,
-        target_mean=mean,
-        target_std=std,
-        epoch=_number(path, content, "epoch") if is_lightning else 0,
-        step=_number(path, content, "global_step") if is_lightning else 0,
-    )
+    counts = {key: content.get(key, 0) for key in ("epoch", "global_step")}
+    for key, value in counts.items():
+        if not isinstance(value, int) or not 0 <= value <= MAX_COUNT:
+            raise TorchFileError(f"{path}: {key}={reprlib.repr(value)} is not a count")
+    swa_state = average if steps else None
+    return OfficialCheckpoint(dict(hyper_parameters), model, swa_state, mean, std, *counts.values())
 
 
 def write_checkpoint(path: str | Path, checkpoint: OfficialCheckpoint) -> None:
@@ -92,11 +93,12 @@ def write_checkpoint(path: str | Path, checkpoint: OfficialCheckpoint) -> None:
         state[AVERAGED_STEPS] = np.int64(checkpoint.swa_state is not None)
         state |= {AVERAGE + name: value for name, value in average.items()}
     state |= {"target_std": checkpoint.target_std, "target_mean": checkpoint.target_mean}
+    tensors = {name: torch.from_numpy(np.array(value)) for name, value in state.items() if value is not None}
     content = {
         "epoch": checkpoint.epoch,
         "global_step": checkpoint.step,
         "pytorch-lightning_version": "2.0.0",
-        "state_dict": {name: _tensor(torch, value) for name, value in state.items() if value is not None},
+        "state_dict": {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()},
         "hparams_name": None,
         "hyper_parameters": checkpoint.hyper_parameters,
     }
@@ -111,11 +113,10 @@ def _torch() -> Any:
         torch = importlib.import_module("torch")
     except ImportError as error:
         raise UserError('checkpoints of PyTorch need PyTorch: pip install ".[torch]"') from error
-    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if version < FIRST_SAFE_TORCH:
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):  # CVE-2025-32434
         raise UserError(
-            f"PyTorch {torch.__version__} can be made to execute code by a checkpoint file; version "
-            f'{".".join(map(str, FIRST_SAFE_TORCH))} or newer is needed: pip install --upgrade ".[torch]"'
+            f"PyTorch {torch.__version__} can be made to execute code by a checkpoint file; version 2.6 or newer is "
+            'needed: pip install --upgrade ".[torch]"'
         )
     return torch
 
@@ -145,7 +146,7 @@ def _load(path: Path) -> Any:
         reason = str(error).split("\n")[0][:200]
         raise TorchFileError(f"{path} is damaged or not a PyTorch file ({reason})") from error
     raise TorchFileError(
-        f"{path} asks for {_short(', '.join(sorted(classes)))}, which could execute code; nothing of the file was "
+        f"{path} asks for {', '.join(sorted(classes)):.200}, which could execute code; nothing of the file was "
         "executed. A checkpoint of the official implementation holds tensors and plain values only"
     )
 
@@ -160,7 +161,7 @@ def _check_archive(path: Path) -> None:
             raise TorchFileError(f"{path} is damaged: the files inside claim to be larger than the archive")
         torn = archive.testzip()  # PyTorch does not look at the checksums
     if torn:
-        raise TorchFileError(f"{path} is damaged: the checksum of {_short(torn)} inside is wrong; copy it again")
+        raise TorchFileError(f"{path} is damaged: the checksum of {torn:.200} inside is wrong; copy it again")
 
 
 def _arrays(path: Path, state: Any) -> Arrays:
@@ -171,8 +172,8 @@ def _arrays(path: Path, state: Any) -> Arrays:
     arrays = {}
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            key = _short(name) if isinstance(name, str) else reprlib.repr(name)
-            raise TorchFileError(f"{path} holds {key}, a {type(value).__name__}; a state dict has tensors by name")
+            kind = type(value).__name__
+            raise TorchFileError(f"{path} holds {name!s:.200}, a {kind}; a state dict has tensors by name")
         try:
             if value.numel() * value.element_size() > value.untyped_storage().nbytes():
                 raise TypeError("more values than are stored")
@@ -181,35 +182,5 @@ def _arrays(path: Path, state: Any) -> Arrays:
             arrays[name] = value.detach().numpy()
         except (RuntimeError, TypeError) as error:  # sparse, quantized and other special tensors
             reason = f"{value.dtype}, {value.layout}: {str(error).split('.')[0][:100]}"
-            raise TorchFileError(f"{path}: {_short(name)} is not an ordinary tensor ({reason})") from error
+            raise TorchFileError(f"{path}: {name:.200} is not an ordinary tensor ({reason})") from error
     return arrays
-
-
-def _averaged_steps(path: Path, value: np.ndarray | None, has_average: bool) -> int:
-    """Reads how many steps the average is over."""
-    if value is None and not has_average:
-        return 0
-    if value is None:
-        raise TorchFileError(f"{path} has averaged weights without {AVERAGED_STEPS}, the number of their steps")
-    if value.shape != () or value.dtype.kind not in "iu" or value < 0:
-        raise TorchFileError(f"{path}: {AVERAGED_STEPS} is {value.dtype} {list(value.shape)}, not a count")
-    return int(value)
-
-
-def _short(text: str) -> str:
-    """Cuts a text of a file to as much as fits a line."""
-    return text if len(text) <= 200 else f"{text[:200]}..."
-
-
-def _tensor(torch: Any, value: np.ndarray) -> Any:
-    """Makes a tensor of an array, of float32, or int64 for counts."""
-    kind = np.int64 if np.issubdtype(np.asarray(value).dtype, np.integer) else np.float32
-    return torch.from_numpy(np.array(value, kind))
-
-
-def _number(path: Path, content: Mapping[str, Any], key: str) -> int:
-    """Reads a count of a Lightning checkpoint; 0 if it is not there."""
-    value = content.get(key, 0)
-    if not isinstance(value, int) or not 0 <= value <= MAX_COUNT:
-        raise TorchFileError(f"{path}: {key}={reprlib.repr(value)} is not a count")
-    return value

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import os
-import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,16 @@ import jax
 import numpy as np
 
 from crystalframer_jax.batching.targets import TargetStatistics
-from crystalframer_jax.config import ConfigError, ModelConfig, TrainConfig, validate_model
+from crystalframer_jax.config import ConfigError, TrainConfig, validate_model
 from crystalframer_jax.data.registry import TARGET_SETS, target_set
 from crystalframer_jax.errors import UserError
 from crystalframer_jax.files import write_json
 from crystalframer_jax.inference.forward import working_precision
 from crystalframer_jax.inference.predictor import Predictor, all_zero, run_and_step, stored_fields, variables_in
-from crystalframer_jax.official.checkpoint_file import Arrays, OfficialCheckpoint, read_checkpoint, write_checkpoint
+from crystalframer_jax.official.checkpoint_file import OfficialCheckpoint, read_checkpoint, write_checkpoint
 from crystalframer_jax.official.config import config_from_official, official_from_config
 from crystalframer_jax.official.state import (
     RAW_UNIT,
-    UNKNOWN_UNIT,
     OfficialStateError,
     Tree,
     official_from_variables,
@@ -77,7 +76,8 @@ def import_checkpoint(
         raise ConfigError(f"weights={weights!r} are not in a file; allowed: model, swa")
     if weights == "swa" and not has_average:
         raise UserError(f"{file} has no averaged weights; leave --weights out, or give --weights=model")
-    found = {key: value for key, value in checkpoint.hyper_parameters.items() if value is not None}
+    stored = {key: value for key, value in checkpoint.hyper_parameters.items() if value is not None}
+    found = {key: list(value) if isinstance(value, tuple) else value for key, value in stored.items()}  # as JSON has it
     if not found and not given:
         raise UserError(f"{file} has no hyperparameters: give those of its training with --config=FILE.json")
     with _about(file):
@@ -85,30 +85,36 @@ def import_checkpoint(
         mean = _given_once("target_mean", checkpoint.target_mean, target_mean)
         std = _given_once("target_std", checkpoint.target_std, target_std)
         config, statistics = _with_targets(config, (mean, std), data, targets, units)
-    fields = _model_fields(file, checkpoint, config.model)
+        fields = _model_fields(checkpoint, config)
     selected = "swa" if has_average and weights != "model" else "last"
     parameters = sum(leaf.size for leaf in jax.tree.leaves(fields["params"]))
-    notes = _import_notes(given, found, left_out, statistics, config)
+    ignored = [key for key in given if key in found and found[key] != given[key]]
+    notes = _import_notes(ignored, left_out, statistics[0].unit, config)
     run = Conversion(config, statistics, parameters, selected, has_average, checkpoint.epoch, checkpoint.step, notes)
-    with _complete_or_not_there(workdir) as folder:
-        _write_run(folder, run, fields, file.name)
+    _write_run(workdir, run, fields, file.name)
     return run
 
 
-def _write_run(folder: Path, run: Conversion, fields: dict[str, Tree], origin: str) -> None:
-    """Writes the files of a run directory."""
-    targets = [dataclasses.asdict(s) for s in run.targets]
-    write_json(folder / "config.json", as_json(run.config))
-    with contextlib.closing(Checkpoints(folder, writable=True)) as checkpoints:
-        meta = {"epoch": run.epoch, "seconds": 0.0, "targets": targets, "val_mae": {}}
-        checkpoints.save_weights(run.step, fields, meta)
-    summary = {
-        "selected_weights": run.weights,
-        "imported_from": origin,
-        "units": {s.name: s.unit for s in run.targets},
-        "parameters": run.parameters,
-    }
-    write_json(folder / "summary.json", summary)
+def _write_run(workdir: Path, run: Conversion, fields: dict[str, Tree], origin: str) -> None:
+    """Writes a run directory, complete or not at all: a process that is killed leaves `workdir` free."""
+    workdir = workdir.resolve()
+    workdir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{workdir.name}.importing.", dir=workdir.parent) as temporary:
+        folder = Path(temporary) / "run"
+        folder.mkdir()
+        write_json(folder / "config.json", as_json(run.config))
+        with contextlib.closing(Checkpoints(folder, writable=True)) as checkpoints:
+            targets = [dataclasses.asdict(s) for s in run.targets]
+            meta = {"epoch": run.epoch, "seconds": 0.0, "targets": targets, "val_mae": {}}
+            checkpoints.save_weights(run.step, fields, meta)
+        summary = {
+            "selected_weights": run.weights,
+            "imported_from": origin,
+            "units": {s.name: s.unit for s in run.targets},
+            "parameters": run.parameters,
+        }
+        write_json(folder / "summary.json", summary)
+        os.replace(folder, workdir)  # an empty folder may be there
 
 
 @contextlib.contextmanager
@@ -120,31 +126,19 @@ def _about(origin: object) -> Iterator[None]:
         raise type(error)(f"{origin}: {error}") from error
 
 
-def _import_notes(
-    given: Mapping[str, Any],
-    found: Mapping[str, Any],
-    left_out: list[str],
-    statistics: tuple[TargetStatistics, ...],
-    config: TrainConfig,
-) -> list[str]:
+def _import_notes(ignored: list[str], left_out: list[str], unit: str, config: TrainConfig) -> list[str]:
     """Tells what a user should know about an imported model, a sentence each."""
     notes = []
-    ignored = [key for key in given if key in found and _as_json(found[key]) != _as_json(given[key])]
     if ignored:
         notes.append(f"the file has other values than --config, and they count: {', '.join(ignored)}")
     if left_out:
         notes.append(f"training settings that are not available keep our defaults: {', '.join(left_out)}")
-    if statistics[0].unit == RAW_UNIT:
+    if unit == RAW_UNIT:
         notes.append(
             "no target_mean or no target_std: predictions are the raw output of the model, without a unit, and cannot "
             "be evaluated; give --target_mean and --target_std of the training labels"
         )
     return notes + _frame_notes(config)
-
-
-def _as_json(value: Any) -> Any:
-    """Returns a hyperparameter as JSON has it."""
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _check_free(workdir: Path) -> None:
@@ -153,26 +147,10 @@ def _check_free(workdir: Path) -> None:
         return
     if not workdir.is_dir():
         raise UserError(f"{workdir} is a file; choose another --workdir")
-    found = [name for name in RUN_FILES if (workdir / name).exists()]
-    if found:
-        raise UserError(f"{workdir} holds a run already ({', '.join(found)}); choose another --workdir")
     if any(workdir.iterdir()):
-        raise UserError(f"{workdir} is not empty; choose another --workdir")
-
-
-@contextlib.contextmanager
-def _complete_or_not_there(workdir: Path) -> Iterator[Path]:
-    """Makes a folder that becomes `workdir` at the end; a process that is killed leaves `workdir` free."""
-    workdir = workdir.resolve()
-    folder = workdir.with_name(f".{workdir.name}.importing.{os.getpid()}")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-        _check_free(workdir)
-        os.replace(folder, workdir)  # an empty folder may be there
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        found = [name for name in RUN_FILES if (workdir / name).exists()]
+        what = f"holds a run already ({', '.join(found)})" if found else "is not empty"
+        raise UserError(f"{workdir} {what}; choose another --workdir")
 
 
 def _given_once(name: str, found: np.ndarray | None, given: tuple[float, ...]) -> Any | None:
@@ -196,14 +174,10 @@ def _with_targets(
             raise ConfigError(f"--{option}={','.join(given)}: the model has {len(names)} ({', '.join(names)})")
     config = validate_model(dataclasses.replace(config, targets=targets or names))
     names, name_of_set = config.targets, config.target_set
-    if data:
+    official = TARGET_SETS.get(name_of_set)
+    if data or not official or not set(names) <= {target.name for target in official.targets}:
         name_of_set = data
-        known = tuple(target_set(data).target(name).unit for name in names)
-    elif name_of_set and set(names) <= {target.name for target in TARGET_SETS[name_of_set].targets}:
-        known = tuple(target_set(name_of_set).target(name).unit for name in names)
-    else:
-        name_of_set = ""
-        known = (UNKNOWN_UNIT,) * len(names)
+    known = tuple(target_set(name_of_set).target(name).unit for name in names) if name_of_set else ()
     if any(values is None for values in scaling):
         if units:
             raise ConfigError(f"--units={','.join(units)} needs target_mean and target_std: raw output has no unit")
@@ -212,26 +186,20 @@ def _with_targets(
     return config, target_statistics(names, *scaling, units or known)
 
 
-def _model_fields(file: Path, checkpoint: OfficialCheckpoint, model: ModelConfig) -> dict[str, Tree]:
-    """Makes the model's part of a checkpoint of ours."""
-    last = _variables(f"{file}", checkpoint.state, model)
-    average = {"params": jax.tree.map(np.zeros_like, last["params"]), "batch_stats": last["batch_stats"]}
+def _model_fields(checkpoint: OfficialCheckpoint, config: TrainConfig) -> dict[str, Tree]:
+    """Makes the model's part of a checkpoint of ours; averaged weights that are not there are zero."""
+    last = variables_from_official(checkpoint.state, config.model)
+    average = last | {"params": jax.tree.map(np.zeros_like, last["params"])}
     if checkpoint.swa_state is not None:
-        average = _variables(f"{file}, averaged weights", checkpoint.swa_state, model)
+        with _about("averaged weights"):
+            average = variables_from_official(checkpoint.swa_state, config.model)
         pairs = zip(*(jax.tree.leaves(v["calibration"]) for v in (last, average)), strict=True)
         if not all(np.isclose(a, b, rtol=1e-6, atol=0) for a, b in pairs):
             raise OfficialStateError(
-                f"{file}: gauss_scale of the averaged weights is not that of the last; they are of two trainings"
+                "gauss_scale of the averaged weights is not that of the last; they are of two trainings"
             )
     averages = {"swa_params": average["params"], "swa_batch_stats": average["batch_stats"]}
-    return last | averages | {"ema_params": {}, "ema_batch_stats": {}}  # the official code has none
-
-
-def _variables(origin: str, state: Arrays, model: ModelConfig) -> dict[str, Tree]:
-    """Makes our variables in the type of the model, each in memory of its own."""
-    with _about(origin):
-        variables = variables_from_official(state, model)
-    return jax.tree.map(lambda leaf: np.array(leaf, model.dtype, order="C"), variables)
+    return stored_fields(config, last) | averages
 
 
 def _frame_notes(config: TrainConfig) -> list[str]:
@@ -283,19 +251,16 @@ def export_checkpoint(
 def _epoch_and_average(run: Path, predictor: Predictor) -> tuple[int, Tree | None]:
     """Finds the epoch of the weights of the predictor, and the variables with averaged weights if there are any.
 
-    The average is that of the same checkpoint, or for a run directory of the last one.
+    The average is that of the same checkpoint; the best weights go with that of the last one.
     """
-    workdir, _ = run_and_step(run)
-    with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+    with contextlib.closing(Checkpoints(run_and_step(run)[0])) as checkpoints:
         epoch = checkpoints.meta(predictor.step)["epoch"]
         if not predictor.config.swa_epochs:
             return epoch, None
-        if predictor.weights == "swa":
-            return epoch, predictor.variables
         last = checkpoints.last() if predictor.weights == "best" else None
         with working_precision(predictor.config):
             like = on_this_device(stored_fields(predictor.config, predictor.variables))
-            fields = checkpoints.restore_model(predictor.step if last is None else last, like)
+            fields = checkpoints.restore_model(last or predictor.step, like)
     average = variables_in(fields, "swa")
     return epoch, None if all_zero(average["params"]) else average
 
