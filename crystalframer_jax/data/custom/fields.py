@@ -1,4 +1,4 @@
-"""What users' own data say of a crystal: its labels, id, split and group, read from named fields."""
+"""What users' own data say of a crystal: its labels, id, split and group, read from named fields; which are labels."""
 
 import dataclasses
 import math
@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from crystalframer_jax.data.records import BadRecord, Record, parse_label
+from crystalframer_jax.data.records import BadRecord, DataError, Record, parse_label
 from crystalframer_jax.structures.crystal import Crystal
 
 SAMPLE = 1000  # items that are looked at to tell what their fields hold
@@ -80,6 +80,74 @@ class Items:
     read: Callable[[], Iterator[Item | BadRecord]]
     count: int | None = None
     no_labels: tuple[str, ...] = ID_NAMES
+
+
+def target_fields(items: Items, options: CustomData) -> tuple[str, ...]:
+    """Chooses the fields that are targets; DataError if there are none, or a name in the options is not found."""
+    if len(set(options.targets)) < len(options.targets):
+        raise DataError(f"{items.name}: --targets={','.join(options.targets)} names a target twice")
+    columns = {option: getattr(options, option) for option in ("id_column", "group_column", "split_column")}
+    columns = {option: name for option, name in columns.items() if name not in ("", getattr(CustomData, option))}
+    found = _survey(items, options.targets, columns.values())
+    known = ", ".join(list(found)[:30]) + (", ..." if len(found) > 30 else "") or "nothing but structures"
+    for name in options.targets:
+        if not (name in found and found[name].numbers):
+            problem = "there are no numbers in" if name in found else "there is no"
+            raise DataError(f"{items.name}: {problem} field {name!r} of --targets; choose among {known}")
+    for option, name in columns.items():
+        if name not in found:
+            raise DataError(f"{items.name}: there is no field --{option}={name}; choose among {known}")
+    no_labels = {*items.no_labels, options.id_column, options.group_column, options.split_column}
+    fields = options.targets or tuple(
+        name
+        for name, seen in found.items()
+        if seen.numbers > seen.others and not seen.is_nested and name not in no_labels
+    )
+    if not fields:
+        raise DataError(f"{items.name}: no field holds numbers as labels ({known}); add one or name --targets")
+    return fields
+
+
+@dataclasses.dataclass
+class _Seen:
+    """How many numbers and other values (unknown labels are neither) stand in a field of the first items."""
+
+    is_nested: bool
+    numbers: int = 0
+    others: int = 0
+
+
+def _survey(items: Items, targets: Iterable[str], columns: Iterable[str]) -> dict[str, _Seen]:
+    """Looks at the first items, and at more until all named fields are found; DataError if none is usable."""
+    found: dict[str, _Seen] = {}
+    count, bad = 0, []
+    for count, item in enumerate(items.read(), 1):
+        if isinstance(item, BadRecord):
+            bad.append(item)
+        else:
+            _look_at(item.values, found)
+        has_targets = all(name in found and found[name].numbers for name in targets)
+        if count >= SAMPLE and has_targets and found.keys() >= set(columns):
+            break
+    if not count:
+        raise DataError(f"{items.name}: there is nothing in it; give a file with structures and labels")
+    if len(bad) == count:
+        first = f"{bad[0].where}: {bad[0].reason}"
+        raise DataError(f"{items.name}: none of {count} records can be used, first: {first}")
+    return found
+
+
+def _look_at(values: Mapping[str, Any], found: dict[str, _Seen], prefix: str = "") -> None:
+    """Counts the values of an item, and those of nested objects, see `field`."""
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        seen = found.setdefault(name, _Seen(bool(prefix)))
+        try:
+            seen.numbers += math.isfinite(number(value))
+        except ValueError:
+            seen.others += 1
+        if isinstance(value, Mapping):
+            _look_at(value, found, f"{name}.")
 
 
 def record_of(item: Item | BadRecord, fields: tuple[str, ...], options: CustomData) -> Record | BadRecord:
