@@ -44,11 +44,6 @@ class Leak:
     other_split: str
     other: int
 
-    @property
-    def in_training(self) -> bool:
-        """Whether the other split is that for training."""
-        return self.other_split == "train"
-
 
 def find_leaks(columns: Columns, splits: dict[str, np.ndarray], workers: int = 0) -> list[Leak]:
     """Finds all leaks, of test crystals first; a crystal is listed once for each other split that it is in.

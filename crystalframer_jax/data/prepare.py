@@ -30,19 +30,12 @@ CHUNK = 200  # records that a worker process makes crystals of at a time
 
 @dataclasses.dataclass(frozen=True)
 class Preparation:
-    """How a target set is prepared.
+    """How a target set is prepared."""
 
-    Attributes:
-      split_seed: of the shuffle before a random split.
-      max_bad_share: of the records that cannot be used; more is an error.
-      unofficial: take a source whose splits are not those of the published numbers.
-      workers: processes; 0: one for each core.
-    """
-
-    split_seed: int = 123
-    max_bad_share: float = 0.05
-    unofficial: bool = False
-    workers: int = 0
+    split_seed: int = 123  # of the shuffle before a random split
+    max_bad_share: float = 0.05  # of the records that cannot be used; more is an error
+    unofficial: bool = False  # take a source whose splits are not those of the published numbers
+    workers: int = 0  # processes; 0: one for each core
 
 
 DEFAULT = Preparation()
@@ -159,7 +152,7 @@ def _write(folder: Path, source: Source, known: TargetSet | None, options: Prepa
         join_parts(files, CRYSTAL_COLUMNS, temporary)
         columns = mapped_columns(temporary, CRYSTAL_COLUMNS)
         leaks = find_leaks(columns, rows, options.workers)
-        leaked = sorted({leak.held for leak in leaks if leak.in_training})
+        leaked = sorted({leak.held for leak in leaks if leak.other_split == "train"})
         columns |= {"labels": labels[records], "leaked": np.array(leaked, dtype=np.int64), **rows}
         for name in LABEL_COLUMNS:
             np.save(temporary / f"{name}.npy", columns[name])
@@ -284,7 +277,7 @@ def _report(name: str, targets: tuple[Target, ...], columns: Columns, leaks: lis
         extent = f"{values.min():.4g} to {values.max():.4g} {target.unit}".rstrip() if len(values) else "none is known"
         tqdm.write(f"  {target.name}: {len(values):,} labels, {extent}")
     for split in ("test", "val"):
-        kinds = [leak.kind for leak in leaks if leak.split == split and leak.in_training]
+        kinds = [leak.kind for leak in leaks if (leak.split, leak.other_split) == (split, "train")]
         if kinds:
             number = f"1 {split} crystal is" if len(kinds) == 1 else f"{len(kinds):,} {split} crystals are"
             tqdm.write(

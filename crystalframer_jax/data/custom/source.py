@@ -29,8 +29,6 @@ from crystalframer_jax.data.structures import FLAT, JARVIS, PYMATGEN, dict_loade
 from crystalframer_jax.files import sha256
 from crystalframer_jax.structures.crystal import Crystal
 
-__all__ = ["CustomData", "custom_source"]
-
 STRUCTURE_KEYS = ("structure", "atoms", "cif")
 MAY_LACK = ("charge", "cartesian")  # of the keys of a structure
 NOT_IN_INFO = ("Lattice", "Properties", "pbc")  # what ASE takes out of the comment line for itself
