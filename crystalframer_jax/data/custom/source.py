@@ -22,6 +22,7 @@ from crystalframer_jax.data.custom.fields import (
     text,
 )
 from crystalframer_jax.data.custom.tables import folder_items, table_items
+from crystalframer_jax.data.io.pickles import load_pickle
 from crystalframer_jax.data.io.streams import json_lines, json_records
 from crystalframer_jax.data.records import BadRecord, DataError, Source, Target
 from crystalframer_jax.data.splits import SPLITS
@@ -164,8 +165,6 @@ def _pickle_items(path: Path, options: CustomData, files: Mapping[str, Path] | N
             f"{path}: pickle files can run programs when they are read; if you trust this one, add --allow_pickle, "
             "which reads no more than lists, numbers and structures"
         )
-    from crystalframer_jax.data.io.pickles import load_pickle  # imports pymatgen
-
     files = files or {"": path}
     digest = hashlib.sha256("\n".join(f"{split} {sha256(file)}" for split, file in files.items()).encode())
     load = functools.cache(load_pickle)  # slow, and all of a file is in memory anyway
