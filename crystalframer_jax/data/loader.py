@@ -11,7 +11,7 @@ import numpy as np
 
 from crystalframer_jax.batching.batch import Batch, Fill, fill_factors, pack
 from crystalframer_jax.batching.device_table import Chunk, DeviceTable, device_table_if_it_fits
-from crystalframer_jax.batching.shapes import BatchShape, Shared, lengths_of, plan_shapes, shared_out
+from crystalframer_jax.batching.shapes import BatchShape, Shared, plan_shapes, shared_out
 from crystalframer_jax.config import NO_PARTS, BatchParts, ConfigError
 from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices, imbalance
@@ -76,9 +76,8 @@ class TrainingBatches:
 
     def imbalance(self, batches: int = 8) -> float:
         """Returns the most neighbors of a device, divided by their mean over the devices; mean of the first batches."""
-        works = map(self.shared, range(min(batches, len(self))))
-        edge_offset = self.dataset.table.edge_offset
-        return float(np.mean([imbalance(lengths_of(edge_offset, work.rows), work.shares) for work in works]))
+        works, edges = map(self.shared, range(min(batches, len(self)))), self.dataset.table.num_edges
+        return float(np.mean([imbalance(edges[work.rows], work.shares) for work in works]))
 
     def steps_of_last_epoch(self) -> range:
         """Returns the steps of the last epoch."""
