@@ -30,21 +30,19 @@ def in_parallel(
     total: int | None,
     workers: int = 0,
     batch_size: int = 1,
-    bar_from: int = 0,
     steps: Callable[[Result], int] = lambda _: 1,
     unit: str = "it",
 ) -> list[Result]:
     """Returns work(item) for every item, in order, by worker processes, which are killed by Ctrl-C.
 
     `workers` are the processes; 0: one for each core, or none for a `total` of at most SMALL. They are given
-    `batch_size` items at a time; twice as many for each process are in memory. Above a `total` of `bar_from`, on a
-    terminal, a bar shows the `steps` that results stand for, of `total` (None: not known).
+    `batch_size` items at a time; twice as many for each process are in memory. What takes longer than a second has a
+    bar, on a terminal: it shows the `steps` that results stand for, of `total` (None: not known).
     """
     number = workers or (1 if total is not None and total <= SMALL else joblib.cpu_count())
     ahead = 2 * number * batch_size
     pool = joblib.Parallel(number, return_as="generator", pre_dispatch=ahead, batch_size=batch_size, max_nbytes=None)
-    is_quick = total is not None and total <= bar_from
-    bar = tqdm(total=total, desc=title, unit=unit, dynamic_ncols=True, disable=is_quick or None)
+    bar = tqdm(total=total, desc=title, unit=unit, dynamic_ncols=True, delay=1, disable=None)
     results: list[Result] = []
     try:
         with pool as parallel, bar as progress:
@@ -69,7 +67,7 @@ def build_parts(
     folder: Path,
     title: str,
     total: int | None,
-    workers: int = 0,
+    workers: int,
 ) -> list[Path]:
     """Makes part files in `folder`, in the order of the chunks; those that are there already are not made again.
 
@@ -77,23 +75,19 @@ def build_parts(
     (see `in_parallel`) are in memory.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    make = functools.partial(_make_part, work, folder)
-    sizes = in_parallel(make, enumerate(chunks), title, total, workers, steps=int, unit=" crystals")
-    return [_part(folder, number) for number in range(len(sizes))]
+    numbered = ((folder / f"part-{number:06d}.npz", chunk) for number, chunk in enumerate(chunks))
+    make = functools.partial(_make_part, work)
+    made = in_parallel(make, numbered, title, total, workers, steps=lambda part: part[1], unit=" crystals")
+    return [file for file, _ in made]
 
 
-def _part(folder: Path, number: int) -> Path:
-    return folder / f"part-{number:06d}.npz"
-
-
-def _make_part(work: Callable[[list[Item]], Columns], folder: Path, numbered: tuple[int, list[Item]]) -> int:
-    """Does a chunk of work, unless its part file is there; returns the size of the chunk."""
-    number, chunk = numbered
-    file = _part(folder, number)
+def _make_part(work: Callable[[list[Item]], Columns], numbered: tuple[Path, list[Item]]) -> tuple[Path, int]:
+    """Does a chunk of work, unless its part file is there; returns the file and the size of the chunk."""
+    file, chunk = numbered
     if not _is_complete(file):
         with replacing(file) as temporary, temporary.open("wb") as stream:
             np.savez(stream, allow_pickle=False, **work(chunk))
-    return len(chunk)
+    return file, len(chunk)
 
 
 def _is_complete(file: Path) -> bool:

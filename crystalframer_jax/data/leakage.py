@@ -9,7 +9,7 @@ cell nor on orientation, origin or order of atoms.
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from pymatgen.core import Element, Structure
 from pymatgen.optimization.neighbors import find_points_in_spheres
 from scipy.spatial import KDTree
 
-from crystalframer_jax.data.build import SMALL, Columns, in_parallel
+from crystalframer_jax.data.build import Columns, in_parallel
 from crystalframer_jax.data.splits import SPLITS
 from crystalframer_jax.data.store import crystal_at
 from crystalframer_jax.structures.crystal import Crystal
@@ -44,64 +44,45 @@ class Leak:
     other_split: str
     other: int
 
-    @property
-    def in_training(self) -> bool:
-        """Whether the other split is that for training."""
-        return self.other_split == "train"
-
 
 def find_leaks(columns: Columns, splits: dict[str, np.ndarray], workers: int = 0) -> list[Leak]:
     """Finds all leaks, of test crystals first; a crystal is listed once for each other split that it is in.
 
     `columns` are those of the crystals; `splits` are rows of them. `workers` are processes (0: one for each core).
     """
-    leaks = []
     split_of = {int(row): name for name in SPLITS for row in splits[name]}
-    groups = list(_same_formula(columns, split_of))
-    prints = _fingerprints(columns, sorted({row for group in groups for row in group}), workers)
-    by_id = _same_id(columns, split_of)
+    by_id = _grouped(split_of, lambda row: str(columns["ids"][row]))
+    by_formula = _grouped(split_of, lambda row: _formula(columns, row))
+    rows = sorted(row for group in by_formula for members in group.values() for row in members)
+    crystals = (crystal_at(columns, row) for row in rows)
+    found_prints = in_parallel(_fingerprint, crystals, "fingerprints", len(rows), workers, CHUNK)
+    prints = dict(zip(rows, found_prints, strict=True))
+    leaks = []
     for held_split, other_split in (("test", "train"), ("test", "val"), ("val", "train")):
         found: dict[int, Leak] = {}
-        pairs = []
-        for group in groups:
-            parts = {name: [row for row in group if split_of[row] == name] for name in (held_split, other_split)}
-            pairs += _alike(parts[held_split], parts[other_split], prints)
+        pairs = [pair for group in by_formula for pair in _alike(group[held_split], group[other_split], prints)]
         for held, other in _same_structure(columns, pairs, prints, workers):
             found.setdefault(held, Leak("structure", held_split, held, other_split, other))
-        for rows in by_id:
-            others = [row for row in rows if split_of[row] == other_split]
-            for held in (row for row in rows if split_of[row] == held_split and others):
-                found[held] = Leak("id", held_split, held, other_split, others[0])
+        for group in by_id:
+            for held in group[held_split] if group[other_split] else ():
+                found[held] = Leak("id", held_split, held, other_split, group[other_split][0])
         leaks += [found[held] for held in sorted(found)]
     return leaks
 
 
-def _same_id(columns: Columns, rows: Iterable[int]) -> list[list[int]]:
-    """Groups rows with the same id."""
-    groups = defaultdict(list)
-    for row in rows:
-        groups[str(columns["ids"][row])].append(row)
+def _grouped(split_of: dict[int, str], key: Callable[[int], Hashable]) -> list[dict[str, list[int]]]:
+    """Groups rows with the same key by their splits; groups that lie in one split are left out."""
+    groups: dict[Hashable, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for row, split in split_of.items():
+        groups[key(row)][split].append(row)
     return [group for group in groups.values() if len(group) > 1]
 
 
-def _same_formula(columns: Columns, split_of: dict[int, str]) -> Iterator[list[int]]:
-    """Groups rows with the same reduced formula that lie in more than one split."""
-    groups = defaultdict(list)
-    for row in split_of:
-        species = columns["species"][slice(*columns["atom_offset"][row : row + 2])]
-        elements, counts = np.unique(species, return_counts=True)
-        counts //= math.gcd(*counts.tolist())
-        groups[elements.tobytes() + counts.tobytes()].append(row)
-    for group in groups.values():
-        if len({split_of[row] for row in group}) > 1:
-            yield group
-
-
-def _fingerprints(columns: Columns, rows: list[int], workers: int) -> dict[int, np.ndarray]:
-    """Computes the fingerprint of each of these crystals."""
-    crystals = (crystal_at(columns, row) for row in rows)
-    found = in_parallel(_fingerprint, crystals, "fingerprints", len(rows), workers, CHUNK, bar_from=SMALL)
-    return dict(zip(rows, found, strict=True))
+def _formula(columns: Columns, row: int) -> bytes:
+    """Encodes the reduced formula of a crystal."""
+    species = columns["species"][slice(*columns["atom_offset"][row : row + 2])]
+    elements, counts = np.unique(species, return_counts=True)
+    return elements.tobytes() + (counts // math.gcd(*counts.tolist())).tobytes()
 
 
 def _fingerprint(crystal: Crystal) -> np.ndarray:
@@ -136,7 +117,7 @@ def _same_structure(
     num_atoms = np.diff(columns["atom_offset"])
     small = [pair for pair in pairs if num_atoms[list(pair)].min() <= MOST_ATOMS]
     candidates = ((_structure(columns, held), _structure(columns, other)) for held, other in small)
-    matches = in_parallel(_match, candidates, "comparing structures", len(small), workers, CHUNK, bar_from=SMALL)
+    matches = in_parallel(_match, candidates, "comparing structures", len(small), workers, CHUNK)
     same = {pair for pair, matched in zip(small, matches, strict=True) if matched}
     for held, other in set(pairs) - set(small):
         if np.abs(prints[held] - prints[other]).max() <= SAME_FINGERPRINT:

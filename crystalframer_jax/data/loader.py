@@ -1,5 +1,6 @@
 """The input pipeline: batches whose order is a pure function of seed and epoch, prepared ahead of the training."""
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
@@ -10,12 +11,13 @@ import numpy as np
 
 from crystalframer_jax.batching.batch import Batch, Fill, fill_factors, pack
 from crystalframer_jax.batching.device_table import Chunk, DeviceTable, device_table_if_it_fits
-from crystalframer_jax.batching.shapes import BatchShape, Shared, lengths_of, plan_shapes, shared_out
+from crystalframer_jax.batching.shapes import BatchShape, Shared, plan_shapes, shared_out
 from crystalframer_jax.config import NO_PARTS, BatchParts, ConfigError
 from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices, imbalance
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class TrainingBatches:
     """All batches of a training run by step number; every epoch is shuffled, its incomplete last batch dropped.
 
@@ -26,36 +28,30 @@ class TrainingBatches:
     Raises ConfigError if no crystal is left.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        batch_size: int,
-        n_epochs: int,
-        seed: int,
-        parts: BatchParts = NO_PARTS,
-        atoms: tuple[int, int] = (0, 0),
-        fraction: float = 1.0,
-        on_device: bool | None = None,
-        devices: Devices = ONE_DEVICE,
-    ):
-        self.dataset = dataset
-        self.indices = _of_size(dataset, dataset.splits["train"], *atoms)
-        self.devices = devices
-        self.batch_size = min(batch_size, len(self.indices))
-        self.steps_per_epoch = max(1, int(fraction * (len(self.indices) // self.batch_size)))
-        self.n_epochs = n_epochs
-        self.seed = seed
-        self.parts = parts
-        self.on_device = on_device
-        self.shapes = batch_shapes(dataset, self.batch_size, parts, devices.count)
-        self._order: tuple[int, np.ndarray] | None = None  # the last epoch asked for, and its order
+    dataset: Dataset
+    batch_size: int
+    n_epochs: int
+    seed: int
+    parts: BatchParts = NO_PARTS
+    atoms: tuple[int, int] = (0, 0)
+    fraction: float = 1.0
+    on_device: bool | None = None
+    devices: Devices = ONE_DEVICE
+
+    def __post_init__(self) -> None:
+        """Chooses the crystals, and plans epochs and shapes."""
+        self.indices = _of_size(self.dataset, self.dataset.splits["train"], *self.atoms)
+        self.batch_size = min(self.batch_size, len(self.indices))
+        self.steps_per_epoch = max(1, int(self.fraction * (len(self.indices) // self.batch_size)))
+        self.shapes = batch_shapes(self.dataset, self.batch_size, self.parts, self.devices.count)
+        self._order = -1, self.indices  # the last epoch asked for, and its order
 
     def __len__(self) -> int:
         return self.steps_per_epoch * self.n_epochs
 
     def order(self, epoch: int) -> np.ndarray:
         """Returns the crystals of an epoch in the order of training, rows of the table."""
-        if self._order is None or self._order[0] != epoch:
+        if self._order[0] != epoch:
             self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.indices)
         return self._order[1]
 
@@ -80,9 +76,8 @@ class TrainingBatches:
 
     def imbalance(self, batches: int = 8) -> float:
         """Returns the most neighbors of a device, divided by their mean over the devices; mean of the first batches."""
-        works = map(self.shared, range(min(batches, len(self))))
-        edge_offset = self.dataset.table.edge_offset
-        return float(np.mean([imbalance(lengths_of(edge_offset, work.rows), work.shares) for work in works]))
+        works, edges = map(self.shared, range(min(batches, len(self)))), self.dataset.table.num_edges
+        return float(np.mean([imbalance(edges[work.rows], work.shares) for work in works]))
 
     def steps_of_last_epoch(self) -> range:
         """Returns the steps of the last epoch."""
@@ -131,9 +126,8 @@ class TrainingBatches:
 
     def dispatches(self, first_step: int, steps_each: int) -> Iterator[Batch | Chunk]:
         """The batches from a step on as they are dispatched: in chunks if the crystals are on the devices."""
-        if self.device_table is None or steps_each == 1:
-            return self.iterate(first_step)
-        return self.chunks(first_step, steps_each)
+        chunked = self.device_table is not None and steps_each > 1
+        return self.chunks(first_step, steps_each) if chunked else self.iterate(first_step)
 
     def chunks(self, first_step: int, steps_each: int) -> Iterator[Chunk | Batch]:
         """Iterates over the batches from a step on, gathered on the devices in chunks of `steps_each`.

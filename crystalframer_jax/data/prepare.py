@@ -6,8 +6,9 @@ import itertools
 import math
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -29,19 +30,12 @@ CHUNK = 200  # records that a worker process makes crystals of at a time
 
 @dataclasses.dataclass(frozen=True)
 class Preparation:
-    """How a target set is prepared.
+    """How a target set is prepared."""
 
-    Attributes:
-      split_seed: of the shuffle before a random split.
-      max_bad_share: of the records that cannot be used; more is an error.
-      unofficial: take a source whose splits are not those of the published numbers.
-      workers: processes; 0: one for each core.
-    """
-
-    split_seed: int = 123
-    max_bad_share: float = 0.05
-    unofficial: bool = False
-    workers: int = 0
+    split_seed: int = 123  # of the shuffle before a random split
+    max_bad_share: float = 0.05  # of the records that cannot be used; more is an error
+    unofficial: bool = False  # take a source whose splits are not those of the published numbers
+    workers: int = 0  # processes; 0: one for each core
 
 
 DEFAULT = Preparation()
@@ -68,20 +62,17 @@ def prepare(folder: Path, source: Source, known: TargetSet | None, options: Prep
     with locked(folder.parent / f".{folder.name}.lock"):
         found = read_columns(folder / "crystals", CRYSTAL_COLUMNS)
         is_prepared = found is not None and found[0]["key"] == key
-        _remove(folder.glob(".crystals-*.parts"), None if is_prepared else key)
         if not is_prepared:
-            folder.mkdir(parents=True, exist_ok=True)
             start = time.perf_counter()
-            with parts_folder(folder / f"crystals-{key}", CHUNK) as parts:
-                manifest = {"format": CRYSTALS_FORMAT, "source": source.sha256, "key": key}
-                _write(folder, parts, source, known, options, manifest)
+            _write(folder, source, known, options, key)
             tqdm.write(f"prepared in {time.perf_counter() - start:.0f} s, kept in {folder}")
             (folder / "skipped.csv").unlink(missing_ok=True)  # of an attempt that failed
             found = read_columns(folder / "crystals", CRYSTAL_COLUMNS)
-            _remove(folder.glob(".rows-*"))
-        for file in folder.glob("rows-*/manifest.json"):
-            if found is None or found[0]["digest"] not in file.read_text():  # rows of other crystals
-                shutil.rmtree(file.parent)
+        stale = [*folder.glob(".crystals-*"), *(() if is_prepared else folder.glob(".rows-*"))]
+        rows = folder.glob("rows-*/manifest.json")
+        other = [file.parent for file in rows if found is None or found[0]["digest"] not in file.read_text()]
+        for path in stale + other:  # parts that were left, and rows of other crystals
+            shutil.rmtree(path)
     return not is_prepared
 
 
@@ -89,13 +80,6 @@ def is_current(folder: Path, source: Source) -> bool:
     """Tells whether what is prepared in a folder comes from this source, and was written by this version."""
     found = read_columns(folder / "crystals", CRYSTAL_COLUMNS)
     return found is not None and (found[0]["source"], found[0]["format"]) == (source.sha256, CRYSTALS_FORMAT)
-
-
-def _remove(folders: Iterable[Path], but: str | None = None) -> None:
-    """Removes folders, except those whose name contains `but`."""
-    for folder in folders:
-        if but is None or but not in folder.name:
-            shutil.rmtree(folder)
 
 
 def _version(package: str) -> str:
@@ -106,71 +90,69 @@ def _version(package: str) -> str:
         return ""
 
 
-@dataclasses.dataclass
-class _Listing:
-    """What is known of all records of a source, in its order."""
+class _Facts(NamedTuple):
+    """What is kept of every record of a source, in its order, until its crystals are made."""
 
-    ids: list[str] = dataclasses.field(default_factory=list)
-    labels: list[tuple[float, ...]] = dataclasses.field(default_factory=list)
-    splits: list[str] = dataclasses.field(default_factory=list)
-    groups: list[str] = dataclasses.field(default_factory=list)
-    bad: dict[int, BadRecord] = dataclasses.field(default_factory=dict)
+    id: str
+    labels: tuple[float, ...]
+    split: str = ""
+    group: str = ""
 
-    def chunks(self, source: Source) -> Iterator[NumberedRecords]:
-        """Yields the records in chunks; takes them down on the way."""
-        usable = self._usable(source)
-        while chunk := list(itertools.islice(usable, CHUNK)):
-            yield chunk
 
-    def _usable(self, source: Source) -> Iterator[tuple[int, Record]]:
+def _chunks(source: Source, listing: list[_Facts], bad: dict[int, BadRecord]) -> Iterator[NumberedRecords]:
+    """Yields the usable records in chunks; takes all down on the way, those that are `bad` by their number."""
+
+    def usable() -> Iterator[tuple[int, Record]]:
         for number, record in enumerate(source.records()):
             if len(record.id) > LONGEST_ID:
                 record = BadRecord(record.id[:LONGEST_ID], record.where, f"its id has {len(record.id):,} characters")
-            self.ids.append(record.id)
             if isinstance(record, BadRecord):
-                self.bad[number] = record
-                self._describe((np.nan,) * len(source.targets))
+                bad[number] = record
+                listing.append(_Facts(record.id, (np.nan,) * len(source.targets)))
             else:
-                self._describe(record.labels, record.split, record.group)
+                listing.append(_Facts(record.id, record.labels, record.split, record.group))
                 yield number, record
 
-    def _describe(self, labels: tuple[float, ...], split: str = "", group: str = "") -> None:
-        self.labels.append(labels)
-        self.splits.append(split)
-        self.groups.append(group)
+    records = usable()
+    while chunk := list(itertools.islice(records, CHUNK)):
+        yield chunk
 
 
-def _write(
-    folder: Path, parts: Path, source: Source, known: TargetSet | None, options: Preparation, manifest: dict
-) -> None:
-    """Makes the columns of the crystals; `parts` is for what is done so far."""
-    listing = _Listing()
+def _write(folder: Path, source: Source, known: TargetSet | None, options: Preparation, key: str) -> None:
+    """Makes the columns of the crystals."""
+    listing: list[_Facts] = []
+    bad_records: dict[int, BadRecord] = {}
+    chunks, parts = _chunks(source, listing, bad_records), parts_folder(folder / f"crystals-{key}", CHUNK)
     total = source.count or (known.num_records if known else None) or None
-    title = f"crystals of {folder.name}"
-    files = build_parts(_crystals_of, listing.chunks(source), parts, title, total, options.workers)
-    records, bad = _outcome(files, listing)
-    if len(bad) > options.max_bad_share * len(listing.ids) + 1e-9:
+    files = build_parts(_crystals_of, chunks, parts, f"crystals of {folder.name}", total, options.workers)
+    records, bad = _outcome(files, listing, bad_records)
+    if len(bad) > options.max_bad_share * len(listing) + 1e-9:
         shutil.rmtree(parts)  # what could not be used may be readable next time
-        file, share = folder / "skipped.csv", math.ceil(100 * len(bad) / len(listing.ids)) / 100
+        file, share = folder / "skipped.csv", math.ceil(100 * len(bad) / len(listing)) / 100
         _write_bad(file, bad)
         raise DataError(
-            f"{len(bad):,} of {len(listing.ids):,} records cannot be used ({file} lists them), first: "
+            f"{len(bad):,} of {len(listing):,} records cannot be used ({file} lists them), first: "
             f"{bad[0].where}: {bad[0].reason}. Correct them, or accept more by --max_bad_share={share:g}"
         )
-    labels = np.array(listing.labels, dtype=np.float64).reshape(-1, len(source.targets))
+    labels = np.array([facts.labels for facts in listing], dtype=np.float64).reshape(-1, len(source.targets))
     splits, remark = _splits(folder.name, listing, labels, known, options)
-    rows = _rows_of(splits, records, len(listing.ids), folder.name)
+    rows = _rows_of(splits, records, folder.name)
     lost = sum(len(splits[name]) - len(rows[name]) for name in SPLITS)
     if lost and known and known.official_splits and not remark:
         remark = f"{lost:,} crystals of the official splits could not be used (crystals/skipped.csv)"
-    manifest["remark"] = remark
-    manifest["targets"] = [dataclasses.asdict(target) for target in source.targets]
-    manifest["crystals"] = len(records)
+    manifest = {
+        "format": CRYSTALS_FORMAT,
+        "source": source.sha256,
+        "key": key,
+        "remark": remark,
+        "targets": [dataclasses.asdict(target) for target in source.targets],
+        "crystals": len(records),
+    }
     with writing(folder / "crystals", manifest) as temporary:
         join_parts(files, CRYSTAL_COLUMNS, temporary)
         columns = mapped_columns(temporary, CRYSTAL_COLUMNS)
         leaks = find_leaks(columns, rows, options.workers)
-        leaked = sorted({leak.held for leak in leaks if leak.in_training})
+        leaked = sorted({leak.held for leak in leaks if leak.other_split == "train"})
         columns |= {"labels": labels[records], "leaked": np.array(leaked, dtype=np.int64), **rows}
         for name in LABEL_COLUMNS:
             np.save(temporary / f"{name}.npy", columns[name])
@@ -183,31 +165,28 @@ def _write(
             tqdm.write(f"  {remark}")
     if bad:
         first = f"{bad[0].where}: {bad[0].reason}"
-        tqdm.write(f"skipped {len(bad):,} of {len(listing.ids):,} records (crystals/skipped.csv), first: {first}")
+        tqdm.write(f"skipped {len(bad):,} of {len(listing):,} records (crystals/skipped.csv), first: {first}")
 
 
-def _outcome(files: list[Path], listing: _Listing) -> tuple[np.ndarray, list[BadRecord]]:
+def _outcome(files: list[Path], listing: list[_Facts], bad: dict[int, BadRecord]) -> tuple[np.ndarray, list[BadRecord]]:
     """Returns numbers of the records that became the crystals of the parts, in their order, and all that did not."""
-    if not listing.ids:
+    if not listing:
         raise DataError("the source has no records; look at what --source names")
     numbers = [np.zeros(0, np.int64)]
     for file in files:
         with np.load(file) as part:
             numbers.append(part["record"])
             for number, where, reason in zip(part["bad_record"], part["bad_where"], part["bad_reason"], strict=True):
-                listing.bad[int(number)] = BadRecord(listing.ids[number], str(where), str(reason))
+                bad[int(number)] = BadRecord(listing[number].id, str(where), str(reason))
     records = np.concatenate(numbers)
-    if not np.array_equal(np.sort([*records, *listing.bad]), np.arange(len(listing.ids))):
+    if not np.array_equal(np.sort([*records, *bad]), np.arange(len(listing))):
         raise RuntimeError("records were lost or doubled on the way; please report this")
-    return records, [listing.bad[record] for record in sorted(listing.bad)]
+    return records, [bad[record] for record in sorted(bad)]
 
 
-def _rows_of(splits: dict[str, np.ndarray], records: np.ndarray, total: int, name: str) -> dict[str, np.ndarray]:
+def _rows_of(splits: dict[str, np.ndarray], records: np.ndarray, name: str) -> dict[str, np.ndarray]:
     """Returns splits of record numbers as rows of the table; those that could not be used drop out."""
-    row_of_record = np.full(total, -1, dtype=np.int64)
-    row_of_record[records] = np.arange(len(records))
-    rows = {split: row_of_record[chosen] for split, chosen in splits.items()}
-    rows = {split: chosen[chosen >= 0] for split, chosen in rows.items()}
+    rows = {split: np.searchsorted(records, chosen[np.isin(chosen, records)]) for split, chosen in splits.items()}
     for split, chosen in rows.items():
         if not len(chosen):
             number = sum(map(len, rows.values()))
@@ -238,7 +217,7 @@ def _crystals_of(chunk: NumberedRecords) -> Columns:
 
 
 def _splits(
-    name: str, listing: _Listing, labels: np.ndarray, known: TargetSet | None, options: Preparation
+    name: str, listing: list[_Facts], labels: np.ndarray, known: TargetSet | None, options: Preparation
 ) -> tuple[dict[str, np.ndarray], str]:
     """Returns record numbers of each split, and a remark on what is unusual about them.
 
@@ -247,26 +226,27 @@ def _splits(
     official = known.official_splits if known else {}
     as_published = bool(official) and not options.unofficial
     expected = known.num_records if known else 0
-    cause = _likely_change(len(listing.ids), expected)
-    if as_published and expected not in (0, len(listing.ids)):
+    cause = _likely_change(len(listing), expected)
+    if as_published and expected not in (0, len(listing)):
         raise DataError(f"{name}: {cause}")
     is_known = np.isfinite(labels)
     usable = np.flatnonzero(is_known.all(axis=1) if as_published else is_known.any(axis=1))
     if not len(usable):
         raise DataError(f"{name}: no record has a label; is the name of the label column right?")
-    if any(listing.groups):  # which are only read if asked for
-        splits = split_by_group(usable, [listing.groups[record] for record in usable], options.split_seed)
-    elif any(listing.splits):
-        unnamed = [listing.ids[record] for record in usable if not listing.splits[record]]
+    chosen = [listing[record] for record in usable]
+    if any(facts.group for facts in listing):  # which are only read if asked for
+        splits = split_by_group(usable, [facts.group for facts in chosen], options.split_seed)
+    elif any(facts.split for facts in listing):
+        unnamed = [facts.id for facts in chosen if not facts.split]
         if unnamed:
             raise DataError(f"{name}: {len(unnamed):,} records have no split, first: {unnamed[0]}; name it for all")
-        splits = given_split(usable, [listing.splits[record] for record in usable])
+        splits = given_split(usable, [facts.split for facts in chosen])
     else:
         counts = known.split_counts if known and as_published else ()
         if sum(counts) > len(usable):
             raise DataError(f"{name}: only {len(usable):,} records have all labels, of {sum(counts):,}: {cause}")
         splits = random_split(usable, counts, options.split_seed)
-    found = differences(splits, listing.ids, official)
+    found = differences(splits, [facts.id for facts in listing], official)
     if found and as_published:
         raise DataError(f"{name}: {'; '.join(found)}: {cause}")
     return splits, "not the official data or splits: errors cannot be compared with published ones" if found else ""
@@ -297,7 +277,7 @@ def _report(name: str, targets: tuple[Target, ...], columns: Columns, leaks: lis
         extent = f"{values.min():.4g} to {values.max():.4g} {target.unit}".rstrip() if len(values) else "none is known"
         tqdm.write(f"  {target.name}: {len(values):,} labels, {extent}")
     for split in ("test", "val"):
-        kinds = [leak.kind for leak in leaks if leak.split == split and leak.in_training]
+        kinds = [leak.kind for leak in leaks if (leak.split, leak.other_split) == (split, "train")]
         if kinds:
             number = f"1 {split} crystal is" if len(kinds) == 1 else f"{len(kinds):,} {split} crystals are"
             tqdm.write(

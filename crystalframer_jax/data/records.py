@@ -15,23 +15,14 @@ class DataError(UserError, ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One crystal of a source; small, so that worker processes can be sent it and make the crystal.
+    """One crystal of a source; small, so that worker processes can be sent it and make the crystal."""
 
-    Attributes:
-      id: name of the crystal in reports and predictions.
-      where: file and line or record number, for messages.
-      load: makes the crystal, with this id, or raises CrystalError; it can be pickled, see data/structures.py.
-      labels: one number for each target of the source, NaN where unknown.
-      split: "train", "val" or "test" where the source says so.
-      group: crystals of a group stay in one split.
-    """
-
-    id: str
-    where: str
-    load: Callable[[], Crystal]
-    labels: tuple[float, ...]
-    split: str = ""
-    group: str = ""
+    id: str  # in reports and predictions
+    where: str  # file and line or record number, for messages
+    load: Callable[[], Crystal]  # with this id, or raises CrystalError; it can be pickled, see data/structures.py
+    labels: tuple[float, ...]  # one for each target of the source, NaN where unknown
+    split: str = ""  # "train", "val" or "test" where the source says so
+    group: str = ""  # crystals of a group stay in one split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,15 +36,12 @@ class BadRecord:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A property to predict: its name here, the field of the source that holds it, and its unit ("" if unknown).
-
-    With `log10` the label is the decimal logarithm of the field; the unit is that of the label.
-    """
+    """A property to predict."""
 
     name: str
-    field: str
-    unit: str
-    log10: bool = False
+    field: str  # of the source, that holds it
+    unit: str  # of the label; "" if unknown
+    log10: bool = False  # whether the label is the decimal logarithm of the field
 
     def label(self, value: Any) -> float:
         """Returns the label for a value of the field, NaN if there is none."""
@@ -65,20 +53,12 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Crystals with labels, as they come from files.
-
-    Attributes:
-      targets: what the labels are.
-      sha256: checksum of everything that `records` reads.
-      records: starts a new pass over all records, in the order of the source; a `BadRecord` stands for a line or item
-        that is no record at all.
-      count: how many there are, if that is known before they are read.
-    """
+    """Crystals with labels, as they come from files; a `BadRecord` stands for a line or item that is no record."""
 
     targets: tuple[Target, ...]
-    sha256: str
-    records: Callable[[], Iterator[Record | BadRecord]]
-    count: int | None = None
+    sha256: str  # of everything that `records` reads
+    records: Callable[[], Iterator[Record | BadRecord]]  # starts a new pass over all, in the order of the source
+    count: int | None = None  # if it is known before they are read
 
 
 def parse_label(value: Any) -> float:

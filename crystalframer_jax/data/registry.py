@@ -1,7 +1,6 @@
 """Target sets: named collections of crystals with labels, and where they come from. Adding one is adding an entry."""
 
 import dataclasses
-import functools
 import importlib.resources
 import json
 
@@ -13,21 +12,14 @@ from crystalframer_jax.data.splits import SplitFacts
 
 @dataclasses.dataclass(frozen=True)
 class TargetSet:
-    """Crystals with labels.
-
-    Attributes:
-      source: where they come from, and how they are read.
-      credit: whose data they are.
-      num_records: records that the source is known to have; 0: unknown.
-      split_counts: crystals for training, validation and test; (): 80, 10 and 10 %.
-    """
+    """Crystals with labels."""
 
     name: str
     source: Bundled | JarvisArchive | FigsharePickles
     targets: tuple[Target, ...]
-    credit: str
-    num_records: int = 0
-    split_counts: tuple[int, ...] = ()
+    credit: str  # whose data they are
+    num_records: int = 0  # that the source is known to have; 0: unknown
+    split_counts: tuple[int, ...] = ()  # for training, validation and test; (): 80, 10 and 10 %
 
     def target(self, name: str) -> Target:
         """Finds the target of that name; ConfigError if there is none."""
@@ -36,7 +28,9 @@ class TargetSet:
     @property
     def official_splits(self) -> dict[str, SplitFacts]:
         """Returns what is known of the splits that published numbers refer to; empty if there are none."""
-        return {split: SplitFacts(**facts) for split, facts in _official_splits().get(self.name, {}).items()}
+        file = importlib.resources.files("crystalframer_jax.data").joinpath("bundled", "official_splits.json")
+        official = json.loads(file.read_text()).get(self.name, {})
+        return {split: SplitFacts(**facts) for split, facts in official.items()}
 
 
 def find_target(target_set: str, targets: tuple[Target, ...], name: str) -> Target:
@@ -46,12 +40,6 @@ def find_target(target_set: str, targets: tuple[Target, ...], name: str) -> Targ
             return target
     known = ", ".join(target.name for target in targets)
     raise ConfigError(f"targets={name!r} is not in target set {target_set}; it has {known}")
-
-
-@functools.cache
-def _official_splits() -> dict[str, dict[str, dict]]:
-    file = importlib.resources.files("crystalframer_jax.data").joinpath("bundled", "official_splits.json")
-    return json.loads(file.read_text())
 
 
 JARVIS_CREDIT = "JARVIS-DFT (NIST); K. Choudhary et al., npj Comput. Mater. 6, 173 (2020)"

@@ -63,7 +63,7 @@ class JarvisArchive:
 
         def records() -> Iterator[Record | BadRecord]:
             for number, content in json_records(file, member):
-                yield _record(content, self.id_field, f"{file.name} record {number}", targets, numbers_only=True)
+                yield _record(content, self.id_field, f"{file.name} record {number}", targets)
 
         return Source(targets, sha256(file), records)
 
@@ -122,21 +122,16 @@ class FigsharePickles:
 
 
 def _record(
-    content: Any, id_field: str, where: str, targets: tuple[Target, ...], split: str = "", numbers_only: bool = False
+    content: Any, id_field: str, where: str, targets: tuple[Target, ...], split: str = ""
 ) -> Record | BadRecord:
-    """Makes a record of JARVIS: its id, the crystal under "atoms", labels under their fields.
-
-    With `numbers_only` a label that is a text is none, as for the official splits.
-    """
+    """Makes a record of JARVIS: its id, the crystal under "atoms", labels under their fields; a text is no label."""
     if not isinstance(content, Mapping):
         return BadRecord("", where, content if isinstance(content, str) else "is not a record")
     id = str(content.get(id_field, ""))
     if not isinstance(content.get("atoms"), Mapping):
         return BadRecord(id, where, 'no crystal under "atoms"')
-    values = [content.get(target.field) for target in targets]
-    if numbers_only:
-        values = [None if isinstance(value, str) else value for value in values]
-    labels = tuple(target.label(value) for target, value in zip(targets, values, strict=True))
+    found = ((target, content.get(target.field)) for target in targets)
+    labels = tuple(target.label(None if isinstance(value, str) else value) for target, value in found)
     atoms = {"cartesian": None, **content["atoms"]}  # which must be said here
     return Record(id, where, dict_loader(atoms, id), labels, split)
 

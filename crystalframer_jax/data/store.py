@@ -64,7 +64,7 @@ def load_dataset(folder: Path, names: tuple[str, ...], cutoff: float | LatticeBo
     none of these labels is known are in no split. Raises DataError if nothing was prepared there, if it is damaged, or
     if a split has no crystal with these labels.
     """
-    manifest, crystals = read_crystals(folder)
+    manifest, crystals = _crystals(folder)
     known = tuple(Target(**target) for target in manifest["targets"])
     targets = tuple(find_target(folder.name, known, name) for name in names)
     rows = _rows(folder, manifest["digest"], crystals, cutoff, workers)
@@ -89,20 +89,16 @@ def load_dataset(folder: Path, names: tuple[str, ...], cutoff: float | LatticeBo
     )
 
 
-def read_crystals(folder: Path) -> tuple[dict[str, Any], Columns]:
+def _crystals(folder: Path) -> tuple[dict[str, Any], Columns]:
     """Reads manifest and columns of the crystals in `folder`; DataError if there are none or they are damaged."""
     found = read_columns(folder / "crystals", (*CRYSTAL_COLUMNS, *LABEL_COLUMNS))
     if found is None:
         state = "damaged" if (folder / "crystals").exists() else "not prepared"
-        raise DataError(f"target set {folder.name} is {state} in {folder.parent}; run {command_to_prepare(folder)}")
+        source = [] if folder.name in TARGET_SETS else ["--source=..."]
+        where = [] if folder.parent == data_folder("") else [f"--data_dir={folder.parent}"]
+        command = shlex.join(["scripts/prepare_data.py", f"--target_set={folder.name}", *source, *where])
+        raise DataError(f"target set {folder.name} is {state} in {folder.parent}; run {command}")
     return found
-
-
-def command_to_prepare(folder: Path) -> str:
-    """Writes out the command that prepares a target set in `folder`."""
-    source = [] if folder.name in TARGET_SETS else ["--source=..."]
-    where = [] if folder.parent == data_folder("") else [f"--data_dir={folder.parent}"]
-    return shlex.join(["scripts/prepare_data.py", f"--target_set={folder.name}", *source, *where])
 
 
 def _rows(folder: Path, digest: str, crystals: Columns, cutoff: float | LatticeBox, workers: int) -> Columns:
@@ -113,10 +109,9 @@ def _rows(folder: Path, digest: str, crystals: Columns, cutoff: float | LatticeB
     found = read_columns(rows_folder, ROW_COLUMNS)
     if found is None:
         with locked(folder.parent / f".{folder.name}.lock"):
-            found = read_columns(rows_folder, ROW_COLUMNS)  # another process may just have computed them
-            if found is None:
+            if read_columns(rows_folder, ROW_COLUMNS) is None:  # another process may just have computed them
                 _write_rows(rows_folder, digest, crystals, cutoff, workers)
-                found = read_columns(rows_folder, ROW_COLUMNS)
+        found = read_columns(rows_folder, ROW_COLUMNS)
     if found is None:
         raise OSError(f"{rows_folder} was written but does not read back as written; check the disk")
     return found[1]
@@ -125,13 +120,12 @@ def _rows(folder: Path, digest: str, crystals: Columns, cutoff: float | LatticeB
 def _write_rows(folder: Path, digest: str, crystals: Columns, cutoff: float | LatticeBox, workers: int) -> None:
     """Computes the neighbor rows of all crystals and writes their columns."""
     start, number = time.perf_counter(), len(crystals["ids"])
-    with parts_folder(folder, CHUNK_ATOMS) as parts:
-        title = f"neighbors of {folder.parent.name}"
-        files = build_parts(
-            functools.partial(_rows_of, cutoff), _crystal_chunks(crystals), parts, title, number, workers
-        )
-        with writing(folder, {"crystals": digest, "cutoff": str(cutoff)}) as temporary:
-            join_parts(files, ROW_COLUMNS, temporary)
+    parts, title = parts_folder(folder, CHUNK_ATOMS), f"neighbors of {folder.parent.name}"
+    work = functools.partial(_rows_of, cutoff)
+    files = build_parts(work, _crystal_chunks(crystals), parts, title, number, workers)
+    with writing(folder, {"crystals": digest, "cutoff": str(cutoff)}) as temporary:
+        join_parts(files, ROW_COLUMNS, temporary)
+    shutil.rmtree(parts)
     seconds = time.perf_counter() - start
     size = sum(file.stat().st_size for file in folder.iterdir())
     tqdm.write(
@@ -170,15 +164,9 @@ def digest_of(key: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
 
 
-@contextlib.contextmanager
-def parts_folder(folder: Path, chunk: int) -> Iterator[Path]:
-    """Makes room for the parts of `folder`: kept if the work is interrupted, so that it can go on, and then removed.
-
-    What was made in chunks of another size is not used.
-    """
-    parts = folder.with_name(f".{folder.name}-{chunk}.parts")
-    yield parts
-    shutil.rmtree(parts)
+def parts_folder(folder: Path, chunk: int) -> Path:
+    """Returns where parts of `folder` are kept until it is written; what was made in other chunks is not used."""
+    return folder.with_name(f".{folder.name}-{chunk}.parts")
 
 
 @contextlib.contextmanager

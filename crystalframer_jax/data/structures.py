@@ -86,7 +86,4 @@ def _atomic_number(symbol: Any) -> int:
     """Returns Z of an element symbol (blanks around it are ignored, D and T are hydrogen) or of an atomic number."""
     from pymatgen.core import Element
 
-    if isinstance(symbol, numbers.Integral):
-        return int(symbol)
-    symbol = str(symbol).strip()
-    return 1 if symbol in ("D", "T") else int(Element(symbol).Z)
+    return int(symbol) if isinstance(symbol, numbers.Integral) else int(Element(str(symbol).strip()).Z)

@@ -674,7 +674,7 @@ def test_nested_labels_are_taken_when_named(tmp_path):
 
 
 def test_labels_far_down_in_a_file_are_found(tmp_path, monkeypatch):
-    monkeypatch.setattr("crystalframer_jax.data.custom.source.SAMPLE", 2)
+    monkeypatch.setattr("crystalframer_jax.data.custom.fields.SAMPLE", 2)
     made = [record | ({"late": 4.0} if i == 3 else {}) for i, record in enumerate(records("flat"))]
     (tmp_path / "set.json").write_text(json.dumps(made))
     source = custom_source(tmp_path / "set.json", CustomData(targets=("late",)))

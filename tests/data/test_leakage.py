@@ -8,7 +8,6 @@ from pymatgen.core import Structure
 from small_sets import raw_records
 
 from crystalframer_jax.batching.table import crystal_columns
-from crystalframer_jax.data import leakage
 from crystalframer_jax.data.leakage import Leak, find_leaks
 from crystalframer_jax.structures.crystal import Crystal
 
@@ -146,11 +145,10 @@ def rotated_sites(structure: Structure) -> Structure:
     return Structure(structure.lattice.matrix @ rotation, sites, structure.frac_coords)
 
 
-def test_worker_processes_find_the_same(others, monkeypatch):
+def test_worker_processes_find_the_same(others):
     crystals = [Crystal.from_pymatgen(s, str(n)) for n, s in enumerate([*others, *map(shuffled, others)])]
     columns = crystal_columns(crystals)
     splits = {"train": np.arange(30), "val": np.arange(0), "test": np.arange(30, 60)}
     serial = find_leaks(columns, splits)
     assert serial == [Leak("structure", "test", row + 30, "train", row) for row in range(30)]
-    monkeypatch.setattr(leakage, "SMALL", 0)
     assert find_leaks(columns, splits, workers=2) == serial

@@ -1,5 +1,6 @@
-"""What users' own data say of a crystal: its labels, id, split and group, read from named fields."""
+"""What users' own data say of a crystal: its labels, id, split and group, read from named fields; which are labels."""
 
+import collections
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -8,7 +9,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from crystalframer_jax.data.records import BadRecord, Record, parse_label
+from crystalframer_jax.data.records import BadRecord, DataError, Record, parse_label
 from crystalframer_jax.structures.crystal import Crystal
 
 SAMPLE = 1000  # items that are looked at to tell what their fields hold
@@ -23,24 +24,14 @@ SPLIT_NAMES = {
 
 @dataclasses.dataclass(frozen=True)
 class CustomData:
-    """How to read a user's own data.
+    """How to read a user's own data; a field is a column or a key."""
 
-    Attributes:
-      targets: names of the fields (columns, keys) with labels; empty: all numeric ones.
-      units: one for each target, or none.
-      structure_column: column of a CSV file with the names of structure files, or with the text of a CIF.
-      id_column: field with the ids; by default one named as in `ID_NAMES`.
-      split_column: field with train, val or test; it may be absent if it is the default.
-      group_column: field whose value is shared by crystals that must stay in one split.
-      allow_pickle: read pickle files.
-    """
-
-    targets: tuple[str, ...] = ()
-    units: tuple[str, ...] = ()
-    structure_column: str = ""
-    id_column: str = ""
-    split_column: str = "split"
-    group_column: str = ""
+    targets: tuple[str, ...] = ()  # fields with labels; empty: all numeric ones
+    units: tuple[str, ...] = ()  # one for each target, or none
+    structure_column: str = ""  # of a CSV file, with the names of structure files or the text of a CIF
+    id_column: str = ""  # field with the ids; empty: one named as in ID_NAMES
+    split_column: str = "split"  # field with train, val or test; it may be absent if it is the default
+    group_column: str = ""  # field whose value is shared by crystals that must stay in one split
     allow_pickle: bool = False
 
     def id_names(self, usual: Iterable[str] = ID_NAMES) -> tuple[str, ...]:
@@ -50,36 +41,83 @@ class CustomData:
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One crystal as its file gives it, see `Record`, with the named values that are not yet understood.
-
-    `split` is given if the folder says it, `file` if the crystal is in a structure file.
-    """
+    """One crystal as its file gives it, see `Record`, with the named values that are not yet understood."""
 
     id: str
     where: str
     load: Callable[[], Crystal]
     values: Mapping[str, Any]
-    split: str = ""
-    file: Path | None = None
+    split: str = ""  # if the folder says it
+    file: Path | None = None  # with the structure, if that is not in the file of the labels
 
 
 @dataclasses.dataclass(frozen=True)
 class Items:
-    """The items of a file or folder.
+    """The items of a file or folder."""
 
-    Attributes:
-      name: of the file, for messages.
-      sha256: checksum of all that is read.
-      read: starts a new pass over them.
-      count: their number, if known.
-      no_labels: names of fields that are no labels although they may hold numbers.
-    """
-
-    name: str
-    sha256: str
-    read: Callable[[], Iterator[Item | BadRecord]]
+    name: str  # of the file, for messages
+    sha256: str  # of all that is read
+    read: Callable[[], Iterator[Item | BadRecord]]  # starts a new pass over them
     count: int | None = None
-    no_labels: tuple[str, ...] = ID_NAMES
+    no_labels: tuple[str, ...] = ID_NAMES  # fields that are no labels although they may hold numbers
+
+
+def target_fields(items: Items, options: CustomData) -> tuple[str, ...]:
+    """Chooses the fields that are targets; DataError if there are none, or a name in the options is not found."""
+    if len(set(options.targets)) < len(options.targets):
+        raise DataError(f"{items.name}: --targets={','.join(options.targets)} names a target twice")
+    columns = {option: getattr(options, option) for option in ("id_column", "group_column", "split_column")}
+    columns = {option: name for option, name in columns.items() if name not in ("", getattr(CustomData, option))}
+    found = _survey(items, options.targets, columns.values())
+    known = ", ".join(list(found)[:30]) + (", ..." if len(found) > 30 else "") or "nothing but structures"
+    for name in options.targets:
+        if not (name in found and found[name]["number"]):
+            problem = "there are no numbers in" if name in found else "there is no"
+            raise DataError(f"{items.name}: {problem} field {name!r} of --targets; choose among {known}")
+    for option, name in columns.items():
+        if name not in found:
+            raise DataError(f"{items.name}: there is no field --{option}={name}; choose among {known}")
+    no_labels = {*items.no_labels, options.id_column, options.group_column, options.split_column}
+    fields = options.targets or tuple(
+        name
+        for name, seen in found.items()
+        if seen["number"] > seen["other"] and not seen["nested"] and name not in no_labels
+    )
+    if not fields:
+        raise DataError(f"{items.name}: no field holds numbers as labels ({known}); add one or name --targets")
+    return fields
+
+
+def _survey(items: Items, targets: Iterable[str], columns: Iterable[str]) -> dict[str, collections.Counter[str]]:
+    """Counts the kinds of values in the fields of the first items, and of more until all named fields are found.
+
+    Raises DataError if no item is usable.
+    """
+    found: dict[str, collections.Counter[str]] = {}
+    count, bad = 0, []
+    for count, item in enumerate(items.read(), 1):
+        if isinstance(item, BadRecord):
+            bad.append(item)
+        else:
+            _look_at(item.values, found)
+        has_targets = all(name in found and found[name]["number"] for name in targets)
+        if count >= SAMPLE and has_targets and found.keys() >= set(columns):
+            break
+    if not count:
+        raise DataError(f"{items.name}: there is nothing in it; give a file with structures and labels")
+    if len(bad) == count:
+        first = f"{bad[0].where}: {bad[0].reason}"
+        raise DataError(f"{items.name}: none of {count} records can be used, first: {first}")
+    return found
+
+
+def _look_at(values: Mapping[str, Any], found: dict[str, collections.Counter[str]], prefix: str = "") -> None:
+    """Counts the kinds of the values of an item, and of those of nested objects, see `field`."""
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        found.setdefault(name, collections.Counter(nested=bool(prefix)))[_kind(value)] += 1
+        if isinstance(value, Mapping):
+            _look_at(value, found, f"{name}.")
 
 
 def record_of(item: Item | BadRecord, fields: tuple[str, ...], options: CustomData) -> Record | BadRecord:
@@ -120,34 +158,35 @@ def is_cif_text(value: Any) -> TypeGuard[str]:
     return isinstance(value, str) and "data_" in value and "\n" in value.strip()
 
 
-def number(value: Any) -> float:
-    """Reads a label as a number, NaN where it is unknown; ValueError for what is no number and no missing marker."""
+def number(value: Any) -> float | None:
+    """Reads a label as a number, NaN where it is unknown; None for what is no number and no missing marker."""
     if value is None or (isinstance(value, str) and value.strip().lower() in MISSING):
         return math.nan
     if isinstance(value, bool | np.bool_) or (isinstance(value, str) and "_" in value):  # Python reads 1_5 as 15
-        raise ValueError("no number")
+        return None
     try:
         return parse_label(float(value))
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError("no number") from error
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def _kind(value: Any) -> str:
+    """Returns "number" for finite numbers and their texts, "unknown" for unknown labels, "other" for the rest."""
+    found = number(value)
+    return "other" if found is None else "number" if math.isfinite(found) else "unknown"
 
 
 def is_number(value: Any) -> bool:
     """Tells whether a value is a finite number, or the text of one."""
-    try:
-        return math.isfinite(number(value))
-    except ValueError:
-        return False
+    return _kind(value) == "number"
 
 
 def _label(values: Mapping[str, Any], name: str) -> float:
     """Reads the label of that name; ValueError naming it."""
     value = field(values, name)
-    try:
-        return number(value)
-    except ValueError as error:
-        remedy = "write a number with a decimal point, or na if unknown"
-        raise ValueError(f"{name} is {short(repr(value))}; {remedy}") from error
+    if (label := number(value)) is None:
+        raise ValueError(f"{name} is {short(repr(value))}; write a number with a decimal point, or na if unknown")
+    return label
 
 
 def _split(found: str) -> str:

@@ -1,32 +1,38 @@
-"""Users' own crystals and labels: which format they are in, and which of their fields are targets."""
+"""Users' own crystals and labels in one file or folder: tables, extended XYZ, JSON, pickles of the official project."""
 
-import collections
-import dataclasses
+import functools
 import hashlib
+import itertools
 import json
-import math
-from collections.abc import Callable, Mapping
+import re
+import sys
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from crystalframer_jax.data.custom.fields import SAMPLE, CustomData, Items, number, record_of
-from crystalframer_jax.data.custom.formats import json_items, pickle_items, xyz_items
+from crystalframer_jax.data.custom.fields import (
+    CustomData,
+    Item,
+    Items,
+    is_cif_text,
+    record_of,
+    short,
+    target_fields,
+    text,
+)
 from crystalframer_jax.data.custom.tables import folder_items, table_items
+from crystalframer_jax.data.io.pickles import load_pickle
+from crystalframer_jax.data.io.streams import json_lines, json_records
 from crystalframer_jax.data.records import BadRecord, DataError, Source, Target
 from crystalframer_jax.data.splits import SPLITS
+from crystalframer_jax.data.structures import FLAT, JARVIS, PYMATGEN, dict_loader, from_dict, from_pymatgen, from_text
+from crystalframer_jax.files import sha256
+from crystalframer_jax.structures.crystal import Crystal
 
-__all__ = ["CustomData", "custom_source"]
-
-READERS: dict[tuple[str, ...], Callable[[Path, CustomData], Items]] = {
-    (".csv", ".tsv"): table_items,
-    (".extxyz", ".xyz"): xyz_items,
-    (".json", ".json.gz", ".zip", ".jsonl", ".jsonl.gz"): json_items,
-    (".pkl", ".pickle"): pickle_items,
-}
-ACCEPTED = (
-    "a folder with id_prop.csv, a CSV file with a column of structure files (.csv, .tsv), extended XYZ (.extxyz, "
-    ".xyz), JSON (.json, .json.gz, .zip, .jsonl, .jsonl.gz), or pickles of the official project"
-)
+STRUCTURE_KEYS = ("structure", "atoms", "cif")
+MAY_LACK = ("charge", "cartesian")  # of the keys of a structure
+NOT_IN_INFO = ("Lattice", "Properties", "pbc")  # what ASE takes out of the comment line for itself
 
 
 def custom_source(path: Path, options: CustomData) -> Source:
@@ -36,7 +42,7 @@ def custom_source(path: Path, options: CustomData) -> Source:
     items. Raises DataError for what concerns all items: no such file, no labels, unknown names.
     """
     items = _items(path, options)
-    fields = _target_fields(items, options)
+    fields = target_fields(items, options)
     if options.units and len(options.units) != len(fields):
         names = ", ".join(fields)
         raise DataError(f"{items.name}: --units has {len(options.units)} units for {len(fields)} targets ({names})")
@@ -69,80 +75,150 @@ def _items_of_folder(folder: Path, options: CustomData) -> Items:
     pickles = {split: folder / split / "raw" / "raw_data.pkl" for split in SPLITS}
     pickles = {split: file for split, file in pickles.items() if file.is_file()}
     if pickles:
-        return pickle_items(folder, options, pickles)
+        return _pickle_items(folder, options, pickles)
     endings = tuple(ending for group in READERS for ending in group)
     files = sorted(file.name for file in folder.iterdir() if file.name.lower().endswith(endings))
     hint = f"; or give one of its files: {', '.join(files[:5])}" if files else ""
     raise DataError(f"{folder}: no id_prop.csv and no train/raw/raw_data.pkl in it; add a file with the labels{hint}")
 
 
-def _target_fields(items: Items, options: CustomData) -> tuple[str, ...]:
-    """Chooses the fields that are targets; DataError if there are none, or a name in the options is not found."""
-    if len(set(options.targets)) < len(options.targets):
-        raise DataError(f"{items.name}: --targets={','.join(options.targets)} names a target twice")
-    survey = _survey(items, options)
-    names = list(survey.is_nested)
-    known = ", ".join(names[:30]) + (", ..." if len(names) > 30 else "") or "nothing but structures"
-    for name in options.targets:
-        if not survey.numbers[name]:
-            problem = "there are no numbers in" if name in names else "there is no"
-            raise DataError(f"{items.name}: {problem} field {name!r} of --targets; choose among {known}")
-    for option, name in _named_columns(options).items():
-        if name not in names:
-            raise DataError(f"{items.name}: there is no field --{option}={name}; choose among {known}")
-    no_labels = {*items.no_labels, options.id_column, options.group_column, options.split_column}
-    fields = options.targets or tuple(
-        name
-        for name in names
-        if survey.numbers[name] > survey.others[name] and not survey.is_nested[name] and name not in no_labels
-    )
-    if not fields:
-        raise DataError(f"{items.name}: no field holds numbers as labels ({known}); add one or name --targets")
-    return fields
+def _xyz_items(file: Path, options: CustomData) -> Items:
+    """Reads the frames of an extended XYZ file, with the values of their comment lines."""
+    try:
+        import ase.io.extxyz  # noqa: F401
+    except ImportError as error:
+        raise DataError(f"{file}: reading extended XYZ needs ASE; pip install ase") from error
+    count = sum(1 for _ in _frames(file))
+    return Items(str(file), sha256(file), functools.partial(_read_xyz, file, options.id_names()), count)
 
 
-def _named_columns(options: CustomData) -> dict[str, str]:
-    """Returns the columns besides targets that the user has named."""
-    columns = {name: getattr(options, name) for name in ("id_column", "group_column", "split_column")}
-    return {option: name for option, name in columns.items() if name != getattr(CustomData, option) and name}
+def _frames(file: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yields number of the first line and lines of each frame; the last may be cut short."""
+    with file.open(encoding="utf-8-sig", errors="replace") as stream:
+        lines = enumerate(stream, 1)
+        for number, first in lines:
+            if not first.strip():
+                continue
+            if not first.strip().isdecimal():
+                found = f"no number of atoms but {short(first.strip())!r}"
+                raise DataError(f"{file}:{number}: {found}; correct this line or the number of the frame before")
+            rest = itertools.islice(lines, min(int(first) + 1, sys.maxsize))
+            yield number, [first, *(line for _, line in rest)]
 
 
-@dataclasses.dataclass
-class _Survey:
-    """What stands in the fields of the first items: how many numbers and other values (unknown labels are neither)."""
+def _read_xyz(file: Path, id_names: tuple[str, ...]) -> Iterator[Item | BadRecord]:
+    from ase.io.extxyz import key_val_str_to_dict
 
-    is_nested: dict[str, bool] = dataclasses.field(default_factory=dict)  # for each name
-    numbers: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    others: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-
-    def add(self, values: Mapping[str, Any], prefix: str = "") -> None:
-        """Counts the values of an item, and those of nested objects, see `field`."""
-        for key, value in values.items():
-            name = f"{prefix}{key}"
-            self.is_nested[name] = bool(prefix)
-            try:
-                self.numbers[name] += math.isfinite(number(value))
-            except ValueError:
-                self.others[name] += 1
-            if isinstance(value, Mapping):
-                self.add(value, f"{name}.")
+    for number, lines in _frames(file):
+        where, id, missing = f"{file}:{number}", f"{file.name}:{number}", int(lines[0]) + 2 - len(lines)
+        if missing > 0:
+            reason = f"the file ends after {max(0, len(lines) - 2)} of {int(lines[0])} atoms; complete the frame"
+            yield BadRecord(id, where, reason)
+            continue
+        try:
+            found = key_val_str_to_dict(lines[1])
+        except ValueError as error:
+            yield BadRecord(id, where, f"comment line not understood ({error}); correct it")
+            continue
+        values = {key: value for key, value in found.items() if key not in NOT_IN_INFO}
+        id = _xyz_id(values, lines[1], id_names) or id
+        yield Item(id, where, functools.partial(from_text, "".join(lines), where, False, id), values)
 
 
-def _survey(items: Items, options: CustomData) -> _Survey:
-    """Looks at the first items, and at more until all names in the options are found; DataError if none is usable."""
-    survey, columns = _Survey(), set(_named_columns(options).values())
-    count, num_used, first_bad = 0, 0, ""
-    for count, item in enumerate(items.read(), 1):
-        if isinstance(item, BadRecord):
-            first_bad = first_bad or f"{item.where}: {item.reason}"
-        else:
-            num_used += 1
-            survey.add(item.values)
-        has_all = all(survey.numbers[name] for name in options.targets) and survey.is_nested.keys() >= columns
-        if count >= SAMPLE and has_all:
-            break
-    if not count:
-        raise DataError(f"{items.name}: there is nothing in it; give a file with structures and labels")
-    if not num_used:
-        raise DataError(f"{items.name}: none of {count} records can be used, first: {first_bad}")
-    return survey
+def _xyz_id(values: Mapping[str, Any], comment: str, names: tuple[str, ...]) -> str:
+    """Returns the id of a frame as it is written: ASE makes 7 of 007."""
+    for name in names:
+        if found := text(values, name):
+            written = re.search(rf"(?:^|\s){re.escape(name)}\s*=\s*[\"']?([^\s\"']+)", comment)
+            return found if isinstance(values[name], str) or not written else written[1]
+    return ""
+
+
+def _json_items(file: Path, options: CustomData) -> Items:
+    """Reads the records of a JSON array (also gzipped, or alone in a zip archive) or of JSON lines (also gzipped)."""
+    return Items(str(file), sha256(file), functools.partial(_read_json, file, options.id_names()))
+
+
+def _read_json(file: Path, id_names: tuple[str, ...]) -> Iterator[Item | BadRecord]:
+    has_lines = file.name.lower().endswith((".jsonl", ".jsonl.gz"))
+    for number, record in json_lines(file) if has_lines else json_records(file, _member(file)):
+        place = f"{file}:{number}" if has_lines else f"{file} record {number}"
+        yield _item(record, place, f"{file.name}:{number}", id_names)
+
+
+def _member(file: Path) -> str:
+    """Names the JSON file inside a zip archive; "" for other files."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = [n for n in archive.namelist() if n.lower().endswith(".json") and not n.startswith("__MACOSX")]
+    except zipfile.BadZipFile:
+        return ""
+    if len(names) != 1:
+        raise DataError(f"{file}: holds {len(names)} JSON files instead of one; unpack it and name one file or folder")
+    return names[0]
+
+
+def _pickle_items(path: Path, options: CustomData, files: Mapping[str, Path] | None = None) -> Items:
+    """Reads the records of one pickled list, or of the `files` of the official project, one for each split."""
+    if not options.allow_pickle:
+        raise DataError(
+            f"{path}: pickle files can run programs when they are read; if you trust this one, add --allow_pickle, "
+            "which reads no more than lists, numbers and structures"
+        )
+    files = files or {"": path}
+    digest = hashlib.sha256("\n".join(f"{split} {sha256(file)}" for split, file in files.items()).encode())
+    load = functools.cache(load_pickle)  # slow, and all of a file is in memory anyway
+
+    def read() -> Iterator[Item | BadRecord]:
+        for split, file in files.items():
+            records = load(file)
+            if not isinstance(records, list):
+                raise DataError(f"{file}: holds a {type(records).__name__}, not a list of records; pickle such a list")
+            for number, record in enumerate(records, 1):
+                found = record if isinstance(record, dict) else f"is not a dict but of type {type(record).__name__}"
+                id = f"{split or file.name}:{number}"
+                yield _item(found, f"{file} record {number}", id, options.id_names(), split)
+
+    return Items(str(path), digest.hexdigest(), read)
+
+
+def _item(
+    record: dict[str, Any] | str, where: str, fallback: str, id_names: tuple[str, ...], split: str = ""
+) -> Item | BadRecord:
+    """Makes the item of a record, or of the reason why it is none; `fallback` is its id if it has none."""
+    if isinstance(record, str):
+        return BadRecord(fallback, where, record)
+    id = text(record, *id_names) or fallback
+    keys, load = _structure(record, where, id)
+    if load is None:
+        remedy = "give it under structure, atoms or cif, or as lattice, species and frac_coords"
+        return BadRecord(id, where, f"no structure; {remedy}")
+    return Item(id, where, load, {key: value for key, value in record.items() if key not in keys}, split)
+
+
+def _structure(record: dict[str, Any], where: str, id: str) -> tuple[tuple[str, ...], Callable[[], Crystal] | None]:
+    """Returns the keys that the structure of a record is made of, and what makes it; None if it has none."""
+    for key in STRUCTURE_KEYS:
+        value = record.get(key)
+        if is_cif_text(value):
+            return (key,), functools.partial(from_text, value, where, True, id)
+        if isinstance(value, Mapping):
+            return (key,), dict_loader(value, id)
+        if hasattr(value, "sites"):
+            return (key,), functools.partial(from_pymatgen, value, id)
+    for keys in (PYMATGEN, FLAT, JARVIS):  # records that are structures themselves
+        if all(key in record or key in MAY_LACK for key in keys):
+            return keys, functools.partial(from_dict, {key: record[key] for key in keys if key in record}, id)
+    return (), None
+
+
+READERS: dict[tuple[str, ...], Callable[[Path, CustomData], Items]] = {
+    (".csv", ".tsv"): table_items,
+    (".extxyz", ".xyz"): _xyz_items,
+    (".json", ".json.gz", ".zip", ".jsonl", ".jsonl.gz"): _json_items,
+    (".pkl", ".pickle"): _pickle_items,
+}
+ACCEPTED = (
+    "a folder with id_prop.csv, a CSV file with a column of structure files (.csv, .tsv), extended XYZ (.extxyz, "
+    ".xyz), JSON (.json, .json.gz, .zip, .jsonl, .jsonl.gz), or pickles of the official project"
+)

@@ -175,9 +175,8 @@ def _structure_file(folder: Path, name: str) -> Path | None:
 def _expected(cell: str) -> str:
     """Tells what a cell names, for messages."""
     shown = short(cell)
-    if not shown:
-        return "name of a structure file"
-    return f"file {shown}" if cell.lower().endswith(SUFFIXES) else f"file {shown} or {shown} with {', '.join(SUFFIXES)}"
+    guesses = "" if cell.lower().endswith(SUFFIXES) else f" or {shown} with {', '.join(SUFFIXES)}"
+    return f"file {shown}{guesses}" if shown else "name of a structure file"
 
 
 def _id_of_cell(cell: str) -> str:
