@@ -24,7 +24,8 @@ class Trainer:
         self.child: subprocess.Popen | None = None
         self.stopped = False
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-            signal.signal(number, self.forward)
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
+                signal.signal(number, self.forward)
 
     def forward(self, number: int, frame: Any = None) -> None:
         """Passes a signal on to the training, which saves what it has done and ends."""

@@ -140,18 +140,18 @@ def step_record(name: str, setting: Setting, timings: dict[Setting, Timing], cor
     times_work = setting.batch / single.batch
     speed_up = quotient(times_work, timing.ratio_to(timings[single]))
     used, alone = (timings[one].core_median if cores else None for one in (setting, single))
-    return (
-        {"series": name, "devices": setting.devices, "crystals": setting.batch}
-        | timing.record(setting.batch)
-        | {
-            "speed_up": speed_up,
-            "efficiency": quotient(speed_up, setting.devices),
-            "efficiency_of_cores": quotient(speed_up, min(setting.devices, cores)),
-            "core_s": used,
-            "cores_busy": quotient(used, timing.median),
-            "efficiency_of_core_s": quotient(times_work, quotient(used, alone)),
-        }
-    )
+    return {
+        "series": name,
+        "devices": setting.devices,
+        "crystals": setting.batch,
+        **timing.record(setting.batch),
+        "speed_up": speed_up,
+        "efficiency": quotient(speed_up, setting.devices),
+        "efficiency_of_cores": quotient(speed_up, min(setting.devices, cores)),
+        "core_s": used,
+        "cores_busy": quotient(used, timing.median),
+        "efficiency_of_core_s": quotient(times_work, quotient(used, alone)),
+    }
 
 
 def fit(records: list[Record], key: str = "median_s") -> Line | None:
@@ -181,14 +181,12 @@ def check(records: list[Record], cores: int) -> list[Record]:
             crowding = max(1.0, number * cores_of_one / cores) if cores else 1.0
             seconds = crowding * line.at(share) + record["sum_s"]
             core_seconds = number * core_line.at(share) if core_line else None
-            kept = {name: record[name] for name in ("series", "devices", "crystals", "median_s", "core_s")}
-            found.append(
-                kept
-                | {
-                    "predicted_s": seconds,
-                    "predicted_to_measured": quotient(seconds, record["median_s"]),
-                    "predicted_core_s": core_seconds,
-                    "predicted_to_measured_core_s": quotient(core_seconds, record["core_s"]),
-                }
-            )
+            compared = {
+                **{name: record[name] for name in ("series", "devices", "crystals", "median_s", "core_s")},
+                "predicted_s": seconds,
+                "predicted_to_measured": quotient(seconds, record["median_s"]),
+                "predicted_core_s": core_seconds,
+                "predicted_to_measured_core_s": quotient(core_seconds, record["core_s"]),
+            }
+            found.append(compared)
     return found

@@ -74,14 +74,11 @@ def train_program(
     variant: Variant, implementation: Implementation, batch: Callable[[], Batch], devices: Devices = ONE_DEVICE
 ) -> Program:
     """Makes the step of a training, from the initial weights on: its state goes from run to run, the batch stays."""
-    model = CrystalFramer(variant.model, implementation)
-    loss = make_loss(model, variant.recipe, STATISTICS, jax.random.key(1), devices.axis)
+    model, recipe = CrystalFramer(variant.model, implementation), variant.recipe
+    loss = make_loss(model, recipe, STATISTICS, jax.random.key(1), devices.axis)
     return Program(
-        make_train_step(variant.recipe, loss, devices=devices),
-        lambda: (
-            devices.replicate(jax.tree.map(jnp.copy, variant.state)),
-            devices.put(batch()),
-        ),  # runs consume a state
+        make_train_step(recipe, loss, devices=devices),  # consumes its state
+        lambda: (devices.replicate(jax.tree.map(jnp.copy, variant.state)), devices.put(batch())),
         advance=lambda given, result: (result[0], given[1]),
     )
 
@@ -174,22 +171,23 @@ def measure_case(
     timings = {(variant.name, kind): timing for (variant, kind), timing in zip(keys, found, strict=True)}
     records = []
     for ((name, implementation), timing), work in zip(timings.items(), works, strict=True):
-        record = {"case": case.name, "measure": measure, "variant": name, "implementation": implementation}
-        record |= (
-            timing.record(size.crystals)
-            | dataclasses.asdict(work)
-            | {
-                "shortest_s": min(timing.seconds) if timing.median else None,
-                "atoms_per_s": quotient(size.atoms, timing.median),
-                "memory_bytes_per_crystal": quotient(timing.memory_bytes, size.crystals),
-                "memory_bytes_per_atom": quotient(timing.memory_bytes, size.atoms),
-                "peak_device_bytes": (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
-                "floor_s": work.seconds(ceilings),
-                "share_of_floor": quotient(work.seconds(ceilings), timing.median),
-                "ratio_to_crystalformer": timing.ratio_to(timings.get((BASELINE, implementation))),
-                "ratio_to_xla": timing.ratio_to(timings.get((name, "xla"))),
-            }
-        )
+        record = {
+            "case": case.name,
+            "measure": measure,
+            "variant": name,
+            "implementation": implementation,
+            **timing.record(size.crystals),
+            "shortest_s": min(timing.seconds) if timing.median else None,
+            "atoms_per_s": quotient(size.atoms, timing.median),
+            "memory_bytes_per_crystal": quotient(timing.memory_bytes, size.crystals),
+            "memory_bytes_per_atom": quotient(timing.memory_bytes, size.atoms),
+            "peak_device_bytes": (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
+            **dataclasses.asdict(work),
+            "floor_s": work.seconds(ceilings),
+            "share_of_floor": quotient(work.seconds(ceilings), timing.median),
+            "ratio_to_crystalformer": timing.ratio_to(timings.get((BASELINE, implementation))),
+            "ratio_to_xla": timing.ratio_to(timings.get((name, "xla"))),
+        }
         records.append(record)
     return records
 
@@ -197,15 +195,13 @@ def measure_case(
 def over_atoms(records: Sequence[Record], cases: Sequence[Record]) -> list[Record]:
     """Finds the log-log slope of the time over the number of atoms of the supercells, where there are two or more."""
     atoms = {case["case"]: case["atoms"] for case in cases if case["crystals"] == 1}
-    points = collections.defaultdict[tuple, dict[int, float]](dict)
+    names, points = ("measure", "variant", "implementation"), collections.defaultdict[tuple, dict[int, float]](dict)
     for record in records:
         if record["case"] in atoms and record["median_s"]:
-            key = record["measure"], record["variant"], record["implementation"]
-            points[key][atoms[record["case"]]] = record["median_s"]
+            points[tuple(map(record.get, names))][atoms[record["case"]]] = record["median_s"]
     return [
-        {"measure": measure, "variant": variant, "implementation": implementation}
-        | {"atoms": list(found), "slope": slope(list(found), list(found.values()))}
-        for (measure, variant, implementation), found in points.items()
+        dict(zip(names, key, strict=True)) | {"atoms": list(found), "slope": slope([*found], [*found.values()])}
+        for key, found in points.items()
         if len(found) > 1
     ]
 

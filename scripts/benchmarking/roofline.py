@@ -87,7 +87,10 @@ def attention(config: ModelConfig, size: Size, training: bool = False) -> Work:
 
 
 def attention_backward(config: ModelConfig, size: Size) -> Work:
-    """Counts gradients with respect to q, k, v, a and the projections; weights and Gaussians are recomputed."""
+    """Counts the gradient of `attention` with respect to q, k, v, a, W_dist and W_angle; frames are given.
+
+    Weights are recomputed from the log-sum-exp.
+    """
     N, E, H, dk, dv = size.atoms, size.neighbors, config.head_num, config.k_dim, config.v_dim
     D_dist, D_angle, A, B = _bases(config)
     others = (E - N) * bool(D_angle)
@@ -109,18 +112,15 @@ def forward(config: ModelConfig, size: Size, training: bool = False) -> Work:
     embedding = NUMBER * size.atoms * (1 + 2 * config.model_dim)
     work = Work(0, 0, PACKED_BYTES * size.neighbors + embedding) + _pooling(config, size)
     work += config.num_layers * (attention(config, size, training) + _width_logits(config, size))
-    for layer in dense_layers(config, size):
-        work += dense(*layer)
-    return work
+    return sum(itertools.starmap(dense, dense_layers(config, size)), work)
 
 
 def train_step(config: ModelConfig, size: Size, num_parameters: int) -> Work:
     """Counts forward pass, backward pass and update."""
     work = forward(config, size, training=True) + _pooling(config, size)
     work += config.num_layers * (attention_backward(config, size) + 2 * _width_logits(config, size))
-    for layer in dense_layers(config, size):
-        work += dense_backward(*layer)
-    return work + num_parameters * Work(0, UPDATE_FLOPS, UPDATE_BYTES)
+    work += num_parameters * Work(0, UPDATE_FLOPS, UPDATE_BYTES)
+    return sum(itertools.starmap(dense_backward, dense_layers(config, size)), work)
 
 
 def dense(rows: int, inputs: int, outputs: int) -> Work:
@@ -171,8 +171,7 @@ def measure_ceilings() -> Work:
     matrix, long, many = (2048, 2**26, 2**20) if on_cpu else (8192, 2**30, 2**29)
 
     def fastest(function: Callable, *shape: int, in_place: bool = False) -> float:
-        compiled = jax.jit(function, donate_argnums=0 if in_place else ())
-        program = Program(compiled, lambda: (jnp.ones(shape),))
+        program = Program(jax.jit(function, donate_argnums=0 if in_place else ()), lambda: (jnp.ones(shape),))
         if in_place:
             program.advance = lambda given, result: (result,)
         (timing,) = take_turns([program], PASSES)
