@@ -8,7 +8,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from benchmarking.cases import SEED, bundled_set
-from benchmarking.measure import Variant, train_program
+from benchmarking.measure import Variant, filled, train_program
 from benchmarking.timing import Program, Record, Timing, quotient, take_turns
 from crystalframer_jax.batching.batch import Batch
 from crystalframer_jax.data.loader import TrainingBatches
@@ -64,10 +64,7 @@ def step_program(loader: TrainingBatches, variant: Variant, implementation: Impl
     """Makes the step of a training on several devices, again and again on its typical batch."""
 
     def batch() -> Batch:
-        print(
-            f"    compiling the step of {loader.batch_size} crystals on {loader.devices.count} of the devices",
-            flush=True,
-        )
+        print(f"    compiling: {loader.batch_size} crystals, {loader.devices.count} of the devices", flush=True)
         return loader[typical(loader)]
 
     return train_program(variant, implementation, batch, loader.devices)
@@ -113,9 +110,8 @@ def measure_devices(variant: Variant, implementation: Implementation, rounds: in
     for name, settings in chosen.items():
         for setting in settings:
             loader, record = loaders[setting], step_record(name, setting, timings, cores)
-            fill = loader.fill_factors(len(loader))
             record |= {"sum_s": sum_seconds[setting.devices], "balance": loader.imbalance(len(loader))}
-            records.append(record | {"atoms_filled": fill.atoms, "neighbors_filled": fill.edges})
+            records.append(record | filled(loader.fill_factors(len(loader))))
     line = fit(records)
     return {
         "variant": variant.name,

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from benchmarking import roofline
 from benchmarking.cases import TARGET, Case, packed, unit_cell
 from benchmarking.timing import Program, Record, quotient, take_turns
-from crystalframer_jax.batching.batch import Batch, fill_factors, unpacked
+from crystalframer_jax.batching.batch import Batch, Fill, fill_factors, unpacked
 from crystalframer_jax.batching.targets import TargetStatistics
 from crystalframer_jax.config import ModelConfig, model_config
 from crystalframer_jax.configs import default
@@ -142,17 +142,15 @@ def random_inputs(config: ModelConfig, num_atoms: int, seed: int = 0) -> dict[st
 
 def describe_case(case: Case, batch: Batch) -> Record:
     """Tells how large a case is and how full its arrays are."""
-    size, fill = roofline.Size.of(batch), fill_factors(batch)
-    return {
-        "case": case.name,
-        **dataclasses.asdict(size),
-        "neighbors_per_atom": size.neighbors / size.atoms,
-        "padded_atoms": len(batch.species),
-        "row_length": batch.rows.row_length,
-        "atoms_filled": fill.atoms,
-        "neighbors_filled": fill.edges,
-        "columns_filled": fill.columns,
-    }
+    size = roofline.Size.of(batch)
+    places = {"padded_atoms": len(batch.species), "row_length": batch.rows.row_length}
+    average = {"neighbors_per_atom": size.neighbors / size.atoms}
+    return {"case": case.name} | dataclasses.asdict(size) | average | places | filled(fill_factors(batch))
+
+
+def filled(fill: Fill) -> Record:
+    """Names the fractions of places that hold real data as tables do."""
+    return {"atoms_filled": fill.atoms, "neighbors_filled": fill.edges, "columns_filled": fill.columns}
 
 
 def measure_case(

@@ -35,8 +35,7 @@ COLUMNS: dict[str, tuple[str, str, float]] = {
 # The entries that tables show.
 NAMES = ("case", "variant", "implementation")
 SPEED = ("rounds", "median_s", "crystals_per_s", "atoms_per_s", "ratio_to_crystalformer", "compile_s")
-MEMORY = ("memory_bytes", "memory_bytes_per_crystal", "memory_bytes_per_atom")
-FLOOR = ("floor_s", "share_of_floor")
+COST = ("memory_bytes", "memory_bytes_per_crystal", "memory_bytes_per_atom", "floor_s", "share_of_floor")
 CASES = ("case", "crystals", "atoms", "neighbors_per_atom", "atoms_filled", "neighbors_filled", "columns_filled")
 SLOPES = ("measure", "variant", "implementation", "atoms", "slope")
 DEVICES = ("devices", "crystals", "rounds", "median_s", "crystals_per_s", "speed_up", "efficiency")
@@ -104,8 +103,7 @@ def print_models(results: Record) -> None:
         chosen = [record for record in results["measurements"] if record["measure"] == measure]
         if chosen:
             to_xla = ["ratio_to_xla"] * any(record["implementation"] != "xla" for record in chosen)
-            keys = [*NAMES, *SPEED, *MEMORY, *FLOOR, *to_xla]
-            show(measure, keys, chosen, "{case} {variant} {implementation}")
+            show(measure, [*NAMES, *SPEED, *COST, *to_xla], chosen, "{case} {variant} {implementation}")
     if results["atoms"]:
         show("growth with the number of atoms: time ~ atoms^p", SLOPES, results["atoms"])
 
