@@ -10,6 +10,7 @@ CPU all but bundled-1024, which takes minutes more.
 import argparse
 import dataclasses
 import datetime
+import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -25,13 +26,11 @@ from benchmarking.measure import ATTENTION, STEPS, Variant, describe_case, measu
 from benchmarking.pipeline import any_target, measure_pipeline
 from benchmarking.roofline import measure_ceilings
 
-from crystalframer_jax.cli.common import reporting_errors
+from crystalframer_jax.cli.common import command_parser, reporting_errors
 from crystalframer_jax.configs.variants import VARIANTS
 
-PARTS = ("steps", "attention", "atoms", "pipeline")
-MEASURES = {"steps": STEPS, "attention": ATTENTION, "atoms": (*STEPS, *ATTENTION)}
+MEASURES = {"steps": STEPS, "attention": ATTENTION, "atoms": (*STEPS, *ATTENTION), "pipeline": ()}  # of the parts
 SLOW_ON_CPU = ("bundled-1024",)
-SECONDS = 10.0  # for the rounds of a case and measure, at least 5 of them
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -45,15 +44,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         "jax": jax.__version__,
         "date": datetime.datetime.now().isoformat(" ", "minutes"),
     }
-    print(f"{results['device']}, {results['cores']} cores, JAX {results['jax']}, {results['date']}")
-    parts = arguments.part or PARTS
+    print("{device}, {cores} cores, JAX {jax}, {date}".format_map(results))
+    parts = arguments.part or list(MEASURES)
     with reporting_errors():
         if arguments.scaling:
             results["devices"] = measure_scaling(arguments)
         else:
             if "pipeline" in parts:
                 any_target(arguments.target_set, arguments.data_dir)  # an unknown name is an error before all else
-            if set(parts) & set(MEASURES):
+            if any(MEASURES[part] for part in parts):
                 results |= measure_models(arguments, parts)
             if "pipeline" in parts:
                 results["pipeline"] = measure_pipeline(arguments.target_set, arguments.data_dir)
@@ -64,14 +63,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line; leaves with an error if --scaling is given together with what it has no use for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--part", action="append", choices=PARTS, help="default: all")
+    parser = command_parser("benchmark.py", __doc__.splitlines()[0])
+    parser.add_argument("--part", action="append", choices=MEASURES, help="default: all")
     parser.add_argument("--scaling", action="store_true", help="nothing but training steps on 1, 2, 4, ... devices")
     parser.add_argument("--case", action="append", choices=CASES, metavar="NAME", help=", ".join(CASES))
     parser.add_argument("--variant", action="append", choices=VARIANTS, help="default: all")
-    parser.add_argument(
-        "--implementation", action="append", choices=("xla", "pallas"), help="default: xla, on a GPU pallas too"
-    )
+    kinds, by_default = ("xla", "pallas"), "default: xla, on a GPU pallas too"
+    parser.add_argument("--implementation", action="append", choices=kinds, help=by_default)
     parser.add_argument("--rounds", type=int, default=0, metavar="N", help="default: what fits into 10 s, 5 to 50")
     parser.add_argument("--target_set", default=BUNDLED, help="of the part pipeline")
     parser.add_argument("--data_dir", default="", metavar="DIR")
@@ -81,12 +79,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--rounds={arguments.rounds} must be positive")
     if arguments.json and not os.access(arguments.json.absolute().parent, os.W_OK):
         parser.error(f"--json={arguments.json}: there is no such folder, or it cannot be written to")
-    for name in ("part", "case") if arguments.scaling else ():
-        if getattr(arguments, name):
-            parser.error(f"--scaling measures nothing else; leave --{name} out")
-    for name in ("variant", "implementation") if arguments.scaling else ():
-        if len(getattr(arguments, name) or ()) > 1:
-            parser.error(f"--scaling takes one --{name}")
+    if arguments.scaling:
+        for name in ("part", "case"):
+            if getattr(arguments, name):
+                parser.error(f"--scaling measures nothing else; leave --{name} out")
+        for name in ("variant", "implementation"):
+            if len(getattr(arguments, name) or ()) > 1:
+                parser.error(f"--scaling takes one --{name}")
     return arguments
 
 
@@ -110,14 +109,14 @@ def measure_models(arguments: argparse.Namespace, parts: Sequence[str]) -> dict[
     described, records = [], []
     for name in arguments.case or [name for name in CASES if name not in skipped]:
         case = CASES[name]
-        wanted = [part for part in parts if part in MEASURES and (part != "atoms" or not case.batch_size)]
-        if not wanted:
+        wanted = [MEASURES[part] for part in parts if part != "atoms" or not case.batch_size]
+        if not any(wanted):
             continue
         batch = case.batch(arguments.data_dir)
         described.append(describe_case(case, batch))
-        for measure in dict.fromkeys(measure for part in wanted for measure in MEASURES[part]):
+        for measure in dict.fromkeys(itertools.chain(*wanted)):
             print(f"{name}: {measure} ...", flush=True)
-            found = measure_case(case, batch, measure, variants, implementations, ceilings, arguments.rounds, SECONDS)
+            found = measure_case(case, batch, measure, variants, implementations, ceilings, arguments.rounds)
             report.print_progress(found)
             records += found
     results = {

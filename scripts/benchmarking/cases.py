@@ -1,7 +1,7 @@
 """The crystals that benchmarks and tests of kernels run on, by name."""
 
-import dataclasses
 import functools
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,8 +26,7 @@ DISPLACEMENT = 0.05  # Å, standard deviation of the atoms of a supercell along 
 SEED = 0
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """Crystals to measure with: a training batch of the bundled set, or one supercell."""
 
     name: str
@@ -44,19 +43,10 @@ class Case:
         return packed(supercell(unit_cell(), self.repeats), CUTOFF)
 
 
-CASES = {
-    case.name: case
-    for case in (
-        Case("bundled-4", batch_size=4),
-        Case("bundled-64", batch_size=64),
-        Case("bundled-256", batch_size=256),
-        Case("bundled-1024", batch_size=1024),
-        Case("supercell-40", repeats=(2, 2, 2)),
-        Case("supercell-100", repeats=(5, 2, 2)),
-        Case("supercell-1000", repeats=(8, 5, 5)),
-        Case("supercell-10000", repeats=(20, 10, 10)),
-    )
-}
+SUPERCELLS = {40: (2, 2, 2), 100: (5, 2, 2), 1000: (8, 5, 5), 10000: (20, 10, 10)}  # by the number of atoms
+ALL = [Case(f"bundled-{size}", size) for size in (4, 64, 256, 1024)]
+ALL += [Case(f"supercell-{atoms}", repeats=repeats) for atoms, repeats in SUPERCELLS.items()]
+CASES = {case.name: case for case in ALL}
 SMALL = ("bundled-4", "supercell-40")  # for tests
 
 

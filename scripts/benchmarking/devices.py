@@ -8,18 +8,19 @@ import numpy as np
 from scipy.optimize import nnls
 
 from benchmarking.cases import SEED, bundled_set
-from benchmarking.measure import Record, Variant
-from benchmarking.timing import Program, Timing, take_turns
+from benchmarking.measure import Variant, filled, train_program
+from benchmarking.timing import Program, Record, Timing, quotient, take_turns
+from crystalframer_jax.batching.batch import Batch
 from crystalframer_jax.data.loader import TrainingBatches
 from crystalframer_jax.model.implementation import Implementation
 from crystalframer_jax.parallel.devices import Devices, sum_in_order
-from crystalframer_jax.training.step import make_train_step
 
 CPU_DEVICES = 8  # on a machine without accelerators
 STRONG_BATCH = 256  # crystals
 WEAK_BATCH = 32  # crystals of each device
 SINGLE_BATCH = 128  # crystals, of one more step on one device by which the prediction is fitted
-SUM_SECONDS = 5.0  # for the rounds of the gradient sums
+SECONDS = 60.0  # for the rounds of the steps
+SUM_SECONDS = 5.0  # of the gradient sums
 
 
 class Setting(NamedTuple):
@@ -60,16 +61,13 @@ def series(counts: list[int]) -> dict[str, list[Setting]]:
 
 
 def step_program(loader: TrainingBatches, variant: Variant, implementation: Implementation) -> Program:
-    """Makes the step of a training on several devices, again and again on its typical batch, which stays on them."""
-    devices = loader.devices
-    step = make_train_step(variant.recipe, variant.loss(implementation, devices.axis), devices=devices)
+    """Makes the step of a training on several devices, again and again on its typical batch."""
 
-    def arguments() -> tuple:
-        print(f"    compiling the step of {loader.batch_size} crystals on {devices.count} of the devices", flush=True)
-        copy = jax.tree.map(np.array, variant.state)  # runs consume their state
-        return devices.replicate(copy), devices.put(loader[typical(loader)])
+    def batch() -> Batch:
+        print(f"    compiling: {loader.batch_size} crystals, {loader.devices.count} of the devices", flush=True)
+        return loader[typical(loader)]
 
-    return Program(step, arguments, advance=lambda given, result: (result[0], given[1]))
+    return train_program(variant, implementation, batch, loader.devices)
 
 
 def typical(loader: TrainingBatches) -> int:
@@ -91,22 +89,20 @@ def gradient_bytes(variant: Variant) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(variant.state.params))
 
 
-def measure_devices(
-    variant: Variant, implementation: Implementation, rounds: int = 0, seconds: float = 60.0, data_dir: str = ""
-) -> Record:
+def measure_devices(variant: Variant, implementation: Implementation, rounds: int = 0, data_dir: str = "") -> Record:
     """Measures steps and gradient sums on 1, 2, 4, ... devices in turns, and compares them with a prediction.
 
-    See `take_turns` for `rounds` and `seconds`; what fails has a `failure` and no figures.
+    See `take_turns` for `rounds`; what fails has a `failure` and no figures.
     """
     dataset, on_cpu = bundled_set(data_dir), jax.default_backend() == "cpu"
-    counts = device_counts(len(jax.local_devices()))
+    counts = device_counts(jax.local_device_count())
     chosen = series(counts)
     loaders = {}
     for setting in dict.fromkeys(setting for settings in chosen.values() for setting in settings):
         devices = Devices.of_this_process(setting.devices)
         loaders[setting] = TrainingBatches(dataset, setting.batch, 1, SEED, variant.model.parts, devices=devices)
     programs = [step_program(loader, variant, implementation) for loader in loaders.values()]
-    timings = dict(zip(loaders, take_turns(programs, rounds, seconds), strict=True))
+    timings = dict(zip(loaders, take_turns(programs, rounds, SECONDS), strict=True))
     sums = take_turns([sum_program(variant, n) for n in counts], 0, SUM_SECONDS)
     sum_seconds = {n: timing.median for n, timing in zip(counts, sums, strict=True)} | {1: 0.0}
     cores = joblib.cpu_count() if on_cpu else 0
@@ -114,9 +110,8 @@ def measure_devices(
     for name, settings in chosen.items():
         for setting in settings:
             loader, record = loaders[setting], step_record(name, setting, timings, cores)
-            fill = loader.fill_factors(len(loader))
             record |= {"sum_s": sum_seconds[setting.devices], "balance": loader.imbalance(len(loader))}
-            records.append(record | {"atoms_filled": fill.atoms, "neighbors_filled": fill.edges})
+            records.append(record | filled(loader.fill_factors(len(loader))))
     line = fit(records)
     return {
         "variant": variant.name,
@@ -137,28 +132,21 @@ def step_record(name: str, setting: Setting, timings: dict[Setting, Timing], cor
     devices cost even where cores are busy with other things: their efficiency is crystals per core-second, over that of
     one device.
     """
-    timing = timings[setting]
-    single = Setting(1, setting.batch // setting.devices if name == "weak" else setting.batch)
-    ratio, median = timing.ratio_to(timings[single]), timing.median
+    timing, single = timings[setting], Setting(1, setting.batch // (setting.devices if name == "weak" else 1))
     times_work = setting.batch / single.batch
-    speed_up = times_work / ratio if ratio else None
+    speed_up = quotient(times_work, timing.ratio_to(timings[single]))
     used, alone = (timings[one].core_median if cores else None for one in (setting, single))
     return {
         "series": name,
         "devices": setting.devices,
         "crystals": setting.batch,
-        "rounds": len(timing.seconds),
-        "median_s": median,
-        "crystals_per_s": setting.batch / median if median else None,
+        **timing.record(setting.batch),
         "speed_up": speed_up,
-        "efficiency": speed_up / setting.devices if speed_up else None,
-        "efficiency_of_cores": speed_up / min(setting.devices, cores) if speed_up and cores else None,
+        "efficiency": quotient(speed_up, setting.devices),
+        "efficiency_of_cores": quotient(speed_up, min(setting.devices, cores)),
         "core_s": used,
-        "cores_busy": used / median if used and median else None,
-        "efficiency_of_core_s": times_work * alone / used if used and alone else None,
-        "compile_s": timing.compile_seconds,
-        "memory_bytes": timing.memory_bytes,
-        "failure": timing.failure,
+        "cores_busy": quotient(used, timing.median),
+        "efficiency_of_core_s": quotient(times_work, quotient(used, alone)),
     }
 
 
@@ -181,18 +169,20 @@ def check(records: list[Record], cores: int) -> list[Record]:
     line, core_line = fit(records), fit(records, "core_s")
     used = [r["cores_busy"] for r in records if r["series"] == "one device" and r["cores_busy"]]
     cores_of_one = float(np.median(used)) if used else 1.0
-    found: list[Record] = []
+    found = []
     for record in records:
         if line and record["median_s"] and record["sum_s"] is not None:
-            number, core_s = record["devices"], record["core_s"]
+            number = record["devices"]
             share = record["crystals"] / number * record["balance"]
             crowding = max(1.0, number * cores_of_one / cores) if cores else 1.0
             seconds = crowding * line.at(share) + record["sum_s"]
             core_seconds = number * core_line.at(share) if core_line else None
-            found.append(
-                {name: record[name] for name in ("series", "devices", "crystals", "median_s", "core_s")}
-                | {"predicted_s": seconds, "predicted_to_measured": seconds / record["median_s"]}
-                | {"predicted_core_s": core_seconds}
-                | {"predicted_to_measured_core_s": core_seconds / core_s if core_seconds and core_s else None}
-            )
+            compared = {
+                **{name: record[name] for name in ("series", "devices", "crystals", "median_s", "core_s")},
+                "predicted_s": seconds,
+                "predicted_to_measured": quotient(seconds, record["median_s"]),
+                "predicted_core_s": core_seconds,
+                "predicted_to_measured_core_s": quotient(core_seconds, record["core_s"]),
+            }
+            found.append(compared)
     return found

@@ -1,11 +1,11 @@
 """Training steps, predictions and the attention of one block alone, measured side by side for tables and JSON."""
 
+import collections
 import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,8 @@ import numpy as np
 
 from benchmarking import roofline
 from benchmarking.cases import TARGET, Case, packed, unit_cell
-from benchmarking.timing import Program, take_turns
-from crystalframer_jax.batching.batch import Batch, fill_factors, unpacked
+from benchmarking.timing import Program, Record, quotient, take_turns
+from crystalframer_jax.batching.batch import Batch, Fill, fill_factors, unpacked
 from crystalframer_jax.batching.targets import TargetStatistics
 from crystalframer_jax.config import ModelConfig, TrainConfig, validate
 from crystalframer_jax.configs import default
@@ -25,9 +25,11 @@ from crystalframer_jax.model.encoder import value_bases
 from crystalframer_jax.model.frames import block_frames
 from crystalframer_jax.model.implementation import Implementation
 from crystalframer_jax.model.regressor import CrystalFramer
+from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices
+from crystalframer_jax.training.averages import weights_of
 from crystalframer_jax.training.layer_names import count_parameters
 from crystalframer_jax.training.state import TrainState
-from crystalframer_jax.training.step import LossFunction, Recipe, initial_state, make_loss, make_recipe, make_train_step
+from crystalframer_jax.training.step import Recipe, initial_state, make_loss, make_recipe, make_train_step
 
 BASELINE = "crystalformer"  # frame-free: what frames cost is counted from it
 STEPS = ("train step", "forward")
@@ -35,11 +37,7 @@ ATTENTION = ("attention", "attention and gradient")
 STEPS_PER_EPOCH = 10  # nothing depends on it: the averages start long after the last step measured
 STATISTICS = (TargetStatistics(TARGET, "eV/atom", 0.0, 1.0),)  # as many operations as with the true ones
 SMALL_CUTOFF = 3.0  # Å, of the batch that initial weights are made with: their cost is not measured
-
-Record = dict[str, Any]
-
-
-# What is measured
+SECONDS = 10.0  # for the rounds of a case and measure, at least 5 of them
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,10 +68,18 @@ class Variant:
         batch = packed(unit_cell(), SMALL_CUTOFF, self.model.parts)
         return initial_state(CrystalFramer(self.model, "xla"), self.recipe, batch, jax.random.key(0))
 
-    def loss(self, implementation: Implementation, axis: str | None = None) -> LossFunction:
-        """The loss of a training."""
-        model = CrystalFramer(self.model, implementation)
-        return make_loss(model, self.recipe, STATISTICS, jax.random.key(1), axis)
+
+def train_program(
+    variant: Variant, implementation: Implementation, batch: Callable[[], Batch], devices: Devices = ONE_DEVICE
+) -> Program:
+    """Makes the step of a training, from the initial weights on: its state goes from run to run, the batch stays."""
+    model, recipe = CrystalFramer(variant.model, implementation), variant.recipe
+    loss = make_loss(model, recipe, STATISTICS, jax.random.key(1), devices.axis)
+    return Program(
+        make_train_step(recipe, loss, devices=devices),  # consumes its state
+        lambda: (devices.replicate(jax.tree.map(jnp.copy, variant.state)), devices.put(batch())),
+        advance=lambda given, result: (result[0], given[1]),
+    )
 
 
 def make_program(
@@ -81,30 +87,25 @@ def make_program(
 ) -> tuple[Program, roofline.Work]:
     """Makes the program of a measure, one of STEPS and ATTENTION, and counts its least work.
 
-    A training step starts from the initial weights, and its state goes from run to run. A prediction is from the packed
-    batch to standardised targets. The attention is that of one block for random q, k, v and a, its gradient that with
-    respect to these and the projections; rows are unpacked beforehand.
+    A prediction is from the packed batch to standardised targets. The attention is that of one block for random q, k, v
+    and a, its gradient that with respect to these and the projections; rows are unpacked beforehand.
     """
     config, size = variant.model, roofline.Size.of(batch)
     if measure == "train step":
-        program = Program(
-            make_train_step(variant.recipe, variant.loss(implementation)),
-            lambda: (jax.tree.map(jnp.copy, variant.state), jax.device_put(batch)),  # runs consume their state
-            advance=lambda given, result: (result[0], given[1]),
-        )
+        program = train_program(variant, implementation, lambda: batch)
         return program, roofline.train_step(config, size, count_parameters(variant.state.params))
     if measure == "forward":
-        names = ("params", "calibration", "batch_stats")
         program = Program(
             make_forward(CrystalFramer(config, implementation)),
-            lambda: ({name: getattr(variant.state, name) for name in names}, jax.device_put(batch)),
+            lambda: (weights_of(variant.state), jax.device_put(batch)),
         )
         return program, roofline.forward(config, size)
 
     forward = functools.partial(attention, config, implementation)
-    inputs, work = functools.partial(random_inputs, config, len(batch.species)), roofline.attention(config, size)
+    inputs = functools.partial(random_inputs, config, len(batch.species))
     if measure == "attention":
-        return Program(jax.jit(forward), lambda: (inputs(), jax.jit(unpacked)(batch))), work
+        program = Program(jax.jit(forward), lambda: (inputs(), jax.jit(unpacked)(batch)))
+        return program, roofline.attention(config, size)
 
     def with_gradient(inputs: dict, batch: Batch, gradient: jax.Array) -> tuple[jax.Array, dict]:
         output, transpose = jax.vjp(lambda inputs: forward(inputs, batch), inputs)
@@ -138,22 +139,17 @@ def random_inputs(config: ModelConfig, num_atoms: int, seed: int = 0) -> dict[st
     return {name: jnp.asarray(x, config.dtype) for name, x in inputs.items()}
 
 
-# Records
-
-
 def describe_case(case: Case, batch: Batch) -> Record:
     """Tells how large a case is and how full its arrays are."""
-    size, fill = roofline.Size.of(batch), fill_factors(batch)
-    return {
-        "case": case.name,
-        **dataclasses.asdict(size),
-        "neighbors_per_atom": size.neighbors / size.atoms,
-        "padded_atoms": len(batch.species),
-        "row_length": batch.rows.row_length,
-        "atoms_filled": fill.atoms,
-        "neighbors_filled": fill.edges,
-        "columns_filled": fill.columns,
-    }
+    size = roofline.Size.of(batch)
+    places = {"padded_atoms": len(batch.species), "row_length": batch.rows.row_length}
+    average = {"neighbors_per_atom": size.neighbors / size.atoms}
+    return {"case": case.name} | dataclasses.asdict(size) | average | places | filled(fill_factors(batch))
+
+
+def filled(fill: Fill) -> Record:
+    """Names the fractions of places that hold real data as tables do."""
+    return {"atoms_filled": fill.atoms, "neighbors_filled": fill.edges, "columns_filled": fill.columns}
 
 
 def measure_case(
@@ -164,37 +160,30 @@ def measure_case(
     implementations: Sequence[Implementation],
     ceilings: roofline.Work,
     rounds: int = 0,
-    seconds: float = 20.0,
 ) -> list[Record]:
     """Measures one batch with every variant and implementation in turns, see `take_turns`."""
     size, keys = roofline.Size.of(batch), list(itertools.product(variants, implementations))
     programs, works = zip(*(make_program(measure, variant, batch, kind) for variant, kind in keys), strict=True)
-    found = take_turns(programs, rounds, seconds)
+    found = take_turns(programs, rounds, SECONDS)
     timings = {(variant.name, kind): timing for (variant, kind), timing in zip(keys, found, strict=True)}
     records = []
-    for (variant, implementation), timing, work in zip(keys, found, works, strict=True):
-        median, memory, floor = timing.median, timing.memory_bytes, work.seconds(ceilings)
+    for ((name, implementation), timing), work in zip(timings.items(), works, strict=True):
         record = {
             "case": case.name,
             "measure": measure,
-            "variant": variant.name,
+            "variant": name,
             "implementation": implementation,
-            "rounds": len(timing.seconds),
-            "median_s": median,
-            "shortest_s": min(timing.seconds) if median else None,
-            "crystals_per_s": size.crystals / median if median else None,
-            "atoms_per_s": size.atoms / median if median else None,
-            "compile_s": timing.compile_seconds,
-            "memory_bytes": memory,
-            "memory_bytes_per_crystal": memory / size.crystals if memory else None,
-            "memory_bytes_per_atom": memory / size.atoms if memory else None,
+            **timing.record(size.crystals),
+            "shortest_s": min(timing.seconds) if timing.median else None,
+            "atoms_per_s": quotient(size.atoms, timing.median),
+            "memory_bytes_per_crystal": quotient(timing.memory_bytes, size.crystals),
+            "memory_bytes_per_atom": quotient(timing.memory_bytes, size.atoms),
             "peak_device_bytes": (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
             **dataclasses.asdict(work),
-            "floor_s": floor,
-            "share_of_floor": floor / median if median else None,
+            "floor_s": work.seconds(ceilings),
+            "share_of_floor": quotient(work.seconds(ceilings), timing.median),
             "ratio_to_crystalformer": timing.ratio_to(timings.get((BASELINE, implementation))),
-            "ratio_to_xla": timing.ratio_to(timings.get((variant.name, "xla"))),
-            "failure": timing.failure,
+            "ratio_to_xla": timing.ratio_to(timings.get((name, "xla"))),
         }
         records.append(record)
     return records
@@ -203,16 +192,14 @@ def measure_case(
 def over_atoms(records: Sequence[Record], cases: Sequence[Record]) -> list[Record]:
     """Finds the log-log slope of the time over the number of atoms of the supercells, where there are two or more."""
     atoms = {case["case"]: case["atoms"] for case in cases if case["crystals"] == 1}
-    names, found = ("measure", "variant", "implementation"), dict[tuple, dict[int, float]]()
+    names, points = ("measure", "variant", "implementation"), collections.defaultdict[tuple, dict[int, float]](dict)
     for record in records:
-        if record["case"] in atoms and record["median_s"] is not None:
-            seconds = found.setdefault(tuple(record[name] for name in names), {})
-            seconds[atoms[record["case"]]] = record["median_s"]
+        if record["case"] in atoms and record["median_s"]:
+            points[tuple(map(record.get, names))][atoms[record["case"]]] = record["median_s"]
     return [
-        dict(zip(names, key, strict=True))
-        | {"atoms": list(seconds), "slope": slope(list(seconds), list(seconds.values()))}
-        for key, seconds in found.items()
-        if len(seconds) > 1
+        dict(zip(names, key, strict=True)) | {"atoms": list(found), "slope": slope([*found], [*found.values()])}
+        for key, found in points.items()
+        if len(found) > 1
     ]
 
 

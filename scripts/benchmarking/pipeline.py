@@ -7,6 +7,7 @@ slows all of them.
 import contextlib
 import copy
 import dataclasses
+import io
 import json
 import mmap
 import os
@@ -21,6 +22,7 @@ import joblib
 import numpy as np
 
 from benchmarking.cases import BUNDLED, CUTOFF, bundled_source
+from benchmarking.timing import Record
 from crystalframer_jax.config import ConfigError
 from crystalframer_jax.data.datasets import folder_of, open_dataset
 from crystalframer_jax.data.loader import TrainingBatches
@@ -33,13 +35,13 @@ PASSES = 5
 SECONDS = 2.0  # of each pass at most
 
 
-def measure_pipeline(target_set: str, data_dir: str = "") -> dict[str, Any]:
+def measure_pipeline(target_set: str, data_dir: str = "") -> Record:
     """Measures preparation, storage and batches of a target set.
 
     Without `data_dir` the bundled crystals are prepared anew in a temporary folder.
     """
     with tempfile.TemporaryDirectory() as temporary:
-        results: dict[str, Any] = {"target_set": target_set}
+        results: Record = {"target_set": target_set}
         if target_set == BUNDLED and not data_dir:
             data_dir = temporary
             results["preparation"] = preparation(Path(temporary))
@@ -62,18 +64,18 @@ def any_target(name: str, data_dir: str) -> str:
 
 def preparation(folder: Path) -> dict[str, float]:
     """Measures crystals per second for the bundled set, with one process and with one for each core."""
-    known, rates = TARGET_SETS[BUNDLED], {}
+    known, source, rates = TARGET_SETS[BUNDLED], bundled_source(), {}
     for workers in sorted({1, joblib.cpu_count()}):
-        place, source = folder / f"workers{workers}" / known.name, bundled_source()
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        place = folder / f"workers{workers}" / BUNDLED
+        with contextlib.redirect_stdout(io.StringIO()):
             start = time.perf_counter()
             prepare(place, source, known, Preparation(workers=workers))
             parsed = time.perf_counter()
-            load_dataset(place, (known.targets[0].name,), CUTOFF, workers)
+            dataset = load_dataset(place, (known.targets[0].name,), CUTOFF, workers)
             end = time.perf_counter()
         processes = f"{workers} process{'es' * (workers > 1)}"
-        rates[f"crystals per s, {processes}"] = (source.count or 0) / (parsed - start)
-        rates[f"neighbor rows per s, {processes}"] = (source.count or 0) / (end - parsed)
+        rates[f"crystals per s, {processes}"] = len(dataset.table) / (parsed - start)
+        rates[f"neighbor rows per s, {processes}"] = len(dataset.table) / (end - parsed)
     return rates
 
 
@@ -89,28 +91,24 @@ def storage(dataset: Dataset, folder: Path) -> dict[str, float]:
     }
 
 
-def batches(dataset: Dataset, size: int) -> dict[str, Any]:
+def batches(dataset: Dataset, size: int) -> Record:
     """Measures batches per second by every way, taking turns, and how full they are."""
+
+    def loader(source: Dataset, on_device: bool = False) -> TrainingBatches:
+        return TrainingBatches(source, size, 1000, seed=0, on_device=on_device)
+
     in_memory = dataclasses.replace(dataset, table=copy.deepcopy(dataset.table))
-    ways = {
-        "from memory": (in_memory, False),
-        "from disk, cached": (dataset, False),
-        "from disk, cold": (dataset, False),
-        "on the device": (in_memory, True),
-    }
-    loaders = {
-        name: TrainingBatches(source, size, 1000, seed=0, on_device=on_device)
-        for name, (source, on_device) in ways.items()
-        if not on_device or not len(dataset.table.shared_site)
-    }
-    rates: dict[str, list[float]] = {name: [] for name in loaders}
+    ways = {"from memory": loader(in_memory), "from disk, cached": loader(dataset), "from disk, cold": loader(dataset)}
+    if not len(dataset.table.shared_site):
+        ways["on the device"] = loader(in_memory, on_device=True)
+    rates: dict[str, list[float]] = {way: [] for way in ways}
     for number in range(PASSES + 1):  # the first is for compiling
-        for name, loader in loaders.items():
-            if name == "from disk, cold":
+        for way, chosen in ways.items():
+            if way == "from disk, cold":
                 drop_cached_pages(dataset)
-            rates[name].append(batches_per_second(loader.iterate(number * loader.steps_per_epoch)))
-    medians = {name: float(np.median(found[1:])) for name, found in rates.items()}
-    return {"crystals": size, "batches per s": medians, "fill": loaders["from memory"].fill_factors()._asdict()}
+            rates[way].append(batches_per_second(chosen.iterate(number * chosen.steps_per_epoch)))
+    medians = {way: float(np.median(found[1:])) for way, found in rates.items()}
+    return {"crystals": size, "batches per s": medians, "fill": ways["from memory"].fill_factors()._asdict()}
 
 
 def batches_per_second(source: Iterable[Any]) -> float:

@@ -1,119 +1,90 @@
 """Tables of what was measured."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from benchmarking.measure import ATTENTION, STEPS, Record
+from benchmarking.measure import ATTENTION, STEPS
+from benchmarking.timing import Record
 from crystalframer_jax.text import table
 
+# Title, format and unit of the entries of records for which they do not follow from name and value, see `cell`.
+COLUMNS: dict[str, tuple[str, str, float]] = {
+    "median_s": ("median ms", ",.2f", 1e-3),
+    "crystals_per_s": ("crystals/s", ",.1f", 1),
+    "atoms_per_s": ("atoms/s", ",.0f", 1),
+    "ratio_to_crystalformer": ("/ Crystalformer", ".2f", 1),
+    "ratio_to_xla": ("/ xla", ".2f", 1),
+    "compile_s": ("compile s", ".1f", 1),
+    "memory_bytes": ("MB", ",.0f", 1e6),
+    "memory_bytes_per_crystal": ("MB/crystal", ",.2f", 1e6),
+    "memory_bytes_per_atom": ("kB/atom", ",.1f", 1e3),
+    "floor_s": ("floor ms", ",.2f", 1e-3),
+    "share_of_floor": ("share of floor", ".1%", 1),
+    "slope": ("p", ".2f", 1),
+    "speed_up": ("speed-up", ".2f", 1),
+    "efficiency": ("/ devices", ".0%", 1),
+    "efficiency_of_cores": ("/ min(devices, cores)", ".0%", 1),
+    "efficiency_of_core_s": ("of core s", ".0%", 1),
+    "sum_s": ("sum ms", ".2f", 1e-3),
+    "balance": ("balance", ".3f", 1),
+    "predicted_s": ("predicted ms", ",.2f", 1e-3),
+    "predicted_to_measured": ("predicted / measured", ".2f", 1),
+    "predicted_to_measured_core_s": ("predicted / measured", ".2f", 1),
+}
 
-class Column(NamedTuple):
-    """A column of a table: what it is called and the entry of a record that it shows."""
-
-    title: str
-    key: str
-    form: str = "s"  # texts stand first in a table, aligned left
-    unit: float = 1
-
-    def text(self, record: Record) -> str:
-        """Writes an entry, or - if there is none."""
-        value = record[self.key]
-        return "-" if value is None else format(value if self.unit == 1 else value / self.unit, self.form)
-
-
-NAMES = [Column(name, name) for name in ("case", "variant", "implementation")]
-MEASURES = [
-    Column("rounds", "rounds", "d"),
-    Column("median ms", "median_s", ",.2f", 1e-3),
-    Column("crystals/s", "crystals_per_s", ",.1f"),
-    Column("atoms/s", "atoms_per_s", ",.0f"),
-    Column("/ Crystalformer", "ratio_to_crystalformer", ".2f"),
-    Column("compile s", "compile_s", ".1f"),
-    Column("MB", "memory_bytes", ",.0f", 1e6),
-    Column("MB/crystal", "memory_bytes_per_crystal", ",.2f", 1e6),
-    Column("kB/atom", "memory_bytes_per_atom", ",.1f", 1e3),
-    Column("floor ms", "floor_s", ",.2f", 1e-3),
-    Column("share of floor", "share_of_floor", ".1f", 0.01),
-]
-TO_XLA = Column("/ xla", "ratio_to_xla", ".2f")
-CASES = [
-    Column("case", "case"),
-    Column("crystals", "crystals", ",d"),
-    Column("atoms", "atoms", ",d"),
-    Column("neighbors per atom", "neighbors_per_atom", ".0f"),
-    Column("atoms filled", "atoms_filled", ".0%"),
-    Column("neighbors filled", "neighbors_filled", ".0%"),
-    Column("columns filled", "columns_filled", ".0%"),
-]
-SLOPES = [
-    Column("time ~ atoms^p", "measure"),
-    *NAMES[1:],
-    Column("from atoms", "least", ",d"),
-    Column("to atoms", "most", ",d"),
-    Column("p", "slope", ".2f"),
-]
-SHARED = [  # where devices share cores
-    Column("/ min(devices, cores)", "efficiency_of_cores", ".0%"),
-    Column("core s", "core_s", ".2f"),
-    Column("of core s", "efficiency_of_core_s", ".0%"),
-    Column("cores busy", "cores_busy", ".2f"),
-]
-DEVICES = [
-    Column("devices", "devices", "d"),
-    Column("crystals", "crystals", ",d"),
-    Column("rounds", "rounds", "d"),
-    Column("step ms", "median_s", ",.1f", 1e-3),
-    Column("crystals/s", "crystals_per_s", ",.1f"),
-    Column("speed-up", "speed_up", ".2f"),
-    Column("/ devices", "efficiency", ".0%"),
-    *SHARED,
-    Column("sum ms", "sum_s", ".2f", 1e-3),
-    Column("balance", "balance", ".3f"),
-    Column("atoms filled", "atoms_filled", ".0%"),
-    Column("neighbors filled", "neighbors_filled", ".0%"),
-    Column("compile s", "compile_s", ".1f"),
-    Column("MB", "memory_bytes", ",.0f", 1e6),
-]
-CHECK = [
-    Column("series", "series"),
-    Column("devices", "devices", "d"),
-    Column("crystals", "crystals", "d"),
-    Column("measured ms", "median_s", ",.0f", 1e-3),
-    Column("predicted ms", "predicted_s", ",.0f", 1e-3),
-    Column("predicted / measured", "predicted_to_measured", ".2f"),
-]
-CHECK_OF_CORES = [
-    Column("measured core s", "core_s", ".2f"),
-    Column("predicted core s", "predicted_core_s", ".2f"),
-    Column("predicted / measured", "predicted_to_measured_core_s", ".2f"),
-]
+# The entries that tables show.
+NAMES = ("case", "variant", "implementation")
+SPEED = ("rounds", "median_s", "crystals_per_s", "atoms_per_s", "ratio_to_crystalformer", "compile_s")
+COST = ("memory_bytes", "memory_bytes_per_crystal", "memory_bytes_per_atom", "floor_s", "share_of_floor")
+CASES = ("case", "crystals", "atoms", "neighbors_per_atom", "atoms_filled", "neighbors_filled", "columns_filled")
+SLOPES = ("measure", "variant", "implementation", "atoms", "slope")
+DEVICES = ("devices", "crystals", "rounds", "median_s", "crystals_per_s", "speed_up", "efficiency")
+SHARED = ("efficiency_of_cores", "core_s", "efficiency_of_core_s", "cores_busy")  # where devices share cores
+SHARES = ("sum_s", "balance", "atoms_filled", "neighbors_filled", "compile_s", "memory_bytes")
+CHECK = ("series", "devices", "crystals", "median_s", "predicted_s", "predicted_to_measured")
+CHECK_OF_CORES = ("core_s", "predicted_core_s", "predicted_to_measured_core_s")
 DEVICE_SERIES = {
     "strong": "strong scaling: the same crystals on more devices",
     "weak": "weak scaling: as many crystals for each device",
 }
 
 
-def show(title: str, columns: Sequence[Column], records: Sequence[Record]) -> None:
-    """Prints a table with a row for each record."""
-    rows = [[column.text(record) for column in columns] for record in records]
-    num_left = sum(column.form == "s" for column in columns)
-    print(f"\n{title}\n" + table([column.title for column in columns], rows, num_left))
+def cell(key: str, value: Any) -> str:
+    """Writes an entry of a record: - if there is none, numbers as COLUMNS says or with two decimals."""
+    if value is None:
+        return "-"
+    if key in COLUMNS:
+        _, form, unit = COLUMNS[key]
+        return format(value / unit, form)
+    if isinstance(value, float):
+        return format(value, ".0%" if key.endswith("filled") else ",.2f")
+    return f"{value:,d}" if isinstance(value, int) else str(value)
 
 
-def show_numbers(title: str, numbers: dict[str, float], unit: float = 1) -> None:
-    """Prints names and numbers."""
-    print("\n" + table([title, ""], [[name, f"{number / unit:,.1f}"] for name, number in numbers.items()]))
+def show(title: str, keys: Sequence[str], records: Sequence[Record], label: str = "{case}") -> None:
+    """Prints a table with a row for each record and, once for each reason, what failed."""
+    header = [COLUMNS[key][0] if key in COLUMNS else key.replace("_", " ") for key in keys]
+    rows = [[cell(key, record[key]) for key in keys] for record in records]
+    num_left = sum(isinstance(records[0][key], str | list) for key in keys)
+    print(f"\n{title}\n" + table(header, rows, num_left))
+    for reason in dict.fromkeys(record.get("failure") for record in records):
+        if reason:
+            failed = [label.format_map(record) for record in records if record["failure"] == reason]
+            print(f"failed: {', '.join(failed)}: {reason}")
 
 
 def print_pipeline(results: Record) -> None:
     """Prints preparation, storage and batches per second."""
     for part in ("preparation", "storage"):
         if part in results:
-            show_numbers(f"{part}, {results['target_set']}", results[part])
-    found = results["batches"]
-    rows = [[way, *(f"{each['batches per s'][way]:,.0f}" for each in found)] for way in found[0]["batches per s"]]
-    rows += [[f"{what} filled", *(f"{each['fill'][what]:.0%}" for each in found)] for what in found[0]["fill"]]
-    print("\n" + table(["batches per s", *(f"{each['crystals']} crystals" for each in found)], rows))
+            show(f"{part}, {results['target_set']}", list(results[part]), [results[part]])
+    rows = [
+        {"crystals": found["crystals"]}
+        | found["batches per s"]
+        | {f"{what} filled": share for what, share in found["fill"].items()}
+        for found in results["batches"]
+    ]
+    show("batches per s", list(rows[0]), rows)
 
 
 def print_progress(records: Sequence[Record]) -> None:
@@ -125,30 +96,19 @@ def print_progress(records: Sequence[Record]) -> None:
 
 def print_models(results: Record) -> None:
     """Prints ceilings, cases, one table for each measure with the failures below it, and growth with the atoms."""
-    show_numbers("measured ceilings, in 10⁹", results["ceilings"], 1e9)
+    ceilings = {name: rate / 1e9 for name, rate in results["ceilings"].items()}
+    show("measured ceilings, in 10⁹", list(ceilings), [ceilings])
     show("cases", CASES, results["cases"])
     for measure in (*STEPS, *ATTENTION):
         chosen = [record for record in results["measurements"] if record["measure"] == measure]
         if chosen:
-            print_measure(measure, chosen)
-    slopes = [found | {"least": min(found["atoms"]), "most": max(found["atoms"])} for found in results["atoms"]]
-    if slopes:
-        show("growth with the number of atoms", SLOPES, slopes)
+            to_xla = ["ratio_to_xla"] * any(record["implementation"] != "xla" for record in chosen)
+            show(measure, [*NAMES, *SPEED, *COST, *to_xla], chosen, "{case} {variant} {implementation}")
+    if results["atoms"]:
+        show("growth with the number of atoms: time ~ atoms^p", SLOPES, results["atoms"])
 
 
-def print_measure(title: str, records: Sequence[Record]) -> None:
-    """Prints the table of a measure and, once for each reason, what failed."""
-    kinds = {record["implementation"] for record in records}
-    show(title, [*NAMES, *MEASURES, *([TO_XLA] if kinds - {"xla"} else [])], records)
-    failures: dict[str, list[str]] = {}
-    for record in records:
-        if record["failure"]:
-            failures.setdefault(record["failure"], []).append(" ".join(record[name.key] for name in NAMES))
-    for reason, where in failures.items():
-        print(f"failed: {', '.join(where)}: {reason}")
-
-
-def print_devices(results: dict[str, Any]) -> None:
+def print_devices(results: Record) -> None:
     """Prints scaling over devices: the measured steps, and how well a prediction fits them."""
     cores, forced = results["shared_cores"], results["forced_cpu_devices"]
     print(f"\n{results['variant']} {results['implementation']}, gradients of {results['gradient_bytes'] / 1e6:.2f} MB")
@@ -159,11 +119,9 @@ def print_devices(results: dict[str, Any]) -> None:
         )
     for series, title in DEVICE_SERIES.items():
         chosen = [record for record in results["steps"] if record["series"] == series]
-        show(title, [column for column in DEVICES if cores or column not in SHARED], chosen)
-        for record in chosen:
-            if record["failure"]:
-                print(f"failed: {record['devices']} devices, {record['crystals']} crystals: {record['failure']}")
+        keys = [*DEVICES, *(SHARED if cores else ()), *SHARES]
+        show(title, keys, chosen, "{devices} devices, {crystals} crystals")
     if results["fit"]:
         fixed, each = results["fit"]["fixed"] * 1e3, results["fit"]["per_crystal"] * 1e3
         title = f"one device: {fixed:.3g} ms + {each:.3g} ms for each crystal; steps predicted from that:"
-        show(title, [*CHECK, *(CHECK_OF_CORES if cores else [])], results["check"])
+        show(title, [*CHECK, *(CHECK_OF_CORES if cores else ())], results["check"])

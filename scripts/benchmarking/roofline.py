@@ -11,6 +11,7 @@ held them from then on.
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -64,9 +65,6 @@ class Size:
         return cls(int(sizes.sum()), int((sizes > 0).sum()), int(np.asarray(batch.rows.count).sum()))
 
 
-# The least work
-
-
 def attention(config: ModelConfig, size: Size, training: bool = False) -> Work:
     """Counts frames and attention of one block, forward: from q, k, v and a to [N, H, d_v].
 
@@ -74,17 +72,18 @@ def attention(config: ModelConfig, size: Size, training: bool = False) -> Work:
     """
     N, E, H, dk, dv = size.atoms, size.neighbors, config.head_num, config.k_dim, config.v_dim
     D_dist, D_angle, A, B = _bases(config)
+    others = (E - N) * bool(D_angle)  # the angle factors are not for the atom itself
+    sums = dv + D_dist + 3 * D_angle
     weights = H * dv * (D_dist + 3 * D_angle)
     flops = E * H * (2 * dk + 2 * dv)  # q . k, sum p v
     flops += 9 * E + 5 * E * H  # distances, softmax
     flops += E * D_dist * (3 + 2 * H)  # distance Gaussians: arguments, contraction
-    if D_angle:
-        flops += 7 * (E - N) * H * (config.frame_method == "max")  # e1 . u, 1 - |cos|, times weight
-        flops += 3 * (E - N) * H * (6 + 4 * A + B + 2 * A * B)
+    flops += 7 * others * H * (config.frame_method == "max")  # e1 . u, 1 - |cos|, times weight
+    flops += 3 * others * H * (6 + 4 * A + B + 2 * A * B)
     flops += 2 * N * weights
-    stored = N * H * (dv + D_dist + 3 * D_angle + 1) * training
+    stored = N * H * (sums + 1) * training
     moved = ROW_BYTES * E + NUMBER * (N * H * (2 * dk + 2 * dv + 1) + stored + weights)  # q, k, v, output, a
-    return Work(_exponentials(config, size), flops, moved)
+    return Work(E * (H + D_dist) + 3 * others * H * (A + B), flops, moved)
 
 
 def attention_backward(config: ModelConfig, size: Size) -> Work:
@@ -94,17 +93,18 @@ def attention_backward(config: ModelConfig, size: Size) -> Work:
     """
     N, E, H, dk, dv = size.atoms, size.neighbors, config.head_num, config.k_dim, config.v_dim
     D_dist, D_angle, A, B = _bases(config)
-    sums, weights = dv + D_dist + 3 * D_angle, H * dv * (D_dist + 3 * D_angle)
+    others = (E - N) * bool(D_angle)
+    sums = dv + D_dist + 3 * D_angle
+    weights = H * dv * (D_dist + 3 * D_angle)
     flops = E * H * (6 * dk + 4 * dv)  # logits again and v_j . gradient; gradients of q, k and v
     flops += 9 * E + 7 * E * H + 2 * N * H * sums  # distances, softmax, a; the mean gradient <sums, gradient>
     flops += E * D_dist * (3 + 2 * H)
-    if D_angle:
-        flops += 3 * (E - N) * H * (6 + 5 * A + B + 2 * A * B)
+    flops += 3 * others * H * (6 + 5 * A + B + 2 * A * B)
     flops += 4 * N * weights
     read = N * H * (2 * dk + 2 * dv + 1 + sums + 1)  # q, k, v, output gradient, a, sums, log-sum-exp
     written = N * H * (2 * dk + dv + 1)
     moved = ROW_BYTES * E + NUMBER * (E + read + written + 2 * weights)  # the reverse neighbors too
-    return Work(_exponentials(config, size), flops, moved)
+    return Work(attention(config, size).exponentials, flops, moved)
 
 
 def forward(config: ModelConfig, size: Size, training: bool = False) -> Work:
@@ -112,18 +112,15 @@ def forward(config: ModelConfig, size: Size, training: bool = False) -> Work:
     embedding = NUMBER * size.atoms * (1 + 2 * config.model_dim)
     work = Work(0, 0, PACKED_BYTES * size.neighbors + embedding) + _pooling(config, size)
     work += config.num_layers * (attention(config, size, training) + _width_logits(config, size))
-    for layer in dense_layers(config, size):
-        work += dense(*layer)
-    return work
+    return sum(itertools.starmap(dense, dense_layers(config, size)), work)
 
 
 def train_step(config: ModelConfig, size: Size, num_parameters: int) -> Work:
     """Counts forward pass, backward pass and update."""
     work = forward(config, size, training=True) + _pooling(config, size)
     work += config.num_layers * (attention_backward(config, size) + 2 * _width_logits(config, size))
-    for layer in dense_layers(config, size):
-        work += dense_backward(*layer)
-    return work + num_parameters * Work(0, UPDATE_FLOPS, UPDATE_BYTES)
+    work += num_parameters * Work(0, UPDATE_FLOPS, UPDATE_BYTES)
+    return sum(itertools.starmap(dense_backward, dense_layers(config, size)), work)
 
 
 def dense(rows: int, inputs: int, outputs: int) -> Work:
@@ -164,15 +161,6 @@ def _bases(config: ModelConfig) -> tuple[int, int, int, int]:
     return *bases.sizes, *groups
 
 
-def _exponentials(config: ModelConfig, size: Size) -> float:
-    D_dist, _, A, B = _bases(config)
-    others = size.neighbors - size.atoms  # the angle factors are not for the atom itself
-    return size.neighbors * (config.head_num + D_dist) + 3 * others * config.head_num * (A + B)
-
-
-# The ceilings
-
-
 def measure_ceilings() -> Work:
     """Measures the rates per second of the default device, each the best of several runs of milliseconds.
 
@@ -182,23 +170,19 @@ def measure_ceilings() -> Work:
     on_cpu = jax.default_backend() == "cpu"
     matrix, long, many = (2048, 2**26, 2**20) if on_cpu else (8192, 2**30, 2**29)
 
+    def fastest(function: Callable, *shape: int, in_place: bool = False) -> float:
+        program = Program(jax.jit(function, donate_argnums=0 if in_place else ()), lambda: (jnp.ones(shape),))
+        if in_place:
+            program.advance = lambda given, result: (result,)
+        (timing,) = take_turns([program], PASSES)
+        if timing.failure:
+            raise RuntimeError(f"the ceilings of the device cannot be measured: {timing.failure}")
+        return min(timing.seconds)
+
     def terms(x: jax.Array) -> list[jax.Array]:
         return [jnp.exp(-i / TERMS * x) for i in range(1, TERMS + 1)]
 
-    def numbers() -> tuple[jax.Array]:
-        return (jnp.linspace(0, 1, many, dtype=jnp.float32),)
-
-    programs = [
-        Program(jax.jit(lambda x: jnp.matmul(x, x, precision="highest")), lambda: (jnp.ones((matrix, matrix)),)),
-        Program(
-            jax.jit(lambda x: x + 1, donate_argnums=0), lambda: (jnp.zeros(long),), lambda given, result: (result,)
-        ),
-        Program(jax.jit(lambda x: sum(terms(x))), numbers),
-        Program(jax.jit(lambda x: sum(map(jnp.sum, terms(x)))), numbers),
-    ]
-    timings = [take_turns([program], PASSES)[0] for program in programs]
-    for timing in timings:
-        if timing.failure:
-            raise RuntimeError(f"the ceilings of the device cannot be measured: {timing.failure}")
-    product, copy, *exponentials = (min(timing.seconds) for timing in timings)
-    return Work(TERMS * many / min(exponentials), 2 * matrix**3 / product, 8 * long / copy)
+    product = fastest(lambda x: jnp.matmul(x, x, precision="highest"), matrix, matrix)
+    copy = fastest(lambda x: x + 1, long, in_place=True)
+    exponentials = min(fastest(lambda x: sum(terms(x)), many), fastest(lambda x: sum(map(jnp.sum, terms(x))), many))
+    return Work(TERMS * many / exponentials, 2 * matrix**3 / product, 8 * long / copy)

@@ -12,6 +12,8 @@ from jax.experimental.compilation_cache import compilation_cache
 
 LEAST_ROUNDS, MOST_ROUNDS = 5, 50
 
+Record = dict[str, Any]  # an object of the JSON file, a row of a table
+
 
 @dataclasses.dataclass
 class Program:
@@ -51,6 +53,22 @@ class Timing:
             return None
         return float(np.median(np.array(self.seconds) / np.array(other.seconds)))
 
+    def record(self, crystals: int) -> Record:
+        """Describes the runs of a program on some crystals."""
+        return {
+            "rounds": len(self.seconds),
+            "median_s": self.median,
+            "crystals_per_s": quotient(crystals, self.median),
+            "compile_s": self.compile_seconds,
+            "memory_bytes": self.memory_bytes,
+            "failure": self.failure,
+        }
+
+
+def quotient(x: float | None, y: float | None) -> float | None:
+    """Divides; None without one of the two."""
+    return x / y if x and y else None
+
 
 def take_turns(programs: Sequence[Program], rounds: int = 0, seconds: float = 20.0) -> list[Timing]:
     """Compiles every program, runs each once to warm up, then measures them in turns.
@@ -59,45 +77,43 @@ def take_turns(programs: Sequence[Program], rounds: int = 0, seconds: float = 20
     available on this device), gets a `failure` and the others go on.
     """
     timings = [Timing() for _ in programs]
-    ready: dict[int, tuple[Any, tuple]] = {}
-    for i, program in enumerate(programs):
-        with reported(timings[i]):
-            arguments = program.arguments()
-            start = time.perf_counter()
-            with without_compilation_cache():
-                compiled = program.function.lower(*arguments).compile()
-            timings[i].compile_seconds = time.perf_counter() - start
-            timings[i].memory_bytes = memory_bytes(compiled)
-            ready[i] = compiled, arguments
+    runs = [runs_of(*both) for both in zip(programs, timings, strict=True)]
 
-    def run(i: int) -> None:
-        """Runs a program; one that fails is not ready any more."""
-        compiled, arguments = ready.pop(i)
-        with reported(timings[i]):
-            start, core_start = time.perf_counter(), time.process_time()
-            result = jax.block_until_ready(compiled(*arguments))
-            timings[i].seconds.append(time.perf_counter() - start)
-            timings[i].core_seconds.append(time.process_time() - core_start)
-            ready[i] = compiled, programs[i].advance(arguments, result)
+    def take_turn() -> float:
+        start = time.perf_counter()
+        for run in runs:
+            next(run, None)
+        return time.perf_counter() - start
 
-    start = time.perf_counter()
-    for i in list(ready):
-        run(i)
-    warm_up = time.perf_counter() - start
+    take_turn()  # compiles
+    warm_up = take_turn()
     for timing in timings:
         timing.seconds.clear()
         timing.core_seconds.clear()
     for _ in range(rounds or int(np.clip(seconds / max(warm_up, 1e-6), LEAST_ROUNDS, MOST_ROUNDS))):
-        for i in list(ready):
-            run(i)
+        take_turn()
     return timings
 
 
-@contextlib.contextmanager
-def reported(timing: Timing) -> Iterator[None]:
-    """Writes the first line of what goes wrong inside into a timing."""
+def runs_of(program: Program, timing: Timing) -> Iterator[None]:
+    """Compiles a program, then runs it once each time it is asked to go on, until it fails."""
     try:
-        yield
+        arguments = program.arguments()
+        start = time.perf_counter()
+        with without_compilation_cache():
+            compiled = program.function.lower(*arguments).compile()
+        timing.compile_seconds = time.perf_counter() - start
+        if found := compiled.memory_analysis():  # not every compiler says
+            total = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
+            timing.memory_bytes = int(total - found.alias_size_in_bytes)
+        while True:
+            yield
+            start, core_start = time.perf_counter(), time.process_time()
+            result = jax.block_until_ready(compiled(*arguments))
+            timing.seconds.append(time.perf_counter() - start)
+            timing.core_seconds.append(time.process_time() - core_start)
+            arguments = program.advance(arguments, result)
+            del result  # its memory is for the others
     except Exception as error:  # of many kinds: the compiler, the allocator, an implementation that is not there
         lines = str(error).strip().splitlines() or [""]
         timing.failure = f"{type(error).__name__}: {lines[0]}".rstrip(": ")[:200]
@@ -115,12 +131,3 @@ def without_compilation_cache() -> Iterator[None]:
     finally:
         jax.config.update(switch, before)
         compilation_cache.reset_cache()
-
-
-def memory_bytes(compiled: Any) -> int | None:
-    """Adds up arguments, outputs and temporaries of a compiled program; None where the compiler does not say."""
-    found = compiled.memory_analysis()
-    if found is None:
-        return None
-    total = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
-    return int(total - found.alias_size_in_bytes)

@@ -181,7 +181,7 @@ with (run / "metrics.jsonl").open("w") as stream:
 def checkout(tmp_path):
     """A folder with the scripts and an environment, up to date, whose python is the one above."""
     (tmp_path / "scripts").mkdir()
-    for name in ("reproduce.sh", "environment.sh"):
+    for name in ("reproduce.sh", "reproduce.py", "environment.sh"):
         shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts" / name)
     (tmp_path / "pyproject.toml").touch()
     programs = tmp_path / ".venv" / "bin"

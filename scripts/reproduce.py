@@ -1,0 +1,84 @@
+"""Trains and compares as scripts/reproduce.sh says, which runs this in the environment of the checkout."""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from crystalframer_jax.cli.common import reporting_errors
+from crystalframer_jax.configs.variants import VARIANTS
+from crystalframer_jax.text import table
+from crystalframer_jax.training.logging import read_metrics
+
+SHORT = ["--config.n_epochs=3", "--config.swa_epochs=0"]  # to measure speed
+
+
+class Trainer:
+    """Runs train.py in a process group of its own: signals, Ctrl-C too, reach it once, through `forward`."""
+
+    def __init__(self) -> None:
+        self.child: subprocess.Popen | None = None
+        self.stopped = False
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
+                signal.signal(number, self.forward)
+
+    def forward(self, number: int, frame: Any = None) -> None:
+        """Passes a signal on to the training, which saves what it has done and ends."""
+        self.stopped = True
+        if self.child:
+            self.child.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+
+    def train(self, *arguments: str) -> int:
+        """Trains; returns the exit status as a shell tells it."""
+        command = ["python", "scripts/train.py", *arguments]
+        self.child = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
+        if self.stopped:
+            self.forward(signal.SIGTERM)  # that came before there was a child
+        status = self.child.wait()
+        return status if status >= 0 else 128 - status
+
+
+def main(name: str, flags: list[str]) -> None:
+    """Trains all targets of a benchmark, or every variant for the timing, and prints a table."""
+    timing, variant = name == "timing", os.environ.get("VARIANT") or "default"
+    config = "jarvis" if timing else name
+    module = importlib.import_module(f"crystalframer_jax.configs.{config}")
+    with reporting_errors():
+        module.get_config(variant)
+    variants, benchmarks = (VARIANTS, module.BENCHMARKS[:1]) if timing else ([variant], module.BENCHMARKS)
+    runs = {Path("runs", name, v, b.target): (v, b) for v in variants for b in benchmarks}
+    trainer, failed = Trainer(), []
+    for run, (variant, benchmark) in runs.items():
+        print(f"== {run}", flush=True)
+        chosen = [f"--config.target_set={benchmark.target_set}", f"--config.targets={benchmark.target}"]
+        chosen += [*(SHORT if timing else ()), *flags]
+        status = trainer.train(f"--config=configs/{config}.py:{variant}", f"--workdir={run}", *chosen)
+        print()
+        if trainer.stopped or status in (130, 143) or (status == 0 and not (run / "summary.json").exists()):
+            return print(f"stopped in {run}; the same command continues there")
+        if status:
+            failed.append(f"  {run} (exit status {status})")
+    if timing:
+        speeds = {v: [f"{line['crystals_per_s']:,.1f}" for line in read_metrics(run)] for run, (v, _) in runs.items()}
+        epochs = max(map(len, speeds.values()))
+        header = ["crystals/s", *(f"epoch {epoch + 1}" for epoch in range(epochs))]
+        rows = [[v, *speed, *["-"] * (epochs - len(speed))] for v, speed in speeds.items()]
+    else:
+        header = [f"{name}, {variant}", "unit", "test MAE", "published"]
+        rows = []
+        for run, (v, b) in runs.items():
+            summary = run / "summary.json"
+            error = f"{json.loads(summary.read_text())['test'][b.target]['mae']:.5f}" if summary.exists() else "-"
+            rows.append([b.target, b.unit, error, str(b.published_mae.get(v, "-"))])
+    print(table(header, rows))
+    if failed:
+        sys.exit("\n".join(["\nfailed:", *failed]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
