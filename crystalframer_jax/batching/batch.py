@@ -310,11 +310,7 @@ def _occupancies(layout: _Layout) -> Any:
 def _joined(column: np.ndarray, offset: np.ndarray, indices: np.ndarray, length: int) -> Any:
     """Joins the segments `indices` of a flat column, padded with zeros to `length`."""
     column = np.asarray(column)  # a plain view of a memory map: many slices of it take no time
-    joined = np.empty((length, *column.shape[1:]), column.dtype)
-    starts, ends = offset[indices].tolist(), offset[indices + 1].tolist()
-    number = sum(ends) - sum(starts)
-    if len(indices):
-        slices = [column[start:end] for start, end in zip(starts, ends, strict=True)]
-        np.concatenate(slices, out=joined[:number])
-    joined[number:] = 0
+    joined = np.zeros((length, *column.shape[1:]), column.dtype)
+    segments = [column[start:end] for start, end in zip(offset[indices], offset[indices + 1], strict=True)]
+    np.concatenate([column[:0], *segments], out=joined[: sum(map(len, segments))])
     return joined
