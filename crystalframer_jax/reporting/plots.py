@@ -15,15 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import (
-    FixedLocator,
-    FuncFormatter,
-    LogLocator,
-    MaxNLocator,
-    NullFormatter,
-    ScalarFormatter,
-    StrMethodFormatter,
-)
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
 from crystalframer_jax.files import replacing
 from crystalframer_jax.reporting.calibration import (
@@ -36,15 +28,13 @@ from crystalframer_jax.reporting.calibration import (
 )
 from crystalframer_jax.reporting.metrics import errors
 
-DPI = 300
 COLUMN = 3.4  # inches: width of one column
 DIAGONAL: Any = {"color": "black", "linewidth": 0.7, "dashes": (4, 2), "zorder": 1}
 BLUE, VERMILION, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
 STYLE: Any = {
-    "figure.dpi": DPI,
+    "figure.dpi": 300,
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same letters everywhere
     "font.size": 8,
-    "axes.labelsize": 8,
     "axes.titlesize": 8,
     "xtick.labelsize": 7,
     "ytick.labelsize": 7,
@@ -214,10 +204,10 @@ def _parity_panel(axes: Axes, labels: np.ndarray, predictions: np.ndarray, unit:
         x, y = np.clip([labels[~inside], predictions[~inside]], *limits)
         axes.scatter(x, y, s=16, marker="x", color=VERMILION, linewidths=1, clip_on=False, zorder=3)
     ticks = MaxNLocator(6, steps=[1, 2, 2.5, 5, 10], min_n_ticks=3).tick_values(*limits)
+    large = 1000 <= max(map(abs, limits)) < 1e6
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(FixedLocator(ticks))
-        large = 1000 <= max(map(abs, limits)) < 1e6
-        axis.set_major_formatter(StrMethodFormatter("{x:,.0f}") if large else ScalarFormatter(useOffset=False))
+        axis.set_ticks(ticks)
+        axis.set_major_formatter("{x:,.0f}" if large else ScalarFormatter(useOffset=False))
     axes.set(xlim=limits, ylim=limits)
 
     error = errors(predictions, labels)
@@ -260,7 +250,6 @@ def _density(axes: Axes, labels: np.ndarray, predictions: np.ndarray, limits: tu
         mincnt=1,
         cmap="viridis",
         linewidths=0.1,
-        rasterized=True,
         zorder=2,
     )
     counts = np.asarray(bins.get_array())
@@ -269,7 +258,6 @@ def _density(axes: Axes, labels: np.ndarray, predictions: np.ndarray, limits: tu
     bar.set_label("crystals", size=7, labelpad=2)
     bar.ax.yaxis.set_major_formatter("{x:,.0f}")
     bar.ax.yaxis.set_minor_formatter(NullFormatter())
-    bar.outline.set_linewidth(0.6)  # type: ignore[operator]
 
 
 def _calibration(labels: np.ndarray, mean: np.ndarray, std: np.ndarray, name: str, unit: str) -> Figure:
@@ -314,14 +302,14 @@ def _calibration(labels: np.ndarray, mean: np.ndarray, std: np.ndarray, name: st
 def _log_axis(axes: Axes, which: str = "y") -> None:
     """Makes axes logarithmic with plain numbers at ticks, also within one decade."""
     for axis in (axes.xaxis, axes.yaxis) if which == "both" else (axes.yaxis,):
-        (axes.set_yscale if axis is axes.yaxis else axes.set_xscale)("log", nonpositive="clip")
+        axes.set(**{f"{axis.axis_name}scale": "log"})
         low, high = axis.get_data_interval()
         if high < 10 * low and which == "y":
             subs: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0, 6.0)
         else:  # numbers side by side need more room than those above each other
             subs = (1.0, 2.0, 5.0) if high < (30 if which == "both" else 1000) * low else (1.0,)
         axis.set_major_locator(LogLocator(subs=subs))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+        axis.set_major_formatter("{x:,.10g}")
         axis.set_minor_formatter(NullFormatter())
 
 
