@@ -12,12 +12,7 @@ from crystalframer_jax.config import ConfigError
 from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.inference.evaluation import Predictions
 from crystalframer_jax.inference.predictor import Predictor, crystals_of
-from crystalframer_jax.reporting.metrics import (
-    mean_absolute_errors,
-    mean_predictor_errors,
-    regression_metrics,
-    with_baseline,
-)
+from crystalframer_jax.reporting import metrics
 from crystalframer_jax.reporting.predictions import plot_calibration, write_split
 from crystalframer_jax.runs.checkpoints import CheckpointError, read_json
 from crystalframer_jax.structures.neighbors import LatticeBox
@@ -160,8 +155,8 @@ def ensemble_summary(ensemble: Ensemble, dataset: Dataset, folder: str | Path) -
         labels = dataset.labels[indices]
         samples = ensemble.predict_members(dataset, indices)
         mean, spread = Predictions.over(samples)
-        baseline = mean_predictor_errors(labels, targets, train_labels)
-        errors = with_baseline(regression_metrics(mean, labels, targets), baseline, targets)
+        baseline = metrics.mean_predictor_errors(labels, targets, train_labels)
+        errors = metrics.with_baseline(metrics.regression_metrics(mean, labels, targets), baseline, targets)
         for t, s in enumerate(targets):
             errors[s.name]["mean_std"] = float(spread[:, t].mean())
         if split == "test":
@@ -172,5 +167,5 @@ def ensemble_summary(ensemble: Ensemble, dataset: Dataset, folder: str | Path) -
         summary["mean_predictor_mae"][split] = baseline
         summary[split] = errors
         for member, sample in zip(members, samples, strict=True):
-            member[split] = mean_absolute_errors(sample, labels, targets)
+            member[split] = metrics.mean_absolute_errors(sample, labels, targets)
     return summary | {"units": {s.name: s.unit for s in targets}}
