@@ -280,11 +280,9 @@ def _lattice_vectors(layout: _Layout) -> Any:
 
 def _scatter(layout: _Layout) -> Scatter:
     """Returns the scatter of every crystal: zeros for padding, 0 eigenvalues for a single atom."""
-    values, axes = np.zeros((len(layout.indices), 3)), np.zeros((len(layout.indices), 3, 3))
-    for number, crystal in enumerate(layout.indices):
-        position = layout.table.position[slice(*layout.table.atom_offset[crystal : crystal + 2])]
-        centered = position - position.mean(axis=0)
-        values[number], axes[number] = np.linalg.eigh(centered.T @ centered)
+    positions = np.split(layout.table.position[layout.atoms], np.cumsum(layout.sizes)[:-1])
+    centered = [position - position.mean(axis=0) for position in positions if len(position)]
+    values, axes = np.linalg.eigh(np.reshape([x.T @ x for x in centered], (-1, 3, 3)))
     total = values.sum(axis=1, keepdims=True)
     values /= np.where(total > SMALLEST_SCATTER, total, np.inf)
     dtype = layout.shape.parts.dtype
@@ -310,11 +308,7 @@ def _occupancies(layout: _Layout) -> Any:
 def _joined(column: np.ndarray, offset: np.ndarray, indices: np.ndarray, length: int) -> Any:
     """Joins the segments `indices` of a flat column, padded with zeros to `length`."""
     column = np.asarray(column)  # a plain view of a memory map: many slices of it take no time
-    joined = np.empty((length, *column.shape[1:]), column.dtype)
-    starts, ends = offset[indices].tolist(), offset[indices + 1].tolist()
-    number = sum(ends) - sum(starts)
-    if len(indices):
-        slices = [column[start:end] for start, end in zip(starts, ends, strict=True)]
-        np.concatenate(slices, out=joined[:number])
-    joined[number:] = 0
+    joined = np.zeros((length, *column.shape[1:]), column.dtype)
+    segments = [column[start:end] for start, end in zip(offset[indices], offset[indices + 1], strict=True)]
+    np.concatenate([column[:0], *segments], out=joined[: sum(map(len, segments))])
     return joined

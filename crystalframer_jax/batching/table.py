@@ -12,7 +12,7 @@ import numpy as np
 
 from crystalframer_jax.structures.crystal import Crystal
 from crystalframer_jax.structures.lattice import reduction
-from crystalframer_jax.structures.neighbors import NeighborRows
+from crystalframer_jax.structures.neighbors import LatticeBox, NeighborRows, neighbor_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,18 +66,22 @@ def make_table(crystals: Sequence[Crystal], rows: Sequence[NeighborRows]) -> Cry
     return CrystalTable(**crystal_columns(crystals), **row_columns(crystals, rows))
 
 
+def table_of(crystals: Sequence[Crystal], cutoff: float | LatticeBox) -> CrystalTable:
+    """Makes a table of crystals with their neighbor rows."""
+    return make_table(crystals, [neighbor_rows(crystal, cutoff) for crystal in crystals])
+
+
 def crystal_columns(crystals: Sequence[Crystal]) -> dict[str, np.ndarray]:
     """Makes the CRYSTAL_COLUMNS of some crystals."""
-    shared = [_shared_sites(crystal) for crystal in crystals]
-    atom_offset = _offsets([crystal.num_atoms for crystal in crystals])
-    sites = [site + start for (site, _), start in zip(shared, atom_offset[:-1], strict=True)]
+    atom_offset = np.cumsum([0, *(crystal.num_atoms for crystal in crystals)], dtype=np.int64)
+    shared = [_shared_sites(crystal, start) for crystal, start in zip(crystals, atom_offset[:-1], strict=True)]
     return {
         "ids": np.array([crystal.id for crystal in crystals], dtype=np.str_),
         "atom_offset": atom_offset,
         "lattice": np.array([crystal.lattice for crystal in crystals], dtype=np.float64).reshape(-1, 3, 3),
         "species": _join([crystal.species for crystal in crystals], np.int8),
         "position": _join([crystal.positions for crystal in crystals], np.float64, (3,)),
-        "shared_site": _join(sites, np.int64),
+        "shared_site": _join([sites for sites, _ in shared], np.int64),
         "shared_occupancy": _join([occupancy for _, occupancy in shared], np.float64, (98,)),
     }
 
@@ -89,7 +93,7 @@ def row_columns(crystals: Sequence[Crystal], rows: Sequence[NeighborRows]) -> di
     inverse = [np.rint(np.linalg.inv(matrix)).astype(np.int64) for matrix in reduced]
     images = [row.image @ matrix for row, matrix in zip(rows, inverse, strict=True)]
     return {
-        "edge_offset": _offsets([len(row.index) for row in rows]),
+        "edge_offset": np.cumsum([0, *(len(row.index) for row in rows)], dtype=np.int64),
         "count": _narrow("count", _join([row.count for row in rows], np.int64)),
         "basis": np.array(bases, dtype=np.float64).reshape(-1, 3, 3),
         "image": _narrow("image", _join(images, np.int64, (3,))),
@@ -112,22 +116,13 @@ def _narrow(column: str, values: np.ndarray) -> np.ndarray:
     return values.astype(narrowest(column, int(values.min(initial=0)), int(values.max(initial=0))))
 
 
-def _shared_sites(crystal: Crystal) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the sites that are not simply one atom of one element, and their occupancies."""
+def _shared_sites(crystal: Crystal, first: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the sites, counted from `first`, that are not simply one atom of one element, and their occupancies."""
     if crystal.occupancies is None:
         return np.zeros(0, np.int64), np.zeros((0, 98))
     whole = crystal.occupancies[np.arange(crystal.num_atoms), crystal.species - 1] == 1.0
-    return np.flatnonzero(~whole), crystal.occupancies[~whole]
-
-
-def _offsets(sizes: Sequence[int]) -> np.ndarray:
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(np.array(sizes, np.int64))])
+    return first + np.flatnonzero(~whole), crystal.occupancies[~whole]
 
 
 def _join(parts: list[np.ndarray], dtype: type, shape: tuple[int, ...] = ()) -> np.ndarray:
-    """Concatenates into one column of `dtype`; a value that the type cannot hold is an error."""
-    joined = np.concatenate(parts) if parts else np.zeros((0, *shape))
-    column: np.ndarray = joined.astype(dtype)
-    if np.issubdtype(dtype, np.integer) and not np.array_equal(column, joined):
-        raise OverflowError(f"values up to {np.abs(joined).max()} do not fit {np.dtype(dtype)}")
-    return column
+    return np.concatenate([np.zeros((0, *shape), dtype), *parts]).astype(dtype)

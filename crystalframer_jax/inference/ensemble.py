@@ -7,16 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from crystalframer_jax.batching.table import table_of
 from crystalframer_jax.config import ConfigError
 from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.inference.evaluation import Predictions
-from crystalframer_jax.inference.predictor import Predictor, crystals_of, table_of
-from crystalframer_jax.reporting.metrics import (
-    mean_absolute_errors,
-    mean_predictor_errors,
-    regression_metrics,
-    with_baseline,
-)
+from crystalframer_jax.inference.predictor import Predictor, crystals_of
+from crystalframer_jax.reporting import metrics
 from crystalframer_jax.reporting.predictions import plot_calibration, write_split
 from crystalframer_jax.runs.checkpoints import CheckpointError, read_json
 from crystalframer_jax.structures.neighbors import LatticeBox
@@ -43,12 +39,8 @@ class Ensemble:
         self.members = tuple(members)
         self.names = tuple(names) or tuple(str(number) for number in range(len(members)))
         self.targets, self.config = members[0].targets, members[0].config
-        for number, member in enumerate(self.members):
-            if _outputs(member) != _outputs(self.members[0]):
-                raise ConfigError(
-                    f"{self._describe(0)} predicts {_outputs(self.members[0])}, {self._describe(number)} "
-                    f"{_outputs(member)}: the models of an ensemble must predict the same"
-                )
+        outputs = [", ".join(f"{s.name} ({s.unit})" for s in member.targets) for member in members]
+        self._common("predicts", outputs, "the models of an ensemble must predict the same")
         used = ", ".join(sorted({member.weights for member in self.members}))
         of_folder = f"{used} weights of the {self.spread_over()} in {folder}"
         self.origin = of_folder if folder else f"ensemble of {self.spread_over()}"
@@ -71,14 +63,9 @@ class Ensemble:
     @property
     def cutoff(self) -> float | LatticeBox:
         """Radius of the neighbor rows that serve all members, Å; ConfigError if they have different ones."""
-        for number, member in enumerate(self.members):
-            if member.cutoff != self.members[0].cutoff:
-                raise ConfigError(
-                    f"{self._describe(0)} has the cutoff {self.members[0].cutoff}, {self._describe(number)} "
-                    f"{member.cutoff}: no table of neighbors serves both; predict structures, or evaluate them one by "
-                    "one"
-                )
-        return self.members[0].cutoff
+        cutoffs = [member.cutoff for member in self.members]
+        why = "no table of neighbors serves both; predict structures, or evaluate them one by one"
+        return self._common("has the cutoff", cutoffs, why)
 
     def predict(
         self, structures: Iterable[Any] | Any, num_frame_samples: int | None = None, progress: bool = False
@@ -111,14 +98,15 @@ class Ensemble:
         """Tells what the spread of predictions is over: "3 models"."""
         return f"{len(self.members)} model{'s' if len(self.members) > 1 else ''}"
 
-    def _describe(self, number: int) -> str:
-        """Names a member, for a message."""
-        return f"member {self.names[number].removeprefix('member_')} ({self.members[number].origin})"
-
-
-def _outputs(member: Predictor) -> str:
-    """Returns the names and units of the targets of a model."""
-    return ", ".join(f"{s.name} ({s.unit})" for s in member.targets)
+    def _common(self, verb: str, values: Sequence[Any], why: str) -> Any:
+        """Returns the value that all members share; ConfigError naming two members that do not."""
+        names = [
+            f"member {n.removeprefix('member_')} ({m.origin})" for n, m in zip(self.names, self.members, strict=True)
+        ]
+        for name, value in zip(names, values, strict=True):
+            if value != values[0]:
+                raise ConfigError(f"{names[0]} {verb} {values[0]}, {name} {value}: {why}")
+        return values[0]
 
 
 def is_ensemble(folder: Path) -> bool:
@@ -167,8 +155,8 @@ def ensemble_summary(ensemble: Ensemble, dataset: Dataset, folder: str | Path) -
         labels = dataset.labels[indices]
         samples = ensemble.predict_members(dataset, indices)
         mean, spread = Predictions.over(samples)
-        baseline = mean_predictor_errors(labels, targets, train_labels)
-        errors = with_baseline(regression_metrics(mean, labels, targets), baseline, targets)
+        baseline = metrics.mean_predictor_errors(labels, targets, train_labels)
+        errors = metrics.with_baseline(metrics.regression_metrics(mean, labels, targets), baseline, targets)
         for t, s in enumerate(targets):
             errors[s.name]["mean_std"] = float(spread[:, t].mean())
         if split == "test":
@@ -179,5 +167,5 @@ def ensemble_summary(ensemble: Ensemble, dataset: Dataset, folder: str | Path) -
         summary["mean_predictor_mae"][split] = baseline
         summary[split] = errors
         for member, sample in zip(members, samples, strict=True):
-            member[split] = mean_absolute_errors(sample, labels, targets)
+            member[split] = metrics.mean_absolute_errors(sample, labels, targets)
     return summary | {"units": {s.name: s.unit for s in targets}}

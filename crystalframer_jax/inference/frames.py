@@ -7,14 +7,13 @@ import numpy as np
 
 from crystalframer_jax.batching.batch import pack, unpacked
 from crystalframer_jax.batching.shapes import shape_for
-from crystalframer_jax.batching.table import make_table
+from crystalframer_jax.batching.table import table_of
 from crystalframer_jax.config import BatchParts, ConfigError
 from crystalframer_jax.model.frames import block_frames
 from crystalframer_jax.ops.frames import METHODS
 from crystalframer_jax.ops.random_bits import keys_by_place, row_seeds
 from crystalframer_jax.structures.crystal import CrystalError
 from crystalframer_jax.structures.files import as_crystals
-from crystalframer_jax.structures.neighbors import neighbor_rows
 
 _compiled = jax.jit(block_frames, static_argnums=(0, 5))
 _unpacked = jax.jit(unpacked)
@@ -61,7 +60,7 @@ def compute_frames(
     crystal = crystals[0]
     q, k, a = _weights(crystal.num_atoms, q, k, a)
     with jax.enable_x64(True):
-        table = make_table([crystal], [neighbor_rows(crystal, cutoff_radius)])
+        table = table_of([crystal], cutoff_radius)
         parts = BatchParts(lattice_vectors=method == "lattice", scatter=method == "pca", dtype="float64")
         batch = pack(table, np.array([0]), shape_for(table, np.array([0]), parts))
         place = np.flatnonzero(batch.species)

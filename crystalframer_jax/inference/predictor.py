@@ -1,6 +1,5 @@
 """Predictor: a trained model, ready to predict structures."""
 
-import contextlib
 import functools
 import os
 from collections.abc import Iterable, Sequence
@@ -13,7 +12,7 @@ from tqdm import tqdm
 
 from crystalframer_jax.batching.batch import pack
 from crystalframer_jax.batching.shapes import BatchShape
-from crystalframer_jax.batching.table import CrystalTable, make_table
+from crystalframer_jax.batching.table import CrystalTable, table_of
 from crystalframer_jax.batching.targets import TargetStatistics
 from crystalframer_jax.config import BatchParts, ModelConfig, TrainConfig
 from crystalframer_jax.data.store import Dataset
@@ -32,7 +31,6 @@ from crystalframer_jax.runs.checkpoints import (
 from crystalframer_jax.runs.run_directory import read_config
 from crystalframer_jax.structures.crystal import Crystal
 from crystalframer_jax.structures.files import as_crystals
-from crystalframer_jax.structures.neighbors import LatticeBox, neighbor_rows
 
 AVERAGES = {"swa": "swa_epochs", "ema": "ema_decay"}  # averaged weights, and what switches them on
 WEIGHTS = ("best", "last", *AVERAGES)
@@ -80,15 +78,15 @@ class Predictor:
                 f"{run_dir} is one checkpoint: give weights 'last', 'swa' or 'ema', or its run directory"
             )
         config = read_config(workdir)
-        with contextlib.closing(Checkpoints(workdir)) as checkpoints:
-            weights = weights or (_selected(workdir) if step is None else "last")
-            if weights not in WEIGHTS:
-                raise CheckpointError(f"weights={weights!r} do not exist; allowed: {', '.join(WEIGHTS)}")
-            if step is None:
-                step = _step_with(weights, checkpoints)
-            with working_precision(config):
-                fields = checkpoints.restore_model(step, _abstract_model(config))
-            targets = tuple(TargetStatistics(**target) for target in checkpoints.meta(step)["targets"])
+        checkpoints = Checkpoints(workdir)
+        weights = weights or (_selected(workdir) if step is None else "last")
+        if weights not in WEIGHTS:
+            raise CheckpointError(f"weights={weights!r} do not exist; allowed: {', '.join(WEIGHTS)}")
+        if step is None:
+            step = _step_with(weights, checkpoints)
+        with working_precision(config):
+            fields = checkpoints.restore_model(step, _abstract_model(config))
+        targets = tuple(TargetStatistics(**target) for target in checkpoints.meta(step)["targets"])
         _check_average(weights, fields, config, workdir, step)
         origin = f"{weights} weights of {workdir}, step {step}"
         return cls(config, variables_in(fields, weights), targets, weights, step, origin)
@@ -173,11 +171,6 @@ def crystals_of(structures: Iterable[Any] | Any) -> list[Crystal]:
     return [crystal for item in items for crystal in as_crystals(item)]
 
 
-def table_of(crystals: Sequence[Crystal], cutoff: float | LatticeBox) -> CrystalTable:
-    """Makes a table of crystals with their neighbor rows."""
-    return make_table(crystals, [neighbor_rows(crystal, cutoff) for crystal in crystals])
-
-
 @functools.lru_cache(maxsize=8)
 def _forward_of(model: ModelConfig, devices: Devices) -> Forward:
     """Compiles the forward pass of a model, once for all predictors of the same hyperparameters."""
@@ -244,7 +237,7 @@ def variables_in(fields: dict[str, Tree], weights: str) -> Tree:
 def _abstract_model(config: TrainConfig) -> dict[str, Tree]:
     """Returns the shapes of the model's part of a checkpoint."""
     model = config.model
-    padding = pack(make_table([], []), np.arange(0), BatchShape(1, 1, 1, 1, model.parts))
+    padding = pack(table_of([], config.cutoff), np.arange(0), BatchShape(1, 1, 1, 1, model.parts))
     variables = jax.eval_shape(CrystalFramer(model).init, jax.random.key(0), padding)
     return on_this_device(stored_fields(config, variables))
 

@@ -17,14 +17,10 @@ def mean_absolute_errors(
 
 
 def mean_predictor_errors(
-    labels: np.ndarray, statistics: tuple[TargetStatistics, ...], train_labels: np.ndarray | None = None
+    labels: np.ndarray, statistics: tuple[TargetStatistics, ...], train_labels: np.ndarray
 ) -> dict[str, float]:
-    """Returns the MAE of predicting the mean of the training labels for every crystal, labels [C, T].
-
-    Without training labels [C, T] their mean is taken from the statistics (which hold it unless `normalize_targets`
-    leaves the targets where they are).
-    """
-    mean = [s.mean for s in statistics] if train_labels is None else np.nanmean(train_labels, axis=0)
+    """Returns the MAE of predicting the mean of the training labels for every crystal, both [C, T]."""
+    mean = np.nanmean(train_labels, axis=0)
     return mean_absolute_errors(np.broadcast_to(mean, labels.shape), labels, statistics)
 
 

@@ -4,27 +4,18 @@ Sizes are those of a column of a journal, so that figures are included without s
 300 dots per inch, and colours that colour-blind readers can tell apart (Okabe and Ito).
 """
 
-import contextlib
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import (
-    FixedLocator,
-    FuncFormatter,
-    LogLocator,
-    MaxNLocator,
-    NullFormatter,
-    ScalarFormatter,
-    StrMethodFormatter,
-)
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
 from crystalframer_jax.files import replacing
 from crystalframer_jax.reporting.calibration import (
@@ -37,13 +28,13 @@ from crystalframer_jax.reporting.calibration import (
 )
 from crystalframer_jax.reporting.metrics import errors
 
-DPI = 300
 COLUMN = 3.4  # inches: width of one column
+DIAGONAL: Any = {"color": "black", "linewidth": 0.7, "dashes": (4, 2), "zorder": 1}
 BLUE, VERMILION, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
 STYLE: Any = {
+    "figure.dpi": 300,
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same letters everywhere
     "font.size": 8,
-    "axes.labelsize": 8,
     "axes.titlesize": 8,
     "xtick.labelsize": 7,
     "ytick.labelsize": 7,
@@ -61,25 +52,21 @@ SCATTER_POINTS = 1500  # more crystals than this are shown by their density
 MAX_BINS, POINTS_PER_BIN = 10, 20  # of a reliability diagram
 
 
-@contextlib.contextmanager
-def style() -> Iterator[None]:
-    """Sets Matplotlib to its own defaults and STYLE, whatever the settings of the user; they come back afterwards."""
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE)
-        yield
+# Matplotlib's own defaults and STYLE, whatever the settings of the user; they come back afterwards.
+style = functools.partial(matplotlib.style.context, STYLE, after_reset=True)
 
 
+@style()
 def learning_curve(epochs: Sequence[dict[str, Any]], file: Path, swa_first_epoch: int | None = None) -> None:
     """Plots losses and learning rate against epochs, as lines of metrics.jsonl hold them.
 
     Epochs count from 0 in the data and from 1 in the figure. `swa_first_epoch` is the first (from 0) whose weights
     are averaged. Raises ValueError if there are no epochs.
     """
-    with style():
-        _write(_learning_curve(epochs, swa_first_epoch), file)
+    _write(_learning_curve(epochs, swa_first_epoch), file)
 
 
+@style()
 def parity(
     labels: np.ndarray,
     predictions: np.ndarray,
@@ -93,10 +80,10 @@ def parity(
     The errors in a panel are over all crystals with a label, also those beyond its axes, which are marked at the edge.
     Raises ValueError if the shapes do not agree.
     """
-    with style():
-        _write(_parity(labels, predictions, names, units, split), file)
+    _write(_parity(labels, predictions, names, units, split), file)
 
 
+@style()
 def calibration(
     labels: np.ndarray, mean: np.ndarray, std: np.ndarray, name: str, unit: str, file: Path
 ) -> dict[str, float]:
@@ -108,8 +95,7 @@ def calibration(
     out; ValueError if none is known or a deviation is negative or not finite.
     """
     labels, mean, std = comparable(labels, mean, std)
-    with style():
-        _write(_calibration(labels, mean, std, name, unit), file)
+    _write(_calibration(labels, mean, std, name, unit), file)
     return {
         "miscalibration_area": miscalibration_area(labels, mean, std),
         "rmse": rms(mean - labels),
@@ -126,9 +112,10 @@ def _learning_curve(epochs: Sequence[dict[str, Any]], swa_first_epoch: int | Non
     best = int(np.argmin(val_loss))
 
     show_lr = np.ptp(lr) > 1e-6 * np.max(np.abs(lr))
-    figure = Figure(figsize=(COLUMN, 3.2 if show_lr else 2.5), dpi=DPI, layout="constrained")
-    rows = figure.subplots(2, 1, sharex=True, squeeze=False, height_ratios=(3, 1))[:, 0] if show_lr else None
-    top: Axes = figure.subplots() if rows is None else rows[0]
+    figure = Figure(figsize=(COLUMN, 3.2 if show_lr else 2.5), layout="constrained")
+    heights = (3, 1) if show_lr else (1,)
+    panels = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)
+    top, bottom = panels[0, 0], panels[-1, 0]
 
     line: dict[str, Any] = {"linewidth": 1.2} if len(number) <= 200 else {"linewidth": 0.7}
     if len(number) <= 30:
@@ -143,9 +130,7 @@ def _learning_curve(epochs: Sequence[dict[str, Any]], swa_first_epoch: int | Non
         _log_axis(top)
     top.set_ylabel("loss (standardized)")
 
-    bottom = top
-    if rows is not None:
-        bottom = rows[1]
+    if show_lr:
         power = math.floor(math.log10(np.max(np.abs(lr))))
         bottom.plot(number, lr / 10.0**power, color=GRAY, **line)
         superscript = str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
@@ -188,7 +173,7 @@ def _square_panels(count: int, columns: int, right: float, top: float) -> tuple[
     left, bottom = 0.62, 0.42
     side, rows = COLUMN - left - right, math.ceil(count / columns)
     width, height = COLUMN * columns, (bottom + side + top) * rows
-    figure = Figure(figsize=(width, height), dpi=DPI)
+    figure = Figure(figsize=(width, height))
     panels = []
     for i in range(count):
         row, column = divmod(i, columns)
@@ -209,7 +194,7 @@ def _parity_panel(axes: Axes, labels: np.ndarray, predictions: np.ndarray, unit:
     labels, predictions = labels[valid], predictions[valid]
     limits = axis_range(labels, predictions)
     inside = (np.minimum(labels, predictions) >= limits[0]) & (np.maximum(labels, predictions) <= limits[1])
-    axes.plot(limits, limits, color="black", linewidth=0.7, dashes=(4, 2), zorder=1)
+    axes.plot(limits, limits, **DIAGONAL)
     if inside.sum() > SCATTER_POINTS:
         _density(axes, labels[inside], predictions[inside], limits)
     else:
@@ -219,10 +204,10 @@ def _parity_panel(axes: Axes, labels: np.ndarray, predictions: np.ndarray, unit:
         x, y = np.clip([labels[~inside], predictions[~inside]], *limits)
         axes.scatter(x, y, s=16, marker="x", color=VERMILION, linewidths=1, clip_on=False, zorder=3)
     ticks = MaxNLocator(6, steps=[1, 2, 2.5, 5, 10], min_n_ticks=3).tick_values(*limits)
+    large = 1000 <= max(map(abs, limits)) < 1e6
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(FixedLocator(ticks))
-        large = 1000 <= max(map(abs, limits)) < 1e6
-        axis.set_major_formatter(StrMethodFormatter("{x:,.0f}") if large else ScalarFormatter(useOffset=False))
+        axis.set_ticks(ticks)
+        axis.set_major_formatter("{x:,.0f}" if large else ScalarFormatter(useOffset=False))
     axes.set(xlim=limits, ylim=limits)
 
     error = errors(predictions, labels)
@@ -265,7 +250,6 @@ def _density(axes: Axes, labels: np.ndarray, predictions: np.ndarray, limits: tu
         mincnt=1,
         cmap="viridis",
         linewidths=0.1,
-        rasterized=True,
         zorder=2,
     )
     counts = np.asarray(bins.get_array())
@@ -274,7 +258,6 @@ def _density(axes: Axes, labels: np.ndarray, predictions: np.ndarray, limits: tu
     bar.set_label("crystals", size=7, labelpad=2)
     bar.ax.yaxis.set_major_formatter("{x:,.0f}")
     bar.ax.yaxis.set_minor_formatter(NullFormatter())
-    bar.outline.set_linewidth(0.6)  # type: ignore[operator]
 
 
 def _calibration(labels: np.ndarray, mean: np.ndarray, std: np.ndarray, name: str, unit: str) -> Figure:
@@ -283,7 +266,7 @@ def _calibration(labels: np.ndarray, mean: np.ndarray, std: np.ndarray, name: st
     figure.suptitle(f"{name}, {len(labels):,} crystal{'s' if len(labels) > 1 else ''}", fontsize=8, y=0.985)
     observed = coverage(labels, mean, std)
     left.fill_between(COVERAGE_LEVELS, COVERAGE_LEVELS, observed, color=BLUE, alpha=0.2, linewidth=0)
-    left.plot([0, 1], [0, 1], color="black", linewidth=0.7, dashes=(4, 2))
+    left.plot([0, 1], [0, 1], **DIAGONAL)
     left.plot(COVERAGE_LEVELS, observed, color=BLUE, linewidth=1.2)
     left.set(xlim=(0, 1), ylim=(0, 1), xlabel="probability of the interval", ylabel="share of labels inside")
     left.set_title(f"miscalibration area {_number(miscalibration_area(labels, mean, std))}")
@@ -309,7 +292,7 @@ def _calibration(labels: np.ndarray, mean: np.ndarray, std: np.ndarray, name: st
         limits = (-0.03 * upper, upper)  # so that points of deviation 0 show
         for axis in (right.xaxis, right.yaxis):
             axis.set_major_locator(MaxNLocator(5))
-    right.plot(limits, limits, color="black", linewidth=0.7, dashes=(4, 2), zorder=1)
+    right.plot(limits, limits, **DIAGONAL)
     right.set(xlim=limits, ylim=limits, xlabel=f"predicted deviation, rms ({unit})", ylabel=f"RMSE ({unit})")
     right.set_title(f"{num_bins} bins of equal counts" if num_bins > 1 else "all crystals in one bin")
     _despine(left, right)
@@ -319,14 +302,14 @@ def _calibration(labels: np.ndarray, mean: np.ndarray, std: np.ndarray, name: st
 def _log_axis(axes: Axes, which: str = "y") -> None:
     """Makes axes logarithmic with plain numbers at ticks, also within one decade."""
     for axis in (axes.xaxis, axes.yaxis) if which == "both" else (axes.yaxis,):
-        (axes.set_yscale if axis is axes.yaxis else axes.set_xscale)("log", nonpositive="clip")
+        axes.set(**{f"{axis.axis_name}scale": "log"})
         low, high = axis.get_data_interval()
         if high < 10 * low and which == "y":
             subs: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0, 6.0)
         else:  # numbers side by side need more room than those above each other
             subs = (1.0, 2.0, 5.0) if high < (30 if which == "both" else 1000) * low else (1.0,)
         axis.set_major_locator(LogLocator(subs=subs))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+        axis.set_major_formatter("{x:,.10g}")
         axis.set_minor_formatter(NullFormatter())
 
 
@@ -346,5 +329,4 @@ def _despine(*panels: Axes) -> None:
 def _write(figure: Figure, file: Path) -> None:
     """Writes a PNG; a reader sees the old figure or the new."""
     with replacing(file) as temporary:
-        FigureCanvasAgg(figure)
-        figure.savefig(temporary, format="png", dpi=DPI)
+        figure.savefig(temporary, format="png")

@@ -46,8 +46,6 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path, writable: bool = False, keep_best: int = 1, keep_last: int = 2):
-        if keep_last < 1 or keep_best < 0:
-            raise ValueError(f"keep_last={keep_last} must be at least 1, keep_best={keep_best} at least 0")
         self.workdir, self.folder = workdir, workdir / FOLDER
         self.writable, self.keep_best, self.keep_last = writable, keep_best, keep_last
         if not writable and not self.folder.is_dir():
@@ -119,9 +117,9 @@ class Checkpoints:
             for old in self._superseded():
                 os.rename(self.path(old), self._unfinished / f"deleted-{old}")  # a reader sees all of it or none
         except Exception as error:  # Orbax and TensorStore raise many kinds
-            self._discard_unfinished()  # gives back its space
             raise self._failure(step, error) from error
-        self._discard_unfinished()
+        finally:
+            self._discard_unfinished()  # gives back the space of one that failed
 
     def _put_in_place(self, step: int) -> None:
         if self.path(step).exists():

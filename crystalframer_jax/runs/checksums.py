@@ -28,18 +28,15 @@ def problem(folder: Path, under: str = "") -> str | None:
     `under`: look only at paths that begin so.
     """
     try:
-        text = (folder / NAME).read_bytes().decode()
+        content = (folder / NAME).read_bytes()
         found = _digests(folder, under)
-    except FileNotFoundError as error:
-        if error.filename == str(folder / NAME):
-            return f"it has no {NAME}, so it was not finished or comes from an old version"
-        return _cannot_be_read(error)
-    except UnicodeDecodeError:
-        return f"{NAME} is damaged"
     except OSError as error:
-        return _cannot_be_read(error)
-    stored = {name: digest for digest, name in re.findall("([0-9a-f]{64})  (.+)\n", text)}
-    if text != _lines(stored):
+        if isinstance(error, FileNotFoundError) and error.filename == str(folder / NAME):
+            return f"it has no {NAME}, so it was not finished or comes from an old version"
+        return f"{error.filename} cannot be read ({error.strerror})"
+    lines = re.findall("([0-9a-f]{64})  (.+)\n", content.decode(errors="replace"))
+    stored = {name: digest for digest, name in lines}
+    if content != _lines(stored).encode():
         return f"{NAME} is damaged"
     stored = {name: digest for name, digest in stored.items() if name.startswith(under)}
     for name in sorted(stored.keys() | found.keys()):
@@ -65,13 +62,13 @@ def sync(path: Path) -> None:
 
 
 def _digests(folder: Path, under: str = "") -> dict[str, str]:
-    """SHA-256 of the files whose path begins with `under`, but for the checksums; OSError if one cannot be read."""
+    """Digests the files whose path begins with `under`, but for the checksums; OSError if one cannot be read."""
     names = (file.relative_to(folder).as_posix() for file in _files(folder))
     return {name: sha256(folder / name) for name in names if name != NAME and name.startswith(under)}
 
 
 def _lines(digests: dict[str, str]) -> str:
-    """Lines "DIGEST  PATH" as `sha256sum` prints them, sorted by path."""
+    """Writes lines "DIGEST  PATH" as `sha256sum` prints them, sorted by path."""
     return "".join(f"{digests[name]}  {name}\n" for name in sorted(digests))
 
 
@@ -82,7 +79,3 @@ def _files(folder: Path) -> Iterator[Path]:
     for parent, _, names in os.walk(folder, onerror=fail):
         for name in names:
             yield Path(parent, name)
-
-
-def _cannot_be_read(error: OSError) -> str:
-    return f"{error.filename} cannot be read ({error.strerror})"

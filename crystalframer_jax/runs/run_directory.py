@@ -41,10 +41,19 @@ def check_config(config: TrainConfig, workdir: Path, resume_with_changes: Sequen
         )
     if (workdir / "member_0").exists():
         raise ConfigError(f"{workdir} holds an ensemble; choose another --workdir")
-    before, values = stored_config(workdir), as_json(config)
-    if before:
-        changed = [key for key in _changed(before, values) if key not in UNIMPORTANT_KEYS]
-        _check_changes(workdir, changed, before, values, resume_with_changes)
+    changes = {key: pair for key, pair in _changes(workdir, config).items() if key not in UNIMPORTANT_KEYS}
+    fixed = [key for key in changes if key not in RESUMABLE_KEYS]
+    if fixed and changes.keys() <= set(resume_with_changes):
+        raise ConfigError(
+            f"{', '.join(fixed)} cannot change within a run; choose another --workdir, and "
+            f"--config.pretrained_model={workdir} to start from its weights"
+        )
+    if changes.keys() - set(resume_with_changes):
+        told = [f"{key} {old!r} -> {new!r}" for key, (old, new) in changes.items() if key not in resume_with_changes]
+        remedy = "" if fixed else f", or go on with them by --resume_with_changes={','.join(changes)}"
+        raise ConfigError(
+            f"{workdir} holds a run with other hyperparameters ({', '.join(told)}); choose another --workdir{remedy}"
+        )
 
 
 def check_data(dataset: Dataset, workdir: Path) -> None:
@@ -62,14 +71,12 @@ def check_data(dataset: Dataset, workdir: Path) -> None:
 
 def store_config(config: TrainConfig, workdir: Path) -> None:
     """Writes config.json; values that have changed since are kept in config_changes.jsonl."""
-    before, values = stored_config(workdir), as_json(config)
-    changed = _changed(before, values) if before else []
-    if changed:
-        record = {"time": _now(), "changes": {key: [before.get(key), values.get(key)] for key in changed}}
+    changes = _changes(workdir, config)
+    if changes:
         with (workdir / "config_changes.jsonl").open("a") as stream:
-            stream.write(json.dumps(record) + "\n")
-    if changed or not before:
-        write_json(workdir / "config.json", values)
+            stream.write(json.dumps({"time": _now(), "changes": changes}) + "\n")
+    if changes or not stored_config(workdir):
+        write_json(workdir / "config.json", as_json(config))
 
 
 def read_config(workdir: Path) -> TrainConfig:
@@ -88,27 +95,10 @@ def stored_config(workdir: Path) -> dict[str, Any]:
     return as_json(read_config(workdir)) if is_begun else {}
 
 
-def _changed(before: dict[str, Any], values: dict[str, Any]) -> list[str]:
-    return [key for key in sorted({*values, *before}) if values.get(key) != before.get(key)]
-
-
-def _check_changes(
-    workdir: Path, changed: list[str], before: dict[str, Any], values: dict[str, Any], allowed: Sequence[str]
-) -> None:
-    """Raises ConfigError unless all hyperparameters that changed may change and were named."""
-    changes = ", ".join(f"{key} {before.get(key)!r} -> {values.get(key)!r}" for key in changed if key not in allowed)
-    fixed = [key for key in changed if key not in RESUMABLE_KEYS]
-    if fixed and set(changed) <= set(allowed):
-        raise ConfigError(
-            f"{', '.join(fixed)} cannot change within a run; choose another --workdir, and "
-            f"--config.pretrained_model={workdir} to start from its weights"
-        )
-    if changes:
-        keys = ",".join(changed)
-        remedy = "" if fixed else f", or go on with them by --resume_with_changes={keys}"
-        raise ConfigError(
-            f"{workdir} holds a run with other hyperparameters ({changes}); choose another --workdir{remedy}"
-        )
+def _changes(workdir: Path, config: TrainConfig) -> dict[str, list[Any]]:
+    """Finds the hyperparameters that differ from those of the run in a directory: old and new value by key."""
+    before, values = stored_config(workdir), as_json(config)
+    return {key: [old, values[key]] for key, old in sorted(before.items()) if old != values[key]}
 
 
 def as_json(config: TrainConfig) -> dict[str, Any]:
@@ -144,13 +134,8 @@ def _git_commit() -> str | None:
     root = Path(__file__).parents[2]
     if not (root / ".git").exists() or not (root / "pyproject.toml").exists():
         return None
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
     try:
-        commit, changes = (
-            subprocess.run(
-                ["git", "-C", str(root), *words], capture_output=True, text=True, check=True, timeout=10
-            ).stdout.strip()
-            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        )
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit + ("+changes" if changes else "")

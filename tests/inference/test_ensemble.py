@@ -16,12 +16,12 @@ from support import EXAMPLES, random_crystal, random_variables
 from tiny import assert_same_run, open_tiny, tiny_config, tiny_runs
 
 from crystalframer_jax import Ensemble, Predictor
+from crystalframer_jax.batching import table as table_module
 from crystalframer_jax.batching.targets import TargetStatistics
 from crystalframer_jax.cli.evaluate import evaluate_main
 from crystalframer_jax.cli.predict import predict_main
 from crystalframer_jax.config import ConfigError, validate
 from crystalframer_jax.files import write_json
-from crystalframer_jax.inference import predictor as predictor_module
 from crystalframer_jax.inference.ensemble import ensemble_summary, load_model
 from crystalframer_jax.inference.evaluation import groups_of
 from crystalframer_jax.inference.forward import working_precision
@@ -158,13 +158,13 @@ def test_members_with_different_radii_and_targets_of_batches(folder, crystals, m
     ]
     mean, deviation = mean_and_deviation([member.predict(crystals) for member in members])
     radii = []
-    search = predictor_module.neighbor_rows
+    search = table_module.neighbor_rows
 
     def counted(crystal, cutoff):
         radii.append(cutoff)
         return search(crystal, cutoff)
 
-    monkeypatch.setattr(predictor_module, "neighbor_rows", counted)
+    monkeypatch.setattr(table_module, "neighbor_rows", counted)
     ensemble = Ensemble(members)
     found = ensemble.predict_with_spread(crystals)
     assert sorted(radii) == [4.0] * 5 + [5.0] * 5

@@ -72,7 +72,7 @@ def test_metrics_of_a_prediction_that_is_not_a_number():
 
 def test_the_mean_predictor_predicts_the_mean_of_the_training_labels():
     labels = np.array([[0.0, 5.0], [4.0, np.nan]])
-    assert mean_predictor_errors(labels, (A, B)) == {"a": 2.0, "b": 3.0}
+    assert mean_predictor_errors(labels, (A, B), np.array([[2.0, 2.0]])) == {"a": 2.0, "b": 3.0}
     train = np.array([[4.0, 1.0], [2.0, np.nan]])
     assert mean_predictor_errors(labels, (A, B), train) == {"a": 2.0, "b": 4.0}
 
