@@ -29,7 +29,7 @@ from crystalframer_jax.data.registry import target_set
 for module in (default, mp_flla, quickstart):
     validate(module.get_config())
 known = target_set("mp_flla_2015")
-records = list(known.origin.open(known.targets).records())
+records = list(known.source.open(known.targets).records())
 assert target_set("jarvis__megnet").official_splits["test"].count == 4239
 files = [module.__file__ for module in (crystalframer_jax, crystalframer_jax.kernels, quickstart)]
 print(json.dumps({"files": files, "records": len(records), "path": list(crystalframer_jax.__path__)}))
