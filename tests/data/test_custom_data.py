@@ -770,6 +770,17 @@ def test_one_pickle(tmp_path):
         custom_source(tmp_path / "set.pkl", CustomData(allow_pickle=True))
 
 
+def test_one_inconsistent_structure_in_a_pickle(tmp_path):
+    content = [official_record(i, originals()[i]) for i in range(3)]
+    vars(content[1]["structure"][0])["_frac_coords"] = np.zeros(2)
+    (tmp_path / "set.pkl").write_bytes(pickle.dumps(content))
+    first, wrong, last = usable(custom_source(tmp_path / "set.pkl", CustomData(allow_pickle=True, targets=("e_form",))))
+    assert_same(first.load(), originals()[0])
+    with pytest.raises(CrystalError, match=f"{IDS[1]}: not a pymatgen Structure .*not xyz-shaped"):
+        wrong.load()
+    assert_same(last.load(), originals()[2])
+
+
 def test_pickles_go_through_the_allow_list(tmp_path):
     (tmp_path / "set.pkl").write_bytes(pickle.dumps([{"structure": shutil.rmtree}]))
     with pytest.raises(DataError, match=r"set\.pkl"):

@@ -28,6 +28,8 @@ from pymatgen.core import (
 from crystalframer_jax.data.io import pickles
 from crystalframer_jax.data.io.pickles import load_pickle
 from crystalframer_jax.data.records import DataError
+from crystalframer_jax.data.structures import from_pymatgen
+from crystalframer_jax.structures.crystal import CrystalError
 
 PROTOCOLS = range(6)
 
@@ -162,6 +164,27 @@ def test_isotopes_and_immutable_structures(tmp_path, protocol):
 def test_elements_as_python_3_11_0_pickles_them(tmp_path):
     content = b"\x80\x04" + named("builtins", "getattr") + named("pymatgen.core.periodic_table", "Element")
     assert load_pickle(stored(tmp_path, content + text("Fe") + b"\x86R.")) is Element.Fe
+
+
+def test_one_inconsistent_structure_does_not_cost_the_others(tmp_path):
+    wrong = {}
+    for says, place, key, value in [
+        ("not xyz-shaped", lambda crystal: crystal[0], "_frac_coords", np.zeros(2)),
+        ("could not convert string to float", lambda crystal: crystal[0], "_frac_coords", ["a", "b", "c"]),
+        ("cannot reshape array of size 6", lambda crystal: crystal.lattice, "_matrix", np.ones((3, 2))),
+        ("not 'dict'", lambda crystal: crystal.lattice, "_matrix", [[{}] * 3] * 3),
+        ("cannot reshape array of size 4", lambda crystal: crystal, "_lattice", np.eye(2)),
+        ("occupancies sum to more than 1", lambda crystal: crystal[0].species, "_data", {Element.Fe: 2.0}),
+        ("Amounts in Composition cannot be negative", lambda crystal: crystal[0].species, "_data", {Element.Fe: -1.0}),
+    ]:
+        wrong[says] = structure()
+        vars(place(wrong[says]))[key] = value
+    records = [{"structure": crystal} for crystal in (structure(), *wrong.values(), structure())]
+    loaded = [record["structure"] for record in through(tmp_path, records, 4)]
+    assert loaded[0] == loaded[-1] == structure()
+    for says, crystal in zip(wrong, loaded[1:-1], strict=True):
+        with pytest.raises(CrystalError, match=f"^mp-1: not a pymatgen Structure .*{says}"):
+            from_pymatgen(pickle.loads(pickle.dumps(crystal)), "mp-1")
 
 
 # Pickles written by hand

@@ -65,7 +65,7 @@ def download(
         }
         os.replace(part.content, file)
         write_json(record, content)
-        part.remove()
+        part.restart()
     except OSError as error:
         raise DataError(
             f"{file} cannot be written ({error.strerror or error}); make room or choose another folder, then run again"
@@ -119,41 +119,34 @@ def _json_object(file: Path) -> dict[str, Any]:
 
 
 class _Part:
-    """What has arrived of a file, and of which version of which URL it is."""
+    """What has arrived of a file, and of which version of which URL it is; "" if not known: nothing can be added."""
 
     def __init__(self, file: Path):
         self.file = file
         self.content = file.with_name(f".{file.name}.part")
         self._origin = file.with_name(f".{file.name}.part.json")
-
-    def origin(self) -> tuple[str, str]:
-        """Gives the URL and the version that the server named; empty if they are not known: nothing can be added."""
         origin = _json_object(self._origin)
-        return str(origin.get("url", "")), str(origin.get("version", ""))
+        self.url, self.version = str(origin.get("url", "")), str(origin.get("version", ""))
 
     def size(self) -> int:
         """Counts the bytes that have arrived."""
         return self.content.stat().st_size if self.content.exists() else 0
 
-    def restart(self, url: str, version: str) -> None:
-        """Begins anew, with that origin; without a version of the server it cannot be continued later."""
-        self.remove()
-        if version:
-            write_json(self._origin, {"url": url, "version": version})
-
-    def remove(self) -> None:
-        """Forgets all that has arrived."""
+    def restart(self, url: str = "", version: str = "") -> None:
+        """Forgets what has arrived, for content of that origin; without a version it cannot be continued later."""
         self._origin.unlink(missing_ok=True)  # first: content is never taken for that of another origin
         self.content.unlink(missing_ok=True)
+        self.url, self.version = url, version
+        if version:
+            write_json(self._origin, {"url": url, "version": version})
 
 
 def _first_that_works(
     urls: Sequence[str], part: _Part, check: Callable[[Path], None], waits_s: Sequence[float], timeout_s: float
 ) -> str:
     """Fills the part and returns the URL that gave it; raises DataError if none does."""
-    begun, _ = part.origin()
     answers = []
-    for url in sorted(urls, key=lambda url: url != begun):  # the one that the part is of comes first
+    for url in sorted(urls, key=lambda url: url != part.url):  # the one that the part is of comes first
         try:
             _fetch(url, part, check, waits_s, timeout_s)
             return url
@@ -182,15 +175,14 @@ def _fetch(url: str, part: _Part, check: Callable[[Path], None], waits_s: Sequen
 def _receive(url: str, part: _Part, timeout_s: float) -> bool:
     """Adds what one request brings to the part; returns whether it was continued. Raises _FailedError."""
     headers = {"Accept-Encoding": "identity"}  # so that sizes are those of the file
-    origin, version = part.origin()
-    ranged = bool(origin == url and version and part.size())
-    if ranged:
-        headers |= {"Range": f"bytes={part.size()}-", "If-Range": version}
+    start = part.size() if part.url == url and part.version else 0
+    if start:
+        headers |= {"Range": f"bytes={start}-", "If-Range": part.version}
     try:
         with requests.get(url, headers=headers, stream=True, timeout=timeout_s) as response:
-            resumed = ranged and response.status_code == 206
-            if ranged and (response.status_code == 416 or (resumed and not _continues(response, part))):
-                part.remove()
+            resumed = start > 0 and response.status_code == 206
+            if (resumed and not _continues(response, part)) or (start and response.status_code == 416):
+                part.restart()
                 raise _FailedError("another part than was asked for", again=True)
             if not resumed:
                 _require_file(response)
@@ -203,15 +195,14 @@ def _receive(url: str, part: _Part, timeout_s: float) -> bool:
 
 def _continues(response: requests.Response, part: _Part) -> bool:
     """Tells whether partial content begins where the part ends, and is of its version, which need not be repeated."""
-    start = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
-    same_version = _version(response) in ("", part.origin()[1])
-    return start is not None and int(start[1]) == part.size() and same_version and not _is_encoded(response)
+    starts_there = response.headers.get("Content-Range", "").startswith(f"bytes {part.size()}-")
+    return starts_there and _version(response) in ("", part.version) and not _is_encoded(response)
 
 
 def _require_file(response: requests.Response) -> None:
     status = response.status_code
-    busy = status >= 500 or status in BUSY
     if status != 200:
+        busy = status >= 500 or status in BUSY
         raise _FailedError(f"status {status}" + " without a file" * (status == 202), again=busy)
     if response.headers.get("Content-Type", "").strip().lower().startswith("text/html"):
         raise _FailedError("an HTML page")
@@ -231,23 +222,15 @@ def _version(response: requests.Response) -> str:
 
 
 def _write(response: requests.Response, part: _Part) -> None:
-    """Appends what arrives to the part; raises _FailedError if that is not all."""
-    start, total = part.size(), _total(response, part.size())
+    """Appends what arrives to the part; raises an error if that is less than the server said."""
+    start, rest = part.size(), response.raw.length_remaining
+    total = None if rest is None or _is_encoded(response) else start + rest
     bar = {"total": total, "initial": start, "desc": part.file.name, "dynamic_ncols": True, "disable": None}
     with part.content.open("ab") as file, tqdm.wrapattr(file, "write", **bar) as stream:
         for chunk in response.iter_content(CHUNK_BYTES):
             stream.write(chunk)
-    if total not in (None, part.size()):
-        raise _FailedError(f"{part.size():,} of {total:,} bytes", again=True)
-
-
-def _total(response: requests.Response, start: int) -> int | None:
-    """Gives the size of the whole file in bytes, if the server says it."""
-    of_range = re.search(r"/(\d+)$", response.headers.get("Content-Range", ""))
-    if of_range:
-        return int(of_range[1])
-    length = response.headers.get("Content-Length", "")
-    return start + int(length) if length.isdigit() and not _is_encoded(response) else None
+    if response.raw.length_remaining:  # urllib3 before version 2 does not mind
+        raise _FailedError(f"{response.raw.length_remaining:,} bytes too few", again=True)
 
 
 def _inspect(part: _Part, check: Callable[[Path], None], resumed: bool) -> None:
@@ -264,7 +247,7 @@ def _inspect(part: _Part, check: Callable[[Path], None], resumed: bool) -> None:
             return check(part.content)
         except DataError as error:
             what, again = f"another file than expected ({error})", resumed
-    part.remove()
+    part.restart()
     raise _FailedError(what, again)
 
 

@@ -69,8 +69,13 @@ def json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
                 raise DataError(f"{file}: line {number} is longer than {MAX_RECORD_CHARS:,} bytes; is it JSON lines?")
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
-            if line.strip():
-                yield number, _parsed_line(line)
+            if not line.strip():
+                continue
+            try:
+                record = _as_record(json.loads(line.decode()))
+            except (ValueError, RecursionError) as error:
+                record = f"is not JSON ({error})"
+            yield number, record
 
 
 def check_zip(member: str) -> Callable[[Path], None]:
@@ -87,13 +92,6 @@ def check_zip(member: str) -> Callable[[Path], None]:
                 raise DataError(f"{file}: {member} is empty; fetch the archive again")
 
     return check
-
-
-def _parsed_line(line: bytes) -> dict[str, Any] | str:
-    try:
-        return _as_record(json.loads(line.decode()))
-    except (ValueError, RecursionError) as error:
-        return f"is not JSON ({error})"
 
 
 def _as_record(value: Any) -> dict[str, Any] | str:
@@ -133,15 +131,16 @@ class _JsonText:
         if not self.peek():
             self.fail(f"ends before record {number}")
         while True:
+            near_end = len(self._window) - _LONGEST_TOKEN  # beyond it, what is found may be due to what is not read yet
             try:
                 value, end = self._parse(self._window, self._at)
-                reason, cut = "", isinstance(value, int | float) and self._near_end(end)  # 1 of 1.5
+                reason, cut = "", isinstance(value, int | float) and end > near_end  # 1 of 1.5
                 if self._ended or not cut:
                     self._at = end
                     return value
             except json.JSONDecodeError as error:
                 reason = error.msg
-                cut = self._near_end(error.pos) or reason.startswith("Unterminated string")
+                cut = error.pos > near_end or reason.startswith("Unterminated string")
             except (ValueError, RecursionError) as error:  # too many digits; nested too deeply
                 reason, cut = str(error), False
             if not cut or self._ended:
@@ -149,10 +148,6 @@ class _JsonText:
             if len(self._window) - self._at > MAX_RECORD_CHARS:
                 self.fail(f"has a record {number} of more than {MAX_RECORD_CHARS:,} characters")
             self._read_more()
-
-    def _near_end(self, position: int) -> bool:
-        """Tells whether an error or a number at that position of the window may be due to what is not read yet."""
-        return position > len(self._window) - _LONGEST_TOKEN
 
     def _read_more(self) -> None:
         """Doubles what is unread at least, so that a long record is not parsed once for every chunk of it."""
