@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
     from crystalframer_jax.parallel.processes import failing_together, start
     from crystalframer_jax.training.logging import say
     from crystalframer_jax.training.loop import Options
-    from crystalframer_jax.training.train import train
+    from crystalframer_jax.training.start import train
 
     interruption = Interruption(MAX_MINUTES.value, START)
     processes = COORDINATOR_ADDRESS.value, NUM_PROCESSES.value, PROCESS_ID.value

@@ -29,7 +29,7 @@ from crystalframer_jax.training.errors import TrainingError
 from crystalframer_jax.training.ledger import LAG
 from crystalframer_jax.training.logging import read_metrics
 from crystalframer_jax.training.loop import Options, Run
-from crystalframer_jax.training.train import train
+from crystalframer_jax.training.start import train
 
 COUNTS = (1, 2, 4, 8)
 

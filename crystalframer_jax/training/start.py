@@ -1,4 +1,4 @@
-"""Train one model, or the members of an ensemble, in a run directory."""
+"""Starts a training: one model, or the members of an ensemble."""
 
 import contextlib
 import dataclasses
