@@ -13,7 +13,6 @@ from crystalframer_jax.config.hyperparameters import (
     LIMITS,
     TRAINING_KEYS,
     WITHOUT_COUNTERPART,
-    ModelConfig,
     TrainConfig,
 )
 from crystalframer_jax.errors import UserError
@@ -45,11 +44,6 @@ def validate_model(config: ConfigDict | Mapping[str, Any] | TrainConfig) -> Trai
     _check_values(frozen, [key for key in KEYS if key not in TRAINING_KEYS])
     _check_model(frozen)
     return frozen
-
-
-def model_config(config: ConfigDict | Mapping[str, Any] | TrainConfig) -> ModelConfig:
-    """The model's part of a configuration."""
-    return validate_model(config).model
 
 
 def _frozen_value(key: str, value: Any) -> Any:
