@@ -1,4 +1,4 @@
-"""Predictions for the splits of the data set of a training, by all of its devices."""
+"""Predictions and errors on the splits of the data set of a training, by all of its devices."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
