@@ -41,7 +41,7 @@ class Benchmark:
 
 
 def with_variant(config: ConfigDict, variant: str) -> ConfigDict:
-    """Give a configuration the values of a variant; ConfigError naming the allowed ones if there is none of that name.
+    """Gives a configuration the values of a variant; ConfigError naming the allowed ones if there is none of that name.
 
     Values that no variant speaks of stay as they are.
     """

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from support import GOLDEN, random_variables
 
-from crystalframer_jax.config import ModelConfig, model_config
+from crystalframer_jax.config import ModelConfig, validate_model
 from crystalframer_jax.official.config import config_from_official
 from crystalframer_jax.official.state import official_from_variables
 
@@ -27,7 +27,7 @@ def tiny_official() -> dict:
 
 def tiny_states() -> tuple[dict, dict]:
     """Official state dicts of the last and of averaged weights, with the same calibration."""
-    config = model_config(config_from_official(tiny_official())[0])
+    config = validate_model(config_from_official(tiny_official())[0]).model
     last, average = distinct_variables(config, 0), distinct_variables(config, 1)
     average["calibration"] = last["calibration"]
     return official_from_variables(last, config), official_from_variables(average, config)

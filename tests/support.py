@@ -15,7 +15,7 @@ import crystalframer_jax
 from crystalframer_jax.batching.batch import Batch, pack, unpacked
 from crystalframer_jax.batching.shapes import BatchShape, shape_for, shared_out
 from crystalframer_jax.batching.table import make_table
-from crystalframer_jax.config import NO_PARTS, BatchParts, ModelConfig, model_config, validate
+from crystalframer_jax.config import NO_PARTS, BatchParts, ModelConfig, validate
 from crystalframer_jax.configs import default
 from crystalframer_jax.model.regressor import CrystalFramer
 from crystalframer_jax.structures.crystal import Crystal
@@ -34,8 +34,7 @@ def small_config(**changes) -> ModelConfig:
     config = default.get_config()
     config.update(num_layers=2, model_dim=16, head_num=2, ff_dim=32, embedding_dim=(16,))
     config.update(changes)
-    validate(config)
-    return model_config(config)
+    return validate(config).model
 
 
 def config_from_official(official: dict) -> ModelConfig:
@@ -46,8 +45,7 @@ def config_from_official(official: dict) -> ModelConfig:
     if not isinstance(known["targets"], str):
         known["targets"] = ",".join(known["targets"])
     config.update({key: tuple(value) if isinstance(value, list) else value for key, value in known.items()})
-    validate(config)
-    return model_config(config)
+    return validate(config).model
 
 
 # Crystals

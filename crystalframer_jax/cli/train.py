@@ -49,7 +49,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(argv: list[str]) -> None:
-    """Train with the flags given."""
+    """Trains with the flags given."""
     if argv[1:]:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a checkpoint otherwise
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
     from crystalframer_jax.parallel.processes import failing_together, start
     from crystalframer_jax.training.logging import say
     from crystalframer_jax.training.loop import Options
-    from crystalframer_jax.training.train import train
+    from crystalframer_jax.training.start import train
 
     interruption = Interruption(MAX_MINUTES.value, START)
     processes = COORDINATOR_ADDRESS.value, NUM_PROCESSES.value, PROCESS_ID.value
@@ -80,7 +80,7 @@ def main(argv: list[str]) -> None:
 
 
 def parse(argv: list[str]) -> list[str]:
-    """Parse the command line; a misspelt hyperparameter is an error in one line."""
+    """Parses the command line; a misspelt hyperparameter is an error in one line."""
     with reporting_errors():
         check_overrides(argv)
         for argument in argv:
@@ -96,5 +96,5 @@ def parse(argv: list[str]) -> list[str]:
 
 
 def train_main() -> None:
-    """Train as the command line says."""
+    """Trains as the command line says."""
     app.run(main, flags_parser=parse)

@@ -4,7 +4,6 @@ from crystalframer_jax.config.hyperparameters import NO_PARTS, BatchParts, Model
 from crystalframer_jax.config.validation import (
     ConfigError,
     check_overrides,
-    model_config,
     unknown_key_message,
     validate,
     validate_model,
@@ -17,7 +16,6 @@ __all__ = [
     "ModelConfig",
     "TrainConfig",
     "check_overrides",
-    "model_config",
     "unknown_key_message",
     "validate",
     "validate_model",

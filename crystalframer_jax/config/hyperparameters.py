@@ -27,7 +27,7 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def key(default: Any, *limits: str, values: tuple = (), change: int = NEVER, official: bool = True) -> Any:
-    """A row: the default (and with it the type), limits, a closed list of values; not `official`: ours alone."""
+    """Makes a row: the default (and with it the type), limits, a closed list of values; not `official`: ours alone."""
     known = {"limits": limits, "values": values, "change": change, "official": official}
     return dataclasses.field(default=default, metadata=known)
 
@@ -138,16 +138,16 @@ class ModelConfig(ModelKeys):
         )
 
     def domain_of_block(self, block: int) -> str:
-        """real, reci, RECI or multihead; the domains of an interleaving take turns."""
+        """Returns real, reci, RECI or multihead; the domains of an interleaving take turns."""
         domains = self.domain.split("-")
         return domains[block % len(domains)]
 
     def scale_of_block(self, block: int) -> float:
-        """r0 of a block, Å; several take turns."""
+        """Returns r0 of a block, Å; several take turns."""
         return self.scale_real[block % len(self.scale_real)]
 
     def reciprocal_scale_of_block(self, block: int) -> float:
-        """scale_reci of a block, Å; several take turns."""
+        """Returns scale_reci of a block, Å; several take turns."""
         return self.scale_reci[block % len(self.scale_reci)]
 
 
@@ -232,7 +232,7 @@ class TrainConfig(ModelKeys, PredictionKeys):
         return abs(self.adaptive_cutoff_sigma) * max(self.scale_real) / math.sqrt(self.gauss_lb_real)
 
     def as_dict(self) -> dict[str, Any]:
-        """All values by name as a user gives them, `targets` as one text."""
+        """Returns all values by name as a user gives them, `targets` as one text."""
         return {name: getattr(self, name) for name in KEYS} | {"targets": ",".join(self.targets)}
 
 

@@ -8,14 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from crystalframer_jax.config.hyperparameters import (
-    KEYS,
-    LIMITS,
-    TRAINING_KEYS,
-    WITHOUT_COUNTERPART,
-    ModelConfig,
-    TrainConfig,
-)
+from crystalframer_jax.config.hyperparameters import KEYS, LIMITS, TRAINING_KEYS, WITHOUT_COUNTERPART, TrainConfig
 from crystalframer_jax.errors import UserError
 
 
@@ -24,7 +17,7 @@ class ConfigError(UserError, ValueError):
 
 
 def validate(config: ConfigDict | Mapping[str, Any] | TrainConfig) -> TrainConfig:
-    """The frozen configuration; ConfigError, naming the key and what is allowed, if no model can be trained with it."""
+    """Freezes a configuration; ConfigError, naming the key and what is allowed, if no model can be trained with it."""
     frozen = validate_model(config)
     _check_values(frozen, TRAINING_KEYS)
     _check_training(frozen)
@@ -32,7 +25,7 @@ def validate(config: ConfigDict | Mapping[str, Any] | TrainConfig) -> TrainConfi
 
 
 def validate_model(config: ConfigDict | Mapping[str, Any] | TrainConfig) -> TrainConfig:
-    """The same for the model alone: a trained one predicts, however it was trained."""
+    """Does the same for the model alone: a trained one predicts, however it was trained."""
     values = config.as_dict() if isinstance(config, TrainConfig) else dict(config)
     for key in values:
         if key not in KEYS:
@@ -47,16 +40,8 @@ def validate_model(config: ConfigDict | Mapping[str, Any] | TrainConfig) -> Trai
     return frozen
 
 
-def model_config(config: ConfigDict | Mapping[str, Any] | TrainConfig) -> ModelConfig:
-    """The model's part of a configuration."""
-    return validate_model(config).model
-
-
 def _frozen_value(key: str, value: Any) -> Any:
-    """A value as TrainConfig has it.
-
-    Raises ConfigError if it, or an element of it, is not of the type of the default, or not finite.
-    """
+    """Freezes a value; ConfigError if it, or an element of it, is not of the type of the default, or not finite."""
     if key == "targets":
         return _target_names(value)
     default = KEYS[key].default
@@ -73,7 +58,7 @@ def _frozen_value(key: str, value: Any) -> Any:
 
 
 def _target_names(targets: Any) -> tuple[str, ...]:
-    """The targets: 'a', 'a,b' or a list of names."""
+    """Reads targets: 'a', 'a,b' or a list of names."""
     given = targets.split(",") if isinstance(targets, str) else list(targets)
     names = tuple(name.strip() for name in given if name.strip())
     if not names or len(set(names)) != len(names):
@@ -82,7 +67,7 @@ def _target_names(targets: Any) -> tuple[str, ...]:
 
 
 def _check_values(config: TrainConfig, keys: Iterable[str]) -> None:
-    """Raise ConfigError if the value of a key, looked at alone, is not allowed."""
+    """Raises ConfigError if the value of a key, looked at alone, is not allowed."""
     for key in keys:
         value, row = getattr(config, key), KEYS[key].metadata
         if row["values"] and value not in row["values"]:
@@ -95,7 +80,7 @@ def _check_values(config: TrainConfig, keys: Iterable[str]) -> None:
 
 
 def check_overrides(arguments: Iterable[str]) -> None:
-    """Raise ConfigError if one of the command line arguments `--config.KEY=VALUE` names a key that does not exist."""
+    """Raises ConfigError if one of the command line arguments `--config.KEY=VALUE` names a key that does not exist."""
     for argument in arguments:
         match = re.match(r"--?config\.(\w+)", argument)
         if match and match[1] not in KEYS:
@@ -103,7 +88,7 @@ def check_overrides(arguments: Iterable[str]) -> None:
 
 
 def unknown_key_message(key: str) -> str:
-    """One sentence about a key that does not exist, with the nearest name that does."""
+    """Writes a sentence about a key that does not exist, with the nearest name that does."""
     if key in WITHOUT_COUNTERPART:
         return f"{key} has no counterpart here: {WITHOUT_COUNTERPART[key]}; leave it out"
     near = difflib.get_close_matches(key, KEYS, n=1)
@@ -111,7 +96,7 @@ def unknown_key_message(key: str) -> str:
 
 
 def _check_model(config: TrainConfig) -> None:
-    """Raise ConfigError if keys of the model do not go together."""
+    """Raises ConfigError if keys of the model do not go together."""
     if config.model_dim % config.head_num and not (config.k_dim and config.v_dim):
         raise ConfigError(f"head_num={config.head_num} does not divide model_dim={config.model_dim}")
     if config.domain == "multihead" and config.head_num % 2:
@@ -144,7 +129,7 @@ def _check_model(config: TrainConfig) -> None:
 
 
 def _check_training(config: TrainConfig) -> None:
-    """Raise ConfigError if keys of the training do not go together."""
+    """Raises ConfigError if keys of the training do not go together."""
     if config.swa_epochs >= config.n_epochs:
         raise ConfigError(
             f"swa_epochs={config.swa_epochs} must be smaller than n_epochs={config.n_epochs}; 0 switches averaging off"

@@ -17,7 +17,7 @@ from crystalframer_jax.training.state import TrainState, Tree
 
 
 def averaged(state: TrainState, params: Tree, swa_first_step: int | None, ema_decay: float) -> dict[str, Any]:
-    """The fields of `state` with averages, after the step that has led to `params`.
+    """Returns the fields of `state` with averages, after the step that has led to `params`.
 
     The equal average begins with `swa_first_step`; None: there is none. An `ema_decay` of 0 stands for no exponential
     average; this is equal at first, so that it forgets the zeros which it starts from.
@@ -34,15 +34,15 @@ def averaged(state: TrainState, params: Tree, swa_first_step: int | None, ema_de
 
 
 def ready_for_swa(state: TrainState, swa_first_step: int | None) -> TrainState:
-    """A restored state whose equal average is what a training with this `swa_first_step` would have.
+    """Returns a restored state whose equal average is what a training with this `swa_first_step` would have.
 
     Before that step there is none. Raises ConfigError if the state is beyond it with another average, because
     swa_epochs or n_epochs have changed.
     """
     step, averaged_steps = int(state.step), int(state.swa_steps)
     if swa_first_step is None or step <= swa_first_step:
-        zeros = jax.tree.map(jnp.zeros_like, (state.swa_params, state.swa_batch_stats, state.swa_steps))
-        return dataclasses.replace(state, swa_params=zeros[0], swa_batch_stats=zeros[1], swa_steps=zeros[2])
+        fields = {name: getattr(state, name) for name in ("swa_params", "swa_batch_stats", "swa_steps")}
+        return dataclasses.replace(state, **jax.tree.map(jnp.zeros_like, fields))
     due = step - swa_first_step
     if not due - int(state.skipped_steps) <= averaged_steps <= due:
         raise ConfigError(
@@ -57,7 +57,7 @@ def _towards(average: Tree, new: Tree, share: jax.Array) -> Tree:
 
 
 def weights_of(state: TrainState, average: str = "") -> Tree:
-    """The variables of the model with the last weights, or with those of an average: "swa", "ema"."""
+    """Returns the variables of the model with the last weights, or with those of an average: "swa", "ema"."""
     prefix = average and f"{average}_"
     return {
         "params": getattr(state, f"{prefix}params"),
@@ -67,29 +67,32 @@ def weights_of(state: TrainState, average: str = "") -> Tree:
 
 
 def averages_in(state: TrainState) -> list[str]:
-    """The averages that there are: "swa", "ema"."""
+    """Lists the averages that there are: "swa", "ema"."""
     return (["swa"] if int(state.swa_steps) else []) + (["ema"] if state.ema_params else [])
 
 
-def batch_statistics_of_averages(
+def with_batch_statistics(
     model: CrystalFramer, state: TrainState, batches: TrainingBatches, report: Callable[[str], None]
-) -> dict[str, Tree]:
-    """The fields of `state` with BatchNorm statistics of averaged weights: means over the batches of the last epoch.
+) -> TrainState:
+    """Gives a state the BatchNorm statistics of its averaged weights: means over the batches of the last epoch.
 
     `report` is called at every batch.
     """
-    statistics, steps = make_batch_statistics(model, batches.devices), batches.steps_of_last_epoch()
     weights = {name: weights_of(state, name) for name in averages_in(state)}
+    if not weights or not jax.tree.leaves(state.batch_stats):
+        return state
+    statistics, steps = make_batch_statistics(model, batches.devices), batches.steps_of_last_epoch()
     totals = {name: jax.tree.map(jnp.zeros_like, state.batch_stats) for name in weights}
-    for number, batch in enumerate(batches.iterate(steps.start) if weights else (), 1):
+    for number, batch in enumerate(batches.iterate(steps.start), 1):
         report(f"BatchNorm statistics of averages, batch {number} of {len(steps)}")
         for name in weights:
             totals[name] = jax.tree.map(jnp.add, totals[name], statistics(weights[name], batch))
-    return {f"{name}_batch_stats": jax.tree.map(lambda x: x / len(steps), total) for name, total in totals.items()}
+    means = {f"{name}_batch_stats": jax.tree.map(lambda x: x / len(steps), total) for name, total in totals.items()}
+    return dataclasses.replace(state, **means)
 
 
 def make_batch_statistics(model: CrystalFramer, devices: Devices = ONE_DEVICE) -> Callable[[Tree, Batch], Tree]:
-    """statistics(variables, batch) -> the means and variances that BatchNorm sees in this batch (batch_stats)."""
+    """Compiles statistics(variables, batch) -> means and variances that BatchNorm sees in this batch (batch_stats)."""
     model = model.clone(axis=devices.axis)
 
     def statistics(variables: Tree, batch: Batch) -> Tree:

@@ -7,7 +7,7 @@ from crystalframer_jax.parallel.devices import Tree
 
 
 def layer_mask(params: Tree, layers: str, key: str) -> Tree:
-    """A tree like `params`: whether a parameter belongs to one of the layers, separated by commas.
+    """Makes a tree like `params`: whether a parameter belongs to one of the layers, separated by commas.
 
     Raises ConfigError about the hyperparameter `key` if a name is no layer.
     """
@@ -24,7 +24,7 @@ def _is_within(path: str, name: str) -> bool:
 
 
 def count_parameters(params: Tree, frozen_layers: str = "") -> int:
-    """Number of trainable parameters."""
+    """Counts the trainable parameters."""
     is_frozen = layer_mask(params, frozen_layers, "frozen_layers")
     sizes = jax.tree.map(lambda leaf, frozen: 0 if frozen else leaf.size, params, is_frozen)
     return sum(jax.tree.leaves(sizes))

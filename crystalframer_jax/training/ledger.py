@@ -9,13 +9,13 @@ import jax
 import numpy as np
 
 from crystalframer_jax.data.loader import TrainingBatches
-from crystalframer_jax.training.logging import Progress, say
+from crystalframer_jax.training.logging import Logbook, say
 
 LAG = 2  # dispatches whose results are not looked at yet
 
 
 class StepResult(NamedTuple):
-    """The result of a step (see step.train_step) as Python numbers."""
+    """The result of a step (see step.make_train_step) as Python numbers."""
 
     step: int
     loss: float
@@ -25,7 +25,7 @@ class StepResult(NamedTuple):
 
 
 class Ledger:
-    """What happens in an epoch; it listens and steers nothing.
+    """Keeps what happens in an epoch; it steers nothing.
 
     Attributes:
       epoch: its number, from 0.
@@ -41,17 +41,17 @@ class Ledger:
         step: int,
         meta: dict[str, Any],
         skip_nonfinite: int,
-        progress: Progress,
+        log: Logbook,
     ):
-        """The ledger of an epoch that goes on with optimizer step `step`; `meta` is that of the last checkpoint."""
+        """Opens it at optimizer step `step`; `meta` is that of the last checkpoint."""
         self.epoch, self.steps = epoch, batches.steps_per_epoch
         self.position = step - epoch * self.steps
         self.results: list[list[float]] = list(meta["results"])
         self._first, self._batch_size, self._skip_nonfinite = self.position, batches.batch_size, skip_nonfinite
         self._seconds, self._start, self._waited = meta["seconds"], time.perf_counter(), 0.0
         self._pending: deque[dict[str, jax.Array]] = deque()
-        self._progress = progress
-        progress.start_epoch(epoch, self.position)
+        self._log = log
+        log.start_epoch(epoch, self.position)
 
     @property
     def is_complete(self) -> bool:
@@ -64,24 +64,26 @@ class Ledger:
         return self._seconds + time.perf_counter() - self._start
 
     def next_of(self, work: Iterator[Any]) -> Any:
-        """Take what is dispatched next; the time until it is there counts as waiting."""
+        """Takes what is dispatched next; the time until it is there counts as waiting."""
         start = time.perf_counter()
         found = next(work)
         self._waited += time.perf_counter() - start
         return found
 
     def add(self, result: dict[str, jax.Array]) -> None:
-        """Enter what a dispatch gave: results of one step, or with a first axis of steps."""
+        """Enters what a dispatch gave: results of one step, or with a first axis of steps."""
         self._pending.append(result)
         self.position += result["step"].size
 
     def look(self, at_all: bool) -> StepResult | None:
-        """Look at the results of all dispatches, or of all but the last few, which may not be known yet.
+        """Looks at the results of all dispatches, or of all but the last few, which may not be known yet.
 
         Returns the first one that is not finite and must not be skipped, and looks no further.
         """
         while len(self._pending) > (0 if at_all else LAG):
-            for result in step_results(self._pending.popleft()):
+            arrays = jax.device_get(self._pending.popleft())
+            columns = [np.atleast_1d(arrays[name]).tolist() for name in StepResult._fields]
+            for result in map(StepResult._make, zip(*columns, strict=True)):
                 if result.finite:
                     self.results.append([result.loss, result.grad_norm])
                 elif result.skipped_steps > self._skip_nonfinite:
@@ -91,28 +93,13 @@ class Ledger:
                         f"epoch {self.epoch + 1}: skipped a step with loss {result.loss}, gradient {result.grad_norm} "
                         f"({result.skipped_steps} of {self._skip_nonfinite} allowed)"
                     )
-        self._progress.advance(self.position, self.results[-1][0] if self.results else None)
+        self._log.advance(self.position, self.results[-1][0] if self.results else None)
         return None
 
-    def metrics(self) -> "EpochMetrics":
-        """Means over the steps that were looked at, and the speed from the start to now."""
+    def metrics(self) -> dict[str, float]:
+        """Returns means over the steps that were looked at, and the speed from the start to now."""
         loss, grad_norm = np.mean(self.results, axis=0).tolist()
         seconds = time.perf_counter() - self._start
-        crystals = (self.position - self._first) * self._batch_size
-        return EpochMetrics(loss, grad_norm, crystals / seconds, self._waited / seconds)
-
-
-class EpochMetrics(NamedTuple):
-    """What the steps of an epoch were like."""
-
-    loss: float
-    grad_norm: float
-    crystals_per_s: float
-    waiting_share: float
-
-
-def step_results(result: dict[str, jax.Array]) -> Iterator[StepResult]:
-    """Yields the results of a dispatch step by step; waits for them."""
-    arrays = jax.device_get(result)
-    columns = [np.atleast_1d(arrays[name]).tolist() for name in StepResult._fields]
-    return map(StepResult._make, zip(*columns, strict=True))
+        crystals_per_s = (self.position - self._first) * self._batch_size / seconds
+        waiting_share = self._waited / seconds
+        return dict(loss=loss, grad_norm=grad_norm, crystals_per_s=crystals_per_s, waiting_share=waiting_share)

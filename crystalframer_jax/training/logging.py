@@ -1,5 +1,7 @@
-"""What a run writes about itself: progress on the terminal, metrics.jsonl, TensorBoard events, tables."""
+"""Writes about a run: progress on the terminal, metrics.jsonl, TensorBoard events, Weights & Biases."""
 
+import contextlib
+import functools
 import json
 import os
 import secrets
@@ -18,7 +20,7 @@ from crystalframer_jax.parallel.processes import is_first_process
 
 
 class MetricsLog:
-    """One JSON line, TensorBoard scalars and, if asked for, a Weights & Biases record per epoch.
+    """Writes a JSON line, TensorBoard scalars and, if asked for, a Weights & Biases record per epoch.
 
     A resumed run continues after the epochs it keeps.
     """
@@ -27,7 +29,7 @@ class MetricsLog:
         from tensorboardX import SummaryWriter  # imports PyTorch where that is installed
 
         self.file = workdir / "metrics.jsonl"
-        kept = [line for line in _lines(self.file) if line["epoch"] < first_epoch]
+        kept = [line for line in read_metrics(workdir) if line["epoch"] < first_epoch]
         if self.file.exists():
             with replacing(self.file) as temporary:
                 temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
@@ -35,16 +37,14 @@ class MetricsLog:
         self.wandb = _start_wandb(workdir, wandb_project, config) if wandb_project else None
 
     def write(self, metrics: dict[str, Any]) -> None:
-        """Append the metrics of an epoch: numbers, or dictionaries of numbers."""
+        """Appends the metrics of an epoch: numbers, or dictionaries of numbers."""
         with self.file.open("a") as stream:
             stream.write(json_text(metrics))
             stream.flush()
             os.fsync(stream.fileno())  # as safe as the checkpoint that follows
-        flat = {}
+        flat: dict[str, Any] = {}
         for name, value in metrics.items():
-            flat.update(
-                {f"{name}/{part}": v for part, v in value.items()} if isinstance(value, dict) else {name: value}
-            )
+            flat |= {f"{name}/{part}": v for part, v in value.items()} if isinstance(value, dict) else {name: value}
         for name, number in flat.items():
             self.writer.add_scalar(name, number, metrics["step"])
         self.writer.flush()
@@ -52,14 +52,14 @@ class MetricsLog:
             self.wandb.log(flat, step=metrics["step"])
 
     def close(self) -> None:
-        """Finish writing."""
+        """Finishes writing."""
         self.writer.close()
         if self.wandb:
             self.wandb.finish(exit_code=1 if sys.exc_info()[0] else 0)
 
 
 def _start_wandb(workdir: Path, project: str, config: Any) -> Any:
-    """The Weights & Biases run of a run directory, continued if there is one."""
+    """Starts the Weights & Biases run of a run directory, or continues it."""
     try:
         import wandb
     except ImportError as error:
@@ -77,9 +77,9 @@ def _start_wandb(workdir: Path, project: str, config: Any) -> Any:
         raise UserError(f"--wandb={project}: {' '.join(str(error).split())}; leave it out to train without") from error
 
 
-def _lines(file: Path) -> list[dict[str, Any]]:
-    """The complete lines of a JSON lines file; the torn last line of a killed run is dropped."""
-    lines = []
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """Reads the metrics of every epoch of a run; the torn last line of a killed one is dropped."""
+    file, lines = workdir / "metrics.jsonl", []
     for line in file.read_text().splitlines() if file.exists() else []:
         try:
             lines.append(json.loads(line))
@@ -88,86 +88,48 @@ def _lines(file: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """The metrics of every epoch of a run."""
-    return _lines(workdir / "metrics.jsonl")
+class Logbook(contextlib.AbstractContextManager):
+    """Writes and shows a training epoch by epoch: metrics, a line for each, progress bars.
 
-
-class Progress:
-    """Two bars, of the epochs of the run and of the crystals of an epoch.
-
-    Silent where the output is no terminal, and in all processes but the first.
-    """
-
-    def __init__(self, n_epochs: int, first_epoch: int, steps_per_epoch: int, batch_size: int):
-        silent = None if is_first_process() else True
-        self.epochs = tqdm(
-            total=n_epochs, initial=first_epoch, desc="training", unit="epoch", dynamic_ncols=True, disable=silent
-        )
-        self.steps = tqdm(
-            total=steps_per_epoch * batch_size,
-            unit=" crystals",
-            unit_scale=True,
-            position=1,
-            leave=False,
-            dynamic_ncols=True,
-            disable=silent,
-        )
-        self.batch_size = batch_size
-        self.shown = not self.epochs.disable
-
-    def start_epoch(self, epoch: int, steps_done: int) -> None:
-        """Set the bar of the epoch (counted from 0) to the steps that are done already."""
-        self.steps.reset()
-        self.steps.set_description(f"epoch {epoch + 1}", refresh=False)
-        self.steps.update(steps_done * self.batch_size)
-
-    def advance(self, steps_done: int, loss: float | None) -> None:
-        """Move the bar of the epoch to the steps that are done now; `loss` is that of one of the last ones."""
-        if loss is not None:
-            self.steps.set_postfix(loss=f"{loss:.4f}", refresh=False)
-        self.steps.update(steps_done * self.batch_size - self.steps.n)
-
-    def end_epoch(self) -> None:
-        """One epoch more."""
-        self.epochs.update()
-
-    def close(self) -> None:
-        """Remove the bar of the epoch and leave that of the run."""
-        self.steps.close()
-        self.epochs.close()
-
-
-class Logbook:
-    """What is written and shown of a training, epoch by epoch: metrics, progress bars, a line for each.
-
-    Attributes:
-      progress: the bars.
+    The bars are silent where the output is no terminal, and in all processes but the first.
     """
 
     def __init__(
         self, workdir: Path, batches: TrainingBatches, first_epoch: int, wandb_project: str = "", config: Any = None
     ):
         """`config` is told to Weights & Biases."""
-        self._n_epochs, self._metrics = batches.n_epochs, None
+        self._n_epochs, self._batch_size, self._metrics = batches.n_epochs, batches.batch_size, None
         if is_first_process():
             first_step = first_epoch * batches.steps_per_epoch
             self._metrics = MetricsLog(workdir, first_epoch, first_step, wandb_project, config)
-        self.progress = Progress(batches.n_epochs, first_epoch, batches.steps_per_epoch, batches.batch_size)
-
-    def __enter__(self) -> "Logbook":
-        return self
+        bar = functools.partial(tqdm, dynamic_ncols=True, disable=None if is_first_process() else True)
+        self._epochs = bar(total=batches.n_epochs, initial=first_epoch, desc="training", unit="epoch")
+        crystals = batches.steps_per_epoch * batches.batch_size
+        self._crystals = bar(total=crystals, unit=" crystals", unit_scale=True, position=1, leave=False)
 
     def __exit__(self, *_: object) -> None:
-        self.progress.close()
+        self._crystals.close()
+        self._epochs.close()
         if self._metrics:
             self._metrics.close()
 
+    def start_epoch(self, epoch: int, steps_done: int) -> None:
+        """Sets the bar of an epoch (counted from 0) to the steps that are done already."""
+        self._crystals.reset()
+        self._crystals.set_description(f"epoch {epoch + 1}", refresh=False)
+        self.advance(steps_done, None)
+
+    def advance(self, steps_done: int, loss: float | None) -> None:
+        """Moves the bar of the epoch to the steps that are done now; `loss` is that of one of the last ones."""
+        if loss is not None:
+            self._crystals.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        self._crystals.update(steps_done * self._batch_size - self._crystals.n)
+
     def end_epoch(self, metrics: dict[str, Any], statistics: Sequence[TargetStatistics]) -> None:
-        """Write the metrics of an epoch and print them in a line."""
+        """Writes the metrics of an epoch and prints them in a line."""
         if self._metrics:
             self._metrics.write(metrics)
-        self.progress.end_epoch()
+        self._epochs.update()
         errors = ", ".join(f"{s.name} {metrics['val_mae'][s.name]:.4f} {s.unit}" for s in statistics)
         number = f"{metrics['epoch'] + 1:>{len(str(self._n_epochs))}}/{self._n_epochs}"
         waited = f"  waited {metrics['waiting_share']:.0%} for data" if metrics["waiting_share"] >= 0.01 else ""
@@ -178,7 +140,7 @@ class Logbook:
 
 
 def say(text: str) -> None:
-    """Print a line above a progress bar, at once, also into a file; of several processes the first does."""
+    """Prints a line above a progress bar, at once, also into a file; of several processes the first does."""
     if is_first_process():
         tqdm.write(text)
         sys.stdout.flush()

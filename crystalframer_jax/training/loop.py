@@ -16,7 +16,6 @@ from crystalframer_jax.data.loader import TrainingBatches
 from crystalframer_jax.data.splits import SPLITS
 from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.files import is_disk_full, write_json
-from crystalframer_jax.inference.evaluation import frame_draws
 from crystalframer_jax.model.implementation import Implementation
 from crystalframer_jax.model.regressor import CrystalFramer
 from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices, on_one_device
@@ -26,31 +25,19 @@ from crystalframer_jax.reporting import plots
 from crystalframer_jax.reporting.summary import describe, score_history, summary_text
 from crystalframer_jax.runs.checkpoints import read_json
 from crystalframer_jax.runs.run_checkpoints import RunCheckpoints
-from crystalframer_jax.runs.run_directory import (
-    as_json,
-    record_environment,
-    store_config,
-    stored_config,
-)
-from crystalframer_jax.training.averages import averages_in, batch_statistics_of_averages, ready_for_swa, weights_of
-from crystalframer_jax.training.consensus import SAVE, STOP, agreed_implementation
+from crystalframer_jax.runs.run_directory import as_json, record_environment, store_config, stored_config
+from crystalframer_jax.training.averages import averages_in, ready_for_swa, weights_of, with_batch_statistics
+from crystalframer_jax.training.consensus import agreed_implementation
 from crystalframer_jax.training.errors import TrainingError
 from crystalframer_jax.training.layer_names import count_parameters, layer_mask
 from crystalframer_jax.training.ledger import Ledger, StepResult
 from crystalframer_jax.training.logging import Logbook, read_metrics, say
 from crystalframer_jax.training.nonfinite import batch_report
 from crystalframer_jax.training.pretrained import start_from
-from crystalframer_jax.training.requests import Requests
+from crystalframer_jax.training.requests import SAVE, STOP, Requests
 from crystalframer_jax.training.state import TrainState, Tree
-from crystalframer_jax.training.step import (
-    LossFunction,
-    initial_state,
-    make_loss,
-    make_multi_step,
-    make_recipe,
-    make_train_step,
-)
-from crystalframer_jax.training.validation import Evaluator, evaluate_candidates
+from crystalframer_jax.training.step import LossFunction, initial_state, make_loss, make_recipe, make_train_step
+from crystalframer_jax.training.validation import Evaluator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +81,7 @@ class Run:
       recipe: loss, optimizer, learning rate, averages.
       model: the Flax module.
       evaluator: predictions for the splits of the dataset.
-      step, multi_step: one optimizer step, or a chunk of them in one dispatch, compiled.
+      step: one optimizer step, or a chunk of them in one dispatch, compiled.
       requests: what the training is asked to do: to save, to stop.
       checkpoints: those of the run directory.
     """
@@ -111,13 +98,12 @@ class Run:
         self.config, self.workdir, self.dataset = config, workdir, dataset
         self.options = options or Options()
         self._interruption = interruption or Interruption()
-        wanted = config.model
         self.batches = TrainingBatches(
             dataset,
             config.batch_size,
             config.n_epochs,
             config.seed,
-            wanted.parts,
+            config.model.parts,
             (config.train_filter_min, config.train_filter_max),
             config.train_percent_check,
             on_device=self.options.on_device,
@@ -129,33 +115,32 @@ class Run:
             for t, target in enumerate(dataset.targets)
         )
         self.recipe = make_recipe(config, self.batches.steps_per_epoch)
-        self.model = CrystalFramer(wanted, agreed_implementation(self.options.implementation, self._trace))
+        self.model = CrystalFramer(config.model, agreed_implementation(self.options.implementation, self._trace))
         self.evaluator = Evaluator(config, self.model, self.batches, self.statistics, self.options.report)
-        step = self.recipe, self.loss(devices.axis), self.options.skip_nonfinite, devices
-        self.step, self.multi_step = make_train_step(*step), make_multi_step(*step)
+        self.step = make_train_step(self.recipe, self.loss(devices.axis), self.options.skip_nonfinite, devices)
         self.requests = Requests(self._interruption, config.checkpoint_minutes, devices)
         self.checkpoints = RunCheckpoints(
             workdir, devices, config.model_checkpoint_save_top_k, config.keep_last_checkpoints
         )
 
     def initial_state(self, model: CrystalFramer | None = None) -> TrainState:
-        """The state that the training (of `model` instead, if given) starts from, on all devices."""
+        """Makes the state that the training (of `model` instead, if given) starts from, on all devices."""
         devices, key = self.batches.devices, jax.random.fold_in(jax.random.key(self.config.seed), 0)
         return initial_state(model or self.model, self.recipe, devices.put(self.batches[0]), key, devices)
 
     def loss(self, axis: str | None, model: CrystalFramer | None = None) -> LossFunction:
-        """The loss of the part that every device of `axis` has of a batch, see `make_loss`."""
+        """Makes the loss of the part that every device of `axis` has of a batch, see `make_loss`."""
         key = jax.random.fold_in(jax.random.key(self.config.seed), 1)
         return make_loss(model or self.model, self.recipe, self.statistics, key, axis)
 
     def _trace(self, implementation: Implementation) -> None:
-        """Raise ImplementationError if a training step cannot be taken so by this process."""
+        """Raises ImplementationError if a training step cannot be taken so by this process."""
         model = CrystalFramer(self.config.model, implementation)
         state, batch = jax.eval_shape(lambda: self.initial_state(model)), self.batches.parts_of(0)[0]
         jax.eval_shape(lambda state: self.loss(None, model)(state.params, state, batch, False), state)
 
     def finish(self) -> dict[str, Any]:
-        """Train the epochs that are left, evaluate, write summary.json and print it."""
+        """Trains the epochs that are left, evaluates, writes summary.json and prints it."""
         try:
             state, meta = self._start()
             summary = self._known_summary(meta)
@@ -188,19 +173,18 @@ class Run:
     # Training
 
     def _epochs(self, state: TrainState, meta: dict[str, Any]) -> tuple[TrainState, dict[str, Any]]:
-        """Train to the end; every epoch ends with validation and, if it may be of use, a checkpoint."""
+        """Trains to the end; every epoch ends with validation and, if it may be of use, a checkpoint."""
         config, batches, first = self.config, self.batches, meta["epoch"] + 1
         work = batches.dispatches(int(state.step), self.options.steps_per_dispatch)
         best = self.checkpoints.losses()
         with Logbook(self.workdir, batches, first, self.options.wandb_project, as_json(config)) as log:
             for epoch in range(first, config.n_epochs):
-                ledger = Ledger(epoch, batches, int(state.step), meta, self.options.skip_nonfinite, log.progress)
+                ledger = Ledger(epoch, batches, int(state.step), meta, self.options.skip_nonfinite, log)
                 state = self._epoch(state, ledger, work)
                 metrics = self._validated(state, ledger)
                 is_last = epoch == config.n_epochs - 1
-                if is_last and jax.tree.leaves(state.batch_stats):
-                    fields = batch_statistics_of_averages(self.model, state, batches, self.options.report)
-                    state = dataclasses.replace(state, **fields)
+                if is_last:
+                    state = with_batch_statistics(self.model, state, batches, self.options.report)
                 log.end_epoch(metrics, self.statistics)
                 meta = self._meta(epoch, ledger.seconds, [], metrics["val_mae"])
                 best = sorted([*best, metrics["val_loss"]])[: config.model_checkpoint_save_top_k]
@@ -212,12 +196,10 @@ class Run:
         return state, meta
 
     def _epoch(self, state: TrainState, ledger: Ledger, work: Iterator[Batch | Chunk]) -> TrainState:
-        """Take the steps of an epoch that are left, one or a chunk at a time; save and stop when asked to."""
+        """Takes the steps of an epoch that are left, one or a chunk at a time; saves and stops when asked to."""
         epoch, freeze_norm = ledger.epoch, self._freezes_norm(ledger.epoch)
         while not ledger.is_complete:
-            next_work = ledger.next_of(work)
-            advance = self.multi_step if isinstance(next_work, Chunk) else self.step
-            state, result = advance(state, next_work, freeze_norm=freeze_norm)
+            state, result = self.step(state, ledger.next_of(work), freeze_norm=freeze_norm)
             ledger.add(result)
             self.options.report(f"epoch {epoch + 1}, step {ledger.position} of {ledger.steps}")
             request = self.requests.after_dispatch()
@@ -233,24 +215,15 @@ class Run:
         return state
 
     def _validated(self, state: TrainState, ledger: Ledger) -> dict[str, Any]:
-        """The metrics of an epoch whose steps were all taken, with those of validation."""
+        """Returns the metrics of an epoch whose steps were all taken, with those of validation."""
         trained, step = ledger.metrics(), int(state.step)
         val_loss, val_mae = self.evaluator.validate(weights_of(state), ledger.epoch)
-        return {
-            "epoch": ledger.epoch,
-            "step": step,
-            "loss": trained.loss,
-            "grad_norm": trained.grad_norm,
-            "val_loss": val_loss,
-            "val_mae": val_mae,
-            "lr": float(self.recipe.learning_rate(step - 1)),
-            "skipped_steps": int(state.skipped_steps),
-            "crystals_per_s": trained.crystals_per_s,
-            "waiting_share": trained.waiting_share,
-        }
+        lr, skipped_steps = float(self.recipe.learning_rate(step - 1)), int(state.skipped_steps)
+        validated = {"val_loss": val_loss, "val_mae": val_mae, "lr": lr, "skipped_steps": skipped_steps}
+        return {"epoch": ledger.epoch, "step": step} | trained | validated
 
     def _freezes_norm(self, epoch: int) -> bool:
-        """Whether BatchNorm keeps its statistics in an epoch."""
+        """Tells whether BatchNorm keeps its statistics in an epoch."""
         return epoch >= self.config.n_epochs - self.config.freeze_bn_epochs
 
     def _save(self, state: TrainState, meta: dict[str, Any], val_loss: float | None) -> None:
@@ -258,22 +231,20 @@ class Run:
         self.requests.saved()
 
     def _meta(self, epoch: int, seconds: float, results: list, val_mae: dict[str, float]) -> dict[str, Any]:
-        """What a checkpoint tells beside its arrays: the last finished epoch, the results of steps since then."""
+        """Makes what a checkpoint tells beside its arrays: the last finished epoch, results of the steps since then."""
         targets = [dataclasses.asdict(s) for s in self.statistics]
         return {"epoch": epoch, "seconds": seconds, "results": results, "targets": targets, "val_mae": val_mae}
 
     def _not_finite(self, result: StepResult, state: TrainState, epoch: int) -> TrainingError:
-        """Write a report of the batch of a step that was not finite; its error."""
+        """Writes a report of the batch of a step that was not finite; returns its error."""
         step = result.step  # the weights stand still since then, also if later steps were taken
         self.checkpoints.wait()
         last = self.checkpoints.last()
         file = self.workdir / f"nonfinite_step_{step}.json"
         if is_first_process():
-            report = {"epoch": epoch, "last_good_checkpoint": last, "loss": str(result.loss)}
-            report |= {"grad_norm": str(result.grad_norm)}
-            frozen = self._freezes_norm(epoch)
-            report |= batch_report(self.loss(None), self.statistics, on_one_device(state), self.batches, step, frozen)
-            write_json(file, report)
+            frozen, state = self._freezes_norm(epoch), on_one_device(state)
+            report = batch_report(self.loss(None), self.statistics, state, self.batches, result, frozen)
+            write_json(file, {"epoch": epoch, "last_good_checkpoint": last, **report})
         barrier("report of a step that is not finite")  # the error of the others would end this process before
         return TrainingError(
             f"the loss or its gradient is not finite at step {step} (epoch {epoch + 1}); {file} tells about its batch, "
@@ -285,7 +256,7 @@ class Run:
     # Its start and its end
 
     def _start(self) -> tuple[TrainState, dict[str, Any]]:
-        """The state to go on from, and the meta data of its checkpoint."""
+        """Returns the state to go on from, and the meta data of its checkpoint."""
         splits = ", ".join(f"{len(self.dataset.splits[name]):,} {name}" for name in SPLITS)
         like = jax.eval_shape(self.initial_state)
         for key in ("frozen_layers", "reinit_layers"):  # a misspelt layer is an error before anything is done
@@ -309,7 +280,7 @@ class Run:
         return state, {"epoch": -1, "seconds": 0.0, "results": []}
 
     def _check_resumable(self, state: TrainState) -> None:
-        """Raise UserError if this training cannot go on from a state, though its arrays fit."""
+        """Raises UserError if this training cannot go on from a state, though its arrays fit."""
         step, skipped = int(state.step), int(state.skipped_steps)
         if step > len(self.batches):
             raise ConfigError(
@@ -323,7 +294,7 @@ class Run:
             )
 
     def _known_summary(self, meta: dict[str, Any]) -> dict[str, Any] | None:
-        """The summary of a finished run, unless hyperparameters have changed; tells the directory what runs now."""
+        """Reads the summary of a finished run, unless values have changed; tells the directory what runs now."""
         file, found = self.workdir / "summary.json", None
         if is_first_process():
             if meta["epoch"] + 1 < self.config.n_epochs or stored_config(self.workdir) != as_json(self.config):
@@ -334,24 +305,20 @@ class Run:
         return json_from_first_process(found)
 
     def _summary(self, state: TrainState, meta: dict[str, Any]) -> dict[str, Any]:
-        """The errors of the last, best and averaged weights, with the files and figures that go with them."""
+        """Finds the errors of the last, best and averaged weights; writes the files and figures that go with them."""
         epochs = read_metrics(self.workdir) if is_first_process() else []
         if len(epochs) != self.config.n_epochs:
             say(f"warning: {self.workdir / 'metrics.jsonl'} tells of {len(epochs)} epochs only")
         first_swa_epoch = self.config.n_epochs - self.config.swa_epochs if self.config.swa_epochs else None
         if epochs:
             plots.learning_curve(epochs, self.workdir / "learning_curve.png", first_swa_epoch)
-        samples = frame_draws(self.config)
 
-        def predict(weights: Tree, split: str) -> np.ndarray:
+        def stop_if_asked(split: str) -> None:
             if self.requests.now() == STOP:
                 raise self.requests.stopped(f"before the errors on {split} crystals")
-            return self.evaluator.predict(weights, self.dataset.splits[split], samples)
 
         folder = self.workdir if is_first_process() else None
-        errors = evaluate_candidates(
-            self._candidates(state), predict, self.dataset, self.statistics, self.config.loss_func, folder
-        )
+        errors = self.evaluator.compare(self._candidates(state), stop_if_asked, folder)
         return errors | {
             "score_history": score_history([line["val_loss"] for line in epochs]),
             "epochs": self.config.n_epochs,
@@ -363,8 +330,8 @@ class Run:
         }
 
     def _candidates(self, state: TrainState) -> dict[str, Tree]:
-        """The weights of which one is selected: last, best and, if there are any, averages."""
+        """Lists the weights of which one is selected: last, best and, if there are any, averages."""
         candidates = {"last": weights_of(state)}
         if best := self.checkpoints.best_model(state):
-            candidates["best"] = {name: best[name] for name in ("params", "calibration", "batch_stats")}
+            candidates["best"] = {name: best[name] for name in candidates["last"]}
         return candidates | {name: weights_of(state, name) for name in averages_in(state)}

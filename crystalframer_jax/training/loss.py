@@ -14,7 +14,7 @@ LOSSES: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def loss_per_crystal(name: str, predictions: jax.Array, targets: jax.Array, known: jax.Array) -> jax.Array:
-    """Sum over the known targets of `name` (L1, MSE, Smooth_L1) of prediction - target, [B]; arguments [B, T]."""
+    """Sums over the known targets of `name` (L1, MSE, Smooth_L1) of prediction - target, [B]; arguments [B, T]."""
     if not predictions.shape == targets.shape == known.shape:
         raise ValueError(f"shapes differ: {predictions.shape}, {targets.shape}, {known.shape}")
     error = jnp.where(known, predictions - targets, 0)  # unknown targets may be NaN; all losses of 0 are 0

@@ -14,7 +14,7 @@ Schedule = Callable[[Any], jax.Array]  # learning rate of an optimizer step 0, 1
 
 
 def learning_rate(config: TrainConfig, total_steps: int, hold_from: int | None = None) -> Schedule:
-    """The schedule `lr_sch`; it stands still from step `hold_from` on (while weights are averaged).
+    """Makes the schedule `lr_sch`; it stands still from step `hold_from` on (while weights are averaged).
 
     With t the step, T = sch_params[0] and D = model_dim, the schedules of the official code are
 
@@ -36,38 +36,30 @@ def learning_rate(config: TrainConfig, total_steps: int, hold_from: int | None =
             f"{total_steps:,} steps"
         )
 
-    def inverse_sqrt(t: jax.Array) -> jax.Array:
-        return jnp.sqrt(first / (first + t))
-
-    def warmup(t: jax.Array) -> jax.Array:
-        return jnp.minimum((t + 1) ** -0.5, (t + 1) * first**-1.5)
-
-    def cosine(t: jax.Array) -> jax.Array:
-        share = jnp.clip((t - first) / (total_steps - first), 0, 1)
-        return jnp.where(t < first, (t + 1) / (first + 1), (1 + jnp.cos(jnp.pi * share)) / 2)
-
-    def drops(t: jax.Array) -> jax.Array:
-        return 0.1 ** jnp.searchsorted(jnp.array(sorted(config.sch_params)), t, side="right")
-
-    formulas: dict[str, Callable[[jax.Array], jax.Array]] = {
-        "const": lambda t: lr * jnp.ones_like(t),
-        "inverse_sqrt_nowarmup": lambda t: lr * inverse_sqrt(t),
-        "inverse_sqrt_nowarmup_dmodel": lambda t: lr * width**-0.5 * inverse_sqrt(t),
-        "inverse_sqrt_warmup": lambda t: width**-0.5 * warmup(t),
-        "inverse_sqrt_warmup_lrmax": lambda t: lr * math.sqrt(first) * warmup(t),
-        "multistep": lambda t: lr * drops(t),
-        "cosine": lambda t: lr * cosine(t),
-    }
-
     def schedule(step: Any) -> jax.Array:
         held = step if hold_from is None else jnp.minimum(step, hold_from)
-        return formulas[name](jnp.asarray(held, jnp.result_type(float)))
+        t = jnp.asarray(held, jnp.result_type(float))
+        match name:
+            case "const":
+                return lr * jnp.ones_like(t)
+            case "inverse_sqrt_nowarmup":
+                return lr * jnp.sqrt(first / (first + t))
+            case "inverse_sqrt_nowarmup_dmodel":
+                return lr * width**-0.5 * jnp.sqrt(first / (first + t))
+            case "inverse_sqrt_warmup":
+                return width**-0.5 * jnp.minimum((t + 1) ** -0.5, (t + 1) * first**-1.5)
+            case "inverse_sqrt_warmup_lrmax":
+                return lr * math.sqrt(first) * jnp.minimum((t + 1) ** -0.5, (t + 1) * first**-1.5)
+            case "multistep":
+                return lr * 0.1 ** jnp.searchsorted(jnp.array(sorted(config.sch_params)), t, side="right")
+        share = jnp.clip((t - first) / (total_steps - first), 0, 1)
+        return lr * jnp.where(t < first, (t + 1) / (first + 1), (1 + jnp.cos(jnp.pi * share)) / 2)
 
     return schedule
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Directions of the updates, to be multiplied by -lr: clipping, weight decay, and adamw, adam or sgd.
+    """Makes directions of the updates, to be multiplied by -lr: clipping, weight decay, and adamw, adam or sgd.
 
     Weight decay is decoupled from the gradient in adamw, which decays biases and the parameters of normalisations by
     a rate of their own, and added to the gradient in adam and sgd, which leave those alone. That is what PyTorch makes
@@ -77,31 +69,33 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
         clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         optax.clip(config.clip_grad) if config.clip_grad else optax.identity(),
     ]
-    decay = optax.add_decayed_weights(config.weight_decay, lambda params: _is_bias_or_norm(params, False))
+    decay = _decay(config.weight_decay, of_biases=False)
     if config.optimizer == "sgd":
         return optax.chain(*clip, decay, optax.trace(config.momentum))
     adam = optax.scale_by_adam(b1=config.adam_betas[0], b2=config.adam_betas[1], eps=1e-8)
     if config.optimizer == "adam":
         return optax.chain(*clip, decay, adam)
-    of_biases = optax.add_decayed_weights(config.bias_weight_decay, lambda params: _is_bias_or_norm(params, True))
-    return optax.chain(*clip, adam, decay, of_biases)
+    return optax.chain(*clip, adam, decay, _decay(config.bias_weight_decay, of_biases=True))
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """Scale gradients by min(1, max_norm / (norm + 1e-6)), as PyTorch does."""
+    """Scales gradients by min(1, max_norm / (norm + 1e-6)), as PyTorch does."""
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def clipped(updates: Any, _: Any) -> Any:
         factor = jnp.minimum(1.0, max_norm / (optax.global_norm(updates) + 1e-6))
-        return jax.tree.map(lambda g: g * factor, updates), state
+        return jax.tree.map(lambda g: g * factor, updates)
 
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    return optax.stateless(clipped)
 
 
-def _is_bias_or_norm(params: Any, wanted: bool) -> Any:
-    """A mask: whether being a bias, or a parameter of a normalisation, equals `wanted`."""
+def _decay(rate: float, of_biases: bool) -> optax.GradientTransformation:
+    """Adds the decay of biases and the parameters of normalisations, or that of all others."""
 
-    def of(path: Any, _: Any) -> bool:
-        name = jax.tree_util.keystr(path)
-        return ("bias" in name or "norm" in name) == wanted
+    def mask(params: Any) -> Any:
+        def is_chosen(path: Any, _: Any) -> bool:
+            name = jax.tree_util.keystr(path)
+            return ("bias" in name or "norm" in name) == of_biases
 
-    return jax.tree_util.tree_map_with_path(of, params)
+        return jax.tree_util.tree_map_with_path(is_chosen, params)
+
+    return optax.add_decayed_weights(rate, mask)

@@ -1,6 +1,7 @@
 """Fine-tuning: a training that starts from the weights of another run."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from crystalframer_jax.batching.targets import TargetStatistics
 from crystalframer_jax.config import ConfigError, TrainConfig
 from crystalframer_jax.inference.predictor import Predictor
+from crystalframer_jax.training.averages import weights_of
 from crystalframer_jax.training.layer_names import layer_mask
 from crystalframer_jax.training.state import TrainState, Tree
 
@@ -18,7 +20,7 @@ MAY_DIFFER = ("num_targets", "dropout", "scale_grad", "precision", "tie_toleranc
 
 
 def start_from(state: TrainState, config: TrainConfig, statistics: tuple[TargetStatistics, ...]) -> TrainState:
-    """`state` with the weights, calibration and BatchNorm averages that prediction with `pretrained_model` uses.
+    """Gives `state` the weights, calibration and BatchNorm averages that prediction with `pretrained_model` uses.
 
     Targets that the old run predicts too (by name) keep their predictions in label units: their part of the output
     layer is rescaled to `statistics`, those of the new training labels. Other targets, and the layers of
@@ -41,28 +43,24 @@ def start_from(state: TrainState, config: TrainConfig, statistics: tuple[TargetS
     old["params"] = jax.tree.map(
         lambda x, fresh, random: fresh if random else x, old["params"] | {"output": output}, state.params, is_random
     )
-    new = {"params": state.params, "calibration": state.calibration, "batch_stats": state.batch_stats}
-    placed = jax.tree.map(lambda x, like: jax.device_put(np.asarray(x).astype(like.dtype)), old, new)
+    placed = jax.tree.map(lambda x, like: jax.device_put(np.asarray(x, like.dtype)), old, weights_of(state))
     return dataclasses.replace(state, **placed)
 
 
 def _output_layer(
     old: Tree, old_targets: tuple[TargetStatistics, ...], new: Tree, new_targets: tuple[TargetStatistics, ...]
 ) -> Tree:
-    """The new output layer with the columns of the old one, rescaled, for the targets that both have."""
+    """Makes the new output layer with the columns of the old one, rescaled, for the targets that both have."""
     kernel, bias = np.array(new["kernel"]), np.array(new["bias"])
-    column = {target.name: t for t, target in enumerate(old_targets)}
-    for t, target in enumerate(new_targets):
-        if target.name in column:
-            o = column[target.name]
-            before = old_targets[o]
+    for (t, target), (o, before) in itertools.product(enumerate(new_targets), enumerate(old_targets)):
+        if target.name == before.name:
             kernel[:, t] = old["kernel"][:, o] * before.std / target.std
             bias[t] = (old["bias"][o] * before.std + before.mean - target.mean) / target.std
     return {"kernel": kernel, "bias": bias}
 
 
 def _differences(old: TrainConfig, new: TrainConfig) -> list[str]:
-    """The hyperparameters of the model in which two configurations differ: "key old, here new"."""
+    """Lists the hyperparameters of the model in which two configurations differ: "key old, here new"."""
     values = [{**dataclasses.asdict(config.model), "cutoff": config.cutoff} for config in (old, new)]
     return [
         f"{key} {values[0][key]!r}, here {values[1][key]!r}"

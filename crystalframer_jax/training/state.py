@@ -1,4 +1,4 @@
-"""The training state, and the statistics that standardise the targets."""
+"""The training state."""
 
 import dataclasses
 

@@ -1,6 +1,7 @@
-"""Initialisation, the training step and the forward pass, as compiled functions."""
+"""Initialisation and the training step, as compiled functions."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,38 +23,31 @@ from crystalframer_jax.training.optimizer import Schedule, learning_rate, make_o
 from crystalframer_jax.training.state import TrainState, Tree
 
 LossFunction = Callable[..., tuple[jax.Array, Any]]
-StepFunction = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+Result = dict[str, jax.Array]
+StepFunction = Callable[..., tuple[TrainState, Result]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """What a training step does with the gradient of which loss."""
 
-    loss: str  # a key of loss.LOSSES
+    config: TrainConfig
     optimizer: optax.GradientTransformation  # directions, to be multiplied by -learning_rate
     learning_rate: Schedule
-    swa_first_step: int | None = None  # from here on the weights enter an equal average
-    ema_decay: float = 0.0  # of the exponential moving average; 0: none
-    frozen_layers: str = ""  # layers that are not trained
+    swa_first_step: int | None  # from here on the weights enter an equal average
 
 
 def make_recipe(config: TrainConfig, steps_per_epoch: int) -> Recipe:
-    """The recipe of a configuration."""
+    """Makes the recipe of a configuration."""
     swa_first_step = (config.n_epochs - config.swa_epochs) * steps_per_epoch if config.swa_epochs else None
-    return Recipe(
-        loss=config.loss_func,
-        optimizer=make_optimizer(config),
-        learning_rate=learning_rate(config, config.n_epochs * steps_per_epoch, swa_first_step),
-        swa_first_step=swa_first_step,
-        ema_decay=config.ema_decay,
-        frozen_layers=config.frozen_layers,
-    )
+    schedule = learning_rate(config, config.n_epochs * steps_per_epoch, swa_first_step)
+    return Recipe(config, make_optimizer(config), schedule, swa_first_step)
 
 
 def initial_state(
     model: CrystalFramer, recipe: Recipe, batch: Batch, key: jax.Array, devices: Devices = ONE_DEVICE
 ) -> TrainState:
-    """Random weights, with the Gaussian widths calibrated on `batch`, the first of the training, on all devices."""
+    """Draws random weights and calibrates the Gaussian widths on `batch`, the first of the training; on all devices."""
     model, key_data = model.clone(axis=devices.axis), jax.random.key_data(key)
 
     def build(batch: Batch, key_data: jax.Array) -> TrainState:
@@ -66,14 +60,9 @@ def initial_state(
 
 
 def new_state(recipe: Recipe, params: Tree, calibration: Tree, batch_stats: Tree) -> TrainState:
-    """The state of a training that starts from these weights."""
-
-    def zeros(tree: Tree) -> Tree:
-        return jax.tree.map(jnp.zeros_like, tree)
-
-    def count() -> jax.Array:  # each an array of its own: training steps consume them
-        return jnp.zeros((), jnp.int32)
-
+    """Makes the state of a training that starts from these weights."""
+    zeros = functools.partial(jax.tree.map, jnp.zeros_like)
+    count = functools.partial(jnp.zeros, (), jnp.int32)  # each an array of its own: training steps consume them
     return TrainState(
         step=count(),
         params=params,
@@ -83,8 +72,8 @@ def new_state(recipe: Recipe, params: Tree, calibration: Tree, batch_stats: Tree
         swa_params=zeros(params),
         swa_batch_stats=zeros(batch_stats),
         swa_steps=count(),
-        ema_params=zeros(params) if recipe.ema_decay else {},
-        ema_batch_stats=zeros(batch_stats) if recipe.ema_decay else {},
+        ema_params=zeros(params) if recipe.config.ema_decay else {},
+        ema_batch_stats=zeros(batch_stats) if recipe.config.ema_decay else {},
         skipped_steps=count(),
     )
 
@@ -96,7 +85,7 @@ def make_loss(
     key: jax.Array,
     axis: str | None = None,
 ) -> LossFunction:
-    """loss(params, state, batch, freeze_norm) -> (sum of the losses, (loss of each crystal [B], new batch_stats)).
+    """Makes loss(params, state, batch, freeze_norm) -> (sum of losses, (loss of each crystal [B], new batch_stats)).
 
     Frames (among ties) and dropout are drawn from `key` folded with the step, and with the place of the crystal in the
     batch, of which every device of `axis` may have a share.
@@ -117,7 +106,7 @@ def make_loss(
             mutable=["batch_stats"],
         )
         targets = standardise(batch.targets, statistics)
-        losses = loss_per_crystal(recipe.loss, predictions, targets, batch.target_mask)
+        losses = loss_per_crystal(recipe.config.loss_func, predictions, targets, batch.target_mask)
         batch_stats = state.batch_stats | changed.get("batch_stats", {})
         return jnp.sum(losses), (losses, batch_stats)
 
@@ -127,61 +116,53 @@ def make_loss(
 def make_train_step(
     recipe: Recipe, loss: LossFunction, skip_nonfinite: int = 0, devices: Devices = ONE_DEVICE
 ) -> StepFunction:
-    """`train_step`, compiled for some devices; its state is consumed."""
-    step = train_step(recipe, loss, skip_nonfinite, devices.axis)
-    return devices.each(step, split=(1,), static=("freeze_norm",), donate=(0,))
+    """Compiles step(state, work, freeze_norm=False) -> (state, result) for some devices; `state` is consumed.
 
+    `work` is a Batch, or a Chunk of K for as many steps in one dispatch, whose result has a first axis of K more. The
+    batches of a chunk were gathered by another program: gathered between the steps they would become part of theirs,
+    which then round otherwise than single ones, and a training would depend on where its chunks begin.
 
-def train_step(recipe: Recipe, loss: LossFunction, skip_nonfinite: int = 0, axis: str | None = None) -> StepFunction:
-    """step(state, batch, freeze_norm=False) -> (state, result).
-
-    The loss is the mean over the crystals of the batch, of which every device of `axis` has a share; all take the same
-    step.
     The result has "step", "loss", "grad_norm" (before clipping), "finite" and "skipped_steps" (so far). With
     `freeze_norm` BatchNorm keeps its statistics. A step whose loss or gradient is not finite leaves all weights as they
     are and is counted; after more than `skip_nonfinite` of them nothing changes any more.
     """
+
+    def advance(state: TrainState, work: Batch | Chunk, freeze_norm: bool = False) -> tuple[TrainState, Result]:
+        step = functools.partial(_step, recipe, loss, skip_nonfinite, devices.axis, freeze_norm)
+        return jax.lax.scan(step, state, work.batches) if isinstance(work, Chunk) else step(state, work)
+
+    return devices.each(advance, split=(1,), static=("freeze_norm",), donate=(0,))
+
+
+def _step(
+    recipe: Recipe,
+    loss: LossFunction,
+    skip_nonfinite: int,
+    axis: str | None,
+    freeze_norm: bool,
+    state: TrainState,
+    batch: Batch,
+) -> tuple[TrainState, Result]:
+    """Takes a step down the mean of the losses of a batch, of which every device of `axis` has a share."""
+    is_frozen = layer_mask(state.params, recipe.config.frozen_layers, "frozen_layers")
     gradient_of = jax.value_and_grad(loss, has_aux=True)
-
-    def step(state: TrainState, batch: Batch, freeze_norm: bool = False) -> tuple[TrainState, dict[str, jax.Array]]:
-        is_frozen = layer_mask(state.params, recipe.frozen_layers, "frozen_layers")
-        (value, (_, batch_stats)), gradient = gradient_of(state.params, state, batch, freeze_norm)
-        number = jnp.sum(batch.crystal_sizes > 0).astype(value.dtype)
-        value, gradient, number = sum_in_order((value, gradient, number), axis)
-        value = value / number
-        gradient = jax.tree.map(lambda g, frozen: jnp.zeros_like(g) if frozen else g / number, gradient, is_frozen)
-        grad_norm = optax.global_norm(gradient)
-        updates, opt_state = recipe.optimizer.update(gradient, state.opt_state, state.params)
-        rate = recipe.learning_rate(state.step)
-        params = jax.tree.map(
-            lambda p, u, frozen: p if frozen else p - jnp.asarray(rate, p.dtype) * u, state.params, updates, is_frozen
-        )
-        averages = averaged(state, params, recipe.swa_first_step, recipe.ema_decay)
-        new = dataclasses.replace(state, params=params, batch_stats=batch_stats, opt_state=opt_state, **averages)
-        finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
-        running = state.skipped_steps <= skip_nonfinite
-        kept = jax.tree.map(lambda n, o: jnp.where(finite & running, n, o), new, state)
-        counted = dataclasses.replace(
-            kept, step=state.step + running, skipped_steps=state.skipped_steps + (running & ~finite)
-        )
-        result = {"loss": value, "grad_norm": grad_norm, "finite": finite}
-        return counted, result | {"step": state.step, "skipped_steps": counted.skipped_steps}
-
-    return step
-
-
-def make_multi_step(
-    recipe: Recipe, loss: LossFunction, skip_nonfinite: int = 0, devices: Devices = ONE_DEVICE
-) -> StepFunction:
-    """multi_step(state, chunk, freeze_norm=False) -> (state, results); `state` is consumed.
-
-    The steps that `make_train_step` would take one after the other; the results have a first axis of K more. The
-    batches were gathered by another program: gathered between the steps they would become part of theirs, which then
-    round otherwise than those of single steps, and a training would depend on where its chunks begin.
-    """
-    step = train_step(recipe, loss, skip_nonfinite, devices.axis)
-
-    def run(state: TrainState, chunk: Chunk, freeze_norm: bool = False) -> tuple[TrainState, dict[str, jax.Array]]:
-        return jax.lax.scan(lambda state, batch: step(state, batch, freeze_norm), state, chunk.batches)
-
-    return devices.each(run, split=(1,), static=("freeze_norm",), donate=(0,))
+    (value, (_, batch_stats)), gradient = gradient_of(state.params, state, batch, freeze_norm)
+    number = jnp.sum(batch.crystal_sizes > 0).astype(value.dtype)
+    value, gradient, number = sum_in_order((value, gradient, number), axis)
+    value = value / number
+    gradient = jax.tree.map(lambda g, frozen: jnp.zeros_like(g) if frozen else g / number, gradient, is_frozen)
+    grad_norm = optax.global_norm(gradient)
+    updates, opt_state = recipe.optimizer.update(gradient, state.opt_state, state.params)
+    rate = recipe.learning_rate(state.step)
+    params = jax.tree.map(
+        lambda p, u, frozen: p if frozen else p - jnp.asarray(rate, p.dtype) * u, state.params, updates, is_frozen
+    )
+    averages = averaged(state, params, recipe.swa_first_step, recipe.config.ema_decay)
+    new = dataclasses.replace(state, params=params, batch_stats=batch_stats, opt_state=opt_state, **averages)
+    finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
+    running = state.skipped_steps <= skip_nonfinite
+    kept = jax.tree.map(lambda n, o: jnp.where(finite & running, n, o), new, state)
+    skipped_steps = state.skipped_steps + (running & ~finite)
+    result = {"step": state.step, "loss": value, "grad_norm": grad_norm, "finite": finite}
+    result["skipped_steps"] = skipped_steps
+    return dataclasses.replace(kept, step=state.step + running, skipped_steps=skipped_steps), result

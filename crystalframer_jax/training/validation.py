@@ -1,4 +1,4 @@
-"""Predictions for the splits of the data set of a training, by all of its devices."""
+"""Predictions and errors on the splits of the data set of a training, by all of its devices."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -11,8 +11,7 @@ from crystalframer_jax.batching.targets import TargetStatistics, standardise
 from crystalframer_jax.config import TrainConfig
 from crystalframer_jax.data.loader import TrainingBatches
 from crystalframer_jax.data.splits import SPLITS
-from crystalframer_jax.data.store import Dataset
-from crystalframer_jax.inference.evaluation import groups_of, predict_rows
+from crystalframer_jax.inference.evaluation import frame_draws, groups_of, predict_rows
 from crystalframer_jax.inference.forward import make_forward
 from crystalframer_jax.model.regressor import CrystalFramer
 from crystalframer_jax.reporting.metrics import (
@@ -70,7 +69,7 @@ class Evaluator:
         rows = rows[: size * max(1, int(fraction * -(-len(rows) // size)))]
         predictions = self.predict(weights, rows)
         labels = self.dataset.labels[rows]
-        loss = mean_loss(self.config.loss_func, predictions, labels, self.statistics)
+        loss = self._mean_loss(predictions, labels)
         if not np.isfinite(loss):
             bad = self.dataset.table.ids[rows[~np.isfinite(predictions).all(axis=1)]]
             raise TrainingError(
@@ -80,51 +79,49 @@ class Evaluator:
             )
         return loss, mean_absolute_errors(predictions, labels, self.statistics)
 
+    def _mean_loss(self, predictions: np.ndarray, labels: np.ndarray) -> float:
+        """Returns the loss of predictions [C, T] in label units: mean over the crystals, of standardised targets."""
+        standard, targets = standardise(predictions, self.statistics), standardise(labels, self.statistics)
+        return float(np.mean(loss_per_crystal(self.config.loss_func, standard, targets, np.isfinite(labels))))
 
-def mean_loss(
-    name: str, predictions: np.ndarray, labels: np.ndarray, statistics: tuple[TargetStatistics, ...]
-) -> float:
-    """Returns the loss `name` of predictions [C, T] in label units: mean over the crystals, of standardised targets."""
-    standard, targets = standardise(predictions, statistics), standardise(labels, statistics)
-    return float(np.mean(loss_per_crystal(name, standard, targets, np.isfinite(labels))))
+    def compare(
+        self, candidates: Mapping[str, Tree], before: Callable[[str], None], folder: Path | None
+    ) -> dict[str, Any]:
+        """Makes the part of summary.json about errors, in label units, of several weights of one model.
 
+        Those weights with the smallest validation loss are selected: their test predictions become
+        predictions_test.csv and parity_test.png in `folder`, if given. Calls `before` the predictions of every split.
+        """
+        dataset, statistics = self.dataset, self.statistics
+        labels = {split: dataset.labels[dataset.splits[split]] for split in SPLITS}
 
-def evaluate_candidates(
-    candidates: Mapping[str, Tree],
-    predict: Callable[[Tree, str], np.ndarray],
-    dataset: Dataset,
-    statistics: tuple[TargetStatistics, ...],
-    loss: str,
-    workdir: Path | None,
-) -> dict[str, Any]:
-    """Makes the part of summary.json about errors, in label units, of several weights of one model.
+        def predict(name: str, split: str) -> np.ndarray:
+            before(split)
+            return self.predict(candidates[name], dataset.splits[split], frame_draws(self.config))
 
-    `predict(variables, split)` gives predictions [C, T] in label units. Those weights with the smallest validation
-    loss are selected: their test predictions become predictions_test.csv and parity_test.png in `workdir`, if given.
-    """
-    labels = {split: dataset.labels[dataset.splits[split]] for split in SPLITS}
-    predictions = {name: {s: predict(weights, s) for s in ("val", "test")} for name, weights in candidates.items()}
-    val_loss = {name: mean_loss(loss, p["val"], labels["val"], statistics) for name, p in predictions.items()}
-    selected = min(val_loss, key=lambda name: (math.isnan(val_loss[name]), val_loss[name]))
-    predictions[selected] = {"train": predict(candidates[selected], "train"), **predictions[selected]}
-    metrics = {
-        name: {split: regression_metrics(values, labels[split], statistics) for split, values in by_split.items()}
-        for name, by_split in predictions.items()
-    }
-    baseline = {split: mean_predictor_errors(labels[split], statistics, labels["train"]) for split in SPLITS}
-    if workdir:
-        write_split(workdir, dataset, "test", predictions[selected]["test"], statistics)
-    return {
-        "test": with_baseline(metrics[selected]["test"], baseline["test"], statistics),
-        "selected_weights": selected,
-        "val_loss": val_loss,
-        **{
+        predictions = {name: {split: predict(name, split) for split in ("val", "test")} for name in candidates}
+        val_loss = {name: self._mean_loss(found["val"], labels["val"]) for name, found in predictions.items()}
+        selected = min(val_loss, key=lambda name: (math.isnan(val_loss[name]), val_loss[name]))
+        predictions[selected] = {"train": predict(selected, "train"), **predictions[selected]}
+        errors = {
+            name: {split: regression_metrics(values, labels[split], statistics) for split, values in by_split.items()}
+            for name, by_split in predictions.items()
+        }
+        baseline = {split: mean_predictor_errors(labels[split], statistics, labels["train"]) for split in SPLITS}
+        if folder:
+            write_split(folder, dataset, "test", predictions[selected]["test"], statistics)
+        by_metric = {
             metric: {
-                name: {split: {t: m[metric] for t, m in of.items()} for split, of in by_split.items()}
-                for name, by_split in metrics.items()
+                name: {split: {t: found[metric] for t, found in of.items()} for split, of in by_split.items()}
+                for name, by_split in errors.items()
             }
             for metric in ("mae", "rmse", "r2")
-        },
-        "mean_predictor_mae": baseline,
-        "units": {s.name: s.unit for s in statistics},
-    }
+        }
+        return {
+            "test": with_baseline(errors[selected]["test"], baseline["test"], statistics),
+            "selected_weights": selected,
+            "val_loss": val_loss,
+            **by_metric,
+            "mean_predictor_mae": baseline,
+            "units": {s.name: s.unit for s in statistics},
+        }

@@ -13,7 +13,6 @@ from crystalframer_jax.config import (
     BatchParts,
     ConfigError,
     check_overrides,
-    model_config,
     validate,
     validate_model,
 )
@@ -389,11 +388,11 @@ def test_without_adaptive_cutoff_the_neighbors_are_a_box_of_images():
 
 
 def test_the_model_part_of_a_configuration():
-    model = model_config(changed(scale_real=[1.4, 1.5, 1.6, 1.7], embedding_dim=[64, 32], targets="a,b"))
+    model = validate_model(changed(scale_real=[1.4, 1.5, 1.6, 1.7], embedding_dim=[64, 32], targets="a,b")).model
     assert (model.k_dim, model.v_dim) == (16, 16)
     assert (model.num_targets, model.embedding_dim, model.scale_of_block(2)) == (2, (64, 32), 1.6)
     assert model.uses_frames and hash(model) == hash(model)
-    model = model_config(changed(k_dim=24, value_pe_angle_real=0, frame_method="no"))
+    model = validate_model(changed(k_dim=24, value_pe_angle_real=0, frame_method="no")).model
     assert (model.k_dim, model.v_dim, model.scale_of_block(3)) == (24, 16, 1.4)
     assert not model.uses_frames
 
@@ -441,7 +440,7 @@ def test_the_default_of_a_row_is_of_its_type(key):
 
 def test_the_domains_of_an_interleaving_take_turns():
     def domains(domain):
-        model = model_config(changed(domain=domain, **CRYSTALFORMER))
+        model = validate_model(changed(domain=domain, **CRYSTALFORMER)).model
         return [model.domain_of_block(block) for block in range(4)]
 
     for domain in ("real", "reci", "RECI", "multihead"):
@@ -451,28 +450,28 @@ def test_the_domains_of_an_interleaving_take_turns():
 
 
 def test_several_scales_take_turns():
-    model = model_config(changed(scale_real=(1.4, 1.5), scale_reci=(2.2, 2.0, 1.8)))
+    model = validate_model(changed(scale_real=(1.4, 1.5), scale_reci=(2.2, 2.0, 1.8))).model
     assert [model.scale_of_block(block) for block in range(4)] == [1.4, 1.5, 1.4, 1.5]
     assert [model.reciprocal_scale_of_block(block) for block in range(4)] == [2.2, 2.0, 1.8, 2.2]
-    model = model_config(changed())
+    model = validate_model(changed()).model
     assert [model.reciprocal_scale_of_block(block) for block in range(4)] == [2.2] * 4
 
 
 @pytest.mark.parametrize("domain", ALLOWED_VALUES["domain"])
 def test_reciprocal_domains_need_the_atoms_of_each_cell(domain):
-    parts = model_config(changed(domain=domain, **CRYSTALFORMER)).parts
+    parts = validate_model(changed(domain=domain, **CRYSTALFORMER)).model.parts
     assert parts == BatchParts(cells=domain != "real", lattice_vectors=False, scatter=False, dtype="float32")
 
 
 @pytest.mark.parametrize("method", ALLOWED_VALUES["frame_method"])
 def test_lattice_and_pca_frames_need_parts_of_their_own(method):
     angles = 0 if method == "no" else 64
-    model = model_config(changed(frame_method=method, value_pe_angle_real=angles))
+    model = validate_model(changed(frame_method=method, value_pe_angle_real=angles)).model
     assert model.parts == BatchParts(
         cells=False, lattice_vectors=method == "lattice", scatter=method == "pca", dtype="float32"
     )
     assert model.uses_frames == (method != "no")
-    without_angles = model_config(changed(frame_method=method, value_pe_angle_real=0))
+    without_angles = validate_model(changed(frame_method=method, value_pe_angle_real=0)).model
     assert without_angles.parts == BatchParts() and not without_angles.uses_frames
 
 
@@ -480,5 +479,5 @@ def test_lattice_and_pca_frames_need_parts_of_their_own(method):
     ("precision", "dtype"), [("float32", "float32"), ("float64", "float64"), ("bfloat16", "float32")]
 )
 def test_batches_have_the_type_of_the_lattice_sums(precision, dtype):
-    model = model_config(changed(precision=precision))
+    model = validate_model(changed(precision=precision)).model
     assert model.parts.dtype == model.dtype.name == dtype

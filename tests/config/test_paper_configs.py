@@ -16,7 +16,7 @@ from absl import flags
 from ml_collections import config_flags
 from support import ROOT
 
-from crystalframer_jax.config import ConfigError, model_config, validate
+from crystalframer_jax.config import ConfigError, validate, validate_model
 from crystalframer_jax.configs import default, quickstart
 from crystalframer_jax.configs.variants import VARIANTS
 from crystalframer_jax.data.registry import TARGET_SETS
@@ -60,7 +60,7 @@ def test_settings_are_the_official_ones_and_all_others_the_defaults(name, varian
     expected |= {"target_set": config.target_set, "targets": config.targets}
     assert dict(config) == expected
     validate(config)
-    assert model_config(config).uses_frames == (variant != "crystalformer")
+    assert validate_model(config).model.uses_frames == (variant != "crystalformer")
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)

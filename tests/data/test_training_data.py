@@ -11,7 +11,7 @@ from crystalframer_jax.cli import prepare as prepare_cli
 from crystalframer_jax.cli.evaluate import evaluate_main
 from crystalframer_jax.config import ConfigError, TrainConfig
 from crystalframer_jax.data.splits import random_split
-from crystalframer_jax.training.train import train
+from crystalframer_jax.training.start import train
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -30,7 +30,7 @@ from crystalframer_jax.reporting.summary import ensemble_text
 from crystalframer_jax.runs.checkpoints import CheckpointError, Checkpoints
 from crystalframer_jax.runs.run_directory import as_json
 from crystalframer_jax.training import loop
-from crystalframer_jax.training.train import train
+from crystalframer_jax.training.start import train
 
 NACL, SILICON = str(EXAMPLES / "NaCl.cif"), str(EXAMPLES / "POSCAR_Si")
 E_FORM = TargetStatistics("e_form", "eV/atom", -1.5, 1.2)

@@ -22,7 +22,7 @@ from crystalframer_jax.structures.crystal import Crystal, CrystalError
 from crystalframer_jax.structures.files import read_crystals
 from crystalframer_jax.training import loop
 from crystalframer_jax.training.loop import TrainingError
-from crystalframer_jax.training.train import train
+from crystalframer_jax.training.start import train
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ import pytest
 from support import batch_of, primitive
 
 from crystalframer_jax.batching.targets import TargetStatistics
-from crystalframer_jax.config import model_config, validate
+from crystalframer_jax.config import validate, validate_model
 from crystalframer_jax.configs import default, jarvis, megnet, mp_flla, oqmd, quickstart
 from crystalframer_jax.configs.variants import VARIANTS
 from crystalframer_jax.model.regressor import CrystalFramer
@@ -88,7 +88,7 @@ def different_models():
     """The name of the first of CONFIGS for every different model; the number of targets does not matter."""
     models = {}
     for name, get_config in CONFIGS.items():
-        models.setdefault(dataclasses.replace(model_config(get_config()), num_targets=1), name)
+        models.setdefault(dataclasses.replace(validate_model(get_config()).model, num_targets=1), name)
     return list(models.values())
 
 

@@ -6,7 +6,7 @@ import pytest
 from support import batch_of, primitive, small_config
 from tiny_models import CRYSTALFORMER, batch, named_leaves
 
-from crystalframer_jax.config import model_config
+from crystalframer_jax.config import validate_model
 from crystalframer_jax.config.hyperparameters import ALLOWED_VALUES
 from crystalframer_jax.configs import default
 from crystalframer_jax.model.encoder import width_init
@@ -16,7 +16,7 @@ from crystalframer_jax.model.regressor import CrystalFramer
 @pytest.fixture(scope="module")
 def params():
     """Initial parameters of the default model, as numpy arrays."""
-    model = CrystalFramer(model_config(default.get_config()))
+    model = CrystalFramer(validate_model(default.get_config()).model)
     variables = jax.jit(model.init)(jax.random.key(0), batch_of([primitive("fcc")], 3.0))
     return jax.tree.map(np.asarray, variables["params"])
 

@@ -8,7 +8,7 @@ from official_files import assert_same, distinct_variables, golden, leaves
 from support import random_crystal, small_config
 
 from crystalframer_jax import load_official
-from crystalframer_jax.config import ModelConfig, model_config
+from crystalframer_jax.config import ModelConfig, validate_model
 from crystalframer_jax.errors import UserError
 from crystalframer_jax.official.config import config_from_official
 from crystalframer_jax.official.state import (
@@ -54,7 +54,7 @@ def test_variables_come_back_with_the_same_bits(config):
 def test_an_official_state_dict_comes_back(name):
     """The golden files have the names and shapes of the official code."""
     official, state = golden(name)
-    config = model_config(config_from_official(official)[0])
+    config = validate_model(config_from_official(official)[0]).model
     back = official_from_variables(variables_from_official(state, config), config)
     assert {key: value.shape for key, value in back.items()} == {key: value.shape for key, value in state.items()}
     for key, value in state.items():

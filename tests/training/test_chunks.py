@@ -53,7 +53,7 @@ def dispatched(run: Run) -> list[int]:
 
         return counted_advance
 
-    run.step, run.multi_step = counted(run.step), counted(run.multi_step)
+    run.step = counted(run.step)
     return lengths
 
 
@@ -91,7 +91,7 @@ def undisturbed(config, folder) -> Finished:
 def test_chunks_change_no_bit(config, undisturbed, folder, monkeypatch):
     """Nor do checkpoints, which wait for the end of a chunk."""
     run = run_of(config, folder / "four", FOUR)
-    monkeypatch.setattr(run.requests, "_is_save_due", lambda: True)
+    monkeypatch.setattr(run.requests, "_seconds", -1.0)
     lengths, saved, save = dispatched(run), [], run.checkpoints.save
     monkeypatch.setattr(run.checkpoints, "save", lambda state, *x: saved.append(int(state.step)) or save(state, *x))
     run.finish()
@@ -151,15 +151,15 @@ def test_steps_after_one_that_is_not_finite(without_frames, folder, monkeypatch,
     run = run_of(without_frames, folder / "unused", dataclasses.replace(FOUR, skip_nonfinite=allowed))
     run.checkpoints.close()
     first, second = itertools.islice(run.batches.chunks(0, 4), 2)
-    state, _ = run.multi_step(run.initial_state(), first)
+    state, _ = run.step(run.initial_state(), first)
     start = jax.tree.map(np.array, state)
     for number in range(steps_taken):
         state, _ = run.step(state, jax.tree.map(lambda x, number=number: x[number], second.batches))
-    ended, result = run.multi_step(jax.tree.map(jax.numpy.array, start), second)
+    ended, result = run.step(jax.tree.map(jax.numpy.array, start), second)
     assert_equal_trees(ended, state)
     assert (int(ended.step), int(ended.skipped_steps)) == (4 + steps_taken, 1)
     with Logbook(run.workdir, run.batches, 0) as log:
-        ledger = Ledger(0, run.batches, 4, {"results": [], "seconds": 0.0}, allowed, log.progress)
+        ledger = Ledger(0, run.batches, 4, {"results": [], "seconds": 0.0}, allowed, log)
         ledger.add(result)
         assert ledger.position == 8
         failed = ledger.look(at_all=True)

@@ -22,14 +22,14 @@ from crystalframer_jax.data.loader import TrainingBatches
 from crystalframer_jax.inference import evaluation
 from crystalframer_jax.inference.predictor import Predictor
 from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices, share_out, sum_in_order
-from crystalframer_jax.parallel.interruption import TrainingInterrupted
+from crystalframer_jax.parallel.interruption import Interruption, TrainingInterrupted
 from crystalframer_jax.structures.neighbors import neighbor_rows
-from crystalframer_jax.training.consensus import NOTHING, SAVE, STOP, Consensus
 from crystalframer_jax.training.errors import TrainingError
 from crystalframer_jax.training.ledger import LAG
 from crystalframer_jax.training.logging import read_metrics
 from crystalframer_jax.training.loop import Options, Run
-from crystalframer_jax.training.train import train
+from crystalframer_jax.training.requests import NOTHING, SAVE, STOP, Requests
+from crystalframer_jax.training.start import train
 
 COUNTS = (1, 2, 4, 8)
 
@@ -110,14 +110,15 @@ def test_a_number_of_devices_that_are_not_there_is_an_error():
 def test_a_request_of_one_process_is_done_once_by_all(monkeypatch, asked_at):
     """As repeated by a process until it is done; known a few dispatches later."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    consensus = Consensus(Devices.of_this_process(8))
+    requests = Requests(Interruption(), 1.0, Devices.of_this_process(8))
     monkeypatch.undo()
     agreed, is_done = [], False
     for dispatch in range(9):
-        agreed.append(consensus.after_dispatch(SAVE if dispatch >= asked_at and not is_done else NOTHING))
+        monkeypatch.setattr(requests, "_own", lambda own=SAVE if dispatch >= asked_at and not is_done else NOTHING: own)
+        agreed.append(requests.after_dispatch())
         is_done |= agreed[-1] == SAVE
     assert agreed == (asked_at + LAG) * [NOTHING] + [SAVE] + (8 - asked_at - LAG) * [NOTHING]
-    assert Consensus(ONE_DEVICE).after_dispatch(STOP) == STOP
+    assert Requests(StopAt(1), 1.0, ONE_DEVICE).after_dispatch() == STOP
 
 
 # Steps

@@ -23,7 +23,7 @@ from tiny import (
 
 from crystalframer_jax.errors import UserError
 from crystalframer_jax.parallel.interruption import Interruption, TrainingInterrupted
-from crystalframer_jax.training.train import train
+from crystalframer_jax.training.start import train
 
 
 @pytest.fixture(scope="module")

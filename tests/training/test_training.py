@@ -36,8 +36,8 @@ from crystalframer_jax.runs.checkpoints import CheckpointError, Checkpoints
 from crystalframer_jax.runs.run_directory import as_json
 from crystalframer_jax.training.logging import MetricsLog, read_metrics
 from crystalframer_jax.training.loop import Options, Run, TrainingError
+from crystalframer_jax.training.start import train
 from crystalframer_jax.training.step import make_train_step
-from crystalframer_jax.training.train import train
 from crystalframer_jax.training.validation import Evaluator
 
 

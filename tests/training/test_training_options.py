@@ -20,7 +20,7 @@ from crystalframer_jax.runs.checkpoints import CheckpointError
 from crystalframer_jax.training.logging import read_metrics
 from crystalframer_jax.training.loop import Run
 from crystalframer_jax.training.pretrained import start_from
-from crystalframer_jax.training.train import train
+from crystalframer_jax.training.start import train
 
 NO_FRAMES = {"value_pe_angle_real": 0, "frame_method": "no"}
 OPTIONS = {

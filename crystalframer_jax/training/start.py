@@ -1,4 +1,4 @@
-"""Train one model, or the members of an ensemble, in a run directory."""
+"""Starts a training: one model, or the members of an ensemble."""
 
 import contextlib
 import dataclasses
@@ -16,7 +16,7 @@ from crystalframer_jax.inference.ensemble import Ensemble, ensemble_summary, is_
 from crystalframer_jax.inference.forward import working_precision
 from crystalframer_jax.parallel.devices import Devices
 from crystalframer_jax.parallel.interruption import Interruption
-from crystalframer_jax.parallel.processes import from_first_process, is_first_process, json_from_first_process
+from crystalframer_jax.parallel.processes import is_first_process, json_from_first_process
 from crystalframer_jax.reporting.summary import ensemble_text
 from crystalframer_jax.runs.checkpoints import FOLDER
 from crystalframer_jax.runs.run_directory import as_json, check_config, check_data
@@ -31,7 +31,7 @@ def train(
     options: Options | None = None,
     interruption: Interruption | None = None,
 ) -> dict[str, Any]:
-    """Train a model as `config` says, in the run directory `workdir`, and return the summary of the run.
+    """Trains a model as `config` says, in the run directory `workdir`, and returns the summary of the run.
 
     The same call continues a run that was interrupted, from its last checkpoint; batches, random draws and results
     are those of a run that was not interrupted. All devices share the work, also those of several processes (see
@@ -67,7 +67,7 @@ def train(
 
 
 def _train_ensemble(config: TrainConfig, workdir: Path, options: Options, interruption: Interruption) -> dict[str, Any]:
-    """Train the members of an ensemble one after the other in WORKDIR/member_N, with seeds that count up."""
+    """Trains the members of an ensemble one after the other in WORKDIR/member_N, with seeds that count up."""
     if is_first_process():
         _check_ensemble(config, workdir)
     for number in range(config.ensemble_size):
@@ -86,7 +86,7 @@ def _train_ensemble(config: TrainConfig, workdir: Path, options: Options, interr
 
 
 def _check_ensemble(config: TrainConfig, workdir: Path) -> None:
-    """Raise ConfigError if a directory holds something else than this ensemble."""
+    """Raises ConfigError if a directory holds something else than this ensemble."""
     if (workdir / FOLDER).exists():
         raise ConfigError(f"{workdir} holds a run with one model; choose another --workdir for an ensemble")
     beyond = member_names(workdir)[config.ensemble_size :] if is_ensemble(workdir) else []
@@ -97,16 +97,13 @@ def _check_ensemble(config: TrainConfig, workdir: Path) -> None:
 
 
 def _open_dataset(config: TrainConfig) -> Dataset:
-    """The data set of a training; of several processes the first prepares it before the others open it.
+    """Opens the data set of a training; of several processes the first prepares it before the others open it.
 
     Raises ConfigError if they find different data.
     """
-    if not is_first_process():
-        from_first_process(b"")
-    dataset = _dataset(config)
-    if is_first_process():
-        from_first_process(b"prepared")
-    digest = from_first_process(dataset.digest.encode()).decode()
+    prepared = _dataset(config) if is_first_process() else None
+    digest = json_from_first_process(prepared and prepared.digest)
+    dataset = prepared or _dataset(config)
     if digest != dataset.digest:
         raise ConfigError(
             f"data_dir={config.data_dir!r}: process {jax.process_index()} finds other data under the name "
