@@ -1,6 +1,8 @@
 """The rooms of CONTRIBUTING.md: every file imports only what stands above its package, and nothing runs in a circle."""
 
 import ast
+import importlib
+import inspect
 import re
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
@@ -76,6 +78,16 @@ def test_a_way_back_is_noticed(tmp_path):
 def test_no_file_is_long():
     long = [f"{name}: {len(file.read_text().splitlines())}" for name, file in KNOWN.items()]
     assert not [text for text in long if int(text.split()[1]) > LONGEST]
+
+
+@pytest.mark.parametrize("package", sorted(file.parent.name for file in (ROOT / PACKAGE).rglob("__init__.pyi")))
+def test_packages_give_their_public_names(package):
+    """The names that a type checker sees in __init__.pyi are those that the package gives."""
+    module = importlib.import_module(PACKAGE if package == PACKAGE else f"{PACKAGE}.{package}")
+    names = re.findall(r"^from \.\w+ import (\w+) as \1$", Path(module.__file__ + "i").read_text(), re.MULTILINE)
+    assert names and sorted(names) == sorted(module.__all__)
+    for name in names:
+        assert getattr(module, name) is not None and not inspect.ismodule(getattr(module, name)), name
 
 
 def test_tests_have_the_same_folders():

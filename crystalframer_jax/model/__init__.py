@@ -1,1 +1,5 @@
 """The model: bases, frames, lattice sums, attention, encoder, regressor. Pure functions and Flax modules."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

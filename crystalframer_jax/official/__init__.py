@@ -1,1 +1,5 @@
 """The format of the official PyTorch project: hyperparameters, state dicts, checkpoint files."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

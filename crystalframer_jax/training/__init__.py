@@ -1,1 +1,5 @@
-"""Training: loss, optimizer, weight averaging, checkpoints, the loop."""
+"""Training: loss, optimizer, weight averaging, the step and the loop."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

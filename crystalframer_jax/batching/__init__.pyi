@@ -1,0 +1,13 @@
+from .batch import Batch as Batch
+from .batch import CellRows as CellRows
+from .batch import Rows as Rows
+from .batch import fill_factors as fill_factors
+from .batch import pack as pack
+from .batch import unpacked as unpacked
+from .device_table import DeviceTable as DeviceTable
+from .shapes import BatchShape as BatchShape
+from .shapes import plan_shapes as plan_shapes
+from .shapes import shape_for as shape_for
+from .table import CrystalTable as CrystalTable
+from .table import make_table as make_table
+from .targets import TargetStatistics as TargetStatistics

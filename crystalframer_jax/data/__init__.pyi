@@ -1,0 +1,15 @@
+from .datasets import open_dataset as open_dataset
+from .datasets import prepared_sets as prepared_sets
+from .loader import TrainingBatches as TrainingBatches
+from .prepare import Preparation as Preparation
+from .records import BadRecord as BadRecord
+from .records import DataError as DataError
+from .records import Record as Record
+from .records import Source as Source
+from .records import Target as Target
+from .registry import TARGET_SETS as TARGET_SETS
+from .registry import TargetSet as TargetSet
+from .registry import target_set as target_set
+from .splits import SPLITS as SPLITS
+from .store import Dataset as Dataset
+from .store import load_dataset as load_dataset

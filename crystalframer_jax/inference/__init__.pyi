@@ -1,0 +1,5 @@
+from .ensemble import Ensemble as Ensemble
+from .ensemble import load_model as load_model
+from .evaluation import Predictions as Predictions
+from .frames import compute_frames as compute_frames
+from .predictor import Predictor as Predictor

@@ -1,0 +1,9 @@
+from .attention import ValueEncoding as ValueEncoding
+from .attention import framed_attention as framed_attention
+from .attention import reciprocal_attention as reciprocal_attention
+from .encoder import EncoderBlock as EncoderBlock
+from .frames import block_frames as block_frames
+from .implementation import Implementation as Implementation
+from .implementation import ImplementationError as ImplementationError
+from .implementation import KernelWarning as KernelWarning
+from .regressor import CrystalFramer as CrystalFramer

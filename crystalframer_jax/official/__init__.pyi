@@ -1,0 +1,12 @@
+from .checkpoint_file import OfficialCheckpoint as OfficialCheckpoint
+from .checkpoint_file import TorchFileError as TorchFileError
+from .checkpoint_file import read_checkpoint as read_checkpoint
+from .checkpoint_file import write_checkpoint as write_checkpoint
+from .config import config_from_official as config_from_official
+from .config import official_from_config as official_from_config
+from .conversion import export_checkpoint as export_checkpoint
+from .conversion import import_checkpoint as import_checkpoint
+from .state import OfficialStateError as OfficialStateError
+from .state import load_official as load_official
+from .state import official_from_variables as official_from_variables
+from .state import variables_from_official as variables_from_official

@@ -1,0 +1,10 @@
+from .basis import AngleBasis as AngleBasis
+from .basis import Bases as Bases
+from .basis import DistanceBasis as DistanceBasis
+from .frames import METHODS as METHODS
+from .frames import lattice_frames as lattice_frames
+from .frames import max_static_frames as max_static_frames
+from .frames import pca_frames as pca_frames
+from .frames import weighted_pca_frames as weighted_pca_frames
+from .lattice_sums import SumOptions as SumOptions
+from .reciprocal import WaveVectors as WaveVectors
