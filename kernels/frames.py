@@ -117,7 +117,7 @@ def _best(
 
 
 def _direction(rows: Rows, at: Place, column: jax.Array) -> Vector:
-    """Unit vector to a neighbour; zeros for an empty row."""
+    """Unit vector to a neighbor; zeros for an empty row."""
     is_real = column < load(rows.count, (at.atom,))
     x, y, z = (jnp.where(is_real, load(rows.vector, (at.atom, column, axis)), 0) for axis in range(3))
     return _divided((x, y, z), jnp.sqrt(_dot((x, y, z), (x, y, z))))

@@ -2,10 +2,10 @@
 
 Every program has one atom and one head. The forward kernel goes through the row twice: for the log-sum-exp, and for the
 sums. The gradient recomputes the weights from it: one kernel goes along the rows, and leaves dL/dlogit of every
-neighbour for another, which collects it, and the weights once more, at the reverse neighbours. There are no atomic
+neighbor for another, which collects it, and the weights once more, at the reverse neighbors. There are no atomic
 operations: the same inputs give the same bits.
 
-Chunks of neighbours whose weights add up to less than NEGLIGIBLE roundings of 1, the sum of the whole row, are skipped
+Chunks of neighbors whose weights add up to less than NEGLIGIBLE roundings of 1, the sum of the whole row, are skipped
 by the forward and the rows kernel: a row loses less weight than that times the number of its chunks. Rows are sorted by
 distance, so these chunks are the far ends of rows.
 """
@@ -159,7 +159,7 @@ def forward_kernel(bases: Bases, dropout: float, inputs: Inputs, outputs: tuple[
         return (jnp.where(distance > 0, weights, 0) * first)[:, None, :] * second[None, :, :]
 
     def total_of(terms: Any, *sizes: int) -> jax.Array:
-        """Sum of terms [..., C] over the row; the sum over the neighbours of a chunk is left to the end."""
+        """Sum of terms [..., C] over the row; the sum over the neighbors of a chunk is left to the end."""
 
         def add(chunk: Chunk, total: jax.Array) -> jax.Array:
             weights = weights_of(chunk)
@@ -188,7 +188,7 @@ def forward_kernel(bases: Bases, dropout: float, inputs: Inputs, outputs: tuple[
 def rows_kernel(
     bases: Bases, dropout: float, inputs: Inputs, log_sum: Any, mean: Any, grads: Totals, outputs: tuple
 ) -> None:
-    """dL/dlogit [N, H, M] of every neighbour, dL/dq and dL/da, for the row of one atom and head.
+    """dL/dlogit [N, H, M] of every neighbor, dL/dq and dL/da, for the row of one atom and head.
 
     `mean` [N, H] is the sum of p dL/dp over the row, `grads` are the gradients with respect to the Totals.
     """
@@ -235,7 +235,7 @@ def rows_kernel(
 def reverse_kernel(
     dropout: float, inputs: Inputs, log_sum: Any, value_grads: Any, logit_grads: Any, outputs: tuple
 ) -> None:
-    """dL/dk and dL/dv of one atom and head: the rows that contain the atom are those of its own neighbours."""
+    """dL/dk and dL/dv of one atom and head: the rows that contain the atom are those of its own neighbors."""
     k_grads, v_grads = outputs
     at = place(inputs.a.shape[1])
     width = inputs.rows.index.shape[1]

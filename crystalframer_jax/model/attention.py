@@ -47,7 +47,7 @@ def framed_attention(
     dropout: float = 0.0,
     seeds: jax.Array | None = None,
 ) -> jax.Array:
-    """Attention of every atom over its periodic neighbours, with distance and frame-angle encodings: [N, H, d_v].
+    """Attention of every atom over its periodic neighbors, with distance and frame-angle encodings: [N, H, d_v].
 
     Per head: sum_m p_m v_j + c_dist W_dist sum_m p_m b_dist + c_angle sum_axis W_axis sum_{m, d>0} p_m b_angle with
     p = softmax over the row of q . k_j / sqrt(d_k) + alpha d^2.
@@ -56,7 +56,7 @@ def framed_attention(
       q, k: [N, H, d_k].
       v: [N, H, d_v].
       alpha: [N, H] negative, 1/Å^2 (a = -rho / 2 r0^2).
-      rows: neighbour rows [N, M], vectors in Å.
+      rows: neighbor rows [N, M], vectors in Å.
       frames: [N, H, 3, 3] with rows e1, e2, e3; None without angle encoding. They get no gradient.
       params: projections and bases.
       implementation: "xla"; "pallas" for GPU kernels (on a CPU they are interpreted, very slowly); "auto" for

@@ -30,7 +30,7 @@ def value_bases(config: ModelConfig, block: int) -> Bases:
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention over the periodic neighbours of every atom, or over its cell in reciprocal space."""
+    """Multi-head attention over the periodic neighbors of every atom, or over its cell in reciprocal space."""
 
     config: ModelConfig
     block: int

@@ -21,7 +21,7 @@ from crystalframer_jax.kernels import backend
 Implementation = Literal["auto", "xla", "pallas"]
 IMPLEMENTATIONS = ("auto", "xla", "pallas")
 
-CHECK_ATOMS, CHECK_NEIGHBORS = 48, 41  # of the made-up rows: more than one chunk of neighbours
+CHECK_ATOMS, CHECK_NEIGHBORS = 48, 41  # of the made-up rows: more than one chunk of neighbors
 TOLERANCE = {"float32": 1e-4, "float64": 1e-10}  # largest difference, relative to the largest number
 
 
@@ -78,7 +78,7 @@ def difference(kernels: Callable[..., Any], operations: Callable[..., Any], argu
 
 @functools.cache
 def check_rows(dtype: np.dtype, on_grid: bool = False) -> Rows:
-    """Made-up neighbour rows: atoms at random places, each a neighbour of itself and of 20 before and after it.
+    """Made-up neighbor rows: atoms at random places, each a neighbor of itself and of 20 before and after it.
 
     The last atom has itself only, the one before nothing. `on_grid` puts atoms on a grid, which makes ties.
     """

@@ -30,11 +30,11 @@ class DistanceBasis:
 class AngleBasis:
     """D Gaussians of a cosine c, centres evenly spaced from -1 (0 if `cos_abs`) to 1, width in units of the spacing.
 
-    The centres are split into A groups of B neighbours, middle c_a and offsets o_b, so that with any constant c_0
+    The centres are split into A groups of B neighbors, middle c_a and offsets o_b, so that with any constant c_0
 
         exp(-s (c - c_a - o_b)^2) = exp(-s (c - c_a)^2) * exp(2 s (c - c_0) o_b) * constant[a, b]
 
-    needs A + B exponentials instead of A * B, and a weighted sum over neighbours is an A x M by M x B product.
+    needs A + B exponentials instead of A * B, and a weighted sum over neighbors is an A x M by M x B product.
     """
 
     size: int

@@ -1,8 +1,8 @@
-"""Frames: three axes for every atom and head, from its neighbours (paper, section on dynamic frames).
+"""Frames: three axes for every atom and head, from its neighbors (paper, section on dynamic frames).
 
 Frames carry no gradient. Where symmetry leaves several frames equally good, the first in canonical order is taken or,
 given random seeds, one of them at random. The canonical order does not change when the crystal is turned, but among
-neighbours at the same distance it follows the order of the atoms and the cell.
+neighbors at the same distance it follows the order of the atoms and the cell.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from crystalframer_jax.ops.blocks import attention_logits, map_blocks
 from crystalframer_jax.ops.eigen import eigh3, principal_frames
 from crystalframer_jax.ops.random_bits import draw, mix
 
-PARALLEL = 0.9999  # |cos| from which a neighbour cannot give the second axis
+PARALLEL = 0.9999  # |cos| from which a neighbor cannot give the second axis
 SMALLEST = 1e-5  # of 1 - |cos| inside the logarithm
 COPLANAR = 1e-3  # |cos| to the normal up to which a lattice vector lies in the plane of two others
 PERPENDICULAR = 1e-4  # |cos| up to which neither sign of a lattice vector is acute
@@ -36,8 +36,8 @@ def max_frames(
 ) -> jax.Array:
     """Max frames: orthonormal and right-handed, [N, H, 3, 3]; zeros for padding.
 
-    e1 points to the neighbour with the largest attention logit; e2 to the one with the largest
-    logit + log(1 - |e1 . u|), made orthogonal to e1; e3 = e1 x e2. Neighbours within `tie_tolerance` of the best score
+    e1 points to the neighbor with the largest attention logit; e2 to the one with the largest
+    logit + log(1 - |e1 . u|), made orthogonal to e1; e3 = e1 x e2. Neighbors within `tie_tolerance` of the best score
     are ties. q, k [N, H, d_k]; a [N, H] in 1/Å^2; seeds [N, H].
     """
 
@@ -78,7 +78,7 @@ def weighted_pca_frames(
     seeds: jax.Array | None = None,
     choose: MaxFrames = max_frames,
 ) -> jax.Array:
-    """Principal axes of sum p u u^T over the neighbours (d > 0), p the attention weights; [N, H, 3, 3]."""
+    """Principal axes of sum p u u^T over the neighbors (d > 0), p the attention weights; [N, H, 3, 3]."""
 
     def block(rows: Rows, q: jax.Array, a: jax.Array) -> jax.Array:
         distance, unit = _directions(rows)
@@ -157,7 +157,7 @@ def _principal_frames(
 
 
 def _directions(rows: Rows) -> tuple[jax.Array, jax.Array]:
-    """Distances [n, M] and unit vectors [n, M, 3] of the neighbours; zeros for the atom itself and padding."""
+    """Distances [n, M] and unit vectors [n, M, 3] of the neighbors; zeros for the atom itself and padding."""
     distance = jnp.sqrt(jnp.sum(rows.vector**2, axis=-1))
     return distance, rows.vector / jnp.where(distance > 0, distance, 1)[..., None]
 
