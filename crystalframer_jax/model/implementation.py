@@ -55,14 +55,16 @@ def uses_kernels(implementation: Implementation, name: str, check: Callable[[], 
     return not reason
 
 
-def difference(kernels: Callable[..., Any], operations: Callable[..., Any], arguments: tuple, dtype: np.dtype) -> str:
-    """Why the results of `kernels(*arguments)` cannot be used instead of those of `operations`; empty if they can."""
+def difference(
+    function: Callable[..., Any], kernel: Callable, operation: Callable, arguments: tuple, dtype: np.dtype
+) -> str:
+    """Why `function(kernel, *arguments)` cannot stand for `function(operation, *arguments)`; empty if it can."""
     device = jax.config.jax_default_device  # type: ignore[attr-defined]  # that of this thread
 
     def compare() -> str:
         with jax.default_device(device), jax.enable_x64(dtype == np.float64):
-            found = jax.device_get(jax.jit(kernels)(*arguments))
-            expected = jax.device_get(jax.jit(operations)(*arguments))
+            found = jax.device_get(jax.jit(function, static_argnums=0)(kernel, *arguments))
+            expected = jax.device_get(jax.jit(function, static_argnums=0)(operation, *arguments))
         for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             size, off = np.abs(y).max(initial=0), np.abs(x - y).max(initial=0)
             if not off <= TOLERANCE[np.dtype(dtype).name] * size:

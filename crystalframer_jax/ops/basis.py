@@ -56,11 +56,8 @@ class AngleBasis:
         """B: the largest divisor of D up to 8 for which no exponent exceeds MAX_EXPONENT."""
         half_range = 0.5 * (self.centers[-1] - self.centers[0])
         spacing = self.centers[1] - self.centers[0]
-        for size in range(8, 1, -1):
-            exponent = 2 * self.sharpness * half_range * 0.5 * (size - 1) * spacing
-            if self.size % size == 0 and exponent <= MAX_EXPONENT:
-                return size
-        return 1
+        largest = 1 + MAX_EXPONENT / (2 * self.sharpness * half_range * 0.5 * spacing)
+        return max(size for size in range(1, 9) if self.size % size == 0 and size <= largest)
 
     @functools.cached_property
     def groups(self) -> tuple[np.ndarray, np.ndarray, float]:

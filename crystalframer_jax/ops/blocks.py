@@ -30,7 +30,11 @@ def map_blocks(function: Callable[..., Any], rows: Rows, *per_atom: Any) -> Any:
         return x.reshape(num_blocks, block, *x.shape[1:])
 
     def cut_to(level: int) -> Callable[..., Any]:
-        return lambda rows, *args: function(cut(rows, level), *args)
+        def of_columns(rows: Rows, *args: Any) -> Any:
+            columns = {name: getattr(rows, name)[:, :level] for name in ("index", "vector", "reverse")}
+            return function(dataclasses.replace(rows, **columns), *args)
+
+        return of_columns
 
     def nothing(rows: Rows, *args: Any) -> Any:
         shapes = jax.eval_shape(cut_to(levels[0]), rows, *args)
@@ -44,16 +48,6 @@ def map_blocks(function: Callable[..., Any], rows: Rows, *per_atom: Any) -> Any:
 
     results = jax.lax.map(one_block, jax.tree.map(split, (rows, *per_atom)))
     return jax.tree.map(lambda x: x.reshape(num_blocks * block, *x.shape[2:])[:num_atoms], results)
-
-
-def cut(rows: Rows, columns: int) -> Rows:
-    """The first `columns` columns of the rows."""
-    return dataclasses.replace(
-        rows,
-        index=rows.index[:, :columns],
-        vector=rows.vector[:, :columns],
-        reverse=rows.reverse[:, :columns],
-    )
 
 
 def is_neighbor(rows: Rows) -> jax.Array:
