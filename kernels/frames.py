@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from crystalframer_jax.batching.batch import Rows
 from crystalframer_jax.kernels.backend import load, run, store
 from crystalframer_jax.kernels.rows import Chunk, Place, gathered, logits_of, over_chunks, place, vector_of
+from crystalframer_jax.ops.frames import PARALLEL, SMALLEST
 from crystalframer_jax.ops.random_bits import draw, mix
 
 END = 2**31 - 1  # beyond all columns
@@ -30,29 +31,16 @@ class Inputs(NamedTuple):
     seeds: Any  # [N, H] uint32 or None
 
 
-class Limits(NamedTuple):
-    """Constants of crystalframer_jax.ops.frames."""
-
-    tie_tolerance: float
-    parallel: float
-    smallest: float
-
-
 def max_frames(
-    q: jax.Array,
-    k: jax.Array,
-    a: jax.Array,
-    rows: Rows,
-    limits: Limits,
-    seeds: jax.Array | None,
+    q: jax.Array, k: jax.Array, a: jax.Array, rows: Rows, tie_tolerance: float, seeds: jax.Array | None
 ) -> jax.Array:
     """What crystalframer_jax.ops.frames.max_frames returns, by a kernel: [N, H, 3, 3]."""
     shape = jax.ShapeDtypeStruct((*a.shape, 3, 3), q.dtype)
-    kernel = functools.partial(frames_kernel, limits)
+    kernel = functools.partial(frames_kernel, tie_tolerance)
     return run(kernel, a.size, shape, Inputs(q, k, a, rows, seeds))
 
 
-def frames_kernel(limits: Limits, inputs: Inputs, frames: Any) -> None:
+def frames_kernel(tie_tolerance: float, inputs: Inputs, frames: Any) -> None:
     """The frame of one atom and head."""
     at = place(inputs.a.shape[1])
     q, a, scale = vector_of(inputs.q, at), load(inputs.a, tuple(at)), inputs.q.shape[-1] ** -0.5
@@ -62,16 +50,16 @@ def frames_kernel(limits: Limits, inputs: Inputs, frames: Any) -> None:
         return jnp.where(chunk.square > 0, logits, -jnp.inf)
 
     seed = None if inputs.seeds is None else load(inputs.seeds, tuple(at))
-    e1 = _direction(inputs.rows, at, _best(scores, inputs.rows, at, limits.tie_tolerance, seed))
+    e1 = _direction(inputs.rows, at, _best(scores, inputs.rows, at, tie_tolerance, seed))
 
     def second_scores(chunk: Chunk) -> jax.Array:
         distance = jnp.sqrt(chunk.square)
         parallel = jnp.abs(_dot(e1, chunk.vector) / jnp.where(distance > 0, distance, 1))
-        damped = scores(chunk) + jnp.log(jnp.maximum(1 - parallel, limits.smallest))
-        return jnp.where(parallel < limits.parallel, damped, -jnp.inf)
+        damped = scores(chunk) + jnp.log(jnp.maximum(1 - parallel, SMALLEST))
+        return jnp.where(parallel < PARALLEL, damped, -jnp.inf)
 
     seed = None if seed is None else mix(seed)
-    e2 = _direction(inputs.rows, at, _best(second_scores, inputs.rows, at, limits.tie_tolerance, seed))
+    e2 = _direction(inputs.rows, at, _best(second_scores, inputs.rows, at, tie_tolerance, seed))
     along = _dot(e1, e2)
     e2 = e2[0] - along * e1[0], e2[1] - along * e1[1], e2[2] - along * e1[2]
     e2 = _divided(e2, jnp.sqrt(_dot(e2, e2)))
@@ -117,7 +105,7 @@ def _best(
 
 
 def _direction(rows: Rows, at: Place, column: jax.Array) -> Vector:
-    """Unit vector to a neighbour; zeros for an empty row."""
+    """Unit vector to a neighbor; zeros for an empty row."""
     is_real = column < load(rows.count, (at.atom,))
     x, y, z = (jnp.where(is_real, load(rows.vector, (at.atom, column, axis)), 0) for axis in range(3))
     return _divided((x, y, z), jnp.sqrt(_dot((x, y, z), (x, y, z))))

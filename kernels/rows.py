@@ -1,4 +1,4 @@
-"""Neighbour rows inside a kernel: one program has one atom and head, and takes its row in chunks."""
+"""Neighbor rows inside a kernel: one program has one atom and head, and takes its row in chunks."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from crystalframer_jax.batching.batch import Rows
 from crystalframer_jax.kernels.backend import lanes, load, program
 
-CHUNK = 32  # neighbours at once, one for each thread of a warp
+CHUNK = 32  # neighbors at once, one for each thread of a warp
 
 
 class Chunk(NamedTuple):
-    """Some neighbours of one atom, [C] each."""
+    """Some neighbors of one atom, [C] each."""
 
     column: jax.Array
     real: jax.Array  # not padding
@@ -36,7 +36,7 @@ def place(heads: int) -> Place:
 
 
 def over_chunks(rows: Rows, atom: jax.Array, step: Callable[[Chunk, Any], Any], start: Any) -> Any:
-    """carry = step(chunk, carry) for the chunks of the row of an atom, nearest neighbours first."""
+    """carry = step(chunk, carry) for the chunks of the row of an atom, nearest neighbors first."""
     count = load(rows.count, (atom,))
     lane = lanes(CHUNK)
 
@@ -58,7 +58,7 @@ def vector_of(array: Any, at: Place) -> jax.Array:
 
 
 def gathered(array: Any, chunk: Chunk, head: jax.Array) -> jax.Array:
-    """array[j, head, :] of [N, H, D] for the neighbours j of a chunk, [D, C] padded with zeros."""
+    """array[j, head, :] of [N, H, D] for the neighbors j of a chunk, [D, C] padded with zeros."""
     size = array.shape[-1]
     lane = lanes(size)
     mask = (lane < size)[:, None] & chunk.real[None, :]

@@ -2,10 +2,10 @@
 
 Every program has one atom and one head. The forward kernel goes through the row twice: for the log-sum-exp, and for the
 sums. The gradient recomputes the weights from it: one kernel goes along the rows, and leaves dL/dlogit of every
-neighbour for another, which collects it, and the weights once more, at the reverse neighbours. There are no atomic
+neighbor for another, which collects it, and the weights once more, at the reverse neighbors. There are no atomic
 operations: the same inputs give the same bits.
 
-Chunks of neighbours whose weights add up to less than NEGLIGIBLE roundings of 1, the sum of the whole row, are skipped
+Chunks of neighbors whose weights add up to less than NEGLIGIBLE roundings of 1, the sum of the whole row, are skipped
 by the forward and the rows kernel: a row loses less weight than that times the number of its chunks. Rows are sorted by
 distance, so these chunks are the far ends of rows.
 """
@@ -16,17 +16,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from crystalframer_jax.batching.batch import Rows
 from crystalframer_jax.kernels.backend import lanes, load, run, store
 from crystalframer_jax.kernels.rows import CHUNK, Chunk, Place, gathered, logits_of, over_chunks, place, vector_of
-from crystalframer_jax.ops.basis import AngleBasis, Bases, DistanceBasis
+from crystalframer_jax.ops.basis import AngleBasis, DistanceBasis
+from crystalframer_jax.ops.lattice_sums import SumOptions, Sums
 from crystalframer_jax.ops.random_bits import draw, kept
 
 NEGLIGIBLE = 1e-3  # weight of a chunk, in units of the rounding of 1 (1.2e-10 in float32)
-
-Sums = tuple[jax.Array, jax.Array, jax.Array]
 
 
 class Inputs(NamedTuple):
@@ -49,48 +47,38 @@ class Totals(NamedTuple):
     angles: Any  # [N, H, 3, A, B] without the constant of the angle basis
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def lattice_sums(
-    bases: Bases,
-    dropout: float,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    a: jax.Array,
-    rows: Rows,
-    frames: jax.Array | None,
-    seeds: jax.Array | None = None,
-) -> Sums:
-    """What crystalframer_jax.model.lattice_sums.lattice_sums returns in real space, by kernels."""
-    return _forward(bases, dropout, q, k, v, a, rows, frames, seeds)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def lattice_sums(options: SumOptions, *inputs: Any) -> Sums:
+    """What crystalframer_jax.ops.lattice_sums.lattice_sums returns for the Inputs in real space, by kernels."""
+    return _forward(options, *inputs)[0]
 
 
-def _forward(bases, dropout, q, k, v, a, rows, frames, seeds):
-    inputs = Inputs(q, k, v, a, rows, frames, seeds)
-    atoms, heads = a.shape
+def _forward(options, *arrays):
+    inputs, bases = Inputs(*arrays), options.bases
+    atoms, heads = inputs.a.shape
 
     def like(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((atoms, heads, *shape), q.dtype)
+        return jax.ShapeDtypeStruct((atoms, heads, *shape), inputs.q.dtype)
 
     outputs = Totals(
-        like(v.shape[-1]),
+        like(inputs.v.shape[-1]),
         like(bases.distance.size) if bases.distance else None,
         like(3, *bases.angle.constant.shape) if bases.angle else None,
     )
-    kernel = functools.partial(forward_kernel, bases, dropout)
+    kernel = functools.partial(forward_kernel, options)
     totals, log_sum = run(kernel, atoms * heads, (outputs, like()), inputs)
     sums = (
         totals.values,
-        totals.distances if bases.distance else jnp.zeros((atoms, heads, 0), q.dtype),
+        totals.distances if bases.distance else jnp.zeros((atoms, heads, 0), inputs.q.dtype),
         _with_constant(bases.angle, totals.angles).reshape(atoms, heads, 3, -1)
         if bases.angle
-        else jnp.zeros((atoms, heads, 3, 0), q.dtype),
+        else jnp.zeros((atoms, heads, 3, 0), inputs.q.dtype),
     )
     return sums, (inputs, log_sum, sums)
 
 
-def _backward(bases, dropout, residuals, gradients):
-    inputs, log_sum, sums = residuals
+def _backward(options, residuals, gradients):
+    (inputs, log_sum, sums), bases = residuals, options.bases
     atoms, heads = inputs.a.shape
     # sum_m p dL/dp, needed by the derivative of the softmax, equals <sums, gradients>, also with dropout.
     mean = sum(jnp.sum(s * g, axis=tuple(range(2, s.ndim))) for s, g in zip(sums, gradients, strict=True))
@@ -104,13 +92,13 @@ def _backward(bases, dropout, residuals, gradients):
     shape_of = functools.partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype))
     per_neighbor = jax.ShapeDtypeStruct((atoms, heads, inputs.rows.index.shape[1]), inputs.q.dtype)
     logit_grad, q_grad, a_grad = run(
-        functools.partial(rows_kernel, bases, dropout),
+        functools.partial(rows_kernel, options),
         atoms * heads,
         (per_neighbor, shape_of(inputs.q), shape_of(inputs.a)),
         *(inputs, log_sum, mean, grads),
     )
     k_grad, v_grad = run(
-        functools.partial(reverse_kernel, dropout),
+        functools.partial(reverse_kernel, options),
         atoms * heads,
         (shape_of(inputs.k), shape_of(inputs.v)),
         *(inputs._replace(frames=None), log_sum, grads.values, logit_grad),
@@ -126,9 +114,9 @@ def _with_constant(basis: AngleBasis, sums: jax.Array) -> jax.Array:
     return sums * jnp.asarray(basis.constant, sums.dtype)
 
 
-def forward_kernel(bases: Bases, dropout: float, inputs: Inputs, outputs: tuple[Totals, Any]) -> None:
+def forward_kernel(options: SumOptions, inputs: Inputs, outputs: tuple[Totals, Any]) -> None:
     """Totals and log-sum-exp [N, H] of the row of one atom and head."""
-    totals, log_sum = outputs
+    bases, (totals, log_sum) = options.bases, outputs
     at = place(inputs.a.shape[1])
     logits = _row_logits(inputs, at)
 
@@ -159,15 +147,13 @@ def forward_kernel(bases: Bases, dropout: float, inputs: Inputs, outputs: tuple[
         return (jnp.where(distance > 0, weights, 0) * first)[:, None, :] * second[None, :, :]
 
     def total_of(terms: Any, *sizes: int) -> jax.Array:
-        """Sum of terms [..., C] over the row; the sum over the neighbours of a chunk is left to the end."""
+        """Sum of terms [..., C] over the row; the sum over the neighbors of a chunk is left to the end."""
 
         def add(chunk: Chunk, total: jax.Array) -> jax.Array:
             weights = weights_of(chunk)
 
             def added(total: jax.Array) -> jax.Array:
-                return total + terms(
-                    chunk, weights * _kept(inputs, at, Place(chunk.neighbor, at.head), dropout, weights.dtype)
-                )
+                return total + terms(chunk, weights * _kept(options, inputs, at, Place(chunk.neighbor, at.head)))
 
             return jax.lax.cond(_matter(weights), added, lambda total: total, total)
 
@@ -185,14 +171,12 @@ def forward_kernel(bases: Bases, dropout: float, inputs: Inputs, outputs: tuple[
             store(totals.angles, where, total, mask)
 
 
-def rows_kernel(
-    bases: Bases, dropout: float, inputs: Inputs, log_sum: Any, mean: Any, grads: Totals, outputs: tuple
-) -> None:
-    """dL/dlogit [N, H, M] of every neighbour, dL/dq and dL/da, for the row of one atom and head.
+def rows_kernel(options: SumOptions, inputs: Inputs, log_sum: Any, mean: Any, grads: Totals, outputs: tuple) -> None:
+    """dL/dlogit [N, H, M] of every neighbor, dL/dq and dL/da, for the row of one atom and head.
 
     `mean` [N, H] is the sum of p dL/dp over the row, `grads` are the gradients with respect to the Totals.
     """
-    logit_grads, q_grads, a_grads = outputs
+    bases, (logit_grads, q_grads, a_grads) = options.bases, outputs
     at = place(inputs.a.shape[1])
     logits = _row_logits(inputs, at)
     row_sum, row_mean = load(log_sum, tuple(at)), load(mean, tuple(at))
@@ -216,7 +200,7 @@ def rows_kernel(
                     half = jnp.sum(coefficients[:, :, None] * second[None, :, :], axis=1)
                     from_angles += jnp.sum(half * first, axis=0)
                 weight_grad += jnp.where(distance > 0, from_angles, 0)
-            weight_grad *= _kept(inputs, at, Place(chunk.neighbor, at.head), dropout, weights.dtype)
+            weight_grad *= _kept(options, inputs, at, Place(chunk.neighbor, at.head))
             return weights * (weight_grad - row_mean)
 
         logit_grad = jax.lax.cond(_matter(weights), gradient, lambda _, w: jnp.zeros_like(w), chunk, weights)
@@ -233,9 +217,9 @@ def rows_kernel(
 
 
 def reverse_kernel(
-    dropout: float, inputs: Inputs, log_sum: Any, value_grads: Any, logit_grads: Any, outputs: tuple
+    options: SumOptions, inputs: Inputs, log_sum: Any, value_grads: Any, logit_grads: Any, outputs: tuple
 ) -> None:
-    """dL/dk and dL/dv of one atom and head: the rows that contain the atom are those of its own neighbours."""
+    """dL/dk and dL/dv of one atom and head: the rows that contain the atom are those of its own neighbors."""
     k_grads, v_grads = outputs
     at = place(inputs.a.shape[1])
     width = inputs.rows.index.shape[1]
@@ -246,7 +230,7 @@ def reverse_kernel(
         there = chunk.neighbor, at.head
         logits = jnp.sum(queries * k[:, None], axis=0) * scale + load(inputs.a, there, chunk.real) * chunk.square
         weights = jnp.where(chunk.real, jnp.exp(logits - load(log_sum, there, chunk.real)), 0)
-        weights *= _kept(inputs, Place(chunk.neighbor, at.head), at, dropout, weights.dtype)
+        weights *= _kept(options, inputs, Place(chunk.neighbor, at.head), at)
         column = load(inputs.rows.reverse, (at.atom, chunk.column), chunk.real) - chunk.neighbor * width
         logit_grad = load(logit_grads, (*there, jnp.where(chunk.real, column, 0)), chunk.real)
         k_grad, v_grad = carry
@@ -278,11 +262,12 @@ def _matter(weights: jax.Array) -> jax.Array:
     return ~(jnp.sum(weights, axis=0) <= NEGLIGIBLE * float(jnp.finfo(weights.dtype).eps))
 
 
-def _kept(inputs: Inputs, row: Place, neighbor: Place, dropout: float, dtype: np.dtype) -> jax.Array | float:
+def _kept(options: SumOptions, inputs: Inputs, row: Place, neighbor: Place) -> jax.Array | float:
     """Factors of the weights that drop pairs of atoms, see crystalframer_jax.ops.lattice_sums."""
     if inputs.seeds is None:
         return 1.0
-    return kept(draw(load(inputs.seeds, tuple(row)), load(inputs.seeds, tuple(neighbor))), dropout, dtype)
+    bits = draw(load(inputs.seeds, tuple(row)), load(inputs.seeds, tuple(neighbor)))
+    return kept(bits, options.dropout, inputs.q.dtype)
 
 
 def _distance_gaussians(basis: DistanceBasis, distance: jax.Array) -> jax.Array:

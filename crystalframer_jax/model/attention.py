@@ -10,13 +10,7 @@ import numpy as np
 
 from crystalframer_jax.batching.batch import CellRows, Rows
 from crystalframer_jax.kernels import sums as kernels
-from crystalframer_jax.model.implementation import (
-    Implementation,
-    check_arrays,
-    check_rows,
-    difference,
-    uses_kernels,
-)
+from crystalframer_jax.model.implementation import Implementation, check_arrays, check_rows, difference, uses_kernels
 from crystalframer_jax.ops.basis import EXACT, Bases
 from crystalframer_jax.ops.lattice_sums import SumOptions, lattice_sums
 from crystalframer_jax.ops.reciprocal import WaveVectors
@@ -47,7 +41,7 @@ def framed_attention(
     dropout: float = 0.0,
     seeds: jax.Array | None = None,
 ) -> jax.Array:
-    """Attention of every atom over its periodic neighbours, with distance and frame-angle encodings: [N, H, d_v].
+    """Attention of every atom over its periodic neighbors, with distance and frame-angle encodings: [N, H, d_v].
 
     Per head: sum_m p_m v_j + c_dist W_dist sum_m p_m b_dist + c_angle sum_axis W_axis sum_{m, d>0} p_m b_angle with
     p = softmax over the row of q . k_j / sqrt(d_k) + alpha d^2.
@@ -56,7 +50,7 @@ def framed_attention(
       q, k: [N, H, d_k].
       v: [N, H, d_v].
       alpha: [N, H] negative, 1/Å^2 (a = -rho / 2 r0^2).
-      rows: neighbour rows [N, M], vectors in Å.
+      rows: neighbor rows [N, M], vectors in Å.
       frames: [N, H, 3, 3] with rows e1, e2, e3; None without angle encoding. They get no gradient.
       params: projections and bases.
       implementation: "xla"; "pallas" for GPU kernels (on a CPU they are interpreted, very slowly); "auto" for
@@ -68,13 +62,10 @@ def framed_attention(
     """
     if (frames is None) != (params.bases.angle is None):
         raise ValueError("frames must be given exactly when there is an angle basis")
-    dropout = 0.0 if seeds is None else dropout
-    check = functools.partial(_check, params.bases, dropout, q.shape[1:], v.shape[-1], q.dtype)
-    if uses_kernels(implementation, "attention", check):
-        sums = kernels.lattice_sums(params.bases, dropout, q, k, v, alpha, rows, frames, seeds)
-    else:
-        sums = lattice_sums(SumOptions(params.bases, dropout=dropout), q, k, v, alpha, rows, frames, seeds)
-    output, dist_sum, angle_sum = sums
+    options = SumOptions(params.bases, dropout=0.0 if seeds is None else dropout)
+    check = functools.partial(_check, options, q.shape[1:], v.shape[-1], q.dtype)
+    sums = kernels.lattice_sums if uses_kernels(implementation, "attention", check) else lattice_sums
+    output, dist_sum, angle_sum = sums(options, q, k, v, alpha, rows, frames, seeds)
     if params.w_dist is not None:
         output += params.dist_coef * jnp.einsum("nht,hdt->nhd", dist_sum, params.w_dist, precision=EXACT)
     if params.w_angle is not None:
@@ -83,23 +74,18 @@ def framed_attention(
 
 
 @functools.cache
-def _check(bases: Bases, dropout: float, q_shape: tuple[int, int], v_dim: int, dtype: np.dtype) -> str:
+def _check(options: SumOptions, q_shape: tuple[int, int], v_dim: int, dtype: np.dtype) -> str:
     """Why the kernels cannot be used with these options and q [N, *q_shape]; empty if they can."""
     heads, _ = q_shape
     q, k, v, a, frames = check_arrays(dtype, q_shape, q_shape, (heads, v_dim), (heads,), (heads, 3, 3))
-    rows, frames = check_rows(dtype), frames / np.linalg.norm(frames, axis=-1, keepdims=True)
-    seeds: Any = np.arange(a.size, dtype=np.uint32).reshape(a.shape) if dropout else None
+    frames = frames / np.linalg.norm(frames, axis=-1, keepdims=True) if options.bases.angle else None
+    seeds: Any = np.arange(a.size, dtype=np.uint32).reshape(a.shape) if options.dropout else None
 
     def sums_and_gradients(lattice_sums, q, k, v, a):
-        sums, pullback = jax.vjp(lambda *x: lattice_sums(*x, rows, frames if bases.angle else None, seeds), q, k, v, a)
+        sums, pullback = jax.vjp(lambda *x: lattice_sums(options, *x, check_rows(dtype), frames, seeds), q, k, v, a)
         return sums, pullback(tuple(check_arrays(dtype, *(x.shape[1:] for x in sums))))
 
-    return difference(
-        functools.partial(sums_and_gradients, functools.partial(kernels.lattice_sums, bases, dropout)),
-        functools.partial(sums_and_gradients, functools.partial(lattice_sums, SumOptions(bases, dropout=dropout))),
-        (q, k, v, -np.abs(a)),
-        dtype,
-    )
+    return difference(sums_and_gradients, kernels.lattice_sums, lattice_sums, (q, k, v, -np.abs(a)), dtype)
 
 
 def reciprocal_attention(

@@ -1,12 +1,13 @@
 """The transformer block of CrystalFramer and its initialisation (Flax Linen)."""
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from crystalframer_jax.batching.batch import Batch, CellRows
+from crystalframer_jax.batching.batch import Batch
 from crystalframer_jax.config import ModelConfig
 from crystalframer_jax.model.attention import ValueEncoding, framed_attention, reciprocal_attention
 from crystalframer_jax.model.frames import block_frames
@@ -30,7 +31,7 @@ def value_bases(config: ModelConfig, block: int) -> Bases:
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention over the periodic neighbours of every atom, or over its cell in reciprocal space."""
+    """Multi-head attention over the periodic neighbors of every atom, or over its cell in reciprocal space."""
 
     config: ModelConfig
     block: int
@@ -42,10 +43,10 @@ class SelfAttention(nn.Module):
         self,
         x: jax.Array,
         batch: Batch,
-        frame_keys: jax.Array | None,
-        calibrate: bool,
-        given_frames: jax.Array | None,
-        train: bool,
+        frame_keys: jax.Array | None = None,
+        calibrate: bool = False,
+        given_frames: jax.Array | None = None,
+        train: bool = False,
     ) -> jax.Array:
         """x [N, D] -> [N, D]; see CrystalFramer for the other arguments."""
         config = self.config
@@ -67,30 +68,28 @@ class SelfAttention(nn.Module):
             if part.start == part.stop:
                 continue
             qkv = q[:, part], k[:, part], v[:, part]
-            part_seeds = None if seeds is None else seeds[:, part]
+            drops: Any = {"dropout": config.dropout, "seeds": None if seeds is None else seeds[:, part]}
             if part.stop <= real_heads:
-                a = self._real_exponents(widths[:, part])
-                outputs.append(self._real(*qkv, a, batch, frame_keys, given_frames, part_seeds))
+                a = -self._rho(widths[:, part], config.gauss_lb_real) / (2 * config.scale_of_block(self.block) ** 2)
+                outputs.append(self._real((*qkv, a), batch, frame_keys, given_frames, drops))
             else:
-                a = self._reciprocal_exponents(widths[:, part], inverse=domain == "RECI")
-                outputs.append(self._reciprocal(*qkv, a, batch.cells, part_seeds))
+                if batch.cells is None:
+                    raise ValueError("attention in reciprocal space needs batches with cells; see ModelConfig.parts")
+                rho = self._rho(widths[:, part], config.gauss_lb_reci)
+                rho = 1 / rho if domain == "RECI" else rho
+                a = -rho * config.reciprocal_scale_of_block(self.block) ** 2 / 2  # Å^2
+                waves = WaveVectors(config.lattice_range)
+                outputs.append(reciprocal_attention(*qkv, a, batch.cells, waves, **drops))
             exponents.append(a)
         self.sow("intermediates", "a", jnp.concatenate(exponents, axis=1))
         output = jnp.concatenate(outputs, axis=1).reshape(-1, heads * v_dim)
         return block_layer(config, output, config.model_dim, "out", gain)
 
     def _real(
-        self,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        a: jax.Array,
-        batch: Batch,
-        frame_keys: jax.Array | None,
-        frames: jax.Array | None,
-        seeds: jax.Array | None,
+        self, qkva: tuple, batch: Batch, frame_keys: jax.Array | None, frames: jax.Array | None, drops: Any
     ) -> jax.Array:
-        """Attention in real space, with frames if there is an angle basis: [N, H, d_v]."""
+        """Attention in real space, with frames if there is an angle basis: [N, H, d_v]; a in 1/Å^2."""
+        q, k, v, a = qkva
         config, bases = self.config, value_bases(self.config, self.block)
         if frames is None and bases.angle:
             draws = None
@@ -107,24 +106,7 @@ class SelfAttention(nn.Module):
             dist_coef=config.value_pe_dist_coef,
             angle_coef=config.value_pe_angle_coef,
         )
-        return framed_attention(
-            q, k, v, a, batch.rows, frames, encoding, self.implementation, dropout=config.dropout, seeds=seeds
-        )
-
-    def _reciprocal(
-        self,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        a: jax.Array,
-        cells: CellRows | None,
-        seeds: jax.Array | None,
-    ) -> jax.Array:
-        """Attention in reciprocal space: [N, H, d_v]."""
-        if cells is None:
-            raise ValueError("attention in reciprocal space needs batches with cells; see ModelConfig.parts")
-        waves = WaveVectors(self.config.lattice_range)
-        return reciprocal_attention(q, k, v, a, cells, waves, dropout=self.config.dropout, seeds=seeds)
+        return framed_attention(q, k, v, a, batch.rows, frames, encoding, self.implementation, **drops)
 
     def _width_logits(self, x: jax.Array, q: jax.Array, batch: Batch, calibrate: bool) -> jax.Array:
         """What the widths of the attention Gaussians are functions of, calibrated: [N, H]."""
@@ -148,17 +130,6 @@ class SelfAttention(nn.Module):
             varies = variance > (NO_SPREAD * mean) ** 2  # not so if one value is all there is
             scale.value, shift.value = jnp.where(varies, variance, 1) ** -0.5, -mean
         return (logits + jax.lax.stop_gradient(shift.value)) * jax.lax.stop_gradient(scale.value)
-
-    def _real_exponents(self, logits: jax.Array) -> jax.Array:
-        """a = -rho / (2 r0^2) [N, H], 1/Å^2."""
-        rho = self._rho(logits, self.config.gauss_lb_real)
-        return -rho / (2 * self.config.scale_of_block(self.block) ** 2)
-
-    def _reciprocal_exponents(self, logits: jax.Array, inverse: bool) -> jax.Array:
-        """a = -rho scale_reci^2 / 2, or (`inverse`, domain RECI) -scale_reci^2 / (2 rho): [N, H], Å^2."""
-        rho = self._rho(logits, self.config.gauss_lb_reci)
-        rho = 1 / rho if inverse else rho
-        return -rho * self.config.reciprocal_scale_of_block(self.block) ** 2 / 2
 
     def _rho(self, logits: jax.Array, lower_bound: float) -> jax.Array:
         """(1 - lb) ELU(beta logit / (1 - lb)) + 1, above lb."""
@@ -205,16 +176,8 @@ class EncoderBlock(nn.Module):
     axis: str | None = None
 
     @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        batch: Batch,
-        frame_keys: jax.Array | None = None,
-        calibrate: bool = False,
-        given_frames: jax.Array | None = None,
-        train: bool = False,
-    ) -> jax.Array:
-        """x [N, D] -> [N, D]."""
+    def __call__(self, x: jax.Array, batch: Batch, train: bool = False, **others: Any) -> jax.Array:
+        """x [N, D] -> [N, D]; `others` are arguments of SelfAttention."""
         config = self.config
 
         def normed(x: jax.Array, name: str) -> jax.Array:
@@ -228,6 +191,6 @@ class EncoderBlock(nn.Module):
 
         gain = t_fixup_gain(config)
         attention = SelfAttention(config, self.block, self.implementation, self.axis, name="attention")
-        x = normed(x + dropped(attention(x, batch, frame_keys, calibrate, given_frames, train)), "norm1")
+        x = normed(x + dropped(attention(x, batch, train=train, **others)), "norm1")
         hidden = ACTIVATIONS[config.t_activation](block_layer(config, x, config.ff_dim, "linear1", gain))
         return normed(x + dropped(block_layer(config, dropped(hidden), config.model_dim, "linear2", gain)), "norm2")

@@ -21,7 +21,7 @@ from crystalframer_jax.kernels import backend
 Implementation = Literal["auto", "xla", "pallas"]
 IMPLEMENTATIONS = ("auto", "xla", "pallas")
 
-CHECK_ATOMS, CHECK_NEIGHBORS = 48, 41  # of the made-up rows: more than one chunk of neighbours
+CHECK_ATOMS, CHECK_NEIGHBORS = 48, 41  # of the made-up rows: more than one chunk of neighbors
 TOLERANCE = {"float32": 1e-4, "float64": 1e-10}  # largest difference, relative to the largest number
 
 
@@ -55,14 +55,16 @@ def uses_kernels(implementation: Implementation, name: str, check: Callable[[], 
     return not reason
 
 
-def difference(kernels: Callable[..., Any], operations: Callable[..., Any], arguments: tuple, dtype: np.dtype) -> str:
-    """Why the results of `kernels(*arguments)` cannot be used instead of those of `operations`; empty if they can."""
+def difference(
+    function: Callable[..., Any], kernel: Callable, operation: Callable, arguments: tuple, dtype: np.dtype
+) -> str:
+    """Why `function(kernel, *arguments)` cannot stand for `function(operation, *arguments)`; empty if it can."""
     device = jax.config.jax_default_device  # type: ignore[attr-defined]  # that of this thread
 
     def compare() -> str:
         with jax.default_device(device), jax.enable_x64(dtype == np.float64):
-            found = jax.device_get(jax.jit(kernels)(*arguments))
-            expected = jax.device_get(jax.jit(operations)(*arguments))
+            found = jax.device_get(jax.jit(function, static_argnums=0)(kernel, *arguments))
+            expected = jax.device_get(jax.jit(function, static_argnums=0)(operation, *arguments))
         for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             size, off = np.abs(y).max(initial=0), np.abs(x - y).max(initial=0)
             if not off <= TOLERANCE[np.dtype(dtype).name] * size:
@@ -78,7 +80,7 @@ def difference(kernels: Callable[..., Any], operations: Callable[..., Any], argu
 
 @functools.cache
 def check_rows(dtype: np.dtype, on_grid: bool = False) -> Rows:
-    """Made-up neighbour rows: atoms at random places, each a neighbour of itself and of 20 before and after it.
+    """Made-up neighbor rows: atoms at random places, each a neighbor of itself and of 20 before and after it.
 
     The last atom has itself only, the one before nothing. `on_grid` puts atoms on a grid, which makes ties.
     """

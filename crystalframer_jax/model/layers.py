@@ -66,12 +66,8 @@ rounded_product.defvjp(_rounded_product, _gradients)
 def block_layer(config: ModelConfig, x: jax.Array, width: int, name: str, gain: float) -> jax.Array:
     """A dense layer of a transformer block, in bfloat16 if `precision` says so; initially Xavier uniform * gain."""
     rounds = config.precision == "bfloat16"
-    return Dense(width, scaled_xavier(gain), nn.initializers.zeros, config.dtype, rounds, name=name)(x)
-
-
-def scaled_xavier(gain: float) -> Initializer:
-    """Xavier uniform initialisation times `gain`."""
-    return nn.initializers.variance_scaling(gain**2, "fan_avg", "uniform")
+    init = nn.initializers.variance_scaling(gain**2, "fan_avg", "uniform")
+    return Dense(width, init, nn.initializers.zeros, config.dtype, rounds, name=name)(x)
 
 
 def t_fixup_gain(config: ModelConfig) -> float:

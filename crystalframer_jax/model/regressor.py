@@ -59,7 +59,7 @@ class CrystalFramer(nn.Module):
         for block in range(config.num_layers):
             frames = None if given_frames is None else given_frames[block]
             layer = EncoderBlock(config, block, self.implementation, self.axis, name=f"block_{block}")
-            x = layer(x, batch, frame_keys, calibrate, frames, train)
+            x = layer(x, batch, train, frame_keys=frame_keys, calibrate=calibrate, given_frames=frames)
         if not config.t_fixup_init:
             x = layer_norm(config, x, "norm")
 

@@ -30,11 +30,11 @@ class DistanceBasis:
 class AngleBasis:
     """D Gaussians of a cosine c, centres evenly spaced from -1 (0 if `cos_abs`) to 1, width in units of the spacing.
 
-    The centres are split into A groups of B neighbours, middle c_a and offsets o_b, so that with any constant c_0
+    The centres are split into A groups of B neighbors, middle c_a and offsets o_b, so that with any constant c_0
 
         exp(-s (c - c_a - o_b)^2) = exp(-s (c - c_a)^2) * exp(2 s (c - c_0) o_b) * constant[a, b]
 
-    needs A + B exponentials instead of A * B, and a weighted sum over neighbours is an A x M by M x B product.
+    needs A + B exponentials instead of A * B, and a weighted sum over neighbors is an A x M by M x B product.
     """
 
     size: int
@@ -56,11 +56,8 @@ class AngleBasis:
         """B: the largest divisor of D up to 8 for which no exponent exceeds MAX_EXPONENT."""
         half_range = 0.5 * (self.centers[-1] - self.centers[0])
         spacing = self.centers[1] - self.centers[0]
-        for size in range(8, 1, -1):
-            exponent = 2 * self.sharpness * half_range * 0.5 * (size - 1) * spacing
-            if self.size % size == 0 and exponent <= MAX_EXPONENT:
-                return size
-        return 1
+        largest = 1 + MAX_EXPONENT / (2 * self.sharpness * half_range * 0.5 * spacing)
+        return max(size for size in range(1, 9) if self.size % size == 0 and size <= largest)
 
     @functools.cached_property
     def groups(self) -> tuple[np.ndarray, np.ndarray, float]:

@@ -1,4 +1,4 @@
-"""Evaluation of functions of neighbour rows in blocks of atoms, each block with no more columns than it needs."""
+"""Evaluation of functions of neighbor rows in blocks of atoms, each block with no more columns than it needs."""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,7 +16,7 @@ def map_blocks(function: Callable[..., Any], rows: Rows, *per_atom: Any) -> Any:
     """`function(rows, *per_atom)` evaluated for one block of atoms after the other, results joined along atoms.
 
     `rows` [N, M] are cut to the shortest of `row_levels(M)` that holds the rows of the block; blocks without any
-    neighbour give zeros. `per_atom` are pytrees of arrays [N, ...], and `function` returns one of arrays [n, ...]
+    neighbor give zeros. `per_atom` are pytrees of arrays [N, ...], and `function` returns one of arrays [n, ...]
     whose shapes must not depend on the number of columns.
     """
     num_atoms, width = rows.index.shape
@@ -30,7 +30,11 @@ def map_blocks(function: Callable[..., Any], rows: Rows, *per_atom: Any) -> Any:
         return x.reshape(num_blocks, block, *x.shape[1:])
 
     def cut_to(level: int) -> Callable[..., Any]:
-        return lambda rows, *args: function(cut(rows, level), *args)
+        def of_columns(rows: Rows, *args: Any) -> Any:
+            columns = {name: getattr(rows, name)[:, :level] for name in ("index", "vector", "reverse")}
+            return function(dataclasses.replace(rows, **columns), *args)
+
+        return of_columns
 
     def nothing(rows: Rows, *args: Any) -> Any:
         shapes = jax.eval_shape(cut_to(levels[0]), rows, *args)
@@ -46,25 +50,15 @@ def map_blocks(function: Callable[..., Any], rows: Rows, *per_atom: Any) -> Any:
     return jax.tree.map(lambda x: x.reshape(num_blocks * block, *x.shape[2:])[:num_atoms], results)
 
 
-def cut(rows: Rows, columns: int) -> Rows:
-    """The first `columns` columns of the rows."""
-    return dataclasses.replace(
-        rows,
-        index=rows.index[:, :columns],
-        vector=rows.vector[:, :columns],
-        reverse=rows.reverse[:, :columns],
-    )
-
-
 def is_neighbor(rows: Rows) -> jax.Array:
-    """Which columns are neighbours and not padding, [N, M]."""
+    """Which columns are neighbors and not padding, [N, M]."""
     return jnp.arange(rows.index.shape[1]) < rows.count[:, None]
 
 
 def attention_logits(
     q: jax.Array, k: jax.Array, a: jax.Array, rows: Rows, waves: WaveVectors | None = None
 ) -> jax.Array:
-    """q . k_j / sqrt(d_k) + spatial_logits for the neighbours of a block of atoms, [n, H, M]; -inf in the padding.
+    """q . k_j / sqrt(d_k) + spatial_logits for the neighbors of a block of atoms, [n, H, M]; -inf in the padding.
 
     q [n, H, d_k] and a [n, H] belong to the block, k [N, H, d_k] to the whole batch.
     """
@@ -84,7 +78,7 @@ def spatial_logits(a: jax.Array, rows: Rows, waves: WaveVectors | None = None) -
 
 
 def gathered_dots(x: jax.Array, y: jax.Array, rows: Rows) -> jax.Array:
-    """x_i . y_j for every neighbour j: x [n, H, d] of the block, y [N, H, d] of the batch -> [n, H, M]."""
+    """x_i . y_j for every neighbor j: x [n, H, d] of the block, y [N, H, d] of the batch -> [n, H, M]."""
     neighbors = jnp.asarray(y)[rows.index].swapaxes(1, 2)
     return jnp.einsum("nhmd,nhd->nhm", neighbors, x, precision=EXACT)
 

@@ -1,11 +1,9 @@
-"""Frames: three axes for every atom and head, from its neighbours (paper, section on dynamic frames).
+"""Frames: three axes for every atom and head, from its neighbors (paper, section on dynamic frames).
 
 Frames carry no gradient. Where symmetry leaves several frames equally good, the first in canonical order is taken or,
 given random seeds, one of them at random. The canonical order does not change when the crystal is turned, but among
-neighbours at the same distance it follows the order of the atoms and the cell.
+neighbors at the same distance it follows the order of the atoms and the cell.
 """
-
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,28 +14,21 @@ from crystalframer_jax.ops.blocks import attention_logits, map_blocks
 from crystalframer_jax.ops.eigen import eigh3, principal_frames
 from crystalframer_jax.ops.random_bits import draw, mix
 
-PARALLEL = 0.9999  # |cos| from which a neighbour cannot give the second axis
+PARALLEL = 0.9999  # |cos| from which a neighbor cannot give the second axis
 SMALLEST = 1e-5  # of 1 - |cos| inside the logarithm
 COPLANAR = 1e-3  # |cos| to the normal up to which a lattice vector lies in the plane of two others
 PERPENDICULAR = 1e-4  # |cos| up to which neither sign of a lattice vector is acute
 
 METHODS = ("max", "max_static", "weighted_pca", "pca", "lattice")
 
-MaxFrames = Callable[..., jax.Array]  # the signature of `max_frames`
-
 
 def max_frames(
-    q: jax.Array,
-    k: jax.Array,
-    a: jax.Array,
-    rows: Rows,
-    tie_tolerance: float,
-    seeds: jax.Array | None = None,
+    q: jax.Array, k: jax.Array, a: jax.Array, rows: Rows, tie_tolerance: float, seeds: jax.Array | None
 ) -> jax.Array:
     """Max frames: orthonormal and right-handed, [N, H, 3, 3]; zeros for padding.
 
-    e1 points to the neighbour with the largest attention logit; e2 to the one with the largest
-    logit + log(1 - |e1 . u|), made orthogonal to e1; e3 = e1 x e2. Neighbours within `tie_tolerance` of the best score
+    e1 points to the neighbor with the largest attention logit; e2 to the one with the largest
+    logit + log(1 - |e1 . u|), made orthogonal to e1; e3 = e1 x e2. Neighbors within `tie_tolerance` of the best score
     are ties. q, k [N, H, d_k]; a [N, H] in 1/Å^2; seeds [N, H].
     """
 
@@ -57,28 +48,15 @@ def max_frames(
     return map_blocks(block, rows, q, a, seeds)
 
 
-def max_static_frames(
-    rows: Rows, tie_tolerance: float, seeds: jax.Array | None = None, choose: MaxFrames = max_frames
-) -> jax.Array:
-    """Max frames with weights exp(-d^2): [N, 1, 3, 3], or [N, H, 3, 3] given seeds [N, H].
-
-    `choose` stands for `max_frames`, here and below: a kernel may take its place.
-    """
+def static_weights(rows: Rows, seeds: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """q, k, a of max_static frames, whose weights are exp(-d^2): of one head, or of H given seeds [N, H]."""
     atoms, heads = rows.index.shape[0], 1 if seeds is None else seeds.shape[1]
     nothing = jnp.zeros((atoms, heads, 1), rows.vector.dtype)
-    return choose(nothing, nothing, -jnp.ones_like(nothing[..., 0]), rows, tie_tolerance, seeds)
+    return nothing, nothing, -jnp.ones_like(nothing[..., 0])
 
 
-def weighted_pca_frames(
-    q: jax.Array,
-    k: jax.Array,
-    a: jax.Array,
-    rows: Rows,
-    tie_tolerance: float,
-    seeds: jax.Array | None = None,
-    choose: MaxFrames = max_frames,
-) -> jax.Array:
-    """Principal axes of sum p u u^T over the neighbours (d > 0), p the attention weights; [N, H, 3, 3]."""
+def weighted_pca_axes(q: jax.Array, k: jax.Array, a: jax.Array, rows: Rows) -> tuple[jax.Array, jax.Array]:
+    """Eigenvalues [N, H, 3], axes [N, H, 3, 3] of sum p u u^T over the neighbors (d > 0), p the attention weights."""
 
     def block(rows: Rows, q: jax.Array, a: jax.Array) -> jax.Array:
         distance, unit = _directions(rows)
@@ -89,21 +67,31 @@ def weighted_pca_frames(
 
     matrix = map_blocks(block, rows, q, a)
     trace = jnp.trace(matrix, axis1=-2, axis2=-1)
-    values, axes = eigh3(matrix / jnp.where(trace > 0, trace, 1)[..., None, None])
-    return _principal_frames(values, axes, rows, tie_tolerance, seeds, choose)
+    return eigh3(matrix / jnp.where(trace > 0, trace, 1)[..., None, None])
 
 
-def pca_frames(
-    batch: Batch, tie_tolerance: float, seeds: jax.Array | None = None, choose: MaxFrames = max_frames
-) -> jax.Array:
-    """Principal axes of the scatter of the atoms of the given cell, [N, 1, 3, 3], or [N, H, 3, 3] given seeds [N, H].
+def pca_axes(batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Eigenvalues [N, 1, 3] and axes [N, 1, 3, 3] of the scatter of the atoms of the given cell.
 
     They depend on the choice of the cell and of the atoms in it, as they do in the paper.
     """
     if batch.scatter is None:
         raise ValueError("pca frames need batches with scatter; see ModelConfig.parts")
     values, axes = (jnp.asarray(x)[batch.crystal_of_atom][:, None] for x in (batch.scatter.values, batch.scatter.axes))
-    return _principal_frames(values, axes, batch.rows, tie_tolerance, seeds, choose)
+    return values, axes
+
+
+def pca_frames(
+    values: jax.Array, axes: jax.Array, static: jax.Array, tie_tolerance: float, seeds: jax.Array | None
+) -> jax.Array:
+    """Frames [N, H or 1, 3, 3] of principal axes; what the eigenvalues leave open, the max_static frames settle."""
+    signs = None
+    if seeds is not None:
+        bits = mix(seeds ^ jnp.uint32(0x85EBCA6B))
+        signs = 1 - 2 * jnp.stack([bits & 1, (bits >> 1) & 1], axis=-1).astype(axes.dtype)
+    axes, static = jnp.broadcast_arrays(axes, static)
+    values = jnp.broadcast_to(values, axes.shape[:-1])
+    return principal_frames(values, axes, static, tie_tolerance, signs)
 
 
 def lattice_frames(batch: Batch, tie_tolerance: float, seeds: jax.Array | None = None) -> jax.Array:
@@ -137,27 +125,8 @@ def lattice_frames(batch: Batch, tie_tolerance: float, seeds: jax.Array | None =
     return jnp.stack([e1, e2, e3], axis=-2) * hand[..., None, None].astype(e1.dtype)
 
 
-def _principal_frames(
-    values: jax.Array,
-    axes: jax.Array,
-    rows: Rows,
-    tie_tolerance: float,
-    seeds: jax.Array | None,
-    choose: MaxFrames,
-) -> jax.Array:
-    """Frames of eigenvectors `axes` [N, H or 1, 3, 3]; what the eigenvalues leave open, max_static frames settle."""
-    anchor = max_static_frames(rows, tie_tolerance, seeds, choose)
-    signs = None
-    if seeds is not None:
-        bits = mix(seeds ^ jnp.uint32(0x85EBCA6B))
-        signs = 1 - 2 * jnp.stack([bits & 1, (bits >> 1) & 1], axis=-1).astype(axes.dtype)
-    axes, anchor = jnp.broadcast_arrays(axes, anchor)
-    values = jnp.broadcast_to(values, axes.shape[:-1])
-    return principal_frames(values, axes, anchor, tie_tolerance, signs)
-
-
 def _directions(rows: Rows) -> tuple[jax.Array, jax.Array]:
-    """Distances [n, M] and unit vectors [n, M, 3] of the neighbours; zeros for the atom itself and padding."""
+    """Distances [n, M] and unit vectors [n, M, 3] of the neighbors; zeros for the atom itself and padding."""
     distance = jnp.sqrt(jnp.sum(rows.vector**2, axis=-1))
     return distance, rows.vector / jnp.where(distance > 0, distance, 1)[..., None]
 

@@ -1,8 +1,8 @@
-"""The lattice sums of one block: softmax over periodic neighbours, weighted sums of values and basis functions.
+"""The lattice sums of one block: softmax over periodic neighbors, weighted sums of values and basis functions.
 
 Encodings are linear in the basis functions, so the weighted basis is summed first and projected once per atom. The
 gradient is written by hand: it recomputes the weights from the stored log-sum-exp and reaches k_j and v_j through
-the reverse neighbours, by gathers only. Positions and frames get no gradient.
+the reverse neighbors, by gathers only. Positions and frames get no gradient.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ def lattice_sums(
     frames: jax.Array | None,
     seeds: jax.Array | None = None,
 ) -> Sums:
-    """Softmax-weighted sums over the neighbour rows.
+    """Softmax-weighted sums over the neighbor rows.
 
     With p = softmax over the row of q . k_j / sqrt(d_k) + a d^2 this returns sum p v_j [N, H, d_v],
     sum p b_dist [N, H, D_dist] and sum over d > 0 of p b_angle for each frame axis [N, H, 3, D_angle].
@@ -93,7 +93,7 @@ def _backward(options, residuals, gradients):
     mean_gradient = sum(jnp.sum(s * g, axis=tuple(range(2, s.ndim))) for s, g in zip(sums, gradients, strict=True))
 
     def rows_pass(rows, q, a, frames, own_seeds, log_sum, mean_gradient, gradients):
-        """dL/dq, dL/da, and for every neighbour dL/dlogit and the weight."""
+        """dL/dq, dL/da, and for every neighbor dL/dlogit and the weight."""
         value_grad, dist_grad, angle_grad = gradients
         weights = _weights(attention_logits(q, k, a, rows, options.waves), log_sum)
         distance = jnp.sqrt(jnp.sum(rows.vector**2, axis=-1))
@@ -122,7 +122,7 @@ def _backward(options, residuals, gradients):
     logit_grad, weights = (x.reshape(-1, x.shape[-1]) for x in (logit_grad, weights))
 
     def reverse_pass(rows):
-        """dL/dk_j and dL/dv_j: the rows that contain atom j are those of its own neighbours."""
+        """dL/dk_j and dL/dv_j: the rows that contain atom j are those of its own neighbors."""
 
         def back(x):
             return jnp.where(is_neighbor(rows)[..., None], x[rows.reverse], 0).swapaxes(1, 2)
@@ -150,7 +150,7 @@ def _kept(rows: Rows, own_seeds: jax.Array, seeds: jax.Array, dropout: float, dt
 
 
 def _without_self(x: jax.Array, distance: jax.Array) -> jax.Array:
-    """x [n, H, M] with 0 where the neighbour is the atom itself (distance [n, M] is 0)."""
+    """x [n, H, M] with 0 where the neighbor is the atom itself (distance [n, M] is 0)."""
     return jnp.where((distance > 0)[:, None, :], x, 0)
 
 

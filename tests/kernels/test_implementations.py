@@ -294,9 +294,8 @@ def test_kernels_find_a_frame_where_scores_round_differently(factor):
     rng = np.random.default_rng(27)
     q, k = factor * rng.normal(size=(2, len(rows.count), 8, 16)).astype(np.float32)
     a = np.full(q.shape[:2], -0.25, np.float32)
-    found = jax.jit(frames.max_frames, static_argnames=("tie_tolerance", "implementation"))(
-        q, k, a, rows, tie_tolerance=0.0, implementation="pallas"
-    )
+    batch = SimpleNamespace(rows=rows)
+    found = jax.jit(lambda *qka: block_frames("max", *qka, batch, 0.0, implementation="pallas"))(q, k, a)
     lengths = np.linalg.norm(found, axis=-1)
     np.testing.assert_allclose(lengths, np.broadcast_to((rows.count > 0)[:, None, None], lengths.shape), atol=1e-6)
 
@@ -382,38 +381,39 @@ def broken(*arguments):
 
 
 def wrong(*arguments):
-    return jax.tree.map(lambda x: 1.01 * x, attention.lattice_sums(attention.SumOptions(arguments[0]), *arguments[2:]))
+    return jax.tree.map(lambda x: 1.01 * x, attention.lattice_sums(*arguments))
 
 
 def swapped(*arguments):
-    values, distances, angles = attention.lattice_sums(attention.SumOptions(arguments[0]), *arguments[2:])
+    values, distances, angles = attention.lattice_sums(*arguments)
     return values, distances, angles[:, :, ::-1]
 
 
 def test_the_check_notices_kernels_that_are_wrong(monkeypatch):
-    bases = Bases(default_distance(4), AngleBasis(4, 1.0))
-    options = 0.0, (1, 2), 3, np.dtype(np.float32)
-    assert attention._check.__wrapped__(bases, *options) == ""
+    options = attention.SumOptions(Bases(default_distance(4), AngleBasis(4, 1.0))), (1, 2), 3, np.dtype(np.float32)
+    assert attention._check.__wrapped__(*options) == ""
     monkeypatch.setattr(attention.kernels, "lattice_sums", swapped)
-    assert "differ" in attention._check.__wrapped__(bases, *options)
+    assert "differ" in attention._check.__wrapped__(*options)
 
 
 @pytest.mark.slow
 def test_the_check_in_float64_with_dropout(monkeypatch):
-    bases, options = Bases(None, None), (0.3, (1, 2), 3, np.dtype(np.float64))
-    assert attention._check.__wrapped__(bases, *options) == ""
-    by_xla = functools.partial(attention.lattice_sums, attention.SumOptions(bases, dropout=0.3))
+    options = attention.SumOptions(Bases(None, None), dropout=0.3), (1, 2), 3, np.dtype(np.float64)
+    assert attention._check.__wrapped__(*options) == ""
+    by_xla = attention.lattice_sums
     monkeypatch.setattr(
-        attention.kernels, "lattice_sums", lambda *x: jax.tree.map(lambda y: y * (1 + 1e-8), by_xla(*x[2:]))
+        attention.kernels, "lattice_sums", lambda *x: jax.tree.map(lambda y: y * (1 + 1e-8), by_xla(*x))
     )
-    assert "differ" in attention._check.__wrapped__(bases, *options)
+    assert "differ" in attention._check.__wrapped__(*options)
 
 
 def test_the_check_of_frames_has_ties(monkeypatch):
     options = 1e-4, (2, 3), True, np.dtype(np.float32)
     assert frames._check_kernels.__wrapped__(*options) == ""
-    limits = frames._limits(0.3)
-    monkeypatch.setattr(frames, "_limits", lambda tolerance: limits)  # other neighbors become ties
+    by_kernel = frames.kernels.max_frames
+    monkeypatch.setattr(  # other neighbors become ties
+        frames.kernels, "max_frames", lambda q, k, a, rows, tolerance, seeds: by_kernel(q, k, a, rows, 0.3, seeds)
+    )
     assert "differ" in frames._check_kernels.__wrapped__(*options)
 
 

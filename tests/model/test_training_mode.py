@@ -29,7 +29,7 @@ def draw(layer, variables, x, batch):
     """Results [DRAWS, N, D] of a layer in training mode."""
 
     def once(key):
-        return layer.apply(variables, x, batch, None, False, None, True, rngs={"dropout": key})
+        return layer.apply(variables, x, batch, train=True, rngs={"dropout": key})
 
     return jax.lax.map(once, jax.random.split(jax.random.key(6), DRAWS))
 
