@@ -3,8 +3,9 @@ from .basis import Bases as Bases
 from .basis import DistanceBasis as DistanceBasis
 from .frames import METHODS as METHODS
 from .frames import lattice_frames as lattice_frames
-from .frames import max_static_frames as max_static_frames
+from .frames import max_frames as max_frames
+from .frames import pca_axes as pca_axes
 from .frames import pca_frames as pca_frames
-from .frames import weighted_pca_frames as weighted_pca_frames
+from .frames import weighted_pca_axes as weighted_pca_axes
 from .lattice_sums import SumOptions as SumOptions
 from .reciprocal import WaveVectors as WaveVectors
