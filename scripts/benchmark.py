@@ -130,4 +130,5 @@ def measure_models(arguments: argparse.Namespace, parts: Sequence[str]) -> dict[
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_enable_compilation_cache", False)  # compile times are not those of earlier processes
     main()

@@ -100,7 +100,7 @@ def measure_devices(variant: Variant, implementation: Implementation, rounds: in
     loaders = {}
     for setting in dict.fromkeys(setting for settings in chosen.values() for setting in settings):
         devices = Devices.of_this_process(setting.devices)
-        loaders[setting] = TrainingBatches(dataset, setting.batch, 1, SEED, variant.model.parts, devices=devices)
+        loaders[setting] = TrainingBatches(dataset, setting.batch, 1, SEED, variant.config.model.parts, devices=devices)
     programs = [step_program(loader, variant, implementation) for loader in loaders.values()]
     timings = dict(zip(loaders, take_turns(programs, rounds, SECONDS), strict=True))
     sums = take_turns([sum_program(variant, n) for n in counts], 0, SUM_SECONDS)
@@ -109,9 +109,10 @@ def measure_devices(variant: Variant, implementation: Implementation, rounds: in
     records = []
     for name, settings in chosen.items():
         for setting in settings:
-            loader, record = loaders[setting], step_record(name, setting, timings, cores)
-            record |= {"sum_s": sum_seconds[setting.devices], "balance": loader.imbalance(len(loader))}
-            records.append(record | filled(loader.fill_factors(len(loader))))
+            loader = loaders[setting]
+            shares = {"sum_s": sum_seconds[setting.devices], "balance": loader.imbalance(len(loader))}
+            shares |= filled(loader.fill_factors(len(loader)))
+            records.append(step_record(name, setting, timings, cores) | shares)
     line = fit(records)
     return {
         "variant": variant.name,
@@ -177,12 +178,11 @@ def check(records: list[Record], cores: int) -> list[Record]:
             crowding = max(1.0, number * cores_of_one / cores) if cores else 1.0
             seconds = crowding * line.at(share) + record["sum_s"]
             core_seconds = number * core_line.at(share) if core_line else None
-            compared = {
-                **{name: record[name] for name in ("series", "devices", "crystals", "median_s", "core_s")},
+            predicted = {
                 "predicted_s": seconds,
                 "predicted_to_measured": quotient(seconds, record["median_s"]),
                 "predicted_core_s": core_seconds,
                 "predicted_to_measured_core_s": quotient(core_seconds, record["core_s"]),
             }
-            found.append(compared)
+            found.append(record | predicted)
     return found

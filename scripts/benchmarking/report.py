@@ -78,13 +78,7 @@ def print_pipeline(results: Record) -> None:
     for part in ("preparation", "storage"):
         if part in results:
             show(f"{part}, {results['target_set']}", list(results[part]), [results[part]])
-    rows = [
-        {"crystals": found["crystals"]}
-        | found["batches per s"]
-        | {f"{what} filled": share for what, share in found["fill"].items()}
-        for found in results["batches"]
-    ]
-    show("batches per s", list(rows[0]), rows)
+    show("batches per s", list(results["batches"][0]), results["batches"])
 
 
 def print_progress(records: Sequence[Record]) -> None:
