@@ -29,7 +29,7 @@ from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices
 from crystalframer_jax.training.averages import weights_of
 from crystalframer_jax.training.layer_names import count_parameters
 from crystalframer_jax.training.state import TrainState
-from crystalframer_jax.training.step import Recipe, initial_state, make_loss, make_recipe, make_train_step
+from crystalframer_jax.training.step import initial_state, make_loss, make_recipe, make_train_step
 
 BASELINE = "crystalformer"  # frame-free: what frames cost is counted from it
 STEPS = ("train step", "forward")
@@ -52,23 +52,19 @@ class Variant:
         """Takes the default configuration with the values of a variant."""
         return cls(name, validate(with_variant(default.get_config(), name)))
 
-    @property
-    def recipe(self) -> Recipe:
-        """Its loss and optimizer."""
-        return make_recipe(self.config, STEPS_PER_EPOCH)
-
     @functools.cached_property
     def state(self) -> TrainState:
         """The state that a training starts from, calibrated on one small crystal; takes seconds to compile."""
+        recipe = make_recipe(self.config, STEPS_PER_EPOCH)
         batch = packed(unit_cell(), SMALL_CUTOFF, self.config.model.parts)
-        return initial_state(CrystalFramer(self.config.model, "xla"), self.recipe, batch, jax.random.key(0))
+        return initial_state(CrystalFramer(self.config.model, "xla"), recipe, batch, jax.random.key(0))
 
 
 def train_program(
     variant: Variant, implementation: Implementation, batch: Callable[[], Batch], devices: Devices = ONE_DEVICE
 ) -> Program:
     """Makes the step of a training, from the initial weights on: its state goes from run to run, the batch stays."""
-    model, recipe = CrystalFramer(variant.config.model, implementation), variant.recipe
+    model, recipe = CrystalFramer(variant.config.model, implementation), make_recipe(variant.config, STEPS_PER_EPOCH)
     loss = make_loss(model, recipe, STATISTICS, jax.random.key(1), devices.axis)
     return Program(
         make_train_step(recipe, loss, devices=devices),  # consumes its state

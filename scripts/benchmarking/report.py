@@ -81,13 +81,6 @@ def print_pipeline(results: Record) -> None:
     show("batches per s", list(results["batches"][0]), results["batches"])
 
 
-def print_progress(records: Sequence[Record]) -> None:
-    """Prints a line for each record, as soon as it is there."""
-    for record in records:
-        found = record["failure"] or f"{record['median_s'] * 1e3:,.2f} ms"
-        print(f"    {record['variant']} {record['implementation']}: {found}", flush=True)
-
-
 def print_models(results: Record) -> None:
     """Prints ceilings, cases, one table for each measure with the failures below it, and growth with the atoms."""
     ceilings = {name: rate / 1e9 for name, rate in results["ceilings"].items()}
