@@ -21,7 +21,7 @@ import jax
 import joblib
 from benchmarking import report
 from benchmarking.cases import BUNDLED, CASES, SMALL
-from benchmarking.devices import make_cpu_devices, measure_devices
+from benchmarking.devices import CPU_DEVICES, measure_devices
 from benchmarking.measure import ATTENTION, STEPS, Variant, describe_case, measure_case, over_atoms
 from benchmarking.pipeline import any_target, measure_pipeline
 from benchmarking.roofline import measure_ceilings
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measures, prints tables, writes JSON."""
     arguments = parse(argv)
     if arguments.scaling:
-        make_cpu_devices()
+        jax.config.update("jax_num_cpu_devices", CPU_DEVICES)  # before JAX looks for devices
     results: dict[str, Any] = {
         "device": jax.devices()[0].device_kind,
         "cores": joblib.cpu_count(),
@@ -116,9 +116,10 @@ def measure_models(arguments: argparse.Namespace, parts: Sequence[str]) -> dict[
         described.append(describe_case(case, batch))
         for measure in dict.fromkeys(itertools.chain(*wanted)):
             print(f"{name}: {measure} ...", flush=True)
-            found = measure_case(case, batch, measure, variants, implementations, ceilings, arguments.rounds)
-            report.print_progress(found)
-            records += found
+            for record in measure_case(case, batch, measure, variants, implementations, ceilings, arguments.rounds):
+                found = record["failure"] or f"{record['median_s'] * 1e3:,.2f} ms"
+                print(f"    {record['variant']} {record['implementation']}: {found}", flush=True)
+                records.append(record)
     results = {
         "ceilings": {f"{name} per s": rate for name, rate in dataclasses.asdict(ceilings).items()},
         "cases": described,
@@ -130,4 +131,5 @@ def measure_models(arguments: argparse.Namespace, parts: Sequence[str]) -> dict[
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_enable_compilation_cache", False)  # compile times are not those of earlier processes
     main()

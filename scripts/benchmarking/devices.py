@@ -1,5 +1,6 @@
 """Weak and strong scaling of the training step over the devices of this process."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -41,11 +42,6 @@ class Line(NamedTuple):
         return self.fixed + crystals * self.per_crystal
 
 
-def make_cpu_devices() -> None:
-    """Lets a machine without accelerators have CPU_DEVICES devices; to be called before JAX looks for devices."""
-    jax.config.update("jax_num_cpu_devices", CPU_DEVICES)
-
-
 def device_counts(available: int) -> list[int]:
     """Lists 1, 2, 4, ... and all."""
     return sorted({2**i for i in range(available.bit_length())} | {available})
@@ -60,20 +56,11 @@ def series(counts: list[int]) -> dict[str, list[Setting]]:
     }
 
 
-def step_program(loader: TrainingBatches, variant: Variant, implementation: Implementation) -> Program:
-    """Makes the step of a training on several devices, again and again on its typical batch."""
-
-    def batch() -> Batch:
-        print(f"    compiling: {loader.batch_size} crystals, {loader.devices.count} of the devices", flush=True)
-        return loader[typical(loader)]
-
-    return train_program(variant, implementation, batch, loader.devices)
-
-
-def typical(loader: TrainingBatches) -> int:
-    """Finds the batch whose number of neighbors is closest to the mean of an epoch, whatever the devices."""
+def typical_batch(loader: TrainingBatches) -> Batch:
+    """Packs the batch whose number of neighbors is closest to the mean of an epoch, for a program to be compiled."""
+    print(f"    compiling: {loader.batch_size} crystals, {loader.devices.count} of the devices", flush=True)
     edges = np.array([loader.dataset.table.num_edges[loader.rows(step)].sum() for step in range(len(loader))])
-    return int(np.argmin(np.abs(edges - edges.mean())))
+    return loader[int(np.argmin(np.abs(edges - edges.mean())))]
 
 
 def sum_program(variant: Variant, number: int) -> Program:
@@ -100,8 +87,11 @@ def measure_devices(variant: Variant, implementation: Implementation, rounds: in
     loaders = {}
     for setting in dict.fromkeys(setting for settings in chosen.values() for setting in settings):
         devices = Devices.of_this_process(setting.devices)
-        loaders[setting] = TrainingBatches(dataset, setting.batch, 1, SEED, variant.model.parts, devices=devices)
-    programs = [step_program(loader, variant, implementation) for loader in loaders.values()]
+        loaders[setting] = TrainingBatches(dataset, setting.batch, 1, SEED, variant.config.model.parts, devices=devices)
+    programs = [
+        train_program(variant, implementation, functools.partial(typical_batch, loader), loader.devices)
+        for loader in loaders.values()
+    ]
     timings = dict(zip(loaders, take_turns(programs, rounds, SECONDS), strict=True))
     sums = take_turns([sum_program(variant, n) for n in counts], 0, SUM_SECONDS)
     sum_seconds = {n: timing.median for n, timing in zip(counts, sums, strict=True)} | {1: 0.0}
@@ -109,9 +99,10 @@ def measure_devices(variant: Variant, implementation: Implementation, rounds: in
     records = []
     for name, settings in chosen.items():
         for setting in settings:
-            loader, record = loaders[setting], step_record(name, setting, timings, cores)
-            record |= {"sum_s": sum_seconds[setting.devices], "balance": loader.imbalance(len(loader))}
-            records.append(record | filled(loader.fill_factors(len(loader))))
+            loader = loaders[setting]
+            shares = {"sum_s": sum_seconds[setting.devices], "balance": loader.imbalance(len(loader))}
+            shares |= filled(loader.fill_factors(len(loader)))
+            records.append(step_record(name, setting, timings, cores) | shares)
     line = fit(records)
     return {
         "variant": variant.name,
@@ -177,12 +168,11 @@ def check(records: list[Record], cores: int) -> list[Record]:
             crowding = max(1.0, number * cores_of_one / cores) if cores else 1.0
             seconds = crowding * line.at(share) + record["sum_s"]
             core_seconds = number * core_line.at(share) if core_line else None
-            compared = {
-                **{name: record[name] for name in ("series", "devices", "crystals", "median_s", "core_s")},
+            predicted = {
                 "predicted_s": seconds,
                 "predicted_to_measured": quotient(seconds, record["median_s"]),
                 "predicted_core_s": core_seconds,
                 "predicted_to_measured_core_s": quotient(core_seconds, record["core_s"]),
             }
-            found.append(compared)
+            found.append(record | predicted)
     return found

@@ -29,7 +29,7 @@ from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices
 from crystalframer_jax.training.averages import weights_of
 from crystalframer_jax.training.layer_names import count_parameters
 from crystalframer_jax.training.state import TrainState
-from crystalframer_jax.training.step import Recipe, initial_state, make_loss, make_recipe, make_train_step
+from crystalframer_jax.training.step import initial_state, make_loss, make_recipe, make_train_step
 
 BASELINE = "crystalformer"  # frame-free: what frames cost is counted from it
 STEPS = ("train step", "forward")
@@ -53,27 +53,18 @@ class Variant:
         return cls(name, validate(with_variant(default.get_config(), name)))
 
     @functools.cached_property
-    def model(self) -> ModelConfig:
-        """Its model."""
-        return self.config.model
-
-    @property
-    def recipe(self) -> Recipe:
-        """Its loss and optimizer."""
-        return make_recipe(self.config, STEPS_PER_EPOCH)
-
-    @functools.cached_property
     def state(self) -> TrainState:
         """The state that a training starts from, calibrated on one small crystal; takes seconds to compile."""
-        batch = packed(unit_cell(), SMALL_CUTOFF, self.model.parts)
-        return initial_state(CrystalFramer(self.model, "xla"), self.recipe, batch, jax.random.key(0))
+        recipe = make_recipe(self.config, STEPS_PER_EPOCH)
+        batch = packed(unit_cell(), SMALL_CUTOFF, self.config.model.parts)
+        return initial_state(CrystalFramer(self.config.model, "xla"), recipe, batch, jax.random.key(0))
 
 
 def train_program(
     variant: Variant, implementation: Implementation, batch: Callable[[], Batch], devices: Devices = ONE_DEVICE
 ) -> Program:
     """Makes the step of a training, from the initial weights on: its state goes from run to run, the batch stays."""
-    model, recipe = CrystalFramer(variant.model, implementation), variant.recipe
+    model, recipe = CrystalFramer(variant.config.model, implementation), make_recipe(variant.config, STEPS_PER_EPOCH)
     loss = make_loss(model, recipe, STATISTICS, jax.random.key(1), devices.axis)
     return Program(
         make_train_step(recipe, loss, devices=devices),  # consumes its state
@@ -90,7 +81,7 @@ def make_program(
     A prediction is from the packed batch to standardised targets. The attention is that of one block for random q, k, v
     and a, its gradient that with respect to these and the projections; rows are unpacked beforehand.
     """
-    config, size = variant.model, roofline.Size.of(batch)
+    config, size = variant.config.model, roofline.Size.of(batch)
     if measure == "train step":
         program = train_program(variant, implementation, lambda: batch)
         return program, roofline.train_step(config, size, count_parameters(variant.state.params))
@@ -99,20 +90,20 @@ def make_program(
             make_forward(CrystalFramer(config, implementation)),
             lambda: (weights_of(variant.state), jax.device_put(batch)),
         )
-        return program, roofline.forward(config, size)
+        return program, roofline.model(config, size)[0]
 
     forward = functools.partial(attention, config, implementation)
     inputs = functools.partial(random_inputs, config, len(batch.species))
     if measure == "attention":
         program = Program(jax.jit(forward), lambda: (inputs(), jax.jit(unpacked)(batch)))
-        return program, roofline.attention(config, size)
+        return program, roofline.attention(config, size)[0]
 
     def with_gradient(inputs: dict, batch: Batch, gradient: jax.Array) -> tuple[jax.Array, dict]:
         output, transpose = jax.vjp(lambda inputs: forward(inputs, batch), inputs)
         return output, transpose(gradient)[0]
 
     program = Program(jax.jit(with_gradient), lambda: (inputs(), jax.jit(unpacked)(batch), inputs(seed=1)["v"]))
-    return program, roofline.attention(config, size, training=True) + roofline.attention_backward(config, size)
+    return program, sum(roofline.attention(config, size, training=True), roofline.Work())
 
 
 def attention(config: ModelConfig, implementation: Implementation, inputs: dict, batch: Batch) -> jax.Array:

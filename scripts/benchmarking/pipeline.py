@@ -22,6 +22,7 @@ import joblib
 import numpy as np
 
 from benchmarking.cases import BUNDLED, CUTOFF, bundled_source
+from benchmarking.measure import filled
 from benchmarking.timing import Record
 from crystalframer_jax.config import ConfigError
 from crystalframer_jax.data.datasets import folder_of, open_dataset
@@ -108,7 +109,7 @@ def batches(dataset: Dataset, size: int) -> Record:
                 drop_cached_pages(dataset)
             rates[way].append(batches_per_second(chosen.iterate(number * chosen.steps_per_epoch)))
     medians = {way: float(np.median(found[1:])) for way, found in rates.items()}
-    return {"crystals": size, "batches per s": medians, "fill": ways["from memory"].fill_factors()._asdict()}
+    return {"crystals": size} | medians | filled(ways["from memory"].fill_factors())
 
 
 def batches_per_second(source: Iterable[Any]) -> float:

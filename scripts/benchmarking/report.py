@@ -78,20 +78,7 @@ def print_pipeline(results: Record) -> None:
     for part in ("preparation", "storage"):
         if part in results:
             show(f"{part}, {results['target_set']}", list(results[part]), [results[part]])
-    rows = [
-        {"crystals": found["crystals"]}
-        | found["batches per s"]
-        | {f"{what} filled": share for what, share in found["fill"].items()}
-        for found in results["batches"]
-    ]
-    show("batches per s", list(rows[0]), rows)
-
-
-def print_progress(records: Sequence[Record]) -> None:
-    """Prints a line for each record, as soon as it is there."""
-    for record in records:
-        found = record["failure"] or f"{record['median_s'] * 1e3:,.2f} ms"
-        print(f"    {record['variant']} {record['implementation']}: {found}", flush=True)
+    show("batches per s", list(results["batches"][0]), results["batches"])
 
 
 def print_models(results: Record) -> None:

@@ -11,7 +11,7 @@ held them from then on.
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,74 +65,59 @@ class Size:
         return cls(int(sizes.sum()), int((sizes > 0).sum()), int(np.asarray(batch.rows.count).sum()))
 
 
-def attention(config: ModelConfig, size: Size, training: bool = False) -> Work:
-    """Counts frames and attention of one block, forward: from q, k, v and a to [N, H, d_v].
+def attention(config: ModelConfig, size: Size, training: bool = False) -> tuple[Work, Work]:
+    """Counts frames and attention of one block, from q, k, v and a to [N, H, d_v], and the gradient of the attention.
 
-    With `training` what the backward pass needs is written: the sums and the log-sum-exp of the softmax.
+    With `training` what the backward pass needs is written: the sums and the log-sum-exp of the softmax. Backward,
+    with respect to q, k, v, a, W_dist and W_angle, frames are given and weights recomputed from the log-sum-exp.
     """
     N, E, H, dk, dv = size.atoms, size.neighbors, config.head_num, config.k_dim, config.v_dim
-    D_dist, D_angle, A, B = _bases(config)
+    bases = value_bases(config, 0)
+    D_dist, D_angle = bases.sizes
+    B = bases.angle.group_size if bases.angle else 1
+    A, B = D_angle // B, B * bool(D_angle)  # the two kinds of angle factors: A groups of B
     others = (E - N) * bool(D_angle)  # the angle factors are not for the atom itself
     sums = dv + D_dist + 3 * D_angle
     weights = H * dv * (D_dist + 3 * D_angle)
-    flops = E * H * (2 * dk + 2 * dv)  # q . k, sum p v
-    flops += 9 * E + 5 * E * H  # distances, softmax
-    flops += E * D_dist * (3 + 2 * H)  # distance Gaussians: arguments, contraction
+    exponentials = E * (H + D_dist) + 3 * others * H * (A + B)
+    shared = 9 * E + E * D_dist * (3 + 2 * H)  # distances; their Gaussians: arguments, contraction
+
+    flops = shared + E * H * (2 * dk + 2 * dv) + 5 * E * H  # q . k, sum p v; softmax
     flops += 7 * others * H * (config.frame_method == "max")  # e1 . u, 1 - |cos|, times weight
-    flops += 3 * others * H * (6 + 4 * A + B + 2 * A * B)
-    flops += 2 * N * weights
-    stored = N * H * (sums + 1) * training
-    moved = ROW_BYTES * E + NUMBER * (N * H * (2 * dk + 2 * dv + 1) + stored + weights)  # q, k, v, output, a
-    return Work(E * (H + D_dist) + 3 * others * H * (A + B), flops, moved)
+    flops += 3 * others * H * (6 + 4 * A + B + 2 * A * B) + 2 * N * weights
+    inputs, stored = 2 * dk + 2 * dv + 1, sums + 1  # q, k, v, (gradient of the) output, a; sums, log-sum-exp
+    forward = Work(exponentials, flops, ROW_BYTES * E + NUMBER * (N * H * (inputs + stored * training) + weights))
+
+    flops = shared + E * H * (6 * dk + 4 * dv)  # logits again and v_j . gradient; gradients of q, k and v
+    flops += 7 * E * H + 2 * N * H * sums  # softmax, a; the mean gradient <sums, gradient>
+    flops += 3 * others * H * (6 + 5 * A + B + 2 * A * B) + 4 * N * weights
+    moved = E + N * H * (inputs + stored + 2 * dk + dv + 1) + 2 * weights  # the reverse neighbors too
+    return forward, Work(exponentials, flops, ROW_BYTES * E + NUMBER * moved)
 
 
-def attention_backward(config: ModelConfig, size: Size) -> Work:
-    """Counts the gradient of `attention` with respect to q, k, v, a, W_dist and W_angle; frames are given.
-
-    Weights are recomputed from the log-sum-exp.
-    """
-    N, E, H, dk, dv = size.atoms, size.neighbors, config.head_num, config.k_dim, config.v_dim
-    D_dist, D_angle, A, B = _bases(config)
-    others = (E - N) * bool(D_angle)
-    sums = dv + D_dist + 3 * D_angle
-    weights = H * dv * (D_dist + 3 * D_angle)
-    flops = E * H * (6 * dk + 4 * dv)  # logits again and v_j . gradient; gradients of q, k and v
-    flops += 9 * E + 7 * E * H + 2 * N * H * sums  # distances, softmax, a; the mean gradient <sums, gradient>
-    flops += E * D_dist * (3 + 2 * H)
-    flops += 3 * others * H * (6 + 5 * A + B + 2 * A * B)
-    flops += 4 * N * weights
-    read = N * H * (2 * dk + 2 * dv + 1 + sums + 1)  # q, k, v, output gradient, a, sums, log-sum-exp
-    written = N * H * (2 * dk + dv + 1)
-    moved = ROW_BYTES * E + NUMBER * (E + read + written + 2 * weights)  # the reverse neighbors too
-    return Work(attention(config, size).exponentials, flops, moved)
+def dense(rows: int, inputs: int, outputs: int) -> tuple[Work, Work]:
+    """Counts x W + b for `rows` rows, and its gradients with respect to x, W and b."""
+    moved, weights = rows * (inputs + outputs), inputs * outputs
+    forward = Work(0, rows * outputs * (2 * inputs + 1), NUMBER * (moved + weights + outputs))
+    # The gradients of parameters are written in the update.
+    return forward, Work(0, rows * outputs * (4 * inputs + 1), NUMBER * (moved + rows * inputs + weights))
 
 
-def forward(config: ModelConfig, size: Size, training: bool = False) -> Work:
-    """Counts a prediction, from the packed batch."""
+def model(config: ModelConfig, size: Size, training: bool = False) -> tuple[Work, Work]:
+    """Counts a prediction, from the packed batch, and the backward pass."""
     embedding = NUMBER * size.atoms * (1 + 2 * config.model_dim)
-    work = Work(0, 0, PACKED_BYTES * size.neighbors + embedding) + _pooling(config, size)
-    work += config.num_layers * (attention(config, size, training) + _width_logits(config, size))
-    return sum(itertools.starmap(dense, dense_layers(config, size)), work)
+    pooling = Work(0, size.atoms * config.model_dim, NUMBER * (size.atoms + size.crystals) * config.model_dim)
+    width_logits = Work(0, 2 * size.atoms * config.head_num * config.k_dim)
+    parts = [(Work(0, 0, PACKED_BYTES * size.neighbors + embedding), Work()), (pooling, pooling)]
+    parts += [attention(config, size, training), (width_logits, 2 * width_logits)] * config.num_layers
+    parts += itertools.starmap(dense, dense_layers(config, size))
+    forward, backward = zip(*parts, strict=True)
+    return sum(forward, Work()), sum(backward, Work())
 
 
 def train_step(config: ModelConfig, size: Size, num_parameters: int) -> Work:
     """Counts forward pass, backward pass and update."""
-    work = forward(config, size, training=True) + _pooling(config, size)
-    work += config.num_layers * (attention_backward(config, size) + 2 * _width_logits(config, size))
-    work += num_parameters * Work(0, UPDATE_FLOPS, UPDATE_BYTES)
-    return sum(itertools.starmap(dense_backward, dense_layers(config, size)), work)
-
-
-def dense(rows: int, inputs: int, outputs: int) -> Work:
-    """Counts x W + b for `rows` rows."""
-    moved = rows * (inputs + outputs) + (inputs + 1) * outputs
-    return Work(0, rows * outputs * (2 * inputs + 1), NUMBER * moved)
-
-
-def dense_backward(rows: int, inputs: int, outputs: int) -> Work:
-    """Counts gradients with respect to x, W and b."""
-    moved = rows * (2 * inputs + outputs) + inputs * outputs
-    return Work(0, rows * outputs * (4 * inputs + 1), NUMBER * moved)  # gradients of parameters: see the update
+    return sum(model(config, size, training=True), num_parameters * Work(0, UPDATE_FLOPS, UPDATE_BYTES))
 
 
 def dense_layers(config: ModelConfig, size: Size) -> list[tuple[int, int, int]]:
@@ -146,21 +131,6 @@ def dense_layers(config: ModelConfig, size: Size) -> list[tuple[int, int, int]]:
     return [(size.atoms, *layer) for layer in block * config.num_layers] + [(size.crystals, *layer) for layer in head]
 
 
-def _pooling(config: ModelConfig, size: Size) -> Work:
-    return Work(0, size.atoms * config.model_dim, NUMBER * (size.atoms + size.crystals) * config.model_dim)
-
-
-def _width_logits(config: ModelConfig, size: Size) -> Work:
-    return Work(0, 2 * size.atoms * config.head_num * config.k_dim)
-
-
-def _bases(config: ModelConfig) -> tuple[int, int, int, int]:
-    """Numbers of distance and angle Gaussians, and of the two kinds of angle factors (A groups of B)."""
-    bases = value_bases(config, 0)
-    groups = (bases.angle.size // bases.angle.group_size, bases.angle.group_size) if bases.angle else (0, 0)
-    return *bases.sizes, *groups
-
-
 def measure_ceilings() -> Work:
     """Measures the rates per second of the default device, each the best of several runs of milliseconds.
 
@@ -170,11 +140,8 @@ def measure_ceilings() -> Work:
     on_cpu = jax.default_backend() == "cpu"
     matrix, long, many = (2048, 2**26, 2**20) if on_cpu else (8192, 2**30, 2**29)
 
-    def fastest(function: Callable, *shape: int, in_place: bool = False) -> float:
-        program = Program(jax.jit(function, donate_argnums=0 if in_place else ()), lambda: (jnp.ones(shape),))
-        if in_place:
-            program.advance = lambda given, result: (result,)
-        (timing,) = take_turns([program], PASSES)
+    def fastest(function: Any, *shape: int, **advance: Any) -> float:
+        (timing,) = take_turns([Program(function, lambda: (jnp.ones(shape),), **advance)], PASSES)
         if timing.failure:
             raise RuntimeError(f"the ceilings of the device cannot be measured: {timing.failure}")
         return min(timing.seconds)
@@ -182,7 +149,8 @@ def measure_ceilings() -> Work:
     def terms(x: jax.Array) -> list[jax.Array]:
         return [jnp.exp(-i / TERMS * x) for i in range(1, TERMS + 1)]
 
-    product = fastest(lambda x: jnp.matmul(x, x, precision="highest"), matrix, matrix)
-    copy = fastest(lambda x: x + 1, long, in_place=True)
-    exponentials = min(fastest(lambda x: sum(terms(x)), many), fastest(lambda x: sum(map(jnp.sum, terms(x))), many))
+    product = fastest(jax.jit(lambda x: jnp.matmul(x, x, precision="highest")), matrix, matrix)
+    copy = fastest(jax.jit(lambda x: x + 1, donate_argnums=0), long, advance=lambda given, result: (result,))
+    sums = jax.jit(lambda x: sum(terms(x))), jax.jit(lambda x: sum(map(jnp.sum, terms(x))))
+    exponentials = min(fastest(function, many) for function in sums)
     return Work(TERMS * many / exponentials, 2 * matrix**3 / product, 8 * long / copy)

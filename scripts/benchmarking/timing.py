@@ -1,6 +1,5 @@
 """Programs that are compared: compiled one after the other, then run in turns."""
 
-import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -8,7 +7,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache
 
 LEAST_ROUNDS, MOST_ROUNDS = 5, 50
 
@@ -100,8 +98,7 @@ def runs_of(program: Program, timing: Timing) -> Iterator[None]:
     try:
         arguments = program.arguments()
         start = time.perf_counter()
-        with without_compilation_cache():
-            compiled = program.function.lower(*arguments).compile()
+        compiled = program.function.lower(*arguments).compile()
         timing.compile_seconds = time.perf_counter() - start
         if found := compiled.memory_analysis():  # not every compiler says
             total = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
@@ -117,17 +114,3 @@ def runs_of(program: Program, timing: Timing) -> Iterator[None]:
     except Exception as error:  # of many kinds: the compiler, the allocator, an implementation that is not there
         lines = str(error).strip().splitlines() or [""]
         timing.failure = f"{type(error).__name__}: {lines[0]}".rstrip(": ")[:200]
-
-
-@contextlib.contextmanager
-def without_compilation_cache() -> Iterator[None]:
-    """Compiles anew, whatever earlier processes have compiled."""
-    switch = "jax_enable_compilation_cache"
-    before = getattr(jax.config, switch)
-    jax.config.update(switch, False)
-    compilation_cache.reset_cache()  # it remembers whether it is in use
-    try:
-        yield
-    finally:
-        jax.config.update(switch, before)
-        compilation_cache.reset_cache()

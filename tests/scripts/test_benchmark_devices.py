@@ -188,8 +188,9 @@ def test_the_batch_that_is_measured_is_of_mean_size():
         rows = list.__getitem__
 
     loader = Loader([np.arange(10), np.arange(5), np.arange(7)])
+    loader.batch_size, loader.devices = 7, SimpleNamespace(count=1)
     loader.dataset = SimpleNamespace(table=SimpleNamespace(num_edges=np.full(100, 10)))
-    assert devices.typical(loader) == 2
+    assert devices.typical_batch(loader) is loader[2]
 
 
 def test_the_sum_of_one_device_is_measured_in_the_shapes_of_the_weights():
@@ -230,14 +231,18 @@ def test_tables_say_what_forced_devices_cannot_show(results, capsys):
     assert "/ min(" not in out and "core s" not in out
 
 
-def test_scaling_measures_nothing_else_and_writes_it(script, results, tmp_path, monkeypatch, capsys):
+def test_scaling_makes_cpu_devices_before_jax_looks_for_any_and_measures_nothing_else(
+    script, results, tmp_path, monkeypatch, capsys
+):
     calls = []
-    monkeypatch.setattr(script, "make_cpu_devices", lambda: calls.append("devices made"))
+    monkeypatch.setattr(jax.config, "update", lambda *given: calls.append(given))
+    monkeypatch.setattr(jax, "devices", lambda: calls.append("looked for") or [SimpleNamespace(device_kind="cpu")])
     monkeypatch.setattr(script, "measure_devices", lambda *given, **named: calls.append((given, named)) or results)
     file = tmp_path / "results.json"
     script.main(["--scaling", "--variant=lightweight", "--rounds=3", f"--json={file}"])
-    made, ((variant, implementation, rounds), _) = calls
-    assert made == "devices made" and (variant.name, implementation, rounds) == ("lightweight", "xla", 3)
+    made, looked_for, ((variant, implementation, rounds), _) = calls
+    assert made == ("jax_num_cpu_devices", 8) and looked_for == "looked for"
+    assert (variant.name, implementation, rounds) == ("lightweight", "xla", 3)
     written = json.loads(file.read_text())
     assert set(written) == {"device", "cores", "jax", "date", "devices"}
     assert written["devices"]["check"] and "strong scaling" in capsys.readouterr().out
@@ -256,10 +261,3 @@ def test_what_scaling_has_no_use_for_is_an_error(script, arguments, words, capsy
     with pytest.raises(SystemExit):
         script.main(["--scaling", *arguments])
     assert words in capsys.readouterr().err
-
-
-def test_cpu_devices_are_made_before_jax_looks_for_any(monkeypatch):
-    asked = []
-    monkeypatch.setattr(jax.config, "update", lambda *given: asked.append(given))
-    devices.make_cpu_devices()
-    assert asked == [("jax_num_cpu_devices", 8)]
