@@ -18,7 +18,7 @@ SIZES = [(64, 4.0), (16, 1.0), (64, 1.0), (10, 1.0), (7, 1.0), (11, 0.5)]
 TOLERANCE = {np.float32: 3e-6, np.float64: 1e-12}
 
 
-SHAPE = (5, 2, 3, 30)  # atoms, heads, axes, neighbours: the same everywhere, so that each basis compiles once
+SHAPE = (5, 2, 3, 30)  # atoms, heads, axes, neighbors: the same everywhere, so that each basis compiles once
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -75,7 +75,7 @@ def test_weighted_sum_is_the_sum_of_weighted_gaussians(basis, dtype):
 
 
 def test_every_single_gaussian_is_accurate(basis, dtype):
-    """Each of 30 rows sees one neighbour alone, so that no error hides behind a larger Gaussian of another one."""
+    """Each of 30 rows sees one neighbor alone, so that no error hides behind a larger Gaussian of another one."""
     cosine = np.broadcast_to(np.linspace(-1, 1, 30), SHAPE).astype(dtype)
     alone = np.eye(30, dtype=dtype).reshape(SHAPE)
     expected = gaussians(basis, cosine[0, 0, 0]).reshape(*SHAPE[:-1], basis.size)

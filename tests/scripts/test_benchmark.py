@@ -102,7 +102,7 @@ def operations(function, *arguments):
 
 
 def full_rows(num_atoms, length):
-    """A batch whose rows are all of one length: no padding, and every atom its own first neighbour."""
+    """A batch whose rows are all of one length: no padding, and every atom its own first neighbor."""
     rng = np.random.default_rng(0)
     index = rng.integers(0, num_atoms, (num_atoms, length)).astype(np.int32)
     vector = rng.normal(size=(num_atoms, length, 3)).astype(np.float32)
