@@ -9,6 +9,11 @@ from ml_collections import config_flags
 
 from crystalframer_jax.cli.common import reporting_errors, use_compilation_cache
 from crystalframer_jax.config import ConfigError, check_overrides
+from crystalframer_jax.parallel.interruption import Interruption, TrainingInterrupted
+from crystalframer_jax.parallel.processes import failing_together, start
+from crystalframer_jax.training.logging import say
+from crystalframer_jax.training.loop import Options
+from crystalframer_jax.training.train import train
 
 START = time.monotonic()
 CONFIG = config_flags.DEFINE_config_file(
@@ -48,53 +53,47 @@ WATCHDOG_MINUTES = flags.DEFINE_float(
 flags.mark_flags_as_required(["config", "workdir"])
 
 
+@reporting_errors(if_interrupted=" at once; the same command continues from the last checkpoint")
 def main(argv: list[str]) -> None:
-    """Train with the flags given."""
+    """Trains with the flags given."""
     if argv[1:]:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a checkpoint otherwise
     use_compilation_cache()
-    from crystalframer_jax.parallel.interruption import Interruption, TrainingInterrupted
-    from crystalframer_jax.parallel.processes import failing_together, start
-    from crystalframer_jax.training.logging import say
-    from crystalframer_jax.training.loop import Options
-    from crystalframer_jax.training.train import train
-
     interruption = Interruption(MAX_MINUTES.value, START)
     processes = COORDINATOR_ADDRESS.value, NUM_PROCESSES.value, PROCESS_ID.value
-    with reporting_errors(if_interrupted=" at once; the same command continues from the last checkpoint"):
-        if DISTRIBUTED.value or processes != (None, None, None):
-            start(*processes)
-        try:
-            with failing_together(60 * WATCHDOG_MINUTES.value) as watchdog:
-                options = Options(
-                    RESUME_WITH_CHANGES.value,
-                    SKIP_NONFINITE.value,
-                    WANDB.value,
-                    implementation=IMPLEMENTATION.value,  # type: ignore[arg-type]  # one of its values
-                    report=watchdog.report,
-                )
-                train(CONFIG.value, WORKDIR.value or "", options, interruption)
-        except TrainingInterrupted as interrupted:
-            say(str(interrupted))
+    if DISTRIBUTED.value or processes != (None, None, None):
+        start(*processes)
+    try:
+        with failing_together(60 * WATCHDOG_MINUTES.value) as watchdog:
+            options = Options(
+                RESUME_WITH_CHANGES.value,
+                SKIP_NONFINITE.value,
+                WANDB.value,
+                implementation=IMPLEMENTATION.value,  # type: ignore[arg-type]  # one of its values
+                report=watchdog.report,
+            )
+            train(CONFIG.value, WORKDIR.value or "", options, interruption)
+    except TrainingInterrupted as interrupted:
+        say(str(interrupted))
 
 
+@reporting_errors()
 def parse(argv: list[str]) -> list[str]:
-    """Parse the command line; a misspelt hyperparameter is an error in one line."""
-    with reporting_errors():
-        check_overrides(argv)
-        for argument in argv:
-            name, _, file = argument.partition("=")
-            file = file.partition(":")[0]  # what follows names a variant
-            if name in ("--config", "-config") and not Path(file).is_file():
-                raise ConfigError(f"--config={file}: there is no such file; see the folder configs/")
-        try:
-            return flags.FLAGS(argv)
-        except (flags.Error, OSError) as error:
-            text = str(error).rpartition("ConfigError: ")[2]  # of a configuration file, without its traceback
-            sys.exit("error: " + " ".join(text.split()))
+    """Parses the command line; a misspelt hyperparameter is an error in one line."""
+    check_overrides(argv)
+    for argument in argv:
+        name, _, file = argument.partition("=")
+        file = file.partition(":")[0]  # what follows names a variant
+        if name in ("--config", "-config") and not Path(file).is_file():
+            raise ConfigError(f"--config={file}: there is no such file; see the folder configs/")
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, OSError) as error:
+        text = str(error).rpartition("ConfigError: ")[2]  # of a configuration file, without its traceback
+        sys.exit("error: " + " ".join(text.split()))
 
 
 def train_main() -> None:
-    """Train as the command line says."""
+    """Trains as the command line says."""
     app.run(main, flags_parser=parse)

@@ -74,7 +74,7 @@ def neighbor_rows(crystal: Crystal, cutoff: float | LatticeBox) -> NeighborRows:
     lonely = np.flatnonzero(~_spans_a_frame(crystal, i, j, n))
     if len(lonely):
         parts = [np.column_stack([i, j, n])]
-        for atom in lonely:
+        for atom in lonely.tolist():
             i, j, n = _up_to_a_frame(crystal, atom, cutoff)
             parts += [np.column_stack([i, j, n]), np.column_stack([j, i, -n])]
         edges = np.unique(np.concatenate(parts), axis=0)
