@@ -3,9 +3,7 @@
 python scripts/evaluate.py RUN [--split=test] [--weights=best] [--output=predictions.csv] [--plot=parity.png]
 """
 
-import sys
-
 from crystalframer_jax.cli.evaluate import evaluate_main
 
 if __name__ == "__main__":
-    sys.exit(evaluate_main())
+    raise SystemExit(evaluate_main())

@@ -3,9 +3,7 @@
 python scripts/export_torch_checkpoint.py RUN FILE.ckpt [--weights=last]
 """
 
-import sys
-
 from crystalframer_jax.cli.convert import export_main
 
 if __name__ == "__main__":
-    sys.exit(export_main())
+    raise SystemExit(export_main())

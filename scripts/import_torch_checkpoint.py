@@ -3,9 +3,7 @@
 python scripts/import_torch_checkpoint.py FILE.ckpt --workdir=RUN [--target_set=NAME]
 """
 
-import sys
-
 from crystalframer_jax.cli.convert import import_main
 
 if __name__ == "__main__":
-    sys.exit(import_main())
+    raise SystemExit(import_main())

@@ -3,9 +3,7 @@
 python scripts/predict.py RUN FILE... [--output=predictions.csv]
 """
 
-import sys
-
 from crystalframer_jax.cli.predict import predict_main
 
 if __name__ == "__main__":
-    sys.exit(predict_main())
+    raise SystemExit(predict_main())

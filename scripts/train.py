@@ -8,8 +8,6 @@ All devices of this machine share the work. Several processes, also on several m
 SLURM, Open MPI or Kubernetes) or with --coordinator_address, --num_processes and --process_id; see docs/distributed.md.
 """
 
-import sys
-
 from absl import flags
 
 from crystalframer_jax.cli import train
@@ -17,4 +15,4 @@ from crystalframer_jax.cli import train
 flags.adopt_module_key_flags(train)  # for --help
 
 if __name__ == "__main__":
-    sys.exit(train.train_main())
+    train.train_main()

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 
+import jax
 import platformdirs
 
 from crystalframer_jax.errors import UserError
@@ -31,21 +32,14 @@ def reporting_errors(if_interrupted: str = "", leave_at_once: bool = True) -> It
 
 def use_compilation_cache() -> None:
     """Keeps compiled programs in the user's cache folder, so that only the first run waits for the compiler."""
-    import jax
-
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(platformdirs.user_cache_path("crystalframer_jax") / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def command_parser(prog: str, description: str) -> argparse.ArgumentParser:
-    """Makes a parser of a command line whose flags are written out."""
-    return argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
-
-
 def model_parser(prog: str, description: str) -> argparse.ArgumentParser:
     """Makes a parser of what every command that predicts takes: the run, its weights, draws of frames."""
-    parser = command_parser(prog, description)
+    parser = argparse.ArgumentParser(prog, description=description, allow_abbrev=False)
     run_help = "run directory, of one model or of an ensemble, or a checkpoint (RUN/checkpoints/STEP)"
     parser.add_argument("run", metavar="RUN", help=run_help)
     parser.add_argument("--weights", choices=WEIGHTS, help=WEIGHTS_HELP)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from crystalframer_jax.cli.common import WEIGHTS_HELP, command_parser, names, reporting_errors
+from crystalframer_jax.cli.common import WEIGHTS_HELP, names, reporting_errors
 from crystalframer_jax.errors import UserError
 from crystalframer_jax.official.conversion import Conversion, export_checkpoint, import_checkpoint
 from crystalframer_jax.text import table
@@ -15,9 +15,8 @@ from crystalframer_jax.text import table
 @reporting_errors()
 def import_main(argv: Sequence[str] | None = None) -> int:
     """Makes a run directory of a checkpoint of the official implementation."""
-    parser = command_parser(
-        "import_torch_checkpoint.py", "Make a run directory of a checkpoint of the official PyTorch implementation."
-    )
+    description = "Make a run directory of a checkpoint of the official PyTorch implementation."
+    parser = argparse.ArgumentParser("import_torch_checkpoint.py", description=description, allow_abbrev=False)
     add = parser.add_argument
     add("file", metavar="FILE.ckpt", type=Path, help="Lightning checkpoint, or state dict (--config)")
     add("--workdir", type=Path, required=True, help="run directory to write; must not hold a run")
@@ -43,9 +42,8 @@ def import_main(argv: Sequence[str] | None = None) -> int:
 @reporting_errors()
 def export_main(argv: Sequence[str] | None = None) -> int:
     """Writes a run as a checkpoint that the official implementation can load."""
-    parser = command_parser(
-        "export_torch_checkpoint.py", "Write a run as a checkpoint that the official PyTorch implementation can load."
-    )
+    description = "Write a run as a checkpoint that the official PyTorch implementation can load."
+    parser = argparse.ArgumentParser("export_torch_checkpoint.py", description=description, allow_abbrev=False)
     parser.add_argument("run", metavar="RUN", help="run directory, or one of its checkpoints (RUN/checkpoints/STEP)")
     parser.add_argument("file", metavar="FILE.ckpt", type=Path, help="file to write")
     parser.add_argument("--weights", choices=("best", "last", "swa"), help=WEIGHTS_HELP)

@@ -26,13 +26,9 @@ def evaluate_main(argv: Sequence[str] | None = None) -> int:
     parser = model_parser("evaluate.py", "Errors of a trained model or an ensemble on a split of its dataset.")
     parser.add_argument("--split", choices=("train", "val", "test"), default="test")
     parser.add_argument("--output", type=Path, help="write id, labels and predictions to this CSV file")
-    parser.add_argument(
-        "--plot",
-        type=_png,
-        metavar="FILE.png",
-        help="draw predictions against labels or, of an ensemble, errors against standard deviations (a figure for "
-        "each target, its name added to FILE)",
-    )
+    plot_help = """draw predictions against labels or, of an ensemble, errors against standard deviations (a figure for
+        each target, its name added to FILE)"""
+    parser.add_argument("--plot", type=_png, metavar="FILE.png", help=plot_help)
     arguments = parser.parse_args(argv)
     use_compilation_cache()
     model = load_model(arguments.run, arguments.weights)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from crystalframer_jax.cli.common import command_parser, names, reporting_errors
+from crystalframer_jax.cli.common import names, reporting_errors
 from crystalframer_jax.config import ConfigError, TrainConfig
 from crystalframer_jax.data.custom.source import CustomData, custom_source
 from crystalframer_jax.data.datasets import folder_of, prepared_sets
@@ -66,7 +66,7 @@ def _prepare(name: str, arguments: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command_parser("prepare_data.py", DESCRIPTION)
+    parser = argparse.ArgumentParser("prepare_data.py", description=DESCRIPTION, allow_abbrev=False)
     add = parser.add_argument
     add("--target_set", default="", metavar="NAME", help="a known target set, or a name for your own")
     add(

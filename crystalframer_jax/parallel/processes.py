@@ -21,7 +21,6 @@ from crystalframer_jax.parallel.heartbeats import Watchdog
 from crystalframer_jax.parallel.interruption import TrainingInterrupted
 
 SCHEDULERS = "SLURM (srun), Open MPI (mpirun) or Kubernetes"
-FOR_EVER = 10**8  # seconds
 
 
 class DistributedError(UserError):
@@ -76,7 +75,7 @@ def start(
             num_processes,
             process_id,
             initialization_timeout=timeout_seconds + 60,
-            heartbeat_timeout_seconds=FOR_EVER,
+            heartbeat_timeout_seconds=10**8,
         )
     except (ValueError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split()).removesuffix(".")
@@ -163,8 +162,7 @@ def failing_together(seconds: float = 600) -> Iterator[Watchdog]:
     - an exception: its process prints it (errors that the user can mend in one line), the others its reason;
     - a process that is killed or unreachable for min(seconds, 60) s, or whose main thread has not reported for
       `seconds`: all others, and itself if it can, say which and where it was;
-    - the normal one, SystemExit(0) or TrainingInterrupted, in all processes alike: the block is left, with the
-      exception, as soon as all processes have come to its end.
+    - the normal one, SystemExit(0) or TrainingInterrupted, in all alike: the block is left when all are at its end.
 
     Exit statuses of failures are 1, that of SystemExit(n) in its process, and 130 after Ctrl-C. Nothing of this happens
     if there is but one process: exceptions pass.
