@@ -102,8 +102,7 @@ class Devices:
         """Puts arrays of this process on its devices: along a first axis of them; on one device, whole."""
         if not self.all:
             return jax.device_put(parts)
-        sharding = NamedSharding(self.mesh, PartitionSpec(AXIS))
-        return jax.make_array_from_process_local_data(sharding, parts)
+        return jax.make_array_from_process_local_data(NamedSharding(self.mesh, PartitionSpec(AXIS)), parts)
 
     def replicate(self, tree: Tree) -> Tree:
         """Puts arrays (equal in all processes) on every device."""
@@ -164,8 +163,7 @@ def share_out(work: np.ndarray, number: int) -> list[np.ndarray]:
         shares = np.argsort(load, kind="stable")[: len(pieces)]
         owner[pieces] = shares
         load[shares] += work[pieces]
-    ends = np.cumsum(np.bincount(owner, minlength=number))
-    return np.split(np.argsort(owner, kind="stable"), ends[:-1])
+    return [np.flatnonzero(owner == share) for share in range(number)]
 
 
 def imbalance(work: np.ndarray, shares: Sequence[np.ndarray]) -> float:

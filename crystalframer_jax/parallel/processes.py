@@ -53,8 +53,8 @@ def start(
     if num_processes is not None and num_processes < 1:
         raise DistributedError(f"there cannot be {num_processes} processes; give a number of at least 1")
     if process_id is not None and (process_id < 0 or (num_processes is not None and process_id >= num_processes)):
-        count = "" if num_processes is None else f" {num_processes}"
-        raise DistributedError(f"there is no process {process_id} of{count}; number the processes from 0")
+        of = "" if num_processes is None else f" of {num_processes}"
+        raise DistributedError(f"there is no process {process_id}{of}; number the processes from 0")
     if process_id == 0 and address and "JAX_COORDINATOR_BIND_ADDRESS" not in os.environ:
         _check_port(address)
     jax.config.update("jax_enable_preemption_service", False)  # it would make the process deaf to SIGTERM

@@ -113,10 +113,7 @@ def _parsing(where: str, kind: str) -> Iterator[None]:
         raise
     except Exception as error:
         cause = error.__cause__ or error
-        known: dict[type, str] = {
-            IndexError: "it ends early",
-            np.linalg.LinAlgError: "the cell has no volume",
-        }
+        known: dict[type, str] = {IndexError: "it ends early", np.linalg.LinAlgError: "the cell has no volume"}
         reason = " ".join(known.get(type(cause), f"{type(cause).__name__}: {cause}").split())
         raise CrystalError(f"{where}: cannot be read as {kind} ({reason}); correct the file") from error
 
