@@ -9,11 +9,6 @@ from ml_collections import config_flags
 
 from crystalframer_jax.cli.common import reporting_errors, use_compilation_cache
 from crystalframer_jax.config import ConfigError, check_overrides
-from crystalframer_jax.parallel.interruption import Interruption, TrainingInterrupted
-from crystalframer_jax.parallel.processes import failing_together, start
-from crystalframer_jax.training.logging import say
-from crystalframer_jax.training.loop import Options
-from crystalframer_jax.training.train import train
 
 START = time.monotonic()
 CONFIG = config_flags.DEFINE_config_file(
@@ -60,6 +55,13 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a checkpoint otherwise
     use_compilation_cache()
+    # Slow, and after START: a misspelt flag is told at once, and --max_minutes count this as well.
+    from crystalframer_jax.parallel.interruption import Interruption, TrainingInterrupted
+    from crystalframer_jax.parallel.processes import failing_together, start
+    from crystalframer_jax.training.logging import say
+    from crystalframer_jax.training.loop import Options
+    from crystalframer_jax.training.train import train
+
     interruption = Interruption(MAX_MINUTES.value, START)
     processes = COORDINATOR_ADDRESS.value, NUM_PROCESSES.value, PROCESS_ID.value
     if DISTRIBUTED.value or processes != (None, None, None):
