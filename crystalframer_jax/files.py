@@ -16,7 +16,7 @@ from crystalframer_jax.errors import UserError
 
 
 def json_text(content: Any, indent: int | None = None) -> str:
-    """JSON, with null for numbers that are not finite, which JSON does not have."""
+    """Writes JSON, with null for numbers that are not finite, which JSON does not have."""
 
     def valid(value: Any) -> Any:
         if isinstance(value, dict):
@@ -29,14 +29,14 @@ def json_text(content: Any, indent: int | None = None) -> str:
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Write JSON; a reader sees the old content or the new."""
+    """Writes JSON; a reader sees the old content or the new."""
     with replacing(file) as temporary:
         temporary.write_text(json_text(content, indent=1))
 
 
 @contextlib.contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """A temporary file beside `file`, which takes its place when it is written; nothing is left if that fails."""
+    """Yields a temporary file beside `file`, which takes its place when it is written; nothing is left on failure."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         yield temporary
@@ -46,7 +46,7 @@ def replacing(file: Path) -> Iterator[Path]:
 
 
 def write_csv(file: str | Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write a table as CSV, creating its folder; a reader sees the old file or all of the new one."""
+    """Writes a table as CSV, creating its folder; a reader sees the old file or all of the new one."""
     file = Path(file).expanduser().resolve()  # the file that a link stands for is replaced, not the link
     file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
@@ -56,7 +56,7 @@ def write_csv(file: str | Path, header: Sequence[str], rows: Iterable[Sequence[o
 
 
 def sha256(file: Path) -> str:
-    """The SHA-256 of a file, hexadecimal; an OSError names the file."""
+    """Computes the SHA-256 of a file, hexadecimal; an OSError names the file."""
     with file.open("rb") as stream:
         try:
             return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -65,13 +65,13 @@ def sha256(file: Path) -> str:
 
 
 def is_disk_full(error: OSError) -> bool:
-    """Whether something failed because there is no space left, on the disk or for this user."""
+    """Tells whether something failed because there is no space left, on the disk or for this user."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextlib.contextmanager
 def locked(file: Path, if_busy: str | None = None) -> Iterator[None]:
-    """Hold a lock file; while another process has it, wait, or raise UserError with the text `if_busy`.
+    """Holds a lock file; while another process has it, waits, or raises UserError with the text `if_busy`.
 
     The lock ends with the process, whatever ends it. Raises UserError if the folder cannot be written.
     """

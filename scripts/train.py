@@ -15,4 +15,4 @@ from crystalframer_jax.cli import train
 flags.adopt_module_key_flags(train)  # for --help
 
 if __name__ == "__main__":
-    raise SystemExit(train.train_main())
+    train.train_main()

@@ -6,13 +6,12 @@ import os
 import sys
 from collections.abc import Iterator
 
+import jax
 import platformdirs
 
 from crystalframer_jax.errors import UserError
 from crystalframer_jax.inference.predictor import WEIGHTS
 
-RUN_HELP = "run directory, of one model or of an ensemble, or a checkpoint (RUN/checkpoints/STEP)"
-SAMPLES_HELP = "average K draws among equally good frames and show their spread; default: as configured for the run"
 WEIGHTS_HELP = "default: those that the finished run selected by validation error, else best"
 
 
@@ -20,8 +19,7 @@ WEIGHTS_HELP = "default: those that the finished run selected by validation erro
 def reporting_errors(if_interrupted: str = "", leave_at_once: bool = True) -> Iterator[None]:
     """Prints an error that the user can mend in one line and leaves with status 1; with status 130 after Ctrl-C.
 
-    To `leave_at_once` then is for commands with threads that would take minutes to wait for: what they are writing is
-    dropped. Others clean up first.
+    To `leave_at_once` then is for commands with threads that would take minutes to wait for. Others clean up first.
     """
     try:
         yield
@@ -34,24 +32,19 @@ def reporting_errors(if_interrupted: str = "", leave_at_once: bool = True) -> It
 
 def use_compilation_cache() -> None:
     """Keeps compiled programs in the user's cache folder, so that only the first run waits for the compiler."""
-    import jax
-
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(platformdirs.user_cache_path("crystalframer_jax") / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def command_parser(prog: str, description: str) -> argparse.ArgumentParser:
-    """Makes a parser of a command line whose flags are written out."""
-    return argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
-
-
 def model_parser(prog: str, description: str) -> argparse.ArgumentParser:
     """Makes a parser of what every command that predicts takes: the run, its weights, draws of frames."""
-    parser = command_parser(prog, description)
-    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
+    parser = argparse.ArgumentParser(prog, description=description, allow_abbrev=False)
+    run_help = "run directory, of one model or of an ensemble, or a checkpoint (RUN/checkpoints/STEP)"
+    parser.add_argument("run", metavar="RUN", help=run_help)
     parser.add_argument("--weights", choices=WEIGHTS, help=WEIGHTS_HELP)
-    parser.add_argument("--num_frame_samples", type=int, metavar="K", help=SAMPLES_HELP)
+    samples_help = "average K draws among equally good frames and show their spread; default: as configured for the run"
+    parser.add_argument("--num_frame_samples", type=int, metavar="K", help=samples_help)
     return parser
 
 

@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from crystalframer_jax.cli.common import WEIGHTS_HELP, command_parser, names, reporting_errors
+from crystalframer_jax.cli.common import WEIGHTS_HELP, names, reporting_errors
 from crystalframer_jax.errors import UserError
 from crystalframer_jax.official.conversion import Conversion, export_checkpoint, import_checkpoint
 from crystalframer_jax.text import table
 
 
+@reporting_errors()
 def import_main(argv: Sequence[str] | None = None) -> int:
     """Makes a run directory of a checkpoint of the official implementation."""
-    parser = command_parser(
-        "import_torch_checkpoint.py", "Make a run directory of a checkpoint of the official PyTorch implementation."
-    )
+    description = "Make a run directory of a checkpoint of the official PyTorch implementation."
+    parser = argparse.ArgumentParser("import_torch_checkpoint.py", description=description, allow_abbrev=False)
     add = parser.add_argument
     add("file", metavar="FILE.ckpt", type=Path, help="Lightning checkpoint, or state dict (--config)")
     add("--workdir", type=Path, required=True, help="run directory to write; must not hold a run")
@@ -29,32 +29,30 @@ def import_main(argv: Sequence[str] | None = None) -> int:
     add("--target_std", type=_numbers, default=(), help="of the training labels, if not in the file")
     weights_help = "used by default; without it swa if the file has averaged weights"
     add("--weights", choices=("model", "swa"), help=weights_help)
-    with reporting_errors():
-        arguments = parser.parse_args(argv)
-        run = import_checkpoint(**vars(arguments))
-        print(f"{arguments.file} -> {arguments.workdir}")
-        _tell(run)
-        print(f"next: python scripts/predict.py {arguments.workdir} FILE.cif")
-        if run.config.target_set:
-            print(f"      python scripts/evaluate.py {arguments.workdir}")
+    arguments = parser.parse_args(argv)
+    run = import_checkpoint(**vars(arguments))
+    print(f"{arguments.file} -> {arguments.workdir}")
+    _tell(run)
+    print(f"next: python scripts/predict.py {arguments.workdir} FILE.cif")
+    if run.config.target_set:
+        print(f"      python scripts/evaluate.py {arguments.workdir}")
     return 0
 
 
+@reporting_errors()
 def export_main(argv: Sequence[str] | None = None) -> int:
     """Writes a run as a checkpoint that the official implementation can load."""
-    parser = command_parser(
-        "export_torch_checkpoint.py", "Write a run as a checkpoint that the official PyTorch implementation can load."
-    )
+    description = "Write a run as a checkpoint that the official PyTorch implementation can load."
+    parser = argparse.ArgumentParser("export_torch_checkpoint.py", description=description, allow_abbrev=False)
     parser.add_argument("run", metavar="RUN", help="run directory, or one of its checkpoints (RUN/checkpoints/STEP)")
     parser.add_argument("file", metavar="FILE.ckpt", type=Path, help="file to write")
     parser.add_argument("--weights", choices=("best", "last", "swa"), help=WEIGHTS_HELP)
     parser.add_argument("--overwrite", action="store_true", help="replace FILE.ckpt if it exists")
     arguments = parser.parse_args(argv)
-    with reporting_errors():
-        exported = export_checkpoint(arguments.run, arguments.file, arguments.weights, arguments.overwrite)
-        print(f"{exported.weights} -> {arguments.file}: {exported.parameters:,} parameters")
-        for note in exported.notes:
-            print(f"note: {note}")
+    exported = export_checkpoint(arguments.run, arguments.file, arguments.weights, arguments.overwrite)
+    print(f"{exported.weights} -> {arguments.file}: {exported.parameters:,} parameters")
+    for note in exported.notes:
+        print(f"note: {note}")
     return 0
 
 

@@ -20,36 +20,32 @@ from crystalframer_jax.reporting.predictions import plot_calibration, plot_parit
 from crystalframer_jax.text import table
 
 
+@reporting_errors()
 def evaluate_main(argv: Sequence[str] | None = None) -> int:
     """Prints the errors of a trained model or an ensemble on a split of its dataset."""
     parser = model_parser("evaluate.py", "Errors of a trained model or an ensemble on a split of its dataset.")
     parser.add_argument("--split", choices=("train", "val", "test"), default="test")
     parser.add_argument("--output", type=Path, help="write id, labels and predictions to this CSV file")
-    parser.add_argument(
-        "--plot",
-        type=_png,
-        metavar="FILE.png",
-        help="draw predictions against labels or, of an ensemble, errors against standard deviations (a figure for "
-        "each target, its name added to FILE)",
-    )
+    plot_help = """draw predictions against labels or, of an ensemble, errors against standard deviations (a figure for
+        each target, its name added to FILE)"""
+    parser.add_argument("--plot", type=_png, metavar="FILE.png", help=plot_help)
     arguments = parser.parse_args(argv)
     use_compilation_cache()
-    with reporting_errors():
-        model = load_model(arguments.run, arguments.weights)
-        dataset = dataset_of(model, arguments.run)
-        indices = dataset.splits[arguments.split]
-        predictions = model.predict_dataset(dataset, indices, arguments.num_frame_samples)
-        over = model.spread_over(arguments.num_frame_samples)
-        print(model.origin)
-        print(error_table(model.targets, dataset, arguments.split, predictions, over))
-        if arguments.output:
-            ids, labels = dataset.table.ids[indices], dataset.labels[indices]
-            spread = predictions.spread if over else None
-            write_predictions(arguments.output, ids, labels, predictions.mean, model.targets, spread)
-            print(f"wrote {arguments.output}")
-        if arguments.plot:
-            for file in plot_errors(arguments.plot, model, dataset, arguments.split, predictions):
-                print(f"wrote {file}")
+    model = load_model(arguments.run, arguments.weights)
+    dataset = dataset_of(model, arguments.run)
+    indices = dataset.splits[arguments.split]
+    predictions = model.predict_dataset(dataset, indices, arguments.num_frame_samples)
+    over = model.spread_over(arguments.num_frame_samples)
+    print(model.origin)
+    print(error_table(model.targets, dataset, arguments.split, predictions, over))
+    if arguments.output:
+        ids, labels = dataset.table.ids[indices], dataset.labels[indices]
+        spread = predictions.spread if over else None
+        write_predictions(arguments.output, ids, labels, predictions.mean, model.targets, spread)
+        print(f"wrote {arguments.output}")
+    if arguments.plot:
+        for file in plot_errors(arguments.plot, model, dataset, arguments.split, predictions):
+            print(f"wrote {file}")
     return 0
 
 

@@ -15,6 +15,7 @@ from crystalframer_jax.structures.files import read_crystals
 from crystalframer_jax.text import table
 
 
+@reporting_errors()
 def predict_main(argv: Sequence[str] | None = None) -> int:
     """Predicts files; returns 1 if any of them could not be used (the others are predicted all the same)."""
     parser = model_parser("predict.py", "Predict structure files with a trained model or an ensemble.")
@@ -22,29 +23,28 @@ def predict_main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="write the predictions to this CSV file")
     arguments = parser.parse_args(argv)
     use_compilation_cache()
-    with reporting_errors():
-        model = load_model(arguments.run, arguments.weights)
-        crystals, errors = read_all(arguments.files)
-        if crystals:
-            progress = len(crystals) > 100 and sys.stderr.isatty()
-            predictions = model.predict_with_spread(crystals, arguments.num_frame_samples, progress)
-            header = ["structure", "formula", "atoms", *(f"{t.name} ({t.unit})" for t in model.targets)]
-            values = predictions.mean
-            if over := model.spread_over(arguments.num_frame_samples):
-                header += [f"{t.name} std over {over} ({t.unit})" for t in model.targets]
-                values = np.concatenate(predictions, axis=1)
-            rows = [
-                [crystal.id, crystal.formula, crystal.num_atoms, *line]
-                for crystal, line in zip(crystals, values.tolist(), strict=True)
-            ]
-            print(table(header, rows))
-            finite = np.isfinite(predictions.mean).all(axis=1)
-            errors += [f"{crystals[i].id}: the prediction is not finite" for i in np.flatnonzero(~finite)]
-        for error in errors:
-            print(f"error: {error}", file=sys.stderr)
-        if crystals and arguments.output:
-            write_csv(arguments.output, header, rows)
-            print(f"wrote {arguments.output}")
+    model = load_model(arguments.run, arguments.weights)
+    crystals, errors = read_all(arguments.files)
+    if crystals:
+        progress = len(crystals) > 100 and sys.stderr.isatty()
+        predictions = model.predict_with_spread(crystals, arguments.num_frame_samples, progress)
+        header = ["structure", "formula", "atoms", *(f"{t.name} ({t.unit})" for t in model.targets)]
+        values = predictions.mean
+        if over := model.spread_over(arguments.num_frame_samples):
+            header += [f"{t.name} std over {over} ({t.unit})" for t in model.targets]
+            values = np.concatenate(predictions, axis=1)
+        rows = [
+            [crystal.id, crystal.formula, crystal.num_atoms, *line]
+            for crystal, line in zip(crystals, values.tolist(), strict=True)
+        ]
+        print(table(header, rows))
+        finite = np.isfinite(predictions.mean).all(axis=1)
+        errors += [f"{crystals[i].id}: the prediction is not finite" for i in np.flatnonzero(~finite)]
+    for error in errors:
+        print(f"error: {error}", file=sys.stderr)
+    if crystals and arguments.output:
+        write_csv(arguments.output, header, rows)
+        print(f"wrote {arguments.output}")
     return 1 if errors else 0
 
 

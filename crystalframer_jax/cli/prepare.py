@@ -1,16 +1,15 @@
 """The command line of scripts/prepare_data.py."""
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from crystalframer_jax.cli.common import command_parser, names, reporting_errors
+from crystalframer_jax.cli.common import names, reporting_errors
 from crystalframer_jax.config import ConfigError, TrainConfig
 from crystalframer_jax.data.custom.source import CustomData, custom_source
 from crystalframer_jax.data.datasets import folder_of, prepared_sets
@@ -28,51 +27,53 @@ JSON lines, pickles of the official project)."""
 CUSTOM_FLAGS = tuple(field.name for field in dataclasses.fields(CustomData))
 
 
+@reporting_errors("; the same command goes on from here", leave_at_once=False)
 def prepare_main(argv: Sequence[str] | None = None) -> int:
     """Prepares a target set, or lists them."""
     arguments = _parser().parse_args(argv)
-    with reporting_errors("; the same command goes on from here", leave_at_once=False), _telling_full_disks():
-        if not arguments.target_set:
-            if arguments.source:
-                raise ConfigError("name the target set to make of --source by --target_set=NAME")
-            print(_listing(arguments.data_dir))
-            return 0
-        name = arguments.target_set
-        folder, known = folder_of(name, arguments.data_dir), TARGET_SETS.get(name)
-        if arguments.source is not None and not arguments.source.exists():
-            raise DataError(f"--source={arguments.source}: there is no such file or folder")
-        source = _known_source(known, arguments) if known else _custom_source(name, arguments)
-        options = Preparation(arguments.split_seed, arguments.max_bad_share, arguments.unofficial, arguments.workers)
-        if not prepare(folder, source, known, options):
-            print(f"{name} is prepared already, in {folder}")
-        targets = tuple(target.name for target in source.targets)
-        dataset = load_dataset(folder, targets, TrainConfig().cutoff, options.workers)
-        trainable = [
-            target
-            for target, labels in zip(targets, dataset.labels.T, strict=True)
-            if all(np.isfinite(labels[rows]).any() for rows in dataset.splits.values())
-        ]
-        flags = [f"--config.target_set={name}", f"--config.targets={','.join(trainable)}"]
-        flags += [f"--config.data_dir={arguments.data_dir}"] if arguments.data_dir else []
-        print(f"train on it with {shlex.join(flags)}")
-    return 0
-
-
-@contextlib.contextmanager
-def _telling_full_disks() -> Iterator[None]:
     try:
-        yield
+        if arguments.target_set:
+            _prepare(arguments.target_set, arguments)
+        elif arguments.source:
+            raise ConfigError("name the target set to make of --source by --target_set=NAME")
+        else:
+            print(_listing(arguments.data_dir))
     except OSError as error:
         if not is_disk_full(error):
             raise
         raise DataError("the disk is full; make room, and the same command goes on with what is done") from error
+    return 0
+
+
+def _prepare(name: str, arguments: argparse.Namespace) -> None:
+    folder, known = folder_of(name, arguments.data_dir), TARGET_SETS.get(name)
+    if arguments.source is not None and not arguments.source.exists():
+        raise DataError(f"--source={arguments.source}: there is no such file or folder")
+    source = _known_source(known, arguments) if known else _custom_source(name, arguments)
+    options = Preparation(arguments.split_seed, arguments.max_bad_share, arguments.unofficial, arguments.workers)
+    if not prepare(folder, source, known, options):
+        print(f"{name} is prepared already, in {folder}")
+    targets = tuple(target.name for target in source.targets)
+    dataset = load_dataset(folder, targets, TrainConfig().cutoff, options.workers)
+    trainable = [
+        target
+        for target, labels in zip(targets, dataset.labels.T, strict=True)
+        if all(np.isfinite(labels[rows]).any() for rows in dataset.splits.values())
+    ]
+    flags = [f"--config.target_set={name}", f"--config.targets={','.join(trainable)}"]
+    flags += [f"--config.data_dir={arguments.data_dir}"] if arguments.data_dir else []
+    print(f"train on it with {shlex.join(flags)}")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command_parser("prepare_data.py", DESCRIPTION)
+    parser = argparse.ArgumentParser("prepare_data.py", description=DESCRIPTION, allow_abbrev=False)
     add = parser.add_argument
     add("--target_set", default="", metavar="NAME", help="a known target set, or a name for your own")
-    add("--source", type=_path, help="file or folder to read; known target sets are downloaded without it")
+    add(
+        "--source",
+        type=lambda text: Path(text).expanduser(),
+        help="file or folder to read; known target sets are downloaded without it",
+    )
     add("--data_dir", default="", metavar="DIR", help="where prepared data are kept; default: the user's cache folder")
     add("--unofficial", action="store_true", help="take a source whose splits are not those of published numbers")
     share = Preparation.max_bad_share
@@ -88,10 +89,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--group_column", default=CustomData.group_column, metavar="NAME", help="groups that must not be split up")
     add("--allow_pickle", action="store_true", help="read .pkl files, through an allow-list")
     return parser
-
-
-def _path(text: str) -> Path:
-    return Path(text).expanduser()
 
 
 def _share(text: str) -> float:

@@ -48,12 +48,14 @@ WATCHDOG_MINUTES = flags.DEFINE_float(
 flags.mark_flags_as_required(["config", "workdir"])
 
 
+@reporting_errors(if_interrupted=" at once; the same command continues from the last checkpoint")
 def main(argv: list[str]) -> None:
     """Trains with the flags given."""
     if argv[1:]:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a checkpoint otherwise
     use_compilation_cache()
+    # Slow, and after START: a misspelt flag is told at once, and --max_minutes count this as well.
     from crystalframer_jax.parallel.interruption import Interruption, TrainingInterrupted
     from crystalframer_jax.parallel.processes import failing_together, start
     from crystalframer_jax.training.logging import say
@@ -62,37 +64,36 @@ def main(argv: list[str]) -> None:
 
     interruption = Interruption(MAX_MINUTES.value, START)
     processes = COORDINATOR_ADDRESS.value, NUM_PROCESSES.value, PROCESS_ID.value
-    with reporting_errors(if_interrupted=" at once; the same command continues from the last checkpoint"):
-        if DISTRIBUTED.value or processes != (None, None, None):
-            start(*processes)
-        try:
-            with failing_together(60 * WATCHDOG_MINUTES.value) as watchdog:
-                options = Options(
-                    RESUME_WITH_CHANGES.value,
-                    SKIP_NONFINITE.value,
-                    WANDB.value,
-                    implementation=IMPLEMENTATION.value,  # type: ignore[arg-type]  # one of its values
-                    report=watchdog.report,
-                )
-                train(CONFIG.value, WORKDIR.value or "", options, interruption)
-        except TrainingInterrupted as interrupted:
-            say(str(interrupted))
+    if DISTRIBUTED.value or processes != (None, None, None):
+        start(*processes)
+    try:
+        with failing_together(60 * WATCHDOG_MINUTES.value) as watchdog:
+            options = Options(
+                RESUME_WITH_CHANGES.value,
+                SKIP_NONFINITE.value,
+                WANDB.value,
+                implementation=IMPLEMENTATION.value,  # type: ignore[arg-type]  # one of its values
+                report=watchdog.report,
+            )
+            train(CONFIG.value, WORKDIR.value or "", options, interruption)
+    except TrainingInterrupted as interrupted:
+        say(str(interrupted))
 
 
+@reporting_errors()
 def parse(argv: list[str]) -> list[str]:
     """Parses the command line; a misspelt hyperparameter is an error in one line."""
-    with reporting_errors():
-        check_overrides(argv)
-        for argument in argv:
-            name, _, file = argument.partition("=")
-            file = file.partition(":")[0]  # what follows names a variant
-            if name in ("--config", "-config") and not Path(file).is_file():
-                raise ConfigError(f"--config={file}: there is no such file; see the folder configs/")
-        try:
-            return flags.FLAGS(argv)
-        except (flags.Error, OSError) as error:
-            text = str(error).rpartition("ConfigError: ")[2]  # of a configuration file, without its traceback
-            sys.exit("error: " + " ".join(text.split()))
+    check_overrides(argv)
+    for argument in argv:
+        name, _, file = argument.partition("=")
+        file = file.partition(":")[0]  # what follows names a variant
+        if name in ("--config", "-config") and not Path(file).is_file():
+            raise ConfigError(f"--config={file}: there is no such file; see the folder configs/")
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, OSError) as error:
+        text = str(error).rpartition("ConfigError: ")[2]  # of a configuration file, without its traceback
+        sys.exit("error: " + " ".join(text.split()))
 
 
 def train_main() -> None:

@@ -18,37 +18,31 @@ Tree = Any
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
-    """Devices that run the same program, each on its share of a batch.
+    """Devices that run the same program, each on its share of a batch."""
 
-    Attributes:
-      all: in the order of their shares, those of a process one after the other; empty: the default device alone.
-    """
-
-    all: tuple[jax.Device, ...] = ()
-
-    @classmethod
-    def of(cls, processes: Sequence[int], number: int = 0) -> "Devices":
-        """The devices of some processes, or the first `number` of each; ConfigError if one has fewer."""
-        chosen: list[jax.Device] = []
-        for process in processes:
-            here = [device for device in jax.devices() if device.process_index == process]
-            if number > len(here):
-                raise ConfigError(
-                    f"num_devices={number}: {'process ' + str(process) if len(processes) > 1 else 'this machine'} has "
-                    f"{len(here)} ({here[0].device_kind}); choose at most as many, or 0 for all"
-                )
-            chosen += here[: number or len(here)]
-        return cls(tuple(chosen) if len(chosen) > 1 else ())
+    all: tuple[jax.Device, ...] = ()  # in the order of their shares, process by process; empty: the default one alone
 
     @classmethod
     def of_this_process(cls, number: int = 0) -> "Devices":
-        """All devices of this process, or the first `number`; ConfigError if there are fewer."""
-        return cls.of([jax.process_index()], number)
+        """Takes all devices of this process, or the first `number`; ConfigError if there are fewer."""
+        return cls._of([jax.process_index()], number)
 
     @classmethod
     def of_all_processes(cls, number: int = 0) -> "Devices":
-        """All devices of the processes that run together, or the first `number` of each; ConfigError likewise."""
-        return cls.of(range(jax.process_count()), number)
+        """Takes all devices of the processes that run together, or the first `number` of each; ConfigError likewise."""
+        return cls._of(range(jax.process_count()), number)
+
+    @classmethod
+    def _of(cls, processes: Sequence[int], number: int) -> "Devices":
+        chosen: list[jax.Device] = []
+        for process in processes:
+            here = jax.local_devices(process)
+            if number > len(here):
+                where = f"process {process}" if len(processes) > 1 else "this machine"
+                found = f"{where} has {len(here)} ({here[0].device_kind})"
+                raise ConfigError(f"num_devices={number}: {found}; choose at most as many, or 0 for all")
+            chosen += here[: number or len(here)]
+        return cls(tuple(chosen) if len(chosen) > 1 else ())
 
     @property
     def count(self) -> int:
@@ -78,7 +72,7 @@ class Devices:
         static: Sequence[str] = (),
         donate: Sequence[int] = (),
     ) -> Any:
-        """`function` compiled (jax.jit) to run on every device.
+        """Compiles a function (jax.jit) to run on every device.
 
         Of the arguments whose numbers are in `split` every device gets its own part (see `put`), of others the whole
         (see `replicate`). The results are parts as well if it `splits_result`, else the same on all devices. `static`
@@ -101,18 +95,17 @@ class Devices:
         return jax.jit(on_all, static_argnames=static, donate_argnums=donate)
 
     def stacked(self, parts: Sequence[Tree]) -> Tree:
-        """Trees of numpy arrays, one for each device of this process, as `put` takes them."""
+        """Stacks trees of numpy arrays, one for each device of this process, as `put` takes them."""
         return jax.tree.map(lambda *x: np.stack(x), *parts) if self.all else parts[0]
 
     def put(self, parts: Tree) -> Tree:
-        """Arrays of this process on its devices: each with a first axis of them, taken apart; of one device, whole."""
+        """Puts arrays of this process on its devices: along a first axis of them; on one device, whole."""
         if not self.all:
             return jax.device_put(parts)
-        sharding = NamedSharding(self.mesh, PartitionSpec(AXIS))
-        return jax.make_array_from_process_local_data(sharding, parts)
+        return jax.make_array_from_process_local_data(NamedSharding(self.mesh, PartitionSpec(AXIS)), parts)
 
     def replicate(self, tree: Tree) -> Tree:
-        """Arrays (equal in all processes) on every device."""
+        """Puts arrays (equal in all processes) on every device."""
         if not self.all:
             return jax.device_put(tree)
         sharding = NamedSharding(self.mesh, PartitionSpec())
@@ -129,12 +122,12 @@ ONE_DEVICE = Devices()
 
 
 def on_one_device(tree: Tree) -> Tree:
-    """Arrays that are the same on all devices, on one of this process."""
+    """Takes arrays that are the same on all devices from one of this process."""
     return jax.tree.map(lambda x: x.addressable_data(0) if isinstance(x, jax.Array) else x, tree)
 
 
 def sum_in_order(tree: Tree, axis: str | None) -> Tree:
-    """The sum of arrays over the devices of `axis` (None: one device), always the same bits; not to be differentiated.
+    """Sums arrays over the devices of `axis` (None: one device), always the same bits; not to be differentiated.
 
     The numbers are added in an order that depends on how many devices there are, but not on which processes they belong
     to or how they are connected. Every device adds up one piece of the arrays: as many bytes as in other reductions.
@@ -152,12 +145,12 @@ def sum_in_order(tree: Tree, axis: str | None) -> Tree:
 
 
 def psum(x: jax.Array, axis: str | None) -> jax.Array:
-    """The sum of an array over the devices of `axis` (None: one device), added in any order; with its gradient."""
+    """Sums an array over the devices of `axis` (None: one device), in any order; with its gradient."""
     return x if axis is None else jax.lax.psum(x, axis)
 
 
 def share_out(work: np.ndarray, number: int) -> list[np.ndarray]:
-    """Places in `work` [n] in shares of nearly equal work, as equal as possible in number too; each ascending.
+    """Shares out the places in `work` [n]: nearly equal work, as equal as possible in number too; each ascending.
 
     Round by round, the most laborious pieces that are left go to the shares with the least work so far.
     """
@@ -170,11 +163,10 @@ def share_out(work: np.ndarray, number: int) -> list[np.ndarray]:
         shares = np.argsort(load, kind="stable")[: len(pieces)]
         owner[pieces] = shares
         load[shares] += work[pieces]
-    ends = np.cumsum(np.bincount(owner, minlength=number))
-    return np.split(np.argsort(owner, kind="stable"), ends[:-1])
+    return [np.flatnonzero(owner == share) for share in range(number)]
 
 
 def imbalance(work: np.ndarray, shares: Sequence[np.ndarray]) -> float:
-    """The work of the largest share, divided by the mean over the shares."""
+    """Divides the work of the largest share by the mean over the shares."""
     of_shares = [work[share].sum() for share in shares]
     return float(np.max(of_shares) / np.mean(of_shares))

@@ -22,29 +22,19 @@ CONTINUES = "the same command continues from the last checkpoint"
 
 @dataclasses.dataclass
 class Beat:
-    """What a process publishes of itself, again and again.
-
-    Attributes:
-      number: counts the beats.
-      reports: how often the main thread has reported its progress.
-      progress: its last report.
-      age: seconds since then.
-      ended: how the work of the process ended; empty before.
-      knows: it knows of a failure.
-      at: when the beat arrived, by the clock of the reader.
-    """
+    """What a process publishes of itself, again and again."""
 
     host: str
-    number: int = 0
-    reports: int = 0
-    progress: str = ""
-    age: float = 0.0
-    ended: str = ""
-    knows: bool = False
-    at: float = 0.0
+    number: int = 0  # counts the beats
+    reports: int = 0  # how often the main thread has reported its progress
+    progress: str = ""  # its last report
+    age: float = 0.0  # seconds since then
+    ended: str = ""  # how the work of the process ended; empty before
+    knows: bool = False  # it knows of a failure
+    at: float = 0.0  # when the beat arrived, by the clock of the reader
 
     def stalled(self, now: float) -> float:
-        """Seconds since the main thread of the process reported."""
+        """Counts the seconds since the main thread of the process reported."""
         return now - self.at + self.age
 
 
@@ -67,7 +57,7 @@ def verdict(beats: Mapping[int, Beat], now: float, limits: Limits, is_store_gone
     The store of the beats is in process 0.
     """
     answered_at = _answered_at(beats)
-    longest = now - answered_at
+    longest = now - answered_at  # of the silences
     if is_store_gone:
         return _lost(beats, 0, "it has ended", now)
     if longest > limits.silence:
@@ -85,26 +75,23 @@ def verdict(beats: Mapping[int, Beat], now: float, limits: Limits, is_store_gone
 
 
 def _answered_at(beats: Mapping[int, Beat]) -> float:
-    """When the store has answered last: every answer has the reader's own beat, if no other."""
+    """Tells when the store has answered last: every answer has the reader's own beat, if no other."""
     return max((beat.at for beat in beats.values()), default=0.0)
 
 
 def _standstill(beats: Mapping[int, Beat], now: float, limits: Limits) -> str:
-    """If the main thread of a process has not reported for too long: which processes are furthest behind."""
+    """Tells which processes are furthest behind, if the main thread of one has not reported for too long."""
     working = {process: beat for process, beat in sorted(beats.items()) if not beat.ended}
     if not any(beat.progress and beat.stalled(now) > limits.standstill for beat in working.values()):
         return ""
     fewest = min(beat.reports for beat in working.values())
     behind = [process for process, beat in working.items() if beat.reports == fewest]
-    found = f"no progress in {', '.join(_name(beats, process) for process in behind[:4])}"
-    if len(behind) > 4:
-        found += f" and {len(behind) - 4} more"
-    found += f"; {_last_report(beats, behind[0], now)}"
+    names = ", ".join(_name(beats, process) for process in behind[:4])
+    more = f" and {len(behind) - 4} more" if len(behind) > 4 else ""
+    found = f"no progress in {names}{more}; {_last_report(beats, behind[0], now)}"
     if others := [beat for process, beat in beats.items() if process not in behind]:
         furthest = max(others, key=lambda beat: beat.reports)
-        found += (
-            f", others have ended: {furthest.ended}" if furthest.ended else f', others are at "{furthest.progress}"'
-        )
+        found += ", others " + (f"have ended: {furthest.ended}" if furthest.ended else f'are at "{furthest.progress}"')
     return found
 
 
@@ -134,10 +121,7 @@ class Watchdog:
     """
 
     def __init__(self, store: Any, address: str, process: int, processes: int, seconds: float):
-        """`store` is JAX's coordination service, which runs in process 0 at `address`.
-
-        Nothing happens before `watching`, and without a store never.
-        """
+        """Sets up what `watching` runs; `store` is JAX's coordination service, in process 0 at `address`."""
         self.limits = Limits(processes, min(seconds, LONGEST_SILENCE), seconds, min(1.0, seconds / 10))
         self.store, self._address, self._process = store, address, process
         self._clock = self._reported_at = 0.0
@@ -150,7 +134,7 @@ class Watchdog:
         self._ending = threading.Lock()
 
     def report(self, progress: str) -> None:
-        """Tell how far the main thread is: in all processes at the same points, such as every step dispatched.
+        """Tells how far the main thread is: in all processes at the same points, such as every step dispatched.
 
         Until the first report, and after an empty one, the work may take any time.
         """
@@ -160,7 +144,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Run the threads."""
+        """Runs the threads."""
         threads = [threading.Thread(target=run, daemon=True) for run in (self._exchange_forever, self._judge_forever)]
         with _aborting_late():
             for thread in threads:
@@ -174,7 +158,7 @@ class Watchdog:
                     thread.join(self.limits.interval)
 
     def finish(self, how: str) -> None:
-        """Wait until all processes have finished their work; meanwhile their failures end this one as well."""
+        """Waits until all processes have finished their work; meanwhile their failures end this one as well."""
         self._own.ended = how
         self._hurry.set()
         # its own end included, for the others shall have read that when this process leaves
@@ -182,20 +166,17 @@ class Watchdog:
             time.sleep(self.limits.interval / 4)
 
     def find_culprit(self) -> None:
-        """After a collective operation failed: leave time to find, and end with, the process that is to blame.
-
-        Returns if there is none.
-        """
+        """Leaves time to find, and end with, the process to blame for a failed collective operation, if any."""
         self.limits = dataclasses.replace(self.limits, silence=min(self.limits.silence, 10.0))
         time.sleep(self.limits.silence + 4 * self.limits.interval)
 
     def fail(self, reason: str, trace: str = "", status: int = 1) -> NoReturn:
-        """Tell the others why this process fails, print it, or the traceback if there is one, and end the process."""
+        """Tells the others why this process fails, prints it, or the traceback if there is one, and ends it."""
         name = f"process {self._process} (host {self._own.host})"
         self._end(f"{name}: {reason}", f"{name}: {trace}" if trace else f"error: {name}: {reason}", status)
 
     def _end(self, found: str, text: str = "", status: int = 1) -> NoReturn:
-        """Publish what is wrong and end the process with what was published first, or with `text`.
+        """Publishes what is wrong and ends the process with what was published first, or with `text`.
 
         jax.distributed.shutdown would wait for processes that are gone or stuck.
         """
@@ -216,7 +197,7 @@ class Watchdog:
             os._exit(status)
 
     def _all_know(self) -> bool:
-        """Whether all processes know of the failure, except those that have not been heard of lately."""
+        """Tells whether all processes know of the failure, except those that have not been heard of lately."""
         beats, recent = self._beats.values(), self._clock - 2 - 2 * self.limits.interval
         return len(beats) == self.limits.processes and all(beat.knows or beat.at < recent for beat in beats)
 
@@ -266,7 +247,7 @@ class Watchdog:
 
 
 def _refuses_connections(address: str) -> bool:
-    """Whether nobody listens at host:port any more, although the host itself answers."""
+    """Tells whether nobody listens at host:port any more, although the host itself answers."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=1).close()
@@ -277,7 +258,7 @@ def _refuses_connections(address: str) -> bool:
 
 @contextlib.contextmanager
 def _aborting_late() -> Iterator[None]:
-    """Make abort() wait for 6 s (the number of its signal), time enough to say that process 0 is gone.
+    """Makes abort() wait for 6 s (the number of its signal), time enough to say that process 0 is gone.
 
     As soon as a thread of JAX loses the service, it dumps its stack and aborts the process, with
     jax_enable_recoverability too. A handler in Python would not run before the end; sleep() of the C library does.

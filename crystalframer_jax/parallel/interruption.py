@@ -22,23 +22,20 @@ class Interruption:
 
     While the training is `stepping` a request is only noted, for `reason` to tell at the next safe moment; outside,
     where nothing can be lost, it raises TrainingInterrupted at once. A second Ctrl-C raises KeyboardInterrupt.
-
-    Attributes:
-      slowest: seconds that the longest of the units took between which `reason` is asked.
     """
 
     def __init__(self, max_minutes: float | None = None, start: float | None = None):
         """`max_minutes` count from `start` (time.monotonic(), default: now)."""
         self.max_minutes = max_minutes
         self.start = time.monotonic() if start is None else start
-        self.slowest = 0.0
+        self.slowest = 0.0  # seconds that the longest of the units took between which `reason` is asked
         self._requested = ""
         self._is_stepping = False
         self._asked_at: float | None = None
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Catch the signals (in the main thread of the process; elsewhere there are none to catch)."""
+        """Catches the signals (in the main thread of the process; elsewhere there are none to catch)."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -51,7 +48,7 @@ class Interruption:
 
     @contextlib.contextmanager
     def stepping(self) -> Iterator[None]:
-        """Only note requests, because the training is between two safe moments."""
+        """Only notes requests, because the training is between two safe moments."""
         before, self._is_stepping = self._is_stepping, True
         try:
             yield
@@ -59,7 +56,7 @@ class Interruption:
             self._is_stepping = before
 
     def reason(self) -> str:
-        """Why to stop now: "SIGTERM", "--max_minutes=5"; empty to go on. To be asked at every safe moment.
+        """Tells why to stop now: "SIGTERM", "--max_minutes=5"; empty to go on. To be asked at every safe moment.
 
         The time is up when the slowest unit so far, three times over, would not fit in any more: that leaves room for
         saving.

@@ -21,7 +21,6 @@ from crystalframer_jax.parallel.heartbeats import Watchdog
 from crystalframer_jax.parallel.interruption import TrainingInterrupted
 
 SCHEDULERS = "SLURM (srun), Open MPI (mpirun) or Kubernetes"
-FOR_EVER = 10**8  # seconds
 
 
 class DistributedError(UserError):
@@ -37,7 +36,7 @@ def start(
     process_id: int | None = None,
     timeout_seconds: int = 300,
 ) -> None:
-    """Join the processes of a training; to be called before anything else of JAX.
+    """Joins the processes of a training; to be called before anything else of JAX.
 
     Under SLURM, Open MPI and Kubernetes what is not given is found out. Elsewhere give all of it: the address of
     process 0 (host:port, or $JAX_COORDINATOR_ADDRESS), how many processes there are, and which of them this one is.
@@ -54,8 +53,8 @@ def start(
     if num_processes is not None and num_processes < 1:
         raise DistributedError(f"there cannot be {num_processes} processes; give a number of at least 1")
     if process_id is not None and (process_id < 0 or (num_processes is not None and process_id >= num_processes)):
-        count = "" if num_processes is None else f" {num_processes}"
-        raise DistributedError(f"there is no process {process_id} of{count}; number the processes from 0")
+        of = "" if num_processes is None else f" of {num_processes}"
+        raise DistributedError(f"there is no process {process_id}{of}; number the processes from 0")
     if process_id == 0 and address and "JAX_COORDINATOR_BIND_ADDRESS" not in os.environ:
         _check_port(address)
     jax.config.update("jax_enable_preemption_service", False)  # it would make the process deaf to SIGTERM
@@ -76,7 +75,7 @@ def start(
             num_processes,
             process_id,
             initialization_timeout=timeout_seconds + 60,
-            heartbeat_timeout_seconds=FOR_EVER,
+            heartbeat_timeout_seconds=10**8,
         )
     except (ValueError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split()).removesuffix(".")
@@ -93,7 +92,7 @@ def start(
 
 
 def _check_port(address: str) -> None:
-    """Raise DistributedError unless the port of host:port is free; two services of JAX would share it unnoticed."""
+    """Raises DistributedError unless the port of host:port is free; two services of JAX would share it unnoticed."""
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
     try:
@@ -105,7 +104,7 @@ def _check_port(address: str) -> None:
 
 
 def _give_up(reason: str) -> None:
-    """End a process whose main thread waits for the others in vain."""
+    """Ends a process whose main thread waits for the others in vain."""
     print(f"error: {reason}", file=sys.stderr, flush=True)
     os._exit(1)
 
@@ -114,36 +113,34 @@ def _give_up(reason: str) -> None:
 
 
 def is_first_process() -> bool:
-    """Whether this is the process that writes files and messages."""
+    """Tells whether this is the process that writes files and messages."""
     return jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
-    """Wait until all processes have come to the barrier of this name."""
+    """Waits until all processes have come to the barrier of this name."""
     multihost_utils.sync_global_devices(name)
 
 
 def largest_of_processes(number: int) -> int:
-    """The largest of the numbers that the processes give."""
+    """Finds the largest of the numbers that the processes give."""
     return int(np.max(multihost_utils.process_allgather(np.array(number))))
 
 
 def from_first_process(content: bytes) -> bytes:
-    """The `content` of the first process, in all of them."""
-    if jax.process_count() == 1:
-        return content
+    """Sends the `content` of the first process to all of them."""
     size = int(multihost_utils.broadcast_one_to_all(np.array(len(content), np.int32)))
     data = np.frombuffer(content, np.uint8) if is_first_process() else np.zeros(size, np.uint8)
     return multihost_utils.broadcast_one_to_all(data).tobytes()
 
 
 def json_from_first_process(value: Any) -> Any:
-    """What JSON makes of a value of the first process, in all of them; with one process the value itself."""
+    """Sends a value of the first process to all of them, as JSON; with one process it stays as it is."""
     return json.loads(from_first_process(json.dumps(value).encode())) if jax.process_count() > 1 else value
 
 
 def arrays_from_first_process(tree: Tree, like: Tree) -> Tree:
-    """The numpy arrays of the first process, in all of them, bit for bit; `like` has their shapes and types."""
+    """Sends the numpy arrays of the first process to all of them, bit for bit; `like` has their shapes and types."""
     leaves, structure = jax.tree.flatten(like)
     buffer = io.BytesIO()
     if is_first_process():
@@ -158,15 +155,14 @@ def arrays_from_first_process(tree: Tree, like: Tree) -> Tree:
 
 @contextlib.contextmanager
 def failing_together(seconds: float = 600) -> Iterator[Watchdog]:
-    """Around all that a process does after `start`: if one process fails or is lost, all end with status 1 and say why.
+    """Makes all processes end with status 1 and say why if one fails or is lost; around all they do after `start`.
 
     The main thread calls `report` of the Watchdog at every step that it dispatches, in all processes alike. Ends are
 
     - an exception: its process prints it (errors that the user can mend in one line), the others its reason;
     - a process that is killed or unreachable for min(seconds, 60) s, or whose main thread has not reported for
       `seconds`: all others, and itself if it can, say which and where it was;
-    - the normal one, SystemExit(0) or TrainingInterrupted, in all processes alike: the block is left, with the
-      exception, as soon as all processes have come to its end.
+    - the normal one, SystemExit(0) or TrainingInterrupted, in all alike: the block is left when all are at its end.
 
     Exit statuses of failures are 1, that of SystemExit(n) in its process, and 130 after Ctrl-C. Nothing of this happens
     if there is but one process: exceptions pass.
@@ -195,7 +191,7 @@ def failing_together(seconds: float = 600) -> Iterator[Watchdog]:
 
 
 def _group() -> tuple[Any, str, int, int]:
-    """The store that the processes share, its address, which process this is, and of how many; no store for one.
+    """Finds the store that the processes share, its address, which process this is, of how many; no store for one.
 
     JAX has no public access to its store; jax.process_index() would initialize the devices, which may fail already.
     """
@@ -211,7 +207,7 @@ def _group() -> tuple[Any, str, int, int]:
 
 
 def _may_follow_from_another(error: BaseException) -> bool:
-    """Whether this may come of another process having ended, as errors of collective operations do."""
+    """Tells whether this may come of another process having ended, as errors of collective operations do."""
     text = str(error).lower()
     if isinstance(error, UserError | OSError) or "resource_exhausted" in text:
         return False
@@ -220,7 +216,7 @@ def _may_follow_from_another(error: BaseException) -> bool:
 
 
 def _described(error: BaseException) -> tuple[str, str, int]:
-    """The error in one line, its traceback unless the user can mend it, and the exit status."""
+    """Gives the error in one line, its traceback unless the user can mend it, and the exit status."""
     line = " ".join(str(error).split())
     match error:
         case KeyboardInterrupt():

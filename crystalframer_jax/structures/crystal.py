@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from crystalframer_jax.errors import UserError
+from crystalframer_jax.structures.lattice import points_within
 
 if TYPE_CHECKING:  # both are slow to import, and ASE is optional
     from ase import Atoms
@@ -29,26 +30,18 @@ class CrystalError(UserError, ValueError):
 class Crystal:
     """A periodic crystal on the host; the arrays are copied, converted and checked on construction.
 
-    Attributes:
-      species: [n] int32, atomic numbers 1..98; on a disordered site the species of largest occupancy.
-      positions: [n, 3] float64, Cartesian, Å; not wrapped into the cell.
-      lattice: [3, 3] float64, rows are the lattice vectors, Å; of either handedness.
-      occupancies: [n, 98] float64, column z - 1 for element z; None if every site is one whole atom.
-      id: where the crystal came from: file name, record id.
-
     Raises:
       CrystalError: no atoms, wrong shapes, unsupported elements, numbers that are not finite, a cell without
         volume, a site with occupancies that are negative or sum above 1, atoms closer than 0.1 Å.
     """
 
-    species: np.ndarray
-    positions: np.ndarray
-    lattice: np.ndarray
-    occupancies: np.ndarray | None = None
-    id: str = ""
+    species: np.ndarray  # [n] int32, atomic numbers 1..98; on a disordered site the species of largest occupancy
+    positions: np.ndarray  # [n, 3] float64, Cartesian, Å; not wrapped into the cell
+    lattice: np.ndarray  # [3, 3] float64, rows are the lattice vectors, Å; of either handedness
+    occupancies: np.ndarray | None = None  # [n, 98] float64, column z - 1 for element z; None: every site is one atom
+    id: str = ""  # where the crystal came from: file name, record id
 
     def __post_init__(self) -> None:
-        """Converts and checks the arrays."""
         where = self.id or "crystal"
         species = _checked_species(self.species, where)
         n = len(species)
@@ -80,7 +73,7 @@ class Crystal:
 
     @classmethod
     def from_pymatgen(cls, structure: Structure, id: str = "") -> Crystal:
-        """From a pymatgen `Structure`; oxidation states are dropped, deuterium and tritium are hydrogen.
+        """Converts a pymatgen `Structure`; oxidation states are dropped, deuterium and tritium are hydrogen.
 
         Raises:
           CrystalError: as the class; also a `Molecule`, or a lattice that is not periodic in all directions.
@@ -93,7 +86,7 @@ class Crystal:
 
     @classmethod
     def from_ase(cls, atoms: Atoms, id: str = "") -> Crystal:
-        """From ASE `Atoms`: atomic numbers, positions and cell.
+        """Converts ASE `Atoms`: atomic numbers, positions and cell.
 
         Raises:
           CrystalError: as the class; also a cell that is not periodic in all three directions, or partial
@@ -152,15 +145,11 @@ def _check_volume(lattice: np.ndarray, where: str) -> None:
 
 def _check_distances(species: np.ndarray, positions: np.ndarray, lattice: np.ndarray, where: str) -> None:
     """Raises `CrystalError` for the closest pair of atoms, images included, below `MIN_DISTANCE`."""
-    from pymatgen.optimization.neighbors import find_points_in_spheres
-
     wrapped = np.ascontiguousarray((positions @ np.linalg.inv(lattice) % 1.0) @ lattice)
     # The search grid is as fine as the radius: a radius near the atomic spacing keeps time and memory linear.
     size = np.cbrt(abs(np.linalg.det(lattice)))
     radius = max(MIN_DISTANCE, size / 200, min(size / np.cbrt(len(positions)), 5.0))
-    i, j, image, distance = find_points_in_spheres(
-        wrapped, wrapped, r=float(radius), pbc=np.ones(3, dtype=np.int64), lattice=lattice, tol=1e-8
-    )
+    i, j, image, distance = points_within(wrapped, wrapped, lattice, radius)
     close = np.flatnonzero(((i != j) | image.any(axis=1)) & (distance < MIN_DISTANCE))
     if close.size:
         pair = close[distance[close].argmin()]
@@ -181,7 +170,7 @@ def _unsupported(element: str, where: str) -> CrystalError:
 
 
 def composition_amounts(composition: Composition, where: str) -> np.ndarray:
-    """[98] amount of each element in a pymatgen composition; isotopes and oxidation states are merged."""
+    """Lists the amount [98] of each element in a pymatgen composition; isotopes and oxidation states are merged."""
     from pymatgen.core import DummySpecies
 
     amounts = np.zeros(MAX_ATOMIC_NUMBER)
@@ -193,12 +182,12 @@ def composition_amounts(composition: Composition, where: str) -> np.ndarray:
 
 
 def site_amounts(sites: Iterable[PeriodicSite], where: str) -> np.ndarray:
-    """[n, 98] amount of each element on each site."""
+    """Lists the amount [n, 98] of each element on each site."""
     rows = [composition_amounts(site.species, f"{where}: site {i}") for i, site in enumerate(sites, 1)]
     return np.reshape(rows, (len(rows), MAX_ATOMIC_NUMBER))
 
 
 def crystal_from_amounts(amounts: np.ndarray, positions: np.ndarray, lattice: np.ndarray, id: str) -> Crystal:
-    """The crystal with `amounts` [n, 98] on its sites; `occupancies` is None if every site is one atom."""
+    """Makes the crystal with `amounts` [n, 98] on its sites; `occupancies` is None if every site is one atom."""
     is_atom = (np.abs(amounts.max(axis=1) - 1) <= 1e-6) & ((amounts > 0).sum(axis=1) == 1)
     return Crystal(amounts.argmax(axis=1) + 1, positions, lattice, None if is_atom.all() else amounts, id)

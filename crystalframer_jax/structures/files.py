@@ -36,7 +36,7 @@ ACCEPTED_FILES = "CIF (.cif), POSCAR (POSCAR*, CONTCAR*, .vasp, .poscar), extend
 
 
 def as_crystals(item: Crystal | Structure | Atoms | str | os.PathLike[str]) -> list[Crystal]:
-    """The crystals of a path, a pymatgen `Structure`, ASE `Atoms` or a `Crystal`; raises `CrystalError`."""
+    """Makes the crystals of a path, a pymatgen `Structure`, ASE `Atoms` or a `Crystal`; raises `CrystalError`."""
     if isinstance(item, Crystal):
         return [item]
     if isinstance(item, (str, os.PathLike)):
@@ -52,7 +52,7 @@ def as_crystals(item: Crystal | Structure | Atoms | str | os.PathLike[str]) -> l
 
 
 def read_crystals(path: str | os.PathLike[str]) -> list[Crystal]:
-    """All crystals of a CIF, POSCAR or extended XYZ file, in the order of the file.
+    """Reads all crystals of a CIF, POSCAR or extended XYZ file, in the order of the file.
 
     Cells are kept as given: no reduction, no symmetrisation. The atoms of a CIF are those that pymatgen makes
     of the listed sites and symmetry operations, in its order (by electronegativity), inside the cell; other
@@ -79,12 +79,12 @@ def read_crystals(path: str | os.PathLike[str]) -> list[Crystal]:
 
 
 def cif_crystals(text: str, name: str) -> list[Crystal]:
-    """The crystals of the text of a CIF file, see `read_crystals`; `name` stands for the path."""
+    """Reads the crystals of the text of a CIF file, see `read_crystals`; `name` stands for the path."""
     return [_crystal_of_cif(block, id) for id, block in _with_ids(name, _cif_blocks(text, name))]
 
 
 def extxyz_crystals(text: str, name: str) -> list[Crystal]:
-    """The crystals of the text of an extended XYZ file, see `read_crystals`; `name` stands for the path."""
+    """Reads the crystals of the text of an extended XYZ file, see `read_crystals`; `name` stands for the path."""
     return [Crystal.from_ase(frame, id) for id, frame in _with_ids(name, _read_extxyz(text, name))]
 
 
@@ -113,10 +113,7 @@ def _parsing(where: str, kind: str) -> Iterator[None]:
         raise
     except Exception as error:
         cause = error.__cause__ or error
-        known: dict[type, str] = {
-            IndexError: "it ends early",
-            np.linalg.LinAlgError: "the cell has no volume",
-        }
+        known: dict[type, str] = {IndexError: "it ends early", np.linalg.LinAlgError: "the cell has no volume"}
         reason = " ".join(known.get(type(cause), f"{type(cause).__name__}: {cause}").split())
         raise CrystalError(f"{where}: cannot be read as {kind} ({reason}); correct the file") from error
 
@@ -163,7 +160,7 @@ def _check_poscar_is_whole(lines: list[str], num_atoms: int, name: str) -> None:
 
 
 def _cif_blocks(text: str, name: str) -> list[str]:
-    """The data blocks that list atoms. Parsed one by one: pymatgen overwrites blocks of equal name."""
+    """Finds the data blocks that list atoms. Parsed one by one: pymatgen overwrites blocks of equal name."""
     blocks = ["data_" + block for block in re.split(r"^\s*data_", text, flags=re.M | re.I)[1:]]
     has_atoms = re.compile(r"^\s*_atom_site[._](label|type_symbol|fract|cartn)", re.M | re.I)
     blocks = [block for block in blocks if has_atoms.search(block)]
@@ -240,7 +237,7 @@ def _check_cif_rows(data: dict[str, Any], sites: np.ndarray, amounts: np.ndarray
 
 
 def _has_composition(found: np.ndarray, formula: str) -> bool:
-    """Whether amounts [98] have the elements and, to 0.01, the proportions of a formula; true of "?"."""
+    """Tells whether amounts [98] have the elements and, to 0.01, the proportions of a formula; true of "?"."""
     from pymatgen.core import Composition
 
     try:

@@ -1,4 +1,4 @@
-"""Lattices: boxes of images, the reduced basis, and the short vectors that lattice frames choose from."""
+"""Lattices: points within a radius, boxes of images, the reduced basis, and short vectors for lattice frames."""
 
 import functools
 import itertools
@@ -8,8 +8,20 @@ import numpy as np
 SAME_LENGTH = 1e-4  # Å; vectors whose lengths are closer than this count as equally long
 
 
+def points_within(
+    points: np.ndarray, centers: np.ndarray, lattice: np.ndarray, radius: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Finds the images of `points` [n, 3] within `radius` of `centers` [c, 3]: center, point, image [E, 3], distance.
+
+    All in Å, the arrays float64 and contiguous.
+    """
+    from pymatgen.optimization.neighbors import find_points_in_spheres
+
+    return find_points_in_spheres(points, centers, float(radius), np.ones(3, dtype=np.int64), lattice, 1e-8)
+
+
 def integer_box(reach: int) -> np.ndarray:
-    """All integer vectors with components from -reach to reach, the last running fastest, [(2 reach + 1)^3, 3]."""
+    """Lists integer vectors with components from -reach to reach, the last running fastest, [(2 reach + 1)^3, 3]."""
     return np.array(list(itertools.product(range(-reach, reach + 1), repeat=3)))
 
 
@@ -17,7 +29,7 @@ COMBINATIONS = np.delete(integer_box(2), 62, axis=0)  # all but (0, 0, 0)
 
 
 def lattice_vectors(lattice: np.ndarray) -> np.ndarray:
-    """The 124 vectors n1 b1 + n2 b2 + n3 b3 with n in [-2, 2] of an LLL-reduced basis b, [124, 3] Å.
+    """Lists the 124 vectors n1 b1 + n2 b2 + n3 b3 with n in [-2, 2] of an LLL-reduced basis b, [124, 3] Å.
 
     The three shortest independent vectors of the lattice are among them. Canonical order is by length and, within
     1e-4 Å, by the integer coefficients with respect to the given `lattice` [3, 3] (rows), largest first. It does not
@@ -35,12 +47,11 @@ def lattice_vectors(lattice: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=200_000)
 def _reduction_of_metric(metric: bytes) -> np.ndarray:
-    """The reduction of the lattice with this metric (float64 bytes)."""
     return reduction(np.linalg.cholesky(np.frombuffer(metric).reshape(3, 3)))
 
 
 def reduction(lattice: np.ndarray) -> np.ndarray:
-    """Integer matrix U [3, 3] of determinant 1 or -1 such that U @ lattice is a reduced (LLL) basis."""
+    """Finds an integer matrix U [3, 3] of determinant 1 or -1 such that U @ lattice is a reduced (LLL) basis."""
     from pymatgen.core import Lattice
 
     return np.rint(Lattice(lattice).lll_mapping).astype(np.int64)

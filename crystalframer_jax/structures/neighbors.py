@@ -9,7 +9,7 @@ import dataclasses
 import numpy as np
 
 from crystalframer_jax.structures.crystal import Crystal, CrystalError
-from crystalframer_jax.structures.lattice import integer_box
+from crystalframer_jax.structures.lattice import integer_box, points_within
 
 SHELL_TOLERANCE = 1e-4  # Å; distances closer than this are one shell of neighbors
 COLLINEAR = 0.999  # |cos| from which two directions cannot span a frame
@@ -30,7 +30,7 @@ class LatticeBox:
 
     @property
     def images(self) -> np.ndarray:
-        """[(2 R + 1)^3, 3] int64."""
+        """The images, [(2 R + 1)^3, 3] int64."""
         return integer_box(self.lattice_range)
 
 
@@ -50,7 +50,7 @@ class NeighborRows:
 
 
 def neighbor_rows(crystal: Crystal, cutoff: float | LatticeBox) -> NeighborRows:
-    """Neighbor rows of a crystal within `cutoff` (a radius in Å, or a box of lattice images), in canonical order.
+    """Lists the neighbor rows of a crystal within `cutoff` (a radius in Å, or a box of images), in canonical order.
 
     Canonical order is by distance and, within a shell (distances closer than 1e-4 Å), by (j, n1, n2, n3). If all
     neighbors of an atom lie on one line, its row is enlarged (and the rows of its new neighbors with it) up to the
@@ -65,58 +65,40 @@ def neighbor_rows(crystal: Crystal, cutoff: float | LatticeBox) -> NeighborRows:
                 f"{crystal.id}: {number:,} neighbors of {crystal.num_atoms} atoms in {len(cutoff.images)} cells "
                 f"(adaptive_cutoff_sigma=0) are more than {MOST_IN_BOX:,}; choose a radius"
             )
-        return _canonical(crystal, *_in_box(crystal, cutoff))
+        atoms = np.arange(crystal.num_atoms)
+        i, j, n = (x.ravel() for x in np.meshgrid(atoms, atoms, np.arange(len(cutoff.images)), indexing="ij"))
+        return _canonical(crystal, i, j, cutoff.images[n])
     if not (np.isfinite(cutoff) and cutoff > 0):
         raise ValueError(f"the cutoff radius {cutoff} Å must be a positive number")
-    everyone = np.arange(crystal.num_atoms)
-    i, j, n = _within(crystal, everyone, cutoff)
-    radius = np.full(crystal.num_atoms, float(cutoff))
-    lonely = everyone[~_spans_a_frame(crystal, i, j, n)]
+    i, j, n = _within(crystal, np.arange(crystal.num_atoms), cutoff)
+    lonely = np.flatnonzero(~_spans_a_frame(crystal, i, j, n))
     if len(lonely):
-        radius[lonely] = _frame_radius(crystal, lonely, cutoff)
-        li, lj, ln = _within(crystal, lonely, radius[lonely].max())
-        keep = _distance(crystal, li, lj, ln) <= radius[li]
-        li, lj, ln = li[keep], lj[keep], ln[keep]
-        edges = np.concatenate(
-            [np.column_stack([i, j, n]), np.column_stack([li, lj, ln]), np.column_stack([lj, li, -ln])]
-        )
-        edges = np.unique(edges, axis=0)
+        parts = [np.column_stack([i, j, n])]
+        for atom in lonely.tolist():
+            i, j, n = _up_to_a_frame(crystal, atom, cutoff)
+            parts += [np.column_stack([i, j, n]), np.column_stack([j, i, -n])]
+        edges = np.unique(np.concatenate(parts), axis=0)
         i, j, n = edges[:, 0], edges[:, 1], edges[:, 2:]
     return _canonical(crystal, i, j, n)
 
 
 def displacements(crystal: Crystal, rows: NeighborRows) -> np.ndarray:
-    """Vectors p_j + nL - p_i of all neighbors, [E, 3] Å; exactly zero for the atom itself."""
+    """Computes the vectors p_j + nL - p_i of all neighbors, [E, 3] Å; exactly zero for the atom itself."""
     p = crystal.positions
     return p[rows.index] - p[rows.center] + rows.image @ crystal.lattice
 
 
-def _in_box(crystal: Crystal, box: LatticeBox) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All (i, j, n) with n in the box: i [E], j [E], n [E, 3]."""
-    atoms, images = np.arange(crystal.num_atoms), box.images
-    i, j, n = (x.ravel() for x in np.meshgrid(atoms, atoms, np.arange(len(images)), indexing="ij"))
-    return i, j, images[n]
-
-
 def _within(crystal: Crystal, centers: np.ndarray, radius: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All (i, j, n) with i among `centers` [c] and distance <= radius: i [E], j [E], n [E, 3]."""
-    from pymatgen.optimization.neighbors import find_points_in_spheres
-
-    i, j, n, _ = find_points_in_spheres(
-        np.ascontiguousarray(crystal.positions, dtype=np.float64),
-        np.ascontiguousarray(crystal.positions[centers], dtype=np.float64),
-        float(radius + 2 * RADIUS_TOLERANCE),  # the distances that decide are computed below
-        np.array([1, 1, 1], dtype=np.int64),
-        np.ascontiguousarray(crystal.lattice, dtype=np.float64),
-        1e-8,
-    )
+    """Finds all (i, j, n) with i among `centers` [c] and distance <= radius: i [E], j [E], n [E, 3]."""
+    p, wider = crystal.positions, radius + 2 * RADIUS_TOLERANCE  # the distances that decide are computed below
+    i, j, n, _ = points_within(p, p[centers], crystal.lattice, wider)
     i, n = centers[i], np.rint(n).astype(np.int64)
     keep = _distance(crystal, i, j, n) <= radius + RADIUS_TOLERANCE  # alike for both directions of a pair
     return i[keep], j[keep], n[keep]
 
 
 def _distance(crystal: Crystal, i: np.ndarray, j: np.ndarray, n: np.ndarray) -> np.ndarray:
-    """Distances [E] in Å from the metric of the lattice: the same bits for (i, j, n) and (j, i, -n)."""
+    """Computes distances [E] in Å from the metric of the lattice: the same bits for (i, j, n) and (j, i, -n)."""
     metric = crystal.lattice @ crystal.lattice.T
     fractional = crystal.positions @ np.linalg.inv(crystal.lattice)
     x, y, z = ((fractional[j] - fractional[i]) + n).T
@@ -126,7 +108,7 @@ def _distance(crystal: Crystal, i: np.ndarray, j: np.ndarray, n: np.ndarray) -> 
 
 
 def _spans_a_frame(crystal: Crystal, i: np.ndarray, j: np.ndarray, n: np.ndarray) -> np.ndarray:
-    """Whether the neighbors of each atom point along more than one line, [number of atoms] bool."""
+    """Tells whether the neighbors of each atom point along more than one line, [number of atoms] bool."""
     vector = crystal.positions[j] - crystal.positions[i] + n @ crystal.lattice
     distance = np.linalg.norm(vector, axis=1)
     other = distance > SMALLEST_DISTANCE
@@ -138,27 +120,26 @@ def _spans_a_frame(crystal: Crystal, i: np.ndarray, j: np.ndarray, n: np.ndarray
     return spans
 
 
-def _frame_radius(crystal: Crystal, atoms: np.ndarray, cutoff: float) -> np.ndarray:
-    """Radius [a] in Å at which the neighbors of each of `atoms` [a] stop lying on one line."""
-    radius, search = np.full(len(atoms), np.inf), cutoff
-    while np.isinf(radius).any():
-        search *= 1.5
-        for a in np.flatnonzero(np.isinf(radius)):
-            i, j, n = _within(crystal, atoms[a : a + 1], search)
-            distance = _distance(crystal, i, j, n)
-            order = np.argsort(distance, kind="stable")
-            i, j, n, distance = i[order], j[order], n[order], distance[order]
-            unit = crystal.positions[j] - crystal.positions[i] + n @ crystal.lattice
-            unit, distance = unit[distance > SMALLEST_DISTANCE], distance[distance > SMALLEST_DISTANCE]
-            unit = unit / distance[:, None]
-            off_line = np.flatnonzero(np.abs(unit @ unit[:1].T) < COLLINEAR)
-            if len(off_line):
-                radius[a] = distance[off_line[0]] + SHELL_TOLERANCE
-    return radius
+def _up_to_a_frame(crystal: Crystal, atom: int, cutoff: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Finds all (i, j, n) of one atom i up to the shell with which its neighbors stop lying on one line."""
+    center, off_line = np.array([atom]), np.empty(0)
+    while not len(off_line):
+        cutoff *= 1.5
+        i, j, n = _within(crystal, center, cutoff)
+        distance = _distance(crystal, i, j, n)
+        order = np.argsort(distance, kind="stable")
+        order = order[distance[order] > SMALLEST_DISTANCE]
+        i, j, n, distance = i[order], j[order], n[order], distance[order]
+        unit = (crystal.positions[j] - crystal.positions[i] + n @ crystal.lattice) / distance[:, None]
+        off_line = distance[(np.abs(unit @ unit[:1].T) < COLLINEAR).any(axis=1)]
+    radius = off_line[0] + SHELL_TOLERANCE
+    i, j, n = _within(crystal, center, radius)
+    keep = _distance(crystal, i, j, n) <= radius
+    return i[keep], j[keep], n[keep]
 
 
 def _canonical(crystal: Crystal, i: np.ndarray, j: np.ndarray, n: np.ndarray) -> NeighborRows:
-    """Sort into canonical order and find the reverse of every neighbor."""
+    """Sorts into canonical order and finds the reverse of every neighbor."""
     distance = _distance(crystal, i, j, n)
     itself = (i == j) & ~n.any(axis=1)
     distance[itself] = 0.0
