@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crystalframer_jax.batching.shapes import ATOM_BLOCK, BatchShape, fitting_shape, lengths_of, ranges_of
+from crystalframer_jax.batching.shapes import ATOM_BLOCK, BatchShape, lengths_of, ranges_of, shared_out
 from crystalframer_jax.batching.table import CrystalTable
 from crystalframer_jax.structures.lattice import COMBINATIONS, lattice_vectors
 
@@ -113,7 +113,7 @@ def pack(
     `targets` [len(indices), T] are labels in label units, not finite where unknown; without them there is one, unknown.
     `places` are those of the crystals in a batch of which this is a part.
     """
-    layout = _Layout(table, indices, shape)
+    layout = Layout(table, indices, shape)
     labels = np.full((len(indices), 1), np.nan) if targets is None else targets
     known, parts = np.isfinite(labels), shape.parts
     return Batch(
@@ -132,7 +132,7 @@ def pack(
     )
 
 
-class _Layout:
+class Layout:
     """Where A atoms, those of one of C crystals after the other, stand in a batch."""
 
     def __init__(self, table: CrystalTable, indices: np.ndarray, shape: BatchShape):
@@ -141,9 +141,7 @@ class _Layout:
         self.sizes = lengths_of(table.atom_offset, indices)  # [C]
         self.atoms = ranges_of(table.atom_offset, indices)  # [A] of the table
         self.counts = np.asarray(table.count)[self.atoms].astype(np.int64)  # [A] lengths of the neighbor rows
-        longest, largest = int(self.counts.max(initial=1)), int(self.sizes.max(initial=0))
-        needed = BatchShape(len(self.atoms), longest, len(indices), largest, num_edges=int(self.counts.sum()))
-        fitting_shape(needed, [shape])
+        shared_out(table, indices, [shape])  # raises it
         self.crystal = np.repeat(np.arange(len(indices)), self.sizes)  # [A] which of the C
         self.first_atom = (np.cumsum(self.sizes) - self.sizes)[self.crystal]  # [A] of the same crystal, which of the A
         self.place = np.empty(len(self.atoms), np.int64)  # [A] of each atom in the batch: longest rows first
@@ -225,7 +223,7 @@ def fractional_parts(
     return coarse, (fractional - steps / STEPS).astype(dtype)
 
 
-def _rows(layout: _Layout) -> PackedRows:
+def _rows(layout: Layout) -> PackedRows:
     """Packs the neighbors of the crystals, one after the other."""
     table, indices, shape, counts = layout.table, layout.indices, layout.shape, layout.counts
     dtype, lengths, basis = shape.parts.dtype, lengths_of(table.edge_offset, indices), table.basis[indices]
@@ -246,7 +244,7 @@ def _rows(layout: _Layout) -> PackedRows:
     )
 
 
-def _cells(layout: _Layout) -> CellRows:
+def _cells(layout: Layout) -> CellRows:
     """Packs the atoms of its cell for every atom, in the order of the crystal."""
     place, crystal, first_atom = layout.place, layout.crystal, layout.first_atom
     width, dtype = layout.shape.cell_length, layout.shape.parts.dtype
@@ -272,13 +270,13 @@ def _cells(layout: _Layout) -> CellRows:
     )
 
 
-def _lattice_vectors(layout: _Layout) -> Any:
+def _lattice_vectors(layout: Layout) -> Any:
     """Returns the short vectors of every lattice [B, K, 3], zeros for padding."""
     vectors = [lattice_vectors(lattice) for lattice in layout.table.lattice[layout.indices]]
     return layout.per_crystal(np.reshape(vectors, (-1, len(COMBINATIONS), 3)), layout.shape.parts.dtype)
 
 
-def _scatter(layout: _Layout) -> Scatter:
+def _scatter(layout: Layout) -> Scatter:
     """Returns the scatter of every crystal: zeros for padding, 0 eigenvalues for a single atom."""
     positions = np.split(layout.table.position[layout.atoms], np.cumsum(layout.sizes)[:-1])
     centered = [position - position.mean(axis=0) for position in positions if len(position)]
@@ -289,7 +287,7 @@ def _scatter(layout: _Layout) -> Scatter:
     return Scatter(layout.per_crystal(values, dtype), layout.per_crystal(axes, dtype))
 
 
-def _occupancies(layout: _Layout) -> Any:
+def _occupancies(layout: Layout) -> Any:
     """Returns the occupancies [N, 98] of the atoms if any site of the whole table is shared, else None.
 
     So all batches of a table, and all shares of a batch, are of the same structure.

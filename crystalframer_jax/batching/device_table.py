@@ -1,6 +1,5 @@
 """DeviceTable: a data set kept on the device, where its batches are gathered."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,22 +19,20 @@ MOST_EDGES = 2**31 - 1  # they are counted in int32
 MOST_AT_ONCE = 16_384  # crystals whose coordinates are computed at once
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Columns:
+class Columns(NamedTuple):
     """C crystals with A atoms, E neighbors and T targets, see CrystalTable and PackedRows."""
 
-    atom_offset: jax.Array  # [C + 1] int32
-    edge_offset: jax.Array  # [C + 1] int32
-    basis: jax.Array  # [C, 3, 3]
-    species: jax.Array  # [A] int8
-    coarse: jax.Array  # [A, 3] int32
-    fine: jax.Array  # [A, 3]
-    count: jax.Array  # [A] unsigned
-    image: jax.Array  # [E, 3] signed
-    reverse: jax.Array  # [E] unsigned
-    targets: jax.Array  # [C, T] label units, 0 where unknown
-    target_mask: jax.Array  # [C, T] bool
+    atom_offset: Any  # [C + 1] int32
+    edge_offset: Any  # [C + 1] int32
+    basis: Any  # [C, 3, 3]
+    species: Any  # [A] int8
+    coarse: Any  # [A, 3] int32
+    fine: Any  # [A, 3]
+    count: Any  # [A] unsigned
+    image: Any  # [E, 3] signed
+    reverse: Any  # [E] unsigned
+    targets: Any  # [C, T] label units, 0 where unknown
+    target_mask: Any  # [C, T] bool
 
 
 class Chosen(NamedTuple):
@@ -193,7 +190,7 @@ def _columns(table: CrystalTable, labels: np.ndarray, dtype: str) -> Columns:
         basis = np.asarray(table.basis[start : start + MOST_AT_ONCE])
         parts.append(fractional_parts(position, crystal, basis, dtype))
     coarse, fine = (np.concatenate(part) for part in zip(*parts, strict=True))
-    columns: dict[str, Any] = dict(
+    return Columns(
         atom_offset=table.atom_offset.astype(np.int32),
         edge_offset=table.edge_offset.astype(np.int32),
         basis=table.basis.astype(dtype),
@@ -206,7 +203,6 @@ def _columns(table: CrystalTable, labels: np.ndarray, dtype: str) -> Columns:
         targets=np.where(known, labels, 0).astype(dtype),
         target_mask=known,
     )
-    return Columns(**columns)
 
 
 def _size(table: CrystalTable, labels: np.ndarray, dtype: str) -> int:

@@ -75,20 +75,14 @@ def predict_rows(
         own = [work.shares[device] for device in devices.of_process]
         return work, devices.stacked([pack(table, group[share], work.shape, unknown[share]) for share in own])
 
-    results = [np.zeros((len(samples), 0, len(statistics)))]
-    waiting: deque[tuple[Shared, list[jax.Array]]] = deque()
-
-    def collect(at_most: int) -> None:
-        while len(waiting) > at_most:
-            work, draws = waiting.popleft()
-            results.append(np.stack([_in_order(np.asarray(draw, np.float64), work) for draw in draws]))
-
+    found: list[tuple[Shared, list[jax.Array]]] = []
     for work, packed in map(work_of, groups) if device_table is not None else _ahead(work_of, groups):
         batch = devices.put(packed) if device_table is None else device_table.gather(work)
-        waiting.append((work, [forward(variables, batch, sample) for sample in samples]))
-        collect(1)  # the devices have the next batch before the results of this one are looked at
-    collect(0)
-    return Predictions.over(to_label_units(np.concatenate(results, axis=1), statistics))
+        found.append((work, [forward(variables, batch, sample) for sample in samples]))
+        jax.block_until_ready([draws for _, draws in found[-2:-1]])  # so the devices have one batch to go on with
+    results = [np.stack([_in_order(np.asarray(draw), work) for draw in draws]) for work, draws in found]
+    empty = np.zeros((len(samples), 0, len(statistics)))
+    return Predictions.over(to_label_units(np.concatenate([empty, *results], axis=1), statistics))
 
 
 def _in_order(predictions: np.ndarray, work: Shared) -> np.ndarray:

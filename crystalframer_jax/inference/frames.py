@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from crystalframer_jax.batching.batch import pack, unpacked
+from crystalframer_jax.batching.batch import Layout, pack, unpacked
 from crystalframer_jax.batching.shapes import shape_for
 from crystalframer_jax.batching.table import table_of
 from crystalframer_jax.config import BatchParts, ConfigError
@@ -62,18 +62,16 @@ def compute_frames(
     with jax.enable_x64(True):
         table = table_of([crystal], cutoff_radius)
         parts = BatchParts(lattice_vectors=method == "lattice", scatter=method == "pca", dtype="float64")
-        batch = pack(table, np.array([0]), shape_for(table, np.array([0]), parts))
-        place = np.flatnonzero(batch.species)
-        place = place[np.argsort(batch.atom_in_crystal[place])]  # of each atom in the batch
-        padded = [np.zeros((len(batch.species), *x.shape[1:])) for x in (q, k, a)]
-        for x, values in zip(padded, (q, k, a), strict=True):
-            x[place] = values
+        first = np.array([0])
+        shape = shape_for(table, first, parts)
+        batch, layout = pack(table, first, shape), Layout(table, first, shape)
+        padded = [layout.per_atom(x, np.float64) for x in (q, k, a)]
         seeds = None
         if key is not None:
             keys = keys_by_place(key, batch.crystal_place)
             seeds = row_seeds(keys, batch.crystal_of_atom, batch.atom_in_crystal, q.shape[1])
         frames = _compiled(method, *padded, _unpacked(batch), tie_tolerance, seeds)
-        return np.asarray(frames)[place]
+        return np.asarray(frames)[layout.place]
 
 
 def _weights(

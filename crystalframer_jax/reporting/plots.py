@@ -1,4 +1,4 @@
-"""Figures of a run for a paper: learning curve, parity, calibration. Each function writes one PNG and nothing else.
+"""Figures of a run for a paper: learning curve, parity, calibration. `write` makes one a PNG.
 
 Sizes are those of a column of a journal, so that figures are included without scaling: letters of 8 and 7 points,
 300 dots per inch, and colours that colour-blind readers can tell apart (Okabe and Ito).
@@ -57,54 +57,12 @@ style = functools.partial(matplotlib.style.context, STYLE, after_reset=True)
 
 
 @style()
-def learning_curve(epochs: Sequence[dict[str, Any]], file: Path, swa_first_epoch: int | None = None) -> None:
-    """Plots losses and learning rate against epochs, as lines of metrics.jsonl hold them.
+def learning_curve(epochs: Sequence[dict[str, Any]], swa_first_epoch: int | None = None) -> Figure:
+    """Draws losses and learning rate against epochs, as lines of metrics.jsonl hold them.
 
     Epochs count from 0 in the data and from 1 in the figure. `swa_first_epoch` is the first (from 0) whose weights
     are averaged. Raises ValueError if there are no epochs.
     """
-    _write(_learning_curve(epochs, swa_first_epoch), file)
-
-
-@style()
-def parity(
-    labels: np.ndarray,
-    predictions: np.ndarray,
-    names: Sequence[str],
-    units: Sequence[str],
-    file: Path,
-    split: str = "test",
-) -> None:
-    """Plots predictions against labels, both [C, T], one panel for each target; unknown labels (NaN) are left out.
-
-    The errors in a panel are over all crystals with a label, also those beyond its axes, which are marked at the edge.
-    Raises ValueError if the shapes do not agree.
-    """
-    _write(_parity(labels, predictions, names, units, split), file)
-
-
-@style()
-def calibration(
-    labels: np.ndarray, mean: np.ndarray, std: np.ndarray, name: str, unit: str, file: Path
-) -> dict[str, float]:
-    """Plots how well predicted deviations tell errors, for labels, predictions and deviations [C] of one target.
-
-    Left: fraction of labels inside the central interval of the predicted Gaussian against its probability. Right: error
-    against deviation in bins of equally many crystals. Returns the area between the left curve and the diagonal
-    (`miscalibration_area`, 0 to 0.5), `rmse`, `rms_std` and the number of `crystals`. Unknown labels (NaN) are left
-    out; ValueError if none is known or a deviation is negative or not finite.
-    """
-    labels, mean, std = comparable(labels, mean, std)
-    _write(_calibration(labels, mean, std, name, unit), file)
-    return {
-        "miscalibration_area": miscalibration_area(labels, mean, std),
-        "rmse": rms(mean - labels),
-        "rms_std": rms(std),
-        "crystals": len(labels),
-    }
-
-
-def _learning_curve(epochs: Sequence[dict[str, Any]], swa_first_epoch: int | None) -> Figure:
     if not epochs:
         raise ValueError("there are no epochs to plot")
     number = np.array([line["epoch"] + 1 for line in epochs])
@@ -150,9 +108,15 @@ def _learning_curve(epochs: Sequence[dict[str, Any]], swa_first_epoch: int | Non
     return figure
 
 
-def _parity(
+@style()
+def parity(
     labels: np.ndarray, predictions: np.ndarray, names: Sequence[str], units: Sequence[str], split: str
 ) -> Figure:
+    """Draws predictions against labels, both [C, T], one panel for each target; unknown labels (NaN) are left out.
+
+    The errors in a panel are over all crystals with a label, also those beyond its axes, which are marked at the edge.
+    Raises ValueError if the shapes do not agree.
+    """
     labels, predictions = np.asarray(labels, float), np.asarray(predictions, float)
     if labels.ndim != 2 or labels.shape != predictions.shape or not labels.shape[1] == len(names) == len(units) > 0:
         raise ValueError(
@@ -260,8 +224,19 @@ def _density(axes: Axes, labels: np.ndarray, predictions: np.ndarray, limits: tu
     bar.ax.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _calibration(labels: np.ndarray, mean: np.ndarray, std: np.ndarray, name: str, unit: str) -> Figure:
-    """Draws labels, means and deviations [C], all finite."""
+@style()
+def calibration(
+    labels: np.ndarray, mean: np.ndarray, std: np.ndarray, name: str, unit: str
+) -> tuple[Figure, dict[str, float]]:
+    """Draws how well predicted deviations tell errors, for labels, predictions and deviations [C] of one target.
+
+    Left: fraction of labels inside the central interval of the predicted Gaussian against its probability. Right: error
+    against deviation in bins of equally many crystals. Also returns the area between the left curve and the diagonal
+    (`miscalibration_area`, 0 to 0.5), `rmse`, `rms_std` and the number of `crystals`. Unknown labels (NaN) are left
+    out; ValueError if none is known or a deviation is negative or not finite.
+    """
+    labels, mean, std = comparable(labels, mean, std)
+    area = miscalibration_area(labels, mean, std)
     figure, (left, right) = _square_panels(2, 2, right=0.14, top=0.46)
     figure.suptitle(f"{name}, {len(labels):,} crystal{'s' if len(labels) > 1 else ''}", fontsize=8, y=0.985)
     observed = coverage(labels, mean, std)
@@ -269,7 +244,7 @@ def _calibration(labels: np.ndarray, mean: np.ndarray, std: np.ndarray, name: st
     left.plot([0, 1], [0, 1], **DIAGONAL)
     left.plot(COVERAGE_LEVELS, observed, color=BLUE, linewidth=1.2)
     left.set(xlim=(0, 1), ylim=(0, 1), xlabel="probability of the interval", ylabel="share of labels inside")
-    left.set_title(f"miscalibration area {_number(miscalibration_area(labels, mean, std))}")
+    left.set_title(f"miscalibration area {_number(area)}")
     corner: dict[str, Any] = {"fontsize": 7, "color": GRAY, "transform": left.transAxes}
     if observed[COVERAGE_LEVELS <= 0.5].max() < 0.9:  # else the curve runs through these words
         left.text(0.04, 0.96, "deviations too large", ha="left", va="top", **corner)
@@ -296,7 +271,8 @@ def _calibration(labels: np.ndarray, mean: np.ndarray, std: np.ndarray, name: st
     right.set(xlim=limits, ylim=limits, xlabel=f"predicted deviation, rms ({unit})", ylabel=f"RMSE ({unit})")
     right.set_title(f"{num_bins} bins of equal counts" if num_bins > 1 else "all crystals in one bin")
     _despine(left, right)
-    return figure
+    numbers = {"miscalibration_area": area, "rmse": rms(mean - labels), "rms_std": rms(std), "crystals": len(labels)}
+    return figure, numbers
 
 
 def _log_axis(axes: Axes, which: str = "y") -> None:
@@ -326,7 +302,8 @@ def _despine(*panels: Axes) -> None:
         axes.spines[["top", "right"]].set_visible(False)
 
 
-def _write(figure: Figure, file: Path) -> None:
+@style()
+def write(figure: Figure, file: Path) -> None:
     """Writes a PNG; a reader sees the old figure or the new."""
     with replacing(file) as temporary:
         figure.savefig(temporary, format="png")

@@ -56,7 +56,8 @@ def plot_parity(
     """Plots predictions against labels, both [C, T], a panel for each target."""
     from crystalframer_jax.reporting import plots  # imports matplotlib
 
-    plots.parity(labels, predictions, [s.name for s in statistics], [s.unit for s in statistics], file, split)
+    names, units = [s.name for s in statistics], [s.unit for s in statistics]
+    plots.write(plots.parity(labels, predictions, names, units, split), file)
 
 
 def plot_calibration(
@@ -70,8 +71,8 @@ def plot_calibration(
 
     several = len(statistics) > 1
     files = [file.with_stem(f"{file.stem}_{s.name}") if several else file for s in statistics]
-    found = {
-        s.name: plots.calibration(labels[:, t], mean[:, t], spread[:, t], s.name, s.unit, files[t])
-        for t, s in enumerate(statistics)
-    }
+    found = {}
+    for t, s in enumerate(statistics):
+        figure, found[s.name] = plots.calibration(labels[:, t], mean[:, t], spread[:, t], s.name, s.unit)
+        plots.write(figure, files[t])
     return files, found

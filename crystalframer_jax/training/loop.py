@@ -311,7 +311,7 @@ class Run:
             say(f"warning: {self.workdir / 'metrics.jsonl'} tells of {len(epochs)} epochs only")
         first_swa_epoch = self.config.n_epochs - self.config.swa_epochs if self.config.swa_epochs else None
         if epochs:
-            plots.learning_curve(epochs, self.workdir / "learning_curve.png", first_swa_epoch)
+            plots.write(plots.learning_curve(epochs, first_swa_epoch), self.workdir / "learning_curve.png")
 
         def stop_if_asked(split: str) -> None:
             if self.requests.now() == STOP:

@@ -16,14 +16,12 @@ from crystalframer_jax.reporting.calibration import COVERAGE_LEVELS, coverage, m
 from crystalframer_jax.reporting.metrics import errors
 from crystalframer_jax.reporting.plots import (
     SCATTER_POINTS,
-    _calibration,
-    _learning_curve,
-    _parity,
     axis_range,
     calibration,
     learning_curve,
     parity,
     style,
+    write,
 )
 
 
@@ -90,7 +88,7 @@ def within(figure):
 @pytest.mark.parametrize("count", [1, 2, 12, 50, 2000])
 def test_learning_curve_shows_the_losses_and_the_best_epoch(count):
     epochs = epochs_of(count)
-    figure = _learning_curve(epochs, None)
+    figure = learning_curve(epochs, None)
     top = figure.axes[0]
     lines = {line.get_label(): line for line in top.lines}
     best = min(epochs, key=lambda line: line["val_loss"])
@@ -106,7 +104,7 @@ def test_learning_curve_shows_the_losses_and_the_best_epoch(count):
 
 @pytest.mark.parametrize(("spread", "scale"), [(1.0, "linear"), (1.5, "linear"), (3.0, "log"), (99.0, "log")])
 def test_losses_that_span_more_than_a_factor_of_three_are_shown_on_a_logarithmic_axis(spread, scale):
-    figure = _learning_curve(epochs_of(100, spread), None)
+    figure = learning_curve(epochs_of(100, spread), None)
     assert figure.axes[0].get_yscale() == scale
     draw(figure)
     limits = figure.axes[0].get_ylim()
@@ -117,38 +115,38 @@ def test_losses_that_span_more_than_a_factor_of_three_are_shown_on_a_logarithmic
 def test_a_loss_of_zero_keeps_the_axis_linear():
     epochs = epochs_of(12, 9.0)
     epochs[-1]["loss"] = 0.0
-    assert _learning_curve(epochs, None).axes[0].get_yscale() == "linear"
+    assert learning_curve(epochs, None).axes[0].get_yscale() == "linear"
 
 
 def test_the_learning_rate_has_a_panel_where_it_changes():
     epochs = epochs_of(12)
-    _, bottom = _learning_curve(epochs, None).axes
+    _, bottom = learning_curve(epochs, None).axes
     assert bottom.get_ylabel().endswith("10⁻⁴")
     np.testing.assert_allclose(bottom.lines[0].get_ydata(), [line["lr"] / 1e-4 for line in epochs])
-    assert len(_learning_curve(epochs_of(12, const_lr=True), None).axes) == 1
+    assert len(learning_curve(epochs_of(12, const_lr=True), None).axes) == 1
 
 
 @pytest.mark.parametrize(("first", "shaded"), [(None, None), (9, (9.5, 12.5)), (11, (11.5, 12.5)), (12, None)])
 def test_epochs_whose_weights_are_averaged_are_shaded(first, shaded):
-    for axes in _learning_curve(epochs_of(12), first).axes:
+    for axes in learning_curve(epochs_of(12), first).axes:
         found = [(patch.get_x(), patch.get_x() + patch.get_width()) for patch in axes.patches]
         assert found == ([] if shaded is None else [shaded])
-    labels = [text.get_text() for text in _learning_curve(epochs_of(12), first).legends[0].get_texts()]
+    labels = [text.get_text() for text in learning_curve(epochs_of(12), first).legends[0].get_texts()]
     assert ("weights averaged" in labels) == (shaded is not None)
 
 
 def test_epochs_are_whole_numbers_with_thousands_separators():
-    figure = draw(_learning_curve(epochs_of(2000), 1950))
+    figure = draw(learning_curve(epochs_of(2000), 1950))
     assert "2,000" in [label.get_text() for label in figure.axes[-1].get_xticklabels()]
     assert "best (epoch 1,001)" in [text.get_text() for text in figure.legends[0].get_texts()]
-    few = draw(_learning_curve(epochs_of(3), None)).axes[-1]
+    few = draw(learning_curve(epochs_of(3), None)).axes[-1]
     assert {label.get_text() for label in few.get_xticklabels()} >= {"1", "2", "3"}
     assert not any("." in label.get_text() for label in few.get_xticklabels())
 
 
 def test_no_epochs_are_refused():
     with pytest.raises(ValueError, match="no epochs"):
-        _learning_curve([], None)
+        learning_curve([], None)
 
 
 # ------------------------------------------------------------------------------------------------ parity
@@ -180,7 +178,7 @@ def test_errors_are_those_of_numpy():
 def test_the_caption_states_numpys_errors_over_the_known_labels(count):
     labels, predictions = sample(count, targets=2)
     labels[: count // 2, 1] = np.nan
-    figure = _parity(labels, predictions, ["e_form", "gap"], ["eV/atom", "eV"], "test")
+    figure = parity(labels, predictions, ["e_form", "gap"], ["eV/atom", "eV"], "test")
     for i, name in enumerate(["e_form", "gap"]):
         difference = (labels - predictions)[:, i]
         mae, rmse = np.nanmean(np.abs(difference)), np.sqrt(np.nanmean(difference**2))
@@ -208,13 +206,13 @@ def test_the_caption_states_numpys_errors_over_the_known_labels(count):
 )
 def test_numbers_have_three_significant_digits(scale, text):
     labels = np.linspace(0, 1, 11)[:, None]
-    assert text in caption(_parity(labels, labels + scale, ["x"], ["eV"], "val"))
+    assert text in caption(parity(labels, labels + scale, ["x"], ["eV"], "val"))
 
 
 def test_panels_are_square_with_equal_axes_and_a_diagonal():
     labels, predictions = sample(500, targets=3)
     predictions[:, 1] += 5
-    figure = draw(_parity(labels, predictions, ["a", "b", "c"], ["eV", "eV/atom", "log10 GPa"], "test"))
+    figure = draw(parity(labels, predictions, ["a", "b", "c"], ["eV", "eV/atom", "log10 GPa"], "test"))
     panels = [axes for axes in figure.axes if axes.axison]
     assert len(panels) == 3
     for axes, unit in zip(panels, ["eV", "eV/atom", "log10 GPa"], strict=True):
@@ -232,10 +230,10 @@ def test_panels_are_square_with_equal_axes_and_a_diagonal():
 
 def test_few_crystals_are_points_and_many_are_counted():
     labels, predictions = sample(SCATTER_POINTS)
-    (points,) = _parity(labels, predictions, ["a"], ["eV"], "test").axes[0].collections
+    (points,) = parity(labels, predictions, ["a"], ["eV"], "test").axes[0].collections
     np.testing.assert_array_equal(points.get_offsets(), np.concatenate([labels, predictions], axis=1))
     labels, predictions = sample(20000)
-    figure = _parity(labels, predictions, ["a"], ["eV"], "test")
+    figure = parity(labels, predictions, ["a"], ["eV"], "test")
     (bins,) = figure.axes[0].collections
     inside_axes = np.abs(np.concatenate([labels, predictions], 1)).max(1) <= figure.axes[0].get_xlim()[1]
     assert bins.get_array().sum() == pytest.approx(inside_axes.sum(), abs=20)
@@ -250,7 +248,7 @@ def test_an_outlier_does_not_squeeze_the_rest_and_is_told(count, where):
         labels[7] = 500.0
     if where in ("prediction", "both"):
         predictions[7] = 500.0
-    figure = _parity(labels, predictions, ["a"], ["eV"], "test")
+    figure = parity(labels, predictions, ["a"], ["eV"], "test")
     low, high = figure.axes[0].get_xlim()
     assert -10 < low < -1 and 1 < high < 10
     assert caption(figure).endswith(f"{count:,} crystals, 1 beyond the axes (×)")
@@ -282,22 +280,22 @@ def test_axes_hold_everything_where_nothing_sticks_out():
     ],
 )
 def test_edge_cases_are_drawn(labels, predictions, end, tmp_path):
-    figure = _parity(np.array(labels), np.array(predictions), ["x"], ["eV"], "test")
+    figure = parity(np.array(labels), np.array(predictions), ["x"], ["eV"], "test")
     assert caption(figure).endswith(end)
     low, high = figure.axes[0].get_xlim()
     assert np.isfinite([low, high]).all() and low < high
-    parity(np.array(labels), np.array(predictions), ["x"], ["eV"], tmp_path / "parity.png")
+    write(figure, tmp_path / "parity.png")
 
 
 def test_values_of_thousands_have_separators():
     labels = 1e4 * np.arange(5.0)[:, None]
-    figure = draw(_parity(labels, labels, ["x"], ["meV"], "test"))
+    figure = draw(parity(labels, labels, ["x"], ["meV"], "test"))
     assert "20,000" in [label.get_text() for label in figure.axes[0].get_xticklabels()]
 
 
 def test_names_are_shown_as_they_are():
     labels, predictions = sample(10)
-    figure = draw(_parity(labels, predictions, ["$E_{form}$ 50% a_b"], ["eV"], "val"))
+    figure = draw(parity(labels, predictions, ["$E_{form}$ 50% a_b"], ["eV"], "val"))
     assert caption(figure).startswith("$E_{form}$ 50% a_b, val")
 
 
@@ -307,9 +305,9 @@ def test_names_are_shown_as_they_are():
 )
 def test_shapes_that_do_not_agree_are_refused(shape, names, units):
     with pytest.raises(ValueError, match="labels"):
-        _parity(np.zeros(shape), np.zeros(shape), names, units, "test")
+        parity(np.zeros(shape), np.zeros(shape), names, units, "test")
     with pytest.raises(ValueError, match="labels"):
-        _parity(np.zeros((5, 1)), np.zeros((6, 1)), ["a"], ["eV"], "test")
+        parity(np.zeros((5, 1)), np.zeros((6, 1)), ["a"], ["eV"], "test")
 
 
 # ------------------------------------------------------------------------------------------------ calibration
@@ -375,15 +373,14 @@ def test_the_standard_error_of_the_rmse_is_its_spread_over_repetitions():
     assert np.mean(standard_error) == pytest.approx(0.3 / np.sqrt(1000), rel=0.02)
 
 
-def test_calibration_returns_its_numbers_and_shows_them(tmp_path):
+def test_calibration_returns_its_numbers_and_shows_them():
     labels, mean, std = gaussian(3000, 2.0)
     labels[:100] = np.nan
-    found = calibration(labels, mean, std, "e_form", "eV/atom", tmp_path / "calibration.png")
+    figure, found = calibration(labels, mean, std, "e_form", "eV/atom")
     known = ~np.isnan(labels)
     assert found["crystals"] == 2900
     assert found["rmse"] == pytest.approx(np.sqrt(np.nanmean((labels - mean) ** 2)), rel=1e-12)
     assert found["rms_std"] == pytest.approx(np.sqrt(np.mean(std[known] ** 2)), rel=1e-12)
-    figure = _calibration(labels[known], mean[known], std[known], "e_form", "eV/atom")
     assert figure._suptitle.get_text() == "e_form, 2,900 crystals"
     left, right = figure.axes
     assert left.get_title() == f"miscalibration area {found['miscalibration_area']:.3f}"
@@ -397,7 +394,7 @@ def test_calibration_returns_its_numbers_and_shows_them(tmp_path):
 def test_deviations_of_every_size_stay_inside_the_axes(count, spread):
     generator = np.random.default_rng(3)
     std = 0.01 * spread ** generator.uniform(-1, 1, count)
-    figure = draw(_calibration(std * generator.normal(size=count), np.zeros(count), std, "gap", "eV"))
+    figure = draw(calibration(std * generator.normal(size=count), np.zeros(count), std, "gap", "eV")[0])
     right = figure.axes[1]
     (low, high), points = right.get_xlim(), np.array(right.lines[0].get_xydata())
     assert low < points.min() and points.max() < high
@@ -410,7 +407,8 @@ def test_deviations_of_every_size_stay_inside_the_axes(count, spread):
 @pytest.mark.parametrize("error", [0.0, 0.1])
 def test_few_crystals_and_deviations_of_zero_are_drawn(count, std, error, tmp_path):
     labels = np.linspace(-1, 1, count)
-    found = calibration(labels, labels + error, np.full(count, std), "x", "eV", tmp_path / "calibration.png")
+    figure, found = calibration(labels, labels + error, np.full(count, std), "x", "eV")
+    write(figure, tmp_path / "calibration.png")
     assert all(np.isfinite(value) for value in found.values())
 
 
@@ -424,32 +422,31 @@ def test_few_crystals_and_deviations_of_zero_are_drawn(count, std, error, tmp_pa
         ([1.0, 2.0], [1.0, 1.0], [1.0], "equally many"),
     ],
 )
-def test_deviations_that_mean_nothing_are_refused(labels, mean, std, message, tmp_path):
+def test_deviations_that_mean_nothing_are_refused(labels, mean, std, message):
     with pytest.raises(ValueError, match=message):
-        calibration(np.array(labels), np.array(mean), np.array(std), "x", "eV", tmp_path / "calibration.png")
-    assert not list(tmp_path.iterdir())
+        calibration(np.array(labels), np.array(mean), np.array(std), "x", "eV")
 
 
 # ------------------------------------------------------------------------------------------------ files
 
 
-def writers():
+def figures():
     labels, predictions = sample(50, targets=2)
     deviations = gaussian(60)
     return {
-        "learning_curve": (lambda file: learning_curve(epochs_of(12), file, 9), (1020, 960)),
-        "constant_rate": (lambda file: learning_curve(epochs_of(12, const_lr=True), file), (1020, 750)),
-        "parity": (lambda file: parity(labels, predictions, ["a", "b"], ["eV", "eV"], file), (2040, 1110)),
-        "calibration": (lambda file: calibration(*deviations, "a", "eV", file), (2040, 1056)),
+        "learning_curve": (lambda: learning_curve(epochs_of(12), 9), (1020, 960)),
+        "constant_rate": (lambda: learning_curve(epochs_of(12, const_lr=True)), (1020, 750)),
+        "parity": (lambda: parity(labels, predictions, ["a", "b"], ["eV", "eV"], "test"), (2040, 1110)),
+        "calibration": (lambda: calibration(*deviations, "a", "eV")[0], (2040, 1056)),
     }
 
 
-@pytest.mark.parametrize("name", writers())
+@pytest.mark.parametrize("name", figures())
 def test_files_are_pngs_of_300_dots_per_inch_at_the_width_of_columns(name, tmp_path):
-    write, (width, height) = writers()[name]
+    drawn, (width, height) = figures()[name]
     file = tmp_path / "figure.png"
     file.write_bytes(b"old")
-    write(file)
+    write(drawn(), file)
     content = file.read_bytes()
     assert content.startswith(b"\x89PNG\r\n\x1a\n")
     position = content.index(b"pHYs") + 4
@@ -465,22 +462,22 @@ def test_a_figure_that_cannot_be_written_leaves_the_old_one(tmp_path):
     file = tmp_path / "figure.png"
     file.write_bytes(b"old")
     with mock.patch.object(os, "replace", side_effect=OSError("full")), pytest.raises(OSError, match="full"):
-        learning_curve(epochs_of(3), file)
+        write(learning_curve(epochs_of(3)), file)
     assert file.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_settings_of_the_process_are_not_changed(tmp_path):
     before, backend = dict(matplotlib.rcParams), matplotlib.rcParams._get_backend_or_none()
-    learning_curve(epochs_of(3), tmp_path / "figure.png")
+    write(learning_curve(epochs_of(3)), tmp_path / "figure.png")
     assert dict(matplotlib.rcParams) == before and matplotlib.rcParams._get_backend_or_none() == backend
 
 
 def test_settings_of_the_user_do_not_reach_the_figures(tmp_path):
-    learning_curve(epochs_of(3), tmp_path / "plain.png")
+    write(learning_curve(epochs_of(3)), tmp_path / "plain.png")
     with matplotlib.rc_context(
         {"font.size": 20, "axes.grid": True, "legend.frameon": True, "savefig.bbox": "tight", "axes.facecolor": "gray"}
     ):
-        learning_curve(epochs_of(3), tmp_path / "other.png")
+        write(learning_curve(epochs_of(3)), tmp_path / "other.png")
     assert (tmp_path / "plain.png").read_bytes() == (tmp_path / "other.png").read_bytes()
 
 
