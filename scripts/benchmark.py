@@ -26,7 +26,7 @@ from benchmarking.measure import ATTENTION, STEPS, Variant, describe_case, measu
 from benchmarking.pipeline import any_target, measure_pipeline
 from benchmarking.roofline import measure_ceilings
 
-from crystalframer_jax.cli.common import command_parser, reporting_errors
+from crystalframer_jax.cli.common import reporting_errors
 from crystalframer_jax.configs.variants import VARIANTS
 
 MEASURES = {"steps": STEPS, "attention": ATTENTION, "atoms": (*STEPS, *ATTENTION), "pipeline": ()}  # of the parts
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line; leaves with an error if --scaling is given together with what it has no use for."""
-    parser = command_parser("benchmark.py", __doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("benchmark.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--part", action="append", choices=MEASURES, help="default: all")
     parser.add_argument("--scaling", action="store_true", help="nothing but training steps on 1, 2, 4, ... devices")
     parser.add_argument("--case", action="append", choices=CASES, metavar="NAME", help=", ".join(CASES))

@@ -111,7 +111,7 @@ def _rows(folder: Path, digest: str, crystals: Columns, cutoff: float | LatticeB
         with locked(folder.parent / f".{folder.name}.lock"):
             if read_columns(rows_folder, ROW_COLUMNS) is None:  # another process may just have computed them
                 _write_rows(rows_folder, digest, crystals, cutoff, workers)
-        found = read_columns(rows_folder, ROW_COLUMNS)
+            found = read_columns(rows_folder, ROW_COLUMNS)
     if found is None:
         raise OSError(f"{rows_folder} was written but does not read back as written; check the disk")
     return found[1]

@@ -114,6 +114,7 @@ def _write_run(workdir: Path, run: Conversion, fields: dict[str, Tree], origin: 
             "parameters": run.parameters,
         }
         write_json(folder / "summary.json", summary)
+        _check_free(workdir)
         os.replace(folder, workdir)  # an empty folder may be there
 
 

@@ -42,7 +42,8 @@ def start(
     process 0 (host:port, or $JAX_COORDINATOR_ADDRESS), how many processes there are, and which of them this one is.
 
     If not all processes have come within `timeout_seconds`, JAX cannot be interrupted any more: then this prints the
-    error in one line and ends the process with status 1.
+    error in one line and ends the process with status 1. From here on JAX does not notice processes that are gone; all
+    that follows belongs into `failing_together`.
 
     Raises:
       DistributedError: something is missing or impossible, the port of process 0 is taken, or JAX is in use already.

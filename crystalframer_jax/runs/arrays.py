@@ -51,12 +51,14 @@ def _orbax() -> Iterator[ocp.Checkpointer]:
     def is_from_elsewhere(record: logging.LogRecord) -> bool:
         return f"{os.sep}orbax{os.sep}" not in record.pathname
 
-    _silence_leftovers()
     logger.addFilter(is_from_elsewhere)
     try:
         handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as orbax:
             yield orbax
+    except Exception:
+        _silence_leftovers()
+        raise
     finally:
         logger.removeFilter(is_from_elsewhere)
 

@@ -46,7 +46,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path, writable: bool = False, keep_best: int = 1, keep_last: int = 2):
-        self.workdir, self.folder = workdir, workdir / FOLDER
+        self.workdir, self.folder = workdir, workdir.absolute() / FOLDER
         self.writable, self.keep_best, self.keep_last = writable, keep_best, keep_last
         if not writable and not self.folder.is_dir():
             raise CheckpointError(f"{workdir} has no {FOLDER} folder; give the --workdir of a training run")
@@ -347,9 +347,8 @@ def _items(state: Tree) -> dict[str, dict[str, Tree]]:
 
 def _steps_in(folder: Path) -> list[int]:
     """Lists the steps that have a folder there, in ascending order."""
-    return sorted(
-        int(path.name) for path in folder.glob("*") if re.fullmatch("0|[1-9][0-9]*", path.name) and path.is_dir()
-    )
+    paths = folder.iterdir() if folder.is_dir() else ()  # not glob, which takes a folder it may not list for empty
+    return sorted(int(path.name) for path in paths if re.fullmatch("0|[1-9][0-9]*", path.name) and path.is_dir())
 
 
 def _reason(error: Exception) -> str:

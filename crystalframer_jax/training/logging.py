@@ -125,10 +125,13 @@ class Logbook(contextlib.AbstractContextManager):
             self._crystals.set_postfix(loss=f"{loss:.4f}", refresh=False)
         self._crystals.update(steps_done * self._batch_size - self._crystals.n)
 
-    def end_epoch(self, metrics: dict[str, Any], statistics: Sequence[TargetStatistics]) -> None:
-        """Writes the metrics of an epoch and prints them in a line."""
+    def write(self, metrics: dict[str, Any]) -> None:
+        """Writes the metrics of an epoch, before the checkpoint that follows."""
         if self._metrics:
             self._metrics.write(metrics)
+
+    def end_epoch(self, metrics: dict[str, Any], statistics: Sequence[TargetStatistics]) -> None:
+        """Prints the metrics of an epoch in a line, when all is saved."""
         self._epochs.update()
         errors = ", ".join(f"{s.name} {metrics['val_mae'][s.name]:.4f} {s.unit}" for s in statistics)
         number = f"{metrics['epoch'] + 1:>{len(str(self._n_epochs))}}/{self._n_epochs}"

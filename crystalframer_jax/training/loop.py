@@ -182,15 +182,16 @@ class Run:
                 ledger = Ledger(epoch, batches, int(state.step), meta, self.options.skip_nonfinite, log)
                 state = self._epoch(state, ledger, work)
                 metrics = self._validated(state, ledger)
+                meta = self._meta(epoch, ledger.seconds, [], metrics["val_mae"])
                 is_last = epoch == config.n_epochs - 1
                 if is_last:
                     state = with_batch_statistics(self.model, state, batches, self.options.report)
-                log.end_epoch(metrics, self.statistics)
-                meta = self._meta(epoch, ledger.seconds, [], metrics["val_mae"])
+                log.write(metrics)
                 best = sorted([*best, metrics["val_loss"]])[: config.model_checkpoint_save_top_k]
                 request = self.requests.now()
                 if request or is_last or metrics["val_loss"] in best:
                     self._save(state, meta, metrics["val_loss"])
+                log.end_epoch(metrics, self.statistics)
                 if request == STOP and not is_last:
                     raise self.requests.stopped(f"after epoch {epoch + 1}")
         return state, meta

@@ -43,7 +43,7 @@ def start_from(state: TrainState, config: TrainConfig, statistics: tuple[TargetS
     old["params"] = jax.tree.map(
         lambda x, fresh, random: fresh if random else x, old["params"] | {"output": output}, state.params, is_random
     )
-    placed = jax.tree.map(lambda x, like: jax.device_put(np.asarray(x, like.dtype)), old, weights_of(state))
+    placed = jax.tree.map(lambda x, like: jax.device_put(np.array(x, like.dtype)), old, weights_of(state))
     return dataclasses.replace(state, **placed)
 
 

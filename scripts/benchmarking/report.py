@@ -62,7 +62,9 @@ def cell(key: str, value: Any) -> str:
 
 
 def show(title: str, keys: Sequence[str], records: Sequence[Record], label: str = "{case}") -> None:
-    """Prints a table with a row for each record and, once for each reason, what failed."""
+    """Prints a table with a row for each record, if there are any, and, once for each reason, what failed."""
+    if not records:
+        return
     header = [COLUMNS[key][0] if key in COLUMNS else key.replace("_", " ") for key in keys]
     rows = [[cell(key, record[key]) for key in keys] for record in records]
     num_left = sum(isinstance(records[0][key], str | list) for key in keys)

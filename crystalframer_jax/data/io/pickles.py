@@ -44,6 +44,7 @@ def load_pickle(file: Path) -> Any:
         content = file.read_bytes()
     except OSError as error:
         raise DataError(f"{file} cannot be read ({error.strerror}); give another file") from error
+    is_collecting = gc.isenabled()
     gc.disable()  # it would go through all that is made again and again
     try:
         rest = _check_instructions(content)
@@ -55,7 +56,7 @@ def load_pickle(file: Path) -> Any:
         reason = f"{type(error).__name__}: {_line(error)}"
         raise DataError(f"{file} is not a complete pickle ({reason}); fetch it again") from error
     finally:
-        gc.enable()
+        gc.enable() if is_collecting else None
     if rest:
         raise DataError(f"{file} goes on after the end of the pickle; fetch it again")
     return loaded
