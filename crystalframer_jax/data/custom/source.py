@@ -6,7 +6,6 @@ import itertools
 import json
 import re
 import sys
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -136,26 +135,14 @@ def _xyz_id(values: Mapping[str, Any], comment: str, names: tuple[str, ...]) -> 
 
 def _json_items(file: Path, options: CustomData) -> Items:
     """Reads the records of a JSON array (also gzipped, or alone in a zip archive) or of JSON lines (also gzipped)."""
-    return Items(str(file), sha256(file), functools.partial(_read_json, file, options.id_names()))
 
+    def read() -> Iterator[Item | BadRecord]:
+        has_lines = file.name.lower().endswith((".jsonl", ".jsonl.gz"))
+        for number, record in json_lines(file) if has_lines else json_records(file):
+            place = f"{file}:{number}" if has_lines else f"{file} record {number}"
+            yield _item(record, place, f"{file.name}:{number}", options)
 
-def _read_json(file: Path, id_names: tuple[str, ...]) -> Iterator[Item | BadRecord]:
-    has_lines = file.name.lower().endswith((".jsonl", ".jsonl.gz"))
-    for number, record in json_lines(file) if has_lines else json_records(file, _member(file)):
-        place = f"{file}:{number}" if has_lines else f"{file} record {number}"
-        yield _item(record, place, f"{file.name}:{number}", id_names)
-
-
-def _member(file: Path) -> str:
-    """Names the JSON file inside a zip archive; "" for other files."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            names = [n for n in archive.namelist() if n.lower().endswith(".json") and not n.startswith("__MACOSX")]
-    except zipfile.BadZipFile:
-        return ""
-    if len(names) != 1:
-        raise DataError(f"{file}: holds {len(names)} JSON files instead of one; unpack it and name one file or folder")
-    return names[0]
+    return Items(str(file), sha256(file), read)
 
 
 def _pickle_items(path: Path, options: CustomData, files: Mapping[str, Path] | None = None) -> Items:
@@ -177,18 +164,18 @@ def _pickle_items(path: Path, options: CustomData, files: Mapping[str, Path] | N
             for number, record in enumerate(records, 1):
                 found = record if isinstance(record, dict) else f"is not a dict but of type {type(record).__name__}"
                 id = f"{split or file.name}:{number}"
-                yield _item(found, f"{file} record {number}", id, options.id_names(), split)
+                yield _item(found, f"{file} record {number}", id, options, split)
 
     return Items(str(path), digest.hexdigest(), read)
 
 
 def _item(
-    record: dict[str, Any] | str, where: str, fallback: str, id_names: tuple[str, ...], split: str = ""
+    record: dict[str, Any] | str, where: str, fallback: str, options: CustomData, split: str = ""
 ) -> Item | BadRecord:
     """Makes the item of a record, or of the reason why it is none; `fallback` is its id if it has none."""
     if isinstance(record, str):
         return BadRecord(fallback, where, record)
-    id = text(record, *id_names) or fallback
+    id = text(record, *options.id_names()) or fallback
     keys, load = _structure(record, where, id)
     if load is None:
         remedy = "give it under structure, atoms or cif, or as lattice, species and frac_coords"
