@@ -84,11 +84,25 @@ def _items_of_folder(folder: Path, options: CustomData) -> Items:
 def _xyz_items(file: Path, options: CustomData) -> Items:
     """Reads the frames of an extended XYZ file, with the values of their comment lines."""
     try:
-        import ase.io.extxyz  # noqa: F401
+        from ase.io.extxyz import key_val_str_to_dict
     except ImportError as error:
         raise DataError(f"{file}: reading extended XYZ needs ASE; pip install ase") from error
+
+    def item(number: int, lines: list[str]) -> Item | BadRecord:
+        where, id, missing = f"{file}:{number}", f"{file.name}:{number}", int(lines[0]) + 2 - len(lines)
+        if missing > 0:
+            reason = f"the file ends after {max(0, len(lines) - 2)} of {int(lines[0])} atoms; complete the frame"
+            return BadRecord(id, where, reason)
+        try:
+            found = key_val_str_to_dict(lines[1])
+        except ValueError as error:
+            return BadRecord(id, where, f"comment line not understood ({error}); correct it")
+        values = {key: value for key, value in found.items() if key not in NOT_IN_INFO}
+        id = _xyz_id(values, lines[1], options.id_names()) or id
+        return Item(id, where, functools.partial(from_text, "".join(lines), where, False, id), values)
+
     count = sum(1 for _ in _frames(file))
-    return Items(str(file), sha256(file), functools.partial(_read_xyz, file, options.id_names()), count)
+    return Items(str(file), sha256(file), lambda: itertools.starmap(item, _frames(file)), count)
 
 
 def _frames(file: Path) -> Iterator[tuple[int, list[str]]]:
@@ -103,25 +117,6 @@ def _frames(file: Path) -> Iterator[tuple[int, list[str]]]:
                 raise DataError(f"{file}:{number}: {found}; correct this line or the number of the frame before")
             rest = itertools.islice(lines, min(int(first) + 1, sys.maxsize))
             yield number, [first, *(line for _, line in rest)]
-
-
-def _read_xyz(file: Path, id_names: tuple[str, ...]) -> Iterator[Item | BadRecord]:
-    from ase.io.extxyz import key_val_str_to_dict
-
-    for number, lines in _frames(file):
-        where, id, missing = f"{file}:{number}", f"{file.name}:{number}", int(lines[0]) + 2 - len(lines)
-        if missing > 0:
-            reason = f"the file ends after {max(0, len(lines) - 2)} of {int(lines[0])} atoms; complete the frame"
-            yield BadRecord(id, where, reason)
-            continue
-        try:
-            found = key_val_str_to_dict(lines[1])
-        except ValueError as error:
-            yield BadRecord(id, where, f"comment line not understood ({error}); correct it")
-            continue
-        values = {key: value for key, value in found.items() if key not in NOT_IN_INFO}
-        id = _xyz_id(values, lines[1], id_names) or id
-        yield Item(id, where, functools.partial(from_text, "".join(lines), where, False, id), values)
 
 
 def _xyz_id(values: Mapping[str, Any], comment: str, names: tuple[str, ...]) -> str:
