@@ -1,14 +1,14 @@
 """Preparation of a target set: crystals parsed and checked, splits made and verified, leaks between them found."""
 
 import dataclasses
+import functools
 import importlib.metadata
 import itertools
+import json
 import math
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -25,7 +25,8 @@ from crystalframer_jax.structures.crystal import Crystal, CrystalError
 
 CRYSTALS_FORMAT = 1  # to be raised when crystals or their columns change
 LONGEST_ID = 200  # characters
-CHUNK = 200  # records that a worker process makes crystals of at a time
+CHUNK = 250  # records that a worker process makes crystals of at a time
+LISTED = ("id", "where", "labels", "split", "group", "reason")  # what parts say of a record; reason: why it is skipped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,6 @@ class Preparation:
 
 
 DEFAULT = Preparation()
-NumberedRecords = list[tuple[int, Record]]
 
 
 def prepare(folder: Path, source: Source, known: TargetSet | None, options: Preparation = DEFAULT) -> bool:
@@ -90,52 +90,28 @@ def _version(package: str) -> str:
         return ""
 
 
-class _Facts(NamedTuple):
-    """What is kept of every record of a source, in its order, until its crystals are made."""
-
-    id: str
-    labels: tuple[float, ...]
-    split: str = ""
-    group: str = ""
-
-
-def _chunks(source: Source, listing: list[_Facts], bad: dict[int, BadRecord]) -> Iterator[NumberedRecords]:
-    """Yields the usable records in chunks; takes all down on the way, those that are `bad` by their number."""
-
-    def usable() -> Iterator[tuple[int, Record]]:
-        for number, record in enumerate(source.records()):
-            if len(record.id) > LONGEST_ID:
-                record = BadRecord(record.id[:LONGEST_ID], record.where, f"its id has {len(record.id):,} characters")
-            if isinstance(record, BadRecord):
-                bad[number] = record
-                listing.append(_Facts(record.id, (np.nan,) * len(source.targets)))
-            else:
-                listing.append(_Facts(record.id, record.labels, record.split, record.group))
-                yield number, record
-
-    records = usable()
-    while chunk := list(itertools.islice(records, CHUNK)):
-        yield chunk
-
-
 def _write(folder: Path, source: Source, known: TargetSet | None, options: Preparation, key: str) -> None:
     """Makes the columns of the crystals."""
-    listing: list[_Facts] = []
-    bad_records: dict[int, BadRecord] = {}
-    chunks, parts = _chunks(source, listing, bad_records), parts_folder(folder / f"crystals-{key}", CHUNK)
+    stream = source.records()
+    chunks = iter(lambda: list(itertools.islice(stream, CHUNK)), [])
+    work, parts = functools.partial(_crystals_of, len(source.targets)), parts_folder(folder / f"crystals-{key}", CHUNK)
     total = source.count or (known.num_records if known else None) or None
-    files = build_parts(_crystals_of, chunks, parts, f"crystals of {folder.name}", total, options.workers)
-    records, bad = _outcome(files, listing, bad_records)
-    if len(bad) > options.max_bad_share * len(listing) + 1e-9:
+    files = build_parts(work, chunks, parts, f"crystals of {folder.name}", total, options.workers)
+    if not files:
+        raise DataError("the source has no records; look at what --source names")
+    listing = _listing(files)
+    is_bad, count = listing["reason"] != "", len(listing["reason"])
+    records = np.flatnonzero(~is_bad)
+    bad = list(map(BadRecord, *(listing[name][is_bad] for name in ("id", "where", "reason"))))
+    if len(bad) > options.max_bad_share * count + 1e-9:
         shutil.rmtree(parts)  # what could not be used may be readable next time
-        file, share = folder / "skipped.csv", math.ceil(100 * len(bad) / len(listing)) / 100
+        file, share = folder / "skipped.csv", math.ceil(100 * len(bad) / count) / 100
         _write_bad(file, bad)
         raise DataError(
-            f"{len(bad):,} of {len(listing):,} records cannot be used ({file} lists them), first: "
+            f"{len(bad):,} of {count:,} records cannot be used ({file} lists them), first: "
             f"{bad[0].where}: {bad[0].reason}. Correct them, or accept more by --max_bad_share={share:g}"
         )
-    labels = np.array([facts.labels for facts in listing], dtype=np.float64).reshape(-1, len(source.targets))
-    splits, remark = _splits(folder.name, listing, labels, known, options)
+    splits, remark = _splits(folder.name, listing, known, options)
     rows = _rows_of(splits, records, folder.name)
     lost = sum(len(splits[name]) - len(rows[name]) for name in SPLITS)
     if lost and known and known.official_splits and not remark:
@@ -151,9 +127,11 @@ def _write(folder: Path, source: Source, known: TargetSet | None, options: Prepa
     with writing(folder / "crystals", manifest) as temporary:
         join_parts(files, CRYSTAL_COLUMNS, temporary)
         columns = mapped_columns(temporary, CRYSTAL_COLUMNS)
+        if len(columns["ids"]) != len(records):
+            raise RuntimeError("records were lost or doubled on the way; please report this")
         leaks = find_leaks(columns, rows, options.workers)
         leaked = sorted({leak.held for leak in leaks if leak.other_split == "train"})
-        columns |= {"labels": labels[records], "leaked": np.array(leaked, dtype=np.int64), **rows}
+        columns |= {"labels": listing["labels"][records], "leaked": np.array(leaked, dtype=np.int64), **rows}
         for name in LABEL_COLUMNS:
             np.save(temporary / f"{name}.npy", columns[name])
         _write_bad(temporary / "skipped.csv", bad)
@@ -165,23 +143,17 @@ def _write(folder: Path, source: Source, known: TargetSet | None, options: Prepa
             tqdm.write(f"  {remark}")
     if bad:
         first = f"{bad[0].where}: {bad[0].reason}"
-        tqdm.write(f"skipped {len(bad):,} of {len(listing):,} records (crystals/skipped.csv), first: {first}")
+        tqdm.write(f"skipped {len(bad):,} of {count:,} records (crystals/skipped.csv), first: {first}")
 
 
-def _outcome(files: list[Path], listing: list[_Facts], bad: dict[int, BadRecord]) -> tuple[np.ndarray, list[BadRecord]]:
-    """Returns numbers of the records that became the crystals of the parts, in their order, and all that did not."""
-    if not listing:
-        raise DataError("the source has no records; look at what --source names")
-    numbers = [np.zeros(0, np.int64)]
+def _listing(files: list[Path]) -> Columns:
+    """Joins what the parts say of all records, in the order of the source."""
+    rows = []
     for file in files:
         with np.load(file) as part:
-            numbers.append(part["record"])
-            for number, where, reason in zip(part["bad_record"], part["bad_where"], part["bad_reason"], strict=True):
-                bad[int(number)] = BadRecord(listing[number].id, str(where), str(reason))
-    records = np.concatenate(numbers)
-    if not np.array_equal(np.sort([*records, *bad]), np.arange(len(listing))):
-        raise RuntimeError("records were lost or doubled on the way; please report this")
-    return records, [bad[record] for record in sorted(bad)]
+            rows += json.loads(part["listing"].tobytes())
+    columns = zip(LISTED, zip(*rows, strict=True), strict=True)
+    return {name: np.array(column, np.float64 if name == "labels" else object) for name, column in columns}
 
 
 def _rows_of(splits: dict[str, np.ndarray], records: np.ndarray, name: str) -> dict[str, np.ndarray]:
@@ -197,27 +169,28 @@ def _rows_of(splits: dict[str, np.ndarray], records: np.ndarray, name: str) -> d
     return rows
 
 
-def _crystals_of(chunk: NumberedRecords) -> Columns:
-    """Makes the crystals of numbered records, and tells those that cannot be used."""
+def _crystals_of(num_targets: int, chunk: list[Record | BadRecord]) -> Columns:
+    """Makes the crystals of records, and what is LISTED of all of them; those without a reason have a crystal."""
     crystals: list[Crystal] = []
-    numbers, bad = [], []
-    for number, record in chunk:
-        try:
-            crystals.append(record.load())
-            numbers.append(number)
-        except CrystalError as error:
-            bad.append((number, record.where, " ".join(str(error).split())))
-    return {
-        **crystal_columns(crystals),
-        "record": np.array(numbers, dtype=np.int64),
-        "bad_record": np.array([number for number, _, _ in bad], dtype=np.int64),
-        "bad_where": np.array([where for _, where, _ in bad], dtype=np.str_),
-        "bad_reason": np.array([reason for _, _, reason in bad], dtype=np.str_),
-    }
+    listed = []
+    for record in chunk:
+        id, where, labels, split, group, reason = record.id, record.where, (np.nan,) * num_targets, "", "", ""
+        if len(id) > LONGEST_ID:
+            id, reason = id[:LONGEST_ID], f"its id has {len(id):,} characters"
+        elif isinstance(record, BadRecord):
+            reason = record.reason
+        else:
+            labels, split, group = record.labels, record.split, record.group
+            try:
+                crystals.append(record.load())
+            except CrystalError as error:
+                reason = " ".join(str(error).split())
+        listed.append((id, where, labels, split, group, reason))
+    return crystal_columns(crystals) | {"listing": np.frombuffer(json.dumps(listed).encode(), np.uint8)}
 
 
 def _splits(
-    name: str, listing: list[_Facts], labels: np.ndarray, known: TargetSet | None, options: Preparation
+    name: str, listing: Columns, known: TargetSet | None, options: Preparation
 ) -> tuple[dict[str, np.ndarray], str]:
     """Returns record numbers of each split, and a remark on what is unusual about them.
 
@@ -226,27 +199,28 @@ def _splits(
     official = known.official_splits if known else {}
     as_published = bool(official) and not options.unofficial
     expected = known.num_records if known else 0
-    cause = _likely_change(len(listing), expected)
-    if as_published and expected not in (0, len(listing)):
+    count = len(listing["labels"])
+    cause = _likely_change(count, expected)
+    if as_published and expected not in (0, count):
         raise DataError(f"{name}: {cause}")
-    is_known = np.isfinite(labels)
+    is_known = np.isfinite(listing["labels"])
     usable = np.flatnonzero(is_known.all(axis=1) if as_published else is_known.any(axis=1))
     if not len(usable):
         raise DataError(f"{name}: no record has a label; is the name of the label column right?")
-    chosen = [listing[record] for record in usable]
-    if any(facts.group for facts in listing):  # which are only read if asked for
-        splits = split_by_group(usable, [facts.group for facts in chosen], options.split_seed)
-    elif any(facts.split for facts in listing):
-        unnamed = [facts.id for facts in chosen if not facts.split]
-        if unnamed:
+    if listing["group"].any():  # which are only read if asked for
+        splits = split_by_group(usable, listing["group"][usable].tolist(), options.split_seed)
+    elif listing["split"].any():
+        named = listing["split"][usable]
+        unnamed = listing["id"][usable][named == ""]
+        if len(unnamed):
             raise DataError(f"{name}: {len(unnamed):,} records have no split, first: {unnamed[0]}; name it for all")
-        splits = given_split(usable, [facts.split for facts in chosen])
+        splits = given_split(usable, named.tolist())
     else:
         counts = known.split_counts if known and as_published else ()
         if sum(counts) > len(usable):
             raise DataError(f"{name}: only {len(usable):,} records have all labels, of {sum(counts):,}: {cause}")
         splits = random_split(usable, counts, options.split_seed)
-    found = differences(splits, [facts.id for facts in listing], official)
+    found = differences(splits, listing["id"], official)
     if found and as_published:
         raise DataError(f"{name}: {'; '.join(found)}: {cause}")
     return splits, "not the official data or splits: errors cannot be compared with published ones" if found else ""

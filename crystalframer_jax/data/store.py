@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 import shlex
@@ -34,7 +35,7 @@ from crystalframer_jax.structures.crystal import Crystal
 from crystalframer_jax.structures.neighbors import LatticeBox, neighbor_rows
 
 ROWS_FORMAT = 3  # to be raised when neighbor rows or their columns change
-CHUNK_ATOMS = 10_000  # atoms whose neighbors a worker process finds at a time; about 100 MB
+CHUNK_ATOMS = 9_000  # atoms whose neighbors a worker process finds at a time; about 100 MB
 LABEL_COLUMNS = ("labels", "leaked", *SPLITS)
 
 
@@ -121,8 +122,9 @@ def _write_rows(folder: Path, digest: str, crystals: Columns, cutoff: float | La
     """Computes the neighbor rows of all crystals and writes their columns."""
     start, number = time.perf_counter(), len(crystals["ids"])
     parts, title = parts_folder(folder, CHUNK_ATOMS), f"neighbors of {folder.parent.name}"
-    work = functools.partial(_rows_of, cutoff)
-    files = build_parts(work, _crystal_chunks(crystals), parts, title, number, workers)
+    chunks = itertools.groupby(range(number), lambda row: crystals["atom_offset"][row] // CHUNK_ATOMS)
+    chunks_of_crystals = ([crystal_at(crystals, row) for row in rows] for _, rows in chunks)
+    files = build_parts(functools.partial(_rows_of, cutoff), chunks_of_crystals, parts, title, number, workers)
     with writing(folder, {"crystals": digest, "cutoff": str(cutoff)}) as temporary:
         join_parts(files, ROW_COLUMNS, temporary)
     shutil.rmtree(parts)
@@ -137,16 +139,6 @@ def _write_rows(folder: Path, digest: str, crystals: Columns, cutoff: float | La
 def _rows_of(cutoff: float | LatticeBox, crystals: list[Crystal]) -> Columns:
     """Computes the neighbor rows of a chunk of crystals."""
     return row_columns(crystals, [neighbor_rows(crystal, cutoff) for crystal in crystals])
-
-
-def _crystal_chunks(crystals: Columns) -> Iterator[list[Crystal]]:
-    """Yields all crystals in chunks of about CHUNK_ATOMS atoms."""
-    offset = crystals["atom_offset"]
-    first, number = 0, len(offset) - 1
-    while first < number:
-        end = max(first + 1, int(np.searchsorted(offset, offset[first] + CHUNK_ATOMS, side="right")) - 1)
-        yield [crystal_at(crystals, row) for row in range(first, end)]
-        first = end
 
 
 def crystal_at(crystals: Columns, row: int) -> Crystal:

@@ -16,6 +16,7 @@ SAMPLE = 1000  # items that are looked at to tell what their fields hold
 MISSING = ("", "-", "na", "n/a", "nan", "none", "null")  # what stands for an unknown label, in small letters
 ID_NAMES = ("id", "material_id", "mat_id", "jid", "mp_id", "mpid", "structure_id", "_id", "uid")
 SPLIT_NAMES = {
+    **dict.fromkeys(MISSING, ""),
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
@@ -124,12 +125,18 @@ def record_of(item: Item | BadRecord, fields: tuple[str, ...], options: CustomDa
     """Makes the record of an item, with the labels in `fields`."""
     if isinstance(item, BadRecord):
         return item
-    try:
-        labels = tuple(_label(item.values, name) for name in fields)
-        split = item.split or _split(text(item.values, options.split_column).lower())
-    except ValueError as error:
-        return BadRecord(item.id, item.where, str(error))
-    return Record(item.id, item.where, item.load, labels, split, text(item.values, options.group_column))
+    labels = []
+    for name in fields:
+        value = field(item.values, name)
+        if (label := number(value)) is None:
+            problem = f"{name} is {short(repr(value))}; write a number with a decimal point, or na if unknown"
+            return BadRecord(item.id, item.where, problem)
+        labels.append(label)
+    word = item.split or text(item.values, options.split_column).lower()
+    if (split := SPLIT_NAMES.get(word)) is None:
+        problem = f"split is {short(repr(word))}; write train, val or test, or name another --split_column"
+        return BadRecord(item.id, item.where, problem)
+    return Record(item.id, item.where, item.load, tuple(labels), split, text(item.values, options.group_column))
 
 
 def field(values: Mapping[str, Any], name: str) -> Any:
@@ -179,20 +186,3 @@ def _kind(value: Any) -> str:
 def is_number(value: Any) -> bool:
     """Tells whether a value is a finite number, or the text of one."""
     return _kind(value) == "number"
-
-
-def _label(values: Mapping[str, Any], name: str) -> float:
-    """Reads the label of that name; ValueError naming it."""
-    value = field(values, name)
-    if (label := number(value)) is None:
-        raise ValueError(f"{name} is {short(repr(value))}; write a number with a decimal point, or na if unknown")
-    return label
-
-
-def _split(found: str) -> str:
-    """Returns train, val or test, "" if there is none; ValueError for anything else."""
-    if found in MISSING:
-        return ""
-    if found not in SPLIT_NAMES:
-        raise ValueError(f"split is {short(repr(found))}; write train, val or test, or name another --split_column")
-    return SPLIT_NAMES[found]

@@ -6,7 +6,6 @@ import itertools
 import json
 import re
 import sys
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -85,11 +84,25 @@ def _items_of_folder(folder: Path, options: CustomData) -> Items:
 def _xyz_items(file: Path, options: CustomData) -> Items:
     """Reads the frames of an extended XYZ file, with the values of their comment lines."""
     try:
-        import ase.io.extxyz  # noqa: F401
+        from ase.io.extxyz import key_val_str_to_dict
     except ImportError as error:
         raise DataError(f"{file}: reading extended XYZ needs ASE; pip install ase") from error
+
+    def item(number: int, lines: list[str]) -> Item | BadRecord:
+        where, id, missing = f"{file}:{number}", f"{file.name}:{number}", int(lines[0]) + 2 - len(lines)
+        if missing > 0:
+            reason = f"the file ends after {max(0, len(lines) - 2)} of {int(lines[0])} atoms; complete the frame"
+            return BadRecord(id, where, reason)
+        try:
+            found = key_val_str_to_dict(lines[1])
+        except ValueError as error:
+            return BadRecord(id, where, f"comment line not understood ({error}); correct it")
+        values = {key: value for key, value in found.items() if key not in NOT_IN_INFO}
+        id = _xyz_id(values, lines[1], options.id_names()) or id
+        return Item(id, where, functools.partial(from_text, "".join(lines), where, False, id), values)
+
     count = sum(1 for _ in _frames(file))
-    return Items(str(file), sha256(file), functools.partial(_read_xyz, file, options.id_names()), count)
+    return Items(str(file), sha256(file), lambda: itertools.starmap(item, _frames(file)), count)
 
 
 def _frames(file: Path) -> Iterator[tuple[int, list[str]]]:
@@ -106,25 +119,6 @@ def _frames(file: Path) -> Iterator[tuple[int, list[str]]]:
             yield number, [first, *(line for _, line in rest)]
 
 
-def _read_xyz(file: Path, id_names: tuple[str, ...]) -> Iterator[Item | BadRecord]:
-    from ase.io.extxyz import key_val_str_to_dict
-
-    for number, lines in _frames(file):
-        where, id, missing = f"{file}:{number}", f"{file.name}:{number}", int(lines[0]) + 2 - len(lines)
-        if missing > 0:
-            reason = f"the file ends after {max(0, len(lines) - 2)} of {int(lines[0])} atoms; complete the frame"
-            yield BadRecord(id, where, reason)
-            continue
-        try:
-            found = key_val_str_to_dict(lines[1])
-        except ValueError as error:
-            yield BadRecord(id, where, f"comment line not understood ({error}); correct it")
-            continue
-        values = {key: value for key, value in found.items() if key not in NOT_IN_INFO}
-        id = _xyz_id(values, lines[1], id_names) or id
-        yield Item(id, where, functools.partial(from_text, "".join(lines), where, False, id), values)
-
-
 def _xyz_id(values: Mapping[str, Any], comment: str, names: tuple[str, ...]) -> str:
     """Returns the id of a frame as it is written: ASE makes 7 of 007."""
     for name in names:
@@ -136,26 +130,14 @@ def _xyz_id(values: Mapping[str, Any], comment: str, names: tuple[str, ...]) -> 
 
 def _json_items(file: Path, options: CustomData) -> Items:
     """Reads the records of a JSON array (also gzipped, or alone in a zip archive) or of JSON lines (also gzipped)."""
-    return Items(str(file), sha256(file), functools.partial(_read_json, file, options.id_names()))
 
+    def read() -> Iterator[Item | BadRecord]:
+        has_lines = file.name.lower().endswith((".jsonl", ".jsonl.gz"))
+        for number, record in json_lines(file) if has_lines else json_records(file):
+            place = f"{file}:{number}" if has_lines else f"{file} record {number}"
+            yield _item(record, place, f"{file.name}:{number}", options)
 
-def _read_json(file: Path, id_names: tuple[str, ...]) -> Iterator[Item | BadRecord]:
-    has_lines = file.name.lower().endswith((".jsonl", ".jsonl.gz"))
-    for number, record in json_lines(file) if has_lines else json_records(file, _member(file)):
-        place = f"{file}:{number}" if has_lines else f"{file} record {number}"
-        yield _item(record, place, f"{file.name}:{number}", id_names)
-
-
-def _member(file: Path) -> str:
-    """Names the JSON file inside a zip archive; "" for other files."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            names = [n for n in archive.namelist() if n.lower().endswith(".json") and not n.startswith("__MACOSX")]
-    except zipfile.BadZipFile:
-        return ""
-    if len(names) != 1:
-        raise DataError(f"{file}: holds {len(names)} JSON files instead of one; unpack it and name one file or folder")
-    return names[0]
+    return Items(str(file), sha256(file), read)
 
 
 def _pickle_items(path: Path, options: CustomData, files: Mapping[str, Path] | None = None) -> Items:
@@ -177,18 +159,18 @@ def _pickle_items(path: Path, options: CustomData, files: Mapping[str, Path] | N
             for number, record in enumerate(records, 1):
                 found = record if isinstance(record, dict) else f"is not a dict but of type {type(record).__name__}"
                 id = f"{split or file.name}:{number}"
-                yield _item(found, f"{file} record {number}", id, options.id_names(), split)
+                yield _item(found, f"{file} record {number}", id, options, split)
 
     return Items(str(path), digest.hexdigest(), read)
 
 
 def _item(
-    record: dict[str, Any] | str, where: str, fallback: str, id_names: tuple[str, ...], split: str = ""
+    record: dict[str, Any] | str, where: str, fallback: str, options: CustomData, split: str = ""
 ) -> Item | BadRecord:
     """Makes the item of a record, or of the reason why it is none; `fallback` is its id if it has none."""
     if isinstance(record, str):
         return BadRecord(fallback, where, record)
-    id = text(record, *id_names) or fallback
+    id = text(record, *options.id_names()) or fallback
     keys, load = _structure(record, where, id)
     if load is None:
         remedy = "give it under structure, atoms or cif, or as lattice, species and frac_coords"

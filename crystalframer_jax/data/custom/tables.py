@@ -64,36 +64,33 @@ def _items(file: Path, names: Sequence[str], has_header: bool, structure: int, i
 
     The checksum is of the table and of all files that it names.
     """
-    read = functools.partial(_read, file, names, has_header, structure, id_names)
-    digest, count = hashlib.sha256(sha256(file).encode()), 0
-    for item in read():
-        count += 1
-        if isinstance(item, Item) and item.file:
-            digest.update(f"{os.path.relpath(item.file, file.parent)}\n{sha256(item.file)}\n".encode())
-    return Items(str(file), digest.hexdigest(), read, count, (names[structure], *id_names))
 
-
-def _read(
-    file: Path, names: Sequence[str], has_header: bool, structure: int, id_names: tuple[str, ...]
-) -> Iterator[Item | BadRecord]:
-    width = len(names)
-    for line, cells in itertools.islice(_rows(file), int(has_header), None):
-        while len(cells) > width and not cells[-1]:
+    def item(line: int, cells: list[str]) -> Item | BadRecord:
+        while len(cells) > len(names) and not cells[-1]:
             cells.pop()
         where = f"{file}:{line}"
         values = {name: cell for name, cell in zip(names, cells, strict=False) if name}
         cell = cells[structure] if structure < len(cells) else ""
         id = text(values, *id_names) or _id_of_cell(cell) or f"{file.name}:{line}"
-        if len(cells) != width:
-            yield BadRecord(id, where, f"{len(cells)} cells instead of {width}; correct the line")
-        elif any("\n" in cell and not is_cif_text(cell) for cell in cells):
-            yield BadRecord(id.split("\n")[0], where, "a quoted cell goes on over several lines; close the quote")
-        elif is_cif_text(cell):
-            yield Item(id, where, functools.partial(from_text, cell, where, True, id), values)
-        elif found := _structure_file(file.parent, cell):
-            yield Item(id, where, functools.partial(from_file, found, id), values, file=found)
-        else:
-            yield BadRecord(id, where, f"no {_expected(cell)} in {file.parent}; correct the name or add the file")
+        if len(cells) != len(names):
+            return BadRecord(id, where, f"{len(cells)} cells instead of {len(names)}; correct the line")
+        if any("\n" in cell and not is_cif_text(cell) for cell in cells):
+            return BadRecord(id.split("\n")[0], where, "a quoted cell goes on over several lines; close the quote")
+        if is_cif_text(cell):
+            return Item(id, where, functools.partial(from_text, cell, where, True, id), values)
+        if found := _structure_file(file.parent, cell):
+            return Item(id, where, functools.partial(from_file, found, id), values, file=found)
+        return BadRecord(id, where, f"no {_expected(cell)} in {file.parent}; correct the name or add the file")
+
+    def read() -> Iterator[Item | BadRecord]:
+        return itertools.starmap(item, itertools.islice(_rows(file), int(has_header), None))
+
+    digest, count = hashlib.sha256(sha256(file).encode()), 0
+    for found in read():
+        count += 1
+        if isinstance(found, Item) and found.file:
+            digest.update(f"{os.path.relpath(found.file, file.parent)}\n{sha256(found.file)}\n".encode())
+    return Items(str(file), digest.hexdigest(), read, count, (names[structure], *id_names))
 
 
 def _rows(file: Path) -> Iterator[tuple[int, list[str]]]:

@@ -102,11 +102,11 @@ def jarvis_location(name: str) -> tuple[str, tuple[str, ...]]:
 
 
 class _FailedError(Exception):
-    """A try that did not give the file; the text says what it gave, `again` whether another may succeed."""
+    """A try that did not give the file; the text says what it gave."""
 
-    def __init__(self, what: str, again: bool = False):
-        super().__init__(what)
-        self.again = again
+
+class _PassingError(_FailedError):
+    """One after which another try may succeed."""
 
 
 def _json_object(file: Path) -> dict[str, Any]:
@@ -147,29 +147,22 @@ def _first_that_works(
     """Fills the part and returns the URL that gave it; raises DataError if none does."""
     answers = []
     for url in sorted(urls, key=lambda url: url != part.url):  # the one that the part is of comes first
-        try:
-            _fetch(url, part, check, waits_s, timeout_s)
-            return url
-        except _FailedError as error:
-            answers.append(f"{url} gave {error}")
+        furthest, waits = part.size(), list(waits_s)
+        while True:  # as the Retry of urllib3 ends where content begins
+            try:
+                _inspect(part, check, _receive(url, part, timeout_s))
+                return url
+            except _FailedError as error:
+                if part.size() > furthest:
+                    furthest, waits = part.size(), list(waits_s)
+                if not (isinstance(error, _PassingError) and waits):
+                    answers.append(f"{url} gave {error}")
+                    break
+            time.sleep(waits.pop(0))
     raise DataError(
         f"{part.file} could not be downloaded: {'; '.join(answers)}; "
         f"fetch one of them with a browser, say {urls[0]}, and hand the file over with --source=PATH"
     )
-
-
-def _fetch(url: str, part: _Part, check: Callable[[Path], None], waits_s: Sequence[float], timeout_s: float) -> None:
-    """Fills the part from one URL, in several tries, as the Retry of urllib3 ends where content begins."""
-    furthest, waits = part.size(), list(waits_s)
-    while True:
-        try:
-            return _inspect(part, check, _receive(url, part, timeout_s))
-        except _FailedError as error:
-            if part.size() > furthest:
-                furthest, waits = part.size(), list(waits_s)
-            if not (error.again and waits):
-                raise
-        time.sleep(waits.pop(0))
 
 
 def _receive(url: str, part: _Part, timeout_s: float) -> bool:
@@ -183,13 +176,13 @@ def _receive(url: str, part: _Part, timeout_s: float) -> bool:
             resumed = start > 0 and response.status_code == 206
             if (resumed and not _continues(response, part)) or (start and response.status_code == 416):
                 part.restart()
-                raise _FailedError("another part than was asked for", again=True)
+                raise _PassingError("another part than was asked for")
             if not resumed:
                 _require_file(response)
                 part.restart(url, _version(response))
             _write(response, part)
     except requests.RequestException as error:
-        raise _FailedError(_reason(error, timeout_s), again=True) from error
+        raise _PassingError(_reason(error, timeout_s)) from error
     return resumed
 
 
@@ -202,8 +195,8 @@ def _continues(response: requests.Response, part: _Part) -> bool:
 def _require_file(response: requests.Response) -> None:
     status = response.status_code
     if status != 200:
-        busy = status >= 500 or status in BUSY
-        raise _FailedError(f"status {status}" + " without a file" * (status == 202), again=busy)
+        kind = _PassingError if status >= 500 or status in BUSY else _FailedError
+        raise kind(f"status {status}" + " without a file" * (status == 202))
     if response.headers.get("Content-Type", "").strip().lower().startswith("text/html"):
         raise _FailedError("an HTML page")
 
@@ -230,14 +223,14 @@ def _write(response: requests.Response, part: _Part) -> None:
         for chunk in response.iter_content(CHUNK_BYTES):
             stream.write(chunk)
     if response.raw.length_remaining:  # urllib3 before version 2 does not mind
-        raise _FailedError(f"{response.raw.length_remaining:,} bytes too few", again=True)
+        raise _PassingError(f"{response.raw.length_remaining:,} bytes too few")
 
 
 def _inspect(part: _Part, check: Callable[[Path], None], resumed: bool) -> None:
     """Removes the part and raises _FailedError if it is not the file wanted, which may be due to its pieces."""
     with part.content.open("rb") as stream:
         start = stream.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    again = False
+    kind = _FailedError
     if part.size() == 0:
         what = "an empty file"
     elif start.startswith((b"<!doctype", b"<html")):
@@ -246,9 +239,9 @@ def _inspect(part: _Part, check: Callable[[Path], None], resumed: bool) -> None:
         try:
             return check(part.content)
         except DataError as error:
-            what, again = f"another file than expected ({error})", resumed
+            what, kind = f"another file than expected ({error})", _PassingError if resumed else _FailedError
     part.restart()
-    raise _FailedError(what, again)
+    raise kind(what)
 
 
 def _reason(error: requests.RequestException, timeout_s: float) -> str:

@@ -3,7 +3,6 @@
 import codecs
 import contextlib
 import gzip
-import io
 import json
 import re
 import struct
@@ -25,12 +24,12 @@ _LONGEST_TOKEN = 16  # characters after which a number, a literal or an escape t
 _DAMAGE = (OSError, EOFError, ValueError, RuntimeError, struct.error, zlib.error, zipfile.BadZipFile)
 
 
-def json_records(file: Path, member: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
+def json_records(file: Path, member: str = "") -> Iterator[tuple[int, dict[str, Any] | str]]:
     """Reads the elements of the JSON array that a file holds, numbered from 1; one element is in memory at a time.
 
     Args:
       file: a zip archive, a gzip file or plain JSON, told apart by their content. NaN and Infinity may occur.
-      member: the file inside a zip archive; nothing else in it is read.
+      member: the file inside a zip archive, "" for its only JSON file; nothing else in it is read.
 
     Yields:
       The number with the element, or with the reason why it is no record if it is not an object.
@@ -40,7 +39,7 @@ def json_records(file: Path, member: str) -> Iterator[tuple[int, dict[str, Any] 
         complete array.
     """
     with _opened(file, member) as (stream, name):
-        text = _JsonText(stream, name)
+        text = _JsonText(stream, name, file)
         if not text.take("["):
             text.fail("is not a list of records at its top level", "give a file that is one")
         number = 0
@@ -63,8 +62,9 @@ def json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
     Raises:
       DataError: the file is missing, damaged, unreasonably large, or has a line longer than `MAX_RECORD_CHARS` bytes.
     """
-    with _opened(file) as (stream, _):
+    with _opened(file, None) as (stream, _):
         for number, line in enumerate(iter(lambda: stream.readline(MAX_RECORD_CHARS + 1), b""), 1):
+            _check_unpacked(stream, file)
             if len(line) > MAX_RECORD_CHARS:
                 raise DataError(f"{file}: line {number} is longer than {MAX_RECORD_CHARS:,} bytes; is it JSON lines?")
             if number == 1:
@@ -101,8 +101,8 @@ def _as_record(value: Any) -> dict[str, Any] | str:
 class _JsonText:
     """JSON text of which a window is in memory: what was used is dropped, what is needed is read."""
 
-    def __init__(self, stream: BinaryIO, name: str):
-        self._stream, self._name = stream, name
+    def __init__(self, stream: BinaryIO, name: str, file: Path):
+        self._stream, self._name, self._file = stream, name, file
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self._parse = json.JSONDecoder().raw_decode
         self._window, self._at, self._ended = "", 0, False
@@ -153,6 +153,7 @@ class _JsonText:
         """Doubles what is unread at least, so that a long record is not parsed once for every chunk of it."""
         unread = self._window[self._at :]
         content = self._stream.read(max(CHUNK_BYTES, len(unread)))
+        _check_unpacked(self._stream, self._file)
         try:
             new = self._decoder.decode(content, final=not content)
         except UnicodeDecodeError as error:
@@ -163,7 +164,7 @@ class _JsonText:
 
 
 @contextlib.contextmanager
-def _opened(file: Path, member: str | None = None) -> Iterator[tuple[BinaryIO, str]]:
+def _opened(file: Path, member: str | None) -> Iterator[tuple[BinaryIO, str]]:
     """Opens the unpacked content of a file, or of that member if it is a zip archive; gives it with its name."""
     with contextlib.ExitStack() as stack:
         try:
@@ -175,13 +176,13 @@ def _opened(file: Path, member: str | None = None) -> Iterator[tuple[BinaryIO, s
             raise DataError(f"{file} is empty; fetch it again")
         try:
             stream.seek(0)
-            limit = max(MIN_SIZE_LIMIT, MAX_EXPANSION * file.stat().st_size)
             if start in (b"PK\x03\x04", b"PK\x05\x06"):  # zip; the latter has no members
                 archive = stack.enter_context(zipfile.ZipFile(stream))
-                stream, name = stack.enter_context(_member(archive, file, member, limit)), f"{file} ({member})"
+                stream = stack.enter_context(_member(archive, file, member))
+                name = f"{file} ({stream.name})"
             elif start[:2] == b"\x1f\x8b":
                 stream = stack.enter_context(gzip.GzipFile(fileobj=stream))
-            yield io.BufferedReader(_Limited(stream, file, limit), CHUNK_BYTES), name  # type: ignore[misc]
+            yield stream, name
         except DataError:
             raise
         except _DAMAGE as error:
@@ -189,11 +190,17 @@ def _opened(file: Path, member: str | None = None) -> Iterator[tuple[BinaryIO, s
             raise DataError(f"{file} is damaged ({reason}); delete it and fetch it again") from error
 
 
-def _member(archive: zipfile.ZipFile, file: Path, member: str | None, limit: int) -> IO[bytes]:
+def _member(archive: zipfile.ZipFile, file: Path, member: str | None) -> IO[bytes]:
     """Opens a member of a zip archive; zipfile itself reads no more of it than the size declared."""
     if member is None:
         raise DataError(f"{file} is a zip archive; unpack it and give the file inside")
     names = archive.namelist()
+    if not member:
+        found = [name for name in names if name.lower().endswith(".json") and not name.startswith("__MACOSX")]
+        if len(found) != 1:
+            problem = f"holds {len(found)} JSON files instead of one"
+            raise DataError(f"{file}: {problem}; unpack it and name one file or folder")
+        member = found[0]
     if member not in names:
         shown = ", ".join(repr(name) for name in names[:5]) + (", ..." if len(names) > 5 else "")
         raise DataError(f"{file} does not hold {member} but {shown or 'nothing'}; give the archive that does")
@@ -202,23 +209,16 @@ def _member(archive: zipfile.ZipFile, file: Path, member: str | None, limit: int
         raise DataError(f"{file}: {member} is encrypted; give an archive without a password")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others unpack without a limit in zipfile
         raise DataError(f"{file}: {member} is packed by method {info.compress_type}; pack it with deflate")
-    if info.file_size > limit:
+    if info.file_size > (limit := _unpacked_limit(file)):
         raise DataError(f"{file}: {member} would unpack to {info.file_size:,} bytes, over {limit:,}; unpack it first")
     return archive.open(info)
 
 
-class _Limited(io.RawIOBase):
-    """An unpacked stream that stops at a limit, in bytes."""
+def _unpacked_limit(file: Path) -> int:
+    return max(MIN_SIZE_LIMIT, MAX_EXPANSION * file.stat().st_size)
 
-    def __init__(self, stream: BinaryIO, file: Path, limit: int):
-        self._stream, self._file, self._left = stream, file, limit
 
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        count: int = self._stream.readinto(buffer)  # type: ignore[attr-defined]
-        self._left -= count
-        if self._left < 0:
-            raise DataError(f"{self._file} unpacks to far more than its size suggests; unpack it first")
-        return count
+def _check_unpacked(stream: BinaryIO, file: Path) -> None:
+    """Raises DataError if far more of a file has been unpacked than its size suggests."""
+    if stream.tell() > _unpacked_limit(file):
+        raise DataError(f"{file} unpacks to far more than its size suggests; unpack it first")
