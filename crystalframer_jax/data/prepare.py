@@ -64,6 +64,9 @@ def prepare(folder: Path, source: Source, known: TargetSet | None, options: Prep
         is_prepared = found is not None and found[0]["key"] == key
         if not is_prepared:
             start = time.perf_counter()
+            for path in folder.glob(".crystals-*"):  # parts of another source; they would fill the disk
+                if key not in path.name:
+                    shutil.rmtree(path)
             _write(folder, source, known, options, key)
             tqdm.write(f"prepared in {time.perf_counter() - start:.0f} s, kept in {folder}")
             (folder / "skipped.csv").unlink(missing_ok=True)  # of an attempt that failed

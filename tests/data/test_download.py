@@ -410,3 +410,26 @@ def test_an_url_that_is_not_of_figshare_stays_alone(monkeypatch):
 def test_a_name_that_jarvis_tools_does_not_know():
     with pytest.raises(DataError, match="dft_4d is not a data set of the jarvis-tools"):
         jarvis_location("dft_4d")
+
+
+def in_pieces(size: int, says_length: bool) -> Callable:
+    """Answers a range with `size` bytes at most, in the whole range that it claims if it does not say the length."""
+
+    def send(handler) -> None:
+        start = int(handler.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+        piece = CONTENT[start : start + size]
+        last = (start + len(piece) if says_length else len(CONTENT)) - 1
+        length = {} if says_length else {"Content_Length": None}
+        reach = {"Content_Range": f"bytes {start}-{last}/{len(CONTENT)}"}
+        answer(206, piece, ETag='"v1"', **reach, **length)(handler)
+
+    return send
+
+
+@pytest.mark.parametrize("says_length", [True, False])
+def test_partial_content_that_ends_early_is_gone_on_with(server, tmp_path, says_length):
+    """The size of the whole is that of Content-Range; nothing is missing, whatever the check of the content allows."""
+    size = len(CONTENT) // 4
+    url = server.url("/a", honest(sent=size), in_pieces(size, says_length))
+    assert_complete(download([url], tmp_path / "a", anything, waits_s=[0.0, 0.0]))
+    assert len(server.ranges()) == 4 + (len(CONTENT) % 4 > 0)

@@ -216,14 +216,16 @@ def _version(response: requests.Response) -> str:
 
 def _write(response: requests.Response, part: _Part) -> None:
     """Appends what arrives to the part; raises an error if that is less than the server said."""
-    start, rest = part.size(), response.raw.length_remaining
-    total = None if rest is None or _is_encoded(response) else start + rest
+    start, length = part.size(), response.headers.get("Content-Length", "")
+    total = start + int(length) if length.isdigit() and not _is_encoded(response) else None
+    if of_range := re.search(r"/(\d+)$", response.headers.get("Content-Range", "")):
+        total = int(of_range[1])
     bar = {"total": total, "initial": start, "desc": part.file.name, "dynamic_ncols": True, "disable": None}
     with part.content.open("ab") as file, tqdm.wrapattr(file, "write", **bar) as stream:
         for chunk in response.iter_content(CHUNK_BYTES):
             stream.write(chunk)
-    if response.raw.length_remaining:  # urllib3 before version 2 does not mind
-        raise _PassingError(f"{response.raw.length_remaining:,} bytes too few")
+    if total is not None and part.size() != total:
+        raise _PassingError(f"{part.size():,} of {total:,} bytes")
 
 
 def _inspect(part: _Part, check: Callable[[Path], None], resumed: bool) -> None:
