@@ -16,7 +16,7 @@ from crystalframer_jax.model.layers import ACTIVATIONS, Initializer, block_layer
 from crystalframer_jax.ops.basis import EXACT, AngleBasis, Bases, DistanceBasis
 from crystalframer_jax.ops.random_bits import fold_in_all, keys_by_place, row_seeds, thinned
 from crystalframer_jax.ops.reciprocal import WaveVectors
-from crystalframer_jax.parallel.devices import psum
+from crystalframer_jax.parallel.devices import sum_in_order
 
 NO_SPREAD = 1e-5  # standard deviation of the width logits, relative to their mean, that is rounding only
 
@@ -124,9 +124,9 @@ class SelfAttention(nn.Module):
         shift = self.variable("calibration", "shift", jnp.zeros, (), config.dtype)
         if calibrate:
             real = (batch.species > 0)[:, None]
-            number = psum(jnp.sum(real), self.axis) * logits.shape[1]
-            mean = psum(jnp.sum(logits, where=real), self.axis) / number
-            variance = psum(jnp.sum((logits - mean) ** 2, where=real), self.axis) / (number - 1)
+            number = sum_in_order(jnp.sum(real), self.axis) * logits.shape[1]
+            mean = sum_in_order(jnp.sum(logits, where=real), self.axis) / number
+            variance = sum_in_order(jnp.sum((logits - mean) ** 2, where=real), self.axis) / (number - 1)
             varies = variance > (NO_SPREAD * mean) ** 2  # not so if one value is all there is
             scale.value, shift.value = jnp.where(varies, variance, 1) ** -0.5, -mean
         return (logits + jax.lax.stop_gradient(shift.value)) * jax.lax.stop_gradient(scale.value)
