@@ -22,6 +22,7 @@ from crystalframer_jax.official.checkpoint_file import OfficialCheckpoint, read_
 from crystalframer_jax.official.config import config_from_official, official_from_config
 from crystalframer_jax.official.state import (
     RAW_UNIT,
+    Arrays,
     OfficialStateError,
     Tree,
     official_from_variables,
@@ -189,11 +190,11 @@ def _with_targets(
 
 def _model_fields(checkpoint: OfficialCheckpoint, config: TrainConfig) -> dict[str, Tree]:
     """Makes the model's part of a checkpoint of ours; averaged weights that are not there are zero."""
-    last = variables_from_official(checkpoint.state, config.model)
+    last = _variables(checkpoint.state, config)
     average = last | {"params": jax.tree.map(np.zeros_like, last["params"])}
     if checkpoint.swa_state is not None:
         with _about("averaged weights"):
-            average = variables_from_official(checkpoint.swa_state, config.model)
+            average = _variables(checkpoint.swa_state, config)
         pairs = zip(*(jax.tree.leaves(v["calibration"]) for v in (last, average)), strict=True)
         if not all(np.isclose(a, b, rtol=1e-6, atol=0) for a, b in pairs):
             raise OfficialStateError(
@@ -201,6 +202,12 @@ def _model_fields(checkpoint: OfficialCheckpoint, config: TrainConfig) -> dict[s
             )
     averages = {"swa_params": average["params"], "swa_batch_stats": average["batch_stats"]}
     return stored_fields(config, last) | averages
+
+
+def _variables(state: Arrays, config: TrainConfig) -> dict[str, Tree]:
+    """Makes our variables in the type of the model, each in memory of its own."""
+    variables = variables_from_official(state, config.model)
+    return jax.tree.map(lambda leaf: np.array(leaf, config.model.dtype, order="C"), variables)
 
 
 def _frame_notes(config: TrainConfig) -> list[str]:

@@ -30,8 +30,8 @@ class OfficialStateError(UserError, ValueError):
 def variables_from_official(state: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str, Tree]:
     """Makes the variables {"params", "calibration", "batch_stats"} of CrystalFramer of an official state dict.
 
-    `state`: arrays under the official names, without the prefix "model."; weights [out, in]. The variables are new
-    arrays in the type of the model.
+    `state`: arrays under the official names, without the prefix "model."; weights [out, in]. The variables keep
+    their types, and may share their memory.
 
     Raises OfficialStateError listing the names that are missing, unexpected, not of finite floating-point numbers or of
     another shape than the model asks for, and if the widths of the attention Gaussians were never calibrated, which
@@ -55,7 +55,7 @@ def variables_from_official(state: Mapping[str, np.ndarray], config: ModelConfig
             f"the official model was never trained: {_listed(uncalibrated)} not set, which the first "
             "training batch does"
         )
-    leaves = {path: np.array(leaf(arrays), config.dtype, order="C") for path, leaf in layout.leaves.items()}
+    leaves = {path: leaf(arrays) for path, leaf in layout.leaves.items()}
     return {"calibration": {}, "batch_stats": {}} | unflatten_dict(leaves, sep="/")
 
 
