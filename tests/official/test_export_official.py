@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from official_files import assert_same, lightning, saved, tiny_file, tiny_official, tiny_states, torch
+from official_files import lightning, saved, tiny_file, tiny_official, tiny_states, torch
+from official_states import assert_same
 from tiny import tiny_runs
 
 from crystalframer_jax import Predictor

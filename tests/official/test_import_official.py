@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from official_files import SCALING, assert_same, lightning, saved, tiny_file, tiny_official, tiny_states, torch
+from official_files import SCALING, lightning, saved, tiny_file, tiny_official, tiny_states, torch
+from official_states import assert_same
 from support import ROOT, random_crystal
 from tiny import tiny_runs
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from official_files import assert_same, distinct_variables, golden, leaves
+from official_states import assert_same, distinct_variables, golden, leaves
 from support import random_crystal, small_config
 
 from crystalframer_jax import load_official

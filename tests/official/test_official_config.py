@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from official_files import golden
+from official_states import golden
 
 from crystalframer_jax import load_official
 from crystalframer_jax.config import ConfigError, TrainConfig, validate

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from official_files import SCALING, assert_same, lightning, saved, tiny_file, tiny_official, tiny_states, torch
+from official_files import SCALING, lightning, saved, tiny_file, tiny_official, tiny_states, torch
+from official_states import assert_same
 
 from crystalframer_jax.errors import UserError
 from crystalframer_jax.official.checkpoint_file import (
