@@ -145,7 +145,7 @@ class Checkpoints:
     def _tidy(self) -> None:
         """Makes the folder, and clears away what a killed process left; a checkpoint with checksums is finished."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for step in _steps_in(self._unfinished):
+        for step in steps_in(self._unfinished):
             if checksums.problem(self._unfinished / str(step)) is None:
                 self._put_in_place(step)
         self._discard_unfinished()
@@ -167,7 +167,7 @@ class Checkpoints:
 
     def last(self) -> int | None:
         """Gives the newest finished step, if any; a reader gets CheckpointError if there are only unfinished ones."""
-        finished, steps = self._finished(), _steps_in(self.folder)
+        finished, steps = self._finished(), steps_in(self.folder)
         if steps and not finished and not self.writable:
             self._verify(steps[-1])
         return max(finished, default=None)
@@ -202,7 +202,7 @@ class Checkpoints:
         with a line on stderr. Raises CheckpointError if none is whole, or if it is of another model than `like`.
         """
         self.wait()
-        step, damaged = self._first_whole(reversed(_steps_in(self.folder)))
+        step, damaged = self._first_whole(reversed(steps_in(self.folder)))
         if step is not None:
             self._set_aside(damaged, f"the training goes on from step {step}")
             return self.restore_state(step, like)
@@ -317,7 +317,7 @@ class Checkpoints:
             tqdm.write(line, file=sys.stderr)
 
     def _finished(self) -> list[int]:
-        return [step for step in _steps_in(self.folder) if (self.path(step) / checksums.NAME).is_file()]
+        return [step for step in steps_in(self.folder) if (self.path(step) / checksums.NAME).is_file()]
 
     def path(self, step: int) -> Path:
         """Gives the folder of a step."""
@@ -345,7 +345,7 @@ def _items(state: Tree) -> dict[str, dict[str, Tree]]:
     return {"model": model, "training": {name: value for name, value in fields.items() if name not in model}}
 
 
-def _steps_in(folder: Path) -> list[int]:
+def steps_in(folder: Path) -> list[int]:
     """Lists the steps that have a folder there, in ascending order."""
     paths = folder.iterdir() if folder.is_dir() else ()  # not glob, which takes a folder it may not list for empty
     return sorted(int(path.name) for path in paths if re.fullmatch("0|[1-9][0-9]*", path.name) and path.is_dir())

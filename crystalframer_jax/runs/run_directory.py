@@ -17,7 +17,7 @@ from crystalframer_jax.config import ConfigError, TrainConfig, validate_model
 from crystalframer_jax.config.hyperparameters import KEYS, RESUMABLE_KEYS, UNIMPORTANT_KEYS
 from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.files import write_json
-from crystalframer_jax.runs.checkpoints import FOLDER, CheckpointError, read_json
+from crystalframer_jax.runs.checkpoints import FOLDER, CheckpointError, read_json, steps_in
 
 REPORTED_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pymatgen")
 
@@ -41,7 +41,8 @@ def check_config(config: TrainConfig, workdir: Path, resume_with_changes: Sequen
         )
     if (workdir / "member_0").exists():
         raise ConfigError(f"{workdir} holds an ensemble; choose another --workdir")
-    changes = {key: pair for key, pair in _changes(workdir, config).items() if key not in UNIMPORTANT_KEYS}
+    changed = _changes(stored_config(workdir), config)
+    changes = {key: pair for key, pair in changed.items() if key not in UNIMPORTANT_KEYS}
     fixed = [key for key in changes if key not in RESUMABLE_KEYS]
     if fixed and changes.keys() <= set(resume_with_changes):
         raise ConfigError(
@@ -71,11 +72,12 @@ def check_data(dataset: Dataset, workdir: Path) -> None:
 
 def store_config(config: TrainConfig, workdir: Path) -> None:
     """Writes config.json; values that have changed since are kept in config_changes.jsonl."""
-    changes = _changes(workdir, config)
+    before = stored_config(workdir)
+    changes = _changes(before, config)
     if changes:
         with (workdir / "config_changes.jsonl").open("a") as stream:
             stream.write(json.dumps({"time": _now(), "changes": changes}) + "\n")
-    if changes or not stored_config(workdir):
+    if changes or not before:
         write_json(workdir / "config.json", as_json(config))
 
 
@@ -91,13 +93,13 @@ def read_config(workdir: Path) -> TrainConfig:
 
 def stored_config(workdir: Path) -> dict[str, Any]:
     """Reads config.json of a run as JSON; empty if nothing was trained there that could be lost."""
-    is_begun = (workdir / "config.json").exists() and any((workdir / FOLDER).glob("[0-9]*"))
+    is_begun = (workdir / "config.json").exists() and steps_in(workdir / FOLDER)
     return as_json(read_config(workdir)) if is_begun else {}
 
 
-def _changes(workdir: Path, config: TrainConfig) -> dict[str, list[Any]]:
-    """Finds the hyperparameters that differ from those of the run in a directory: old and new value by key."""
-    before, values = stored_config(workdir), as_json(config)
+def _changes(before: dict[str, Any], config: TrainConfig) -> dict[str, list[Any]]:
+    """Finds the hyperparameters that differ from stored ones (empty: none do): old and new value by key."""
+    values = as_json(config)
     return {key: [old, values[key]] for key, old in sorted(before.items()) if old != values[key]}
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from crystalframer_jax.batching.batch import Batch
 from crystalframer_jax.config import ConfigError
 from crystalframer_jax.data.loader import TrainingBatches
+from crystalframer_jax.inference.predictor import variables_in
 from crystalframer_jax.model.layers import BATCH_NORM_MOMENTUM
 from crystalframer_jax.model.regressor import CrystalFramer
 from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices
@@ -58,12 +59,7 @@ def _towards(average: Tree, new: Tree, share: jax.Array) -> Tree:
 
 def weights_of(state: TrainState, average: str = "") -> Tree:
     """Returns the variables of the model with the last weights, or with those of an average: "swa", "ema"."""
-    prefix = average and f"{average}_"
-    return {
-        "params": getattr(state, f"{prefix}params"),
-        "calibration": state.calibration,
-        "batch_stats": getattr(state, f"{prefix}batch_stats"),
-    }
+    return variables_in(vars(state), average)
 
 
 def averages_in(state: TrainState) -> list[str]:
