@@ -1,16 +1,14 @@
 """Runs made into checkpoints of the official implementation."""
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from official_files import lightning, saved, tiny_file, tiny_official, tiny_states, torch
+from official_files import lightning, saved, torch
 from official_states import assert_same
-from tiny import tiny_runs
 
 from crystalframer_jax import Predictor
 from crystalframer_jax.cli.convert import export_main
@@ -21,26 +19,7 @@ from crystalframer_jax.official.conversion import export_checkpoint, import_chec
 from crystalframer_jax.runs.checkpoints import CheckpointError, Checkpoints
 from crystalframer_jax.training.state import TrainState
 
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory) -> Iterator[None]:
-    with tiny_runs(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
-
-
-@pytest.fixture(scope="module")
-def official() -> dict:
-    return tiny_official()
-
-
-@pytest.fixture(scope="module")
-def states() -> tuple[dict, dict]:
-    return tiny_states()
-
-
-@pytest.fixture(scope="module")
-def averaged_file(tmp_path_factory) -> Path:
-    return tiny_file(tmp_path_factory.mktemp("averaged"))
+pytestmark = pytest.mark.usefixtures("compiled")
 
 
 @pytest.fixture(scope="module")

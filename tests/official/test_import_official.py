@@ -3,15 +3,13 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from official_files import SCALING, lightning, saved, tiny_file, tiny_official, tiny_states, torch
+from official_files import SCALING, lightning, saved, torch
 from official_states import assert_same
 from support import ROOT, random_crystal
-from tiny import tiny_runs
 
 from crystalframer_jax import Predictor, load_official
 from crystalframer_jax.cli.convert import import_main
@@ -26,32 +24,13 @@ from crystalframer_jax.official.conversion import import_checkpoint
 from crystalframer_jax.official.state import OfficialStateError
 from crystalframer_jax.runs.checkpoints import CheckpointError, Checkpoints
 
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory) -> Iterator[None]:
-    with tiny_runs(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
-
-
-@pytest.fixture(scope="module")
-def official() -> dict:
-    return tiny_official()
-
-
-@pytest.fixture(scope="module")
-def states() -> tuple[dict, dict]:
-    return tiny_states()
+pytestmark = pytest.mark.usefixtures("compiled")
 
 
 @pytest.fixture(scope="module")
 def crystals():
     rng = np.random.default_rng(0)
     return [random_crystal(rng, n) for n in (3, 5)]
-
-
-@pytest.fixture(scope="module")
-def averaged_file(tmp_path_factory) -> Path:
-    return tiny_file(tmp_path_factory.mktemp("averaged"))
 
 
 @pytest.fixture(scope="module")

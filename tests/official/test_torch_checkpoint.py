@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from official_files import SCALING, lightning, saved, tiny_file, tiny_official, tiny_states, torch
+from official_files import SCALING, lightning, saved, torch
 from official_states import assert_same
 
 from crystalframer_jax.errors import UserError
@@ -19,21 +19,6 @@ from crystalframer_jax.official.checkpoint_file import (
     read_checkpoint,
     write_checkpoint,
 )
-
-
-@pytest.fixture(scope="module")
-def official() -> dict:
-    return tiny_official()
-
-
-@pytest.fixture(scope="module")
-def states() -> tuple[dict, dict]:
-    return tiny_states()
-
-
-@pytest.fixture(scope="module")
-def averaged_file(tmp_path_factory) -> Path:
-    return tiny_file(tmp_path_factory.mktemp("averaged"))
 
 
 class Malicious:
