@@ -24,12 +24,8 @@ COLUMNS: dict[str, tuple[str, str, float]] = {
     "speed_up": ("speed-up", ".2f", 1),
     "efficiency": ("/ devices", ".0%", 1),
     "efficiency_of_cores": ("/ min(devices, cores)", ".0%", 1),
-    "efficiency_of_core_s": ("of core s", ".0%", 1),
     "sum_s": ("sum ms", ".2f", 1e-3),
     "balance": ("balance", ".3f", 1),
-    "predicted_s": ("predicted ms", ",.2f", 1e-3),
-    "predicted_to_measured": ("predicted / measured", ".2f", 1),
-    "predicted_to_measured_core_s": ("predicted / measured", ".2f", 1),
 }
 
 # The entries that tables show.
@@ -39,10 +35,7 @@ COST = ("memory_bytes", "memory_bytes_per_crystal", "memory_bytes_per_atom", "fl
 CASES = ("case", "crystals", "atoms", "neighbors_per_atom", "atoms_filled", "neighbors_filled", "columns_filled")
 SLOPES = ("measure", "variant", "implementation", "atoms", "slope")
 DEVICES = ("devices", "crystals", "rounds", "median_s", "crystals_per_s", "speed_up", "efficiency")
-SHARED = ("efficiency_of_cores", "core_s", "efficiency_of_core_s", "cores_busy")  # where devices share cores
 SHARES = ("sum_s", "balance", "atoms_filled", "neighbors_filled", "compile_s", "memory_bytes")
-CHECK = ("series", "devices", "crystals", "median_s", "predicted_s", "predicted_to_measured")
-CHECK_OF_CORES = ("core_s", "predicted_core_s", "predicted_to_measured_core_s")
 DEVICE_SERIES = {
     "strong": "strong scaling: the same crystals on more devices",
     "weak": "weak scaling: as many crystals for each device",
@@ -98,19 +91,12 @@ def print_models(results: Record) -> None:
 
 
 def print_devices(results: Record) -> None:
-    """Prints scaling over devices: the measured steps, and how well a prediction fits them."""
+    """Prints strong and weak scaling over devices."""
     cores, forced = results["shared_cores"], results["forced_cpu_devices"]
     print(f"\n{results['variant']} {results['implementation']}, gradients of {results['gradient_bytes'] / 1e6:.2f} MB")
     if forced:
-        print(
-            f"{forced} forced CPU devices share {cores} cores: no speed-up beyond {cores} can show. What can: how even "
-            "shares are,\nand what sharing out, summing and running several devices cost at equal work."
-        )
+        print(f"{forced} forced CPU devices share {cores} cores: no speed-up beyond {cores} can show")
     for series, title in DEVICE_SERIES.items():
         chosen = [record for record in results["steps"] if record["series"] == series]
-        keys = [*DEVICES, *(SHARED if cores else ()), *SHARES]
+        keys = [*DEVICES, *(["efficiency_of_cores"] if cores else ()), *SHARES]
         show(title, keys, chosen, "{devices} devices, {crystals} crystals")
-    if results["fit"]:
-        fixed, each = results["fit"]["fixed"] * 1e3, results["fit"]["per_crystal"] * 1e3
-        title = f"one device: {fixed:.3g} ms + {each:.3g} ms for each crystal; steps predicted from that:"
-        show(title, [*CHECK, *(CHECK_OF_CORES if cores else ())], results["check"])

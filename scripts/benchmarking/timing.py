@@ -30,7 +30,6 @@ class Timing:
     """What was measured of a program; `failure` says why there is nothing."""
 
     seconds: list[float] = dataclasses.field(default_factory=list)  # of each round
-    core_seconds: list[float] = dataclasses.field(default_factory=list)  # that cores spent on the process meanwhile
     compile_seconds: float | None = None  # tracing, lowering and compiling
     memory_bytes: int | None = None  # arguments, outputs and temporaries, shared buffers once
     failure: str = ""
@@ -39,11 +38,6 @@ class Timing:
     def median(self) -> float | None:
         """Median seconds of a run."""
         return float(np.median(self.seconds)) if self.seconds and not self.failure else None
-
-    @property
-    def core_median(self) -> float | None:
-        """Median core-seconds of a run."""
-        return float(np.median(self.core_seconds)) if self.median else None
 
     def ratio_to(self, other: "Timing | None") -> float | None:
         """Median over the rounds of how many times longer this took than the other; None without one of them."""
@@ -87,7 +81,6 @@ def take_turns(programs: Sequence[Program], rounds: int = 0, seconds: float = 20
     warm_up = take_turn()
     for timing in timings:
         timing.seconds.clear()
-        timing.core_seconds.clear()
     for _ in range(rounds or int(np.clip(seconds / max(warm_up, 1e-6), LEAST_ROUNDS, MOST_ROUNDS))):
         take_turn()
     return timings
@@ -105,10 +98,9 @@ def runs_of(program: Program, timing: Timing) -> Iterator[None]:
             timing.memory_bytes = int(total - found.alias_size_in_bytes)
         while True:
             yield
-            start, core_start = time.perf_counter(), time.process_time()
+            start = time.perf_counter()
             result = jax.block_until_ready(compiled(*arguments))
             timing.seconds.append(time.perf_counter() - start)
-            timing.core_seconds.append(time.process_time() - core_start)
             arguments = program.advance(arguments, result)
             del result  # its memory is for the others
     except Exception as error:  # of many kinds: the compiler, the allocator, an implementation that is not there
