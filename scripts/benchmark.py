@@ -8,7 +8,6 @@ CPU all but bundled-1024, which takes minutes more.
 """
 
 import argparse
-import dataclasses
 import datetime
 import itertools
 import json
@@ -24,7 +23,7 @@ from benchmarking.cases import BUNDLED, CASES, SMALL
 from benchmarking.devices import CPU_DEVICES, measure_devices
 from benchmarking.measure import ATTENTION, STEPS, Variant, describe_case, measure_case, over_atoms
 from benchmarking.pipeline import any_target, measure_pipeline
-from benchmarking.roofline import measure_ceilings
+from benchmarking.roofline import KINDS, measure_ceilings
 
 from crystalframer_jax.cli.common import reporting_errors
 from crystalframer_jax.configs.variants import VARIANTS
@@ -121,7 +120,7 @@ def measure_models(arguments: argparse.Namespace, parts: Sequence[str]) -> dict[
                 print(f"    {record['variant']} {record['implementation']}: {found}", flush=True)
                 records.append(record)
     results = {
-        "ceilings": {f"{name} per s": rate for name, rate in dataclasses.asdict(ceilings).items()},
+        "ceilings": {f"{name} per s": rate for name, rate in zip(KINDS, ceilings.tolist(), strict=True)},
         "cases": described,
         "measurements": records,
         "atoms": over_atoms(records, described),

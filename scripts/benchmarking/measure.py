@@ -75,13 +75,13 @@ def train_program(
 
 def make_program(
     measure: str, variant: Variant, batch: Batch, implementation: Implementation
-) -> tuple[Program, roofline.Work]:
+) -> tuple[Program, np.ndarray]:
     """Makes the program of a measure, one of STEPS and ATTENTION, and counts its least work.
 
     A prediction is from the packed batch to standardised targets. The attention is that of one block for random q, k, v
     and a, its gradient that with respect to these and the projections; rows are unpacked beforehand.
     """
-    config, size = variant.config.model, roofline.Size.of(batch)
+    config, size = variant.config.model, roofline.size_of(batch)
     if measure == "train step":
         program = train_program(variant, implementation, lambda: batch)
         return program, roofline.train_step(config, size, count_parameters(variant.state.params))
@@ -103,7 +103,7 @@ def make_program(
         return output, transpose(gradient)[0]
 
     program = Program(jax.jit(with_gradient), lambda: (inputs(), jax.jit(unpacked)(batch), inputs(seed=1)["v"]))
-    return program, sum(roofline.attention(config, size, training=True), roofline.Work())
+    return program, np.add(*roofline.attention(config, size, training=True))
 
 
 def attention(config: ModelConfig, implementation: Implementation, inputs: dict, batch: Batch) -> jax.Array:
@@ -132,10 +132,10 @@ def random_inputs(config: ModelConfig, num_atoms: int, seed: int = 0) -> dict[st
 
 def describe_case(case: Case, batch: Batch) -> Record:
     """Tells how large a case is and how full its arrays are."""
-    size = roofline.Size.of(batch)
+    size = roofline.size_of(batch)
     places = {"padded_atoms": len(batch.species), "row_length": batch.rows.row_length}
     average = {"neighbors_per_atom": size.neighbors / size.atoms}
-    return {"case": case.name} | dataclasses.asdict(size) | average | places | filled(fill_factors(batch))
+    return {"case": case.name} | size._asdict() | average | places | filled(fill_factors(batch))
 
 
 def filled(fill: Fill) -> Record:
@@ -149,11 +149,11 @@ def measure_case(
     measure: str,
     variants: Sequence[Variant],
     implementations: Sequence[Implementation],
-    ceilings: roofline.Work,
+    ceilings: np.ndarray,
     rounds: int = 0,
 ) -> list[Record]:
     """Measures one batch with every variant and implementation in turns, see `take_turns`."""
-    size, keys = roofline.Size.of(batch), list(itertools.product(variants, implementations))
+    size, keys = roofline.size_of(batch), list(itertools.product(variants, implementations))
     programs, works = zip(*(make_program(measure, variant, batch, kind) for variant, kind in keys), strict=True)
     found = take_turns(programs, rounds, SECONDS)
     timings = {(variant.name, kind): timing for (variant, kind), timing in zip(keys, found, strict=True)}
@@ -170,9 +170,9 @@ def measure_case(
             "memory_bytes_per_crystal": quotient(timing.memory_bytes, size.crystals),
             "memory_bytes_per_atom": quotient(timing.memory_bytes, size.atoms),
             "peak_device_bytes": (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
-            **dataclasses.asdict(work),
-            "floor_s": work.seconds(ceilings),
-            "share_of_floor": quotient(work.seconds(ceilings), timing.median),
+            **dict(zip(roofline.KINDS, work.tolist(), strict=True)),
+            "floor_s": (floor := float(np.max(work / ceilings))),
+            "share_of_floor": quotient(floor, timing.median),
             "ratio_to_crystalformer": timing.ratio_to(timings.get((BASELINE, implementation))),
             "ratio_to_xla": timing.ratio_to(timings.get((name, "xla"))),
         }

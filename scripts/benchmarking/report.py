@@ -9,24 +9,16 @@ from crystalframer_jax.text import table
 
 # Title, format and unit of the entries of records for which they do not follow from name and value, see `cell`.
 COLUMNS: dict[str, tuple[str, str, float]] = {
-    "median_s": ("median ms", ",.2f", 1e-3),
     "crystals_per_s": ("crystals/s", ",.1f", 1),
     "atoms_per_s": ("atoms/s", ",.0f", 1),
-    "ratio_to_crystalformer": ("/ Crystalformer", ".2f", 1),
-    "ratio_to_xla": ("/ xla", ".2f", 1),
     "compile_s": ("compile s", ".1f", 1),
     "memory_bytes": ("MB", ",.0f", 1e6),
     "memory_bytes_per_crystal": ("MB/crystal", ",.2f", 1e6),
     "memory_bytes_per_atom": ("kB/atom", ",.1f", 1e3),
-    "floor_s": ("floor ms", ",.2f", 1e-3),
-    "share_of_floor": ("share of floor", ".1%", 1),
-    "slope": ("p", ".2f", 1),
-    "speed_up": ("speed-up", ".2f", 1),
-    "efficiency": ("/ devices", ".0%", 1),
-    "efficiency_of_cores": ("/ min(devices, cores)", ".0%", 1),
-    "sum_s": ("sum ms", ".2f", 1e-3),
     "balance": ("balance", ".3f", 1),
 }
+COLUMNS |= {f"{name}_s": (f"{name} ms", ",.2f", 1e-3) for name in ("median", "floor", "sum")}
+SHARES_OF_ONE = ("filled", "share_of_floor", "efficiency", "efficiency_of_cores")
 
 # The entries that tables show.
 NAMES = ("case", "variant", "implementation")
@@ -36,10 +28,6 @@ CASES = ("case", "crystals", "atoms", "neighbors_per_atom", "atoms_filled", "nei
 SLOPES = ("measure", "variant", "implementation", "atoms", "slope")
 DEVICES = ("devices", "crystals", "rounds", "median_s", "crystals_per_s", "speed_up", "efficiency")
 SHARES = ("sum_s", "balance", "atoms_filled", "neighbors_filled", "compile_s", "memory_bytes")
-DEVICE_SERIES = {
-    "strong": "strong scaling: the same crystals on more devices",
-    "weak": "weak scaling: as many crystals for each device",
-}
 
 
 def cell(key: str, value: Any) -> str:
@@ -50,7 +38,7 @@ def cell(key: str, value: Any) -> str:
         _, form, unit = COLUMNS[key]
         return format(value / unit, form)
     if isinstance(value, float):
-        return format(value, ".0%" if key.endswith("filled") else ",.2f")
+        return format(value, ".0%" if key.endswith(SHARES_OF_ONE) else ",.2f")
     return f"{value:,d}" if isinstance(value, int) else str(value)
 
 
@@ -96,7 +84,7 @@ def print_devices(results: Record) -> None:
     print(f"\n{results['variant']} {results['implementation']}, gradients of {results['gradient_bytes'] / 1e6:.2f} MB")
     if forced:
         print(f"{forced} forced CPU devices share {cores} cores: no speed-up beyond {cores} can show")
-    for series, title in DEVICE_SERIES.items():
+    keys = [*DEVICES, *(["efficiency_of_cores"] if cores else ()), *SHARES]
+    for series, what in {"strong": "the same crystals on more", "weak": "as many crystals for each of the"}.items():
         chosen = [record for record in results["steps"] if record["series"] == series]
-        keys = [*DEVICES, *(["efficiency_of_cores"] if cores else ()), *SHARES]
-        show(title, keys, chosen, "{devices} devices, {crystals} crystals")
+        show(f"{series} scaling: {what} devices", keys, chosen, "{devices} devices, {crystals} crystals")

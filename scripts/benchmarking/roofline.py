@@ -1,17 +1,11 @@
 """The roofline: the least work that a batch asks for, and the time for it at the ceilings of the device.
 
-Counted are the real atoms N, crystals and neighbors E of a batch (padding is waste) in exponentials, other
-floating-point operations (a multiplication and an addition count two) and bytes, for the algorithm of
-`ops.lattice_sums` in one sweep over the neighbors with nothing written in between; docs/benchmark.md has the formulas.
-
-Frames need no exponentials: the best logit + log(1 - |cos|) is the best weight * (1 - |cos|). Every dense layer and
-every attention reads its inputs and parameters and writes its outputs once, k_j and v_j once per atom, as if the cache
-held them from then on.
+Work is an array of KINDS, for the algorithm of `ops.lattice_sums` in one sweep over the real neighbors with nothing
+written in between; docs/benchmark.md has the rules and the formulas.
 """
 
-import dataclasses
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +16,7 @@ from crystalframer_jax.batching.batch import Batch
 from crystalframer_jax.config import ModelConfig
 from crystalframer_jax.model.encoder import value_bases
 
+KINDS = ("exponentials", "flops", "bytes")  # a multiplication and an addition are two flops; of ceilings, per second
 NUMBER = 4  # bytes of a float32 or int32
 ROW_BYTES = 4 * NUMBER  # of a neighbor: its index and vector
 PACKED_BYTES = NUMBER + 3 + 2 + ROW_BYTES + NUMBER  # of a neighbor, packed read and unpacked written
@@ -31,41 +26,26 @@ PASSES = 30  # of what finds a ceiling, spread over seconds: one of them finds t
 TERMS = 16  # exponentials of each number, so that memory does not matter
 
 
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """What has to be computed and moved; as ceilings, rates per second."""
-
-    exponentials: float = 0.0
-    flops: float = 0.0
-    bytes: float = 0.0
-
-    def __add__(self, other: "Work") -> "Work":
-        return Work(self.exponentials + other.exponentials, self.flops + other.flops, self.bytes + other.bytes)
-
-    def __rmul__(self, times: int) -> "Work":
-        return Work(times * self.exponentials, times * self.flops, times * self.bytes)
-
-    def seconds(self, ceilings: "Work") -> float:
-        """Divides by the ceilings: the largest of the three quotients."""
-        return max(self.exponentials / ceilings.exponentials, self.flops / ceilings.flops, self.bytes / ceilings.bytes)
-
-
-@dataclasses.dataclass(frozen=True)
-class Size:
+class Size(NamedTuple):
     """Real atoms, crystals and neighbors (the atoms themselves among them) of a batch."""
 
     atoms: int
     crystals: int
     neighbors: int
 
-    @classmethod
-    def of(cls, batch: Batch) -> "Size":
-        """Counts those of a packed or unpacked batch."""
-        sizes = np.asarray(batch.crystal_sizes)
-        return cls(int(sizes.sum()), int((sizes > 0).sum()), int(np.asarray(batch.rows.count).sum()))
+
+def size_of(batch: Batch) -> Size:
+    """Counts those of a packed or unpacked batch."""
+    sizes = np.asarray(batch.crystal_sizes)
+    return Size(int(sizes.sum()), int((sizes > 0).sum()), int(np.asarray(batch.rows.count).sum()))
 
 
-def attention(config: ModelConfig, size: Size, training: bool = False) -> tuple[Work, Work]:
+def work(exponentials: float = 0.0, flops: float = 0.0, bytes: float = 0.0) -> np.ndarray:
+    """Makes an array of KINDS."""
+    return np.array([exponentials, flops, bytes])
+
+
+def attention(config: ModelConfig, size: Size, training: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Counts frames and attention of one block, from q, k, v and a to [N, H, d_v], and the gradient of the attention.
 
     With `training` what the backward pass needs is written: the sums and the log-sum-exp of the softmax. Backward,
@@ -86,38 +66,37 @@ def attention(config: ModelConfig, size: Size, training: bool = False) -> tuple[
     flops += 7 * others * H * (config.frame_method == "max")  # e1 . u, 1 - |cos|, times weight
     flops += 3 * others * H * (6 + 4 * A + B + 2 * A * B) + 2 * N * weights
     inputs, stored = 2 * dk + 2 * dv + 1, sums + 1  # q, k, v, (gradient of the) output, a; sums, log-sum-exp
-    forward = Work(exponentials, flops, ROW_BYTES * E + NUMBER * (N * H * (inputs + stored * training) + weights))
+    forward = work(exponentials, flops, ROW_BYTES * E + NUMBER * (N * H * (inputs + stored * training) + weights))
 
     flops = shared + E * H * (6 * dk + 4 * dv)  # logits again and v_j . gradient; gradients of q, k and v
     flops += 7 * E * H + 2 * N * H * sums  # softmax, a; the mean gradient <sums, gradient>
     flops += 3 * others * H * (6 + 5 * A + B + 2 * A * B) + 4 * N * weights
     moved = E + N * H * (inputs + stored + 2 * dk + dv + 1) + 2 * weights  # the reverse neighbors too
-    return forward, Work(exponentials, flops, ROW_BYTES * E + NUMBER * moved)
+    return forward, work(exponentials, flops, ROW_BYTES * E + NUMBER * moved)
 
 
-def dense(rows: int, inputs: int, outputs: int) -> tuple[Work, Work]:
+def dense(rows: int, inputs: int, outputs: int) -> tuple[np.ndarray, np.ndarray]:
     """Counts x W + b for `rows` rows, and its gradients with respect to x, W and b."""
     moved, weights = rows * (inputs + outputs), inputs * outputs
-    forward = Work(0, rows * outputs * (2 * inputs + 1), NUMBER * (moved + weights + outputs))
+    forward = work(0, rows * outputs * (2 * inputs + 1), NUMBER * (moved + weights + outputs))
     # The gradients of parameters are written in the update.
-    return forward, Work(0, rows * outputs * (4 * inputs + 1), NUMBER * (moved + rows * inputs + weights))
+    return forward, work(0, rows * outputs * (4 * inputs + 1), NUMBER * (moved + rows * inputs + weights))
 
 
-def model(config: ModelConfig, size: Size, training: bool = False) -> tuple[Work, Work]:
+def model(config: ModelConfig, size: Size, training: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Counts a prediction, from the packed batch, and the backward pass."""
     embedding = NUMBER * size.atoms * (1 + 2 * config.model_dim)
-    pooling = Work(0, size.atoms * config.model_dim, NUMBER * (size.atoms + size.crystals) * config.model_dim)
-    width_logits = Work(0, 2 * size.atoms * config.head_num * config.k_dim)
-    parts = [(Work(0, 0, PACKED_BYTES * size.neighbors + embedding), Work()), (pooling, pooling)]
+    pooling = work(0, size.atoms * config.model_dim, NUMBER * (size.atoms + size.crystals) * config.model_dim)
+    width_logits = work(0, 2 * size.atoms * config.head_num * config.k_dim)
+    parts = [(work(0, 0, PACKED_BYTES * size.neighbors + embedding), work()), (pooling, pooling)]
     parts += [attention(config, size, training), (width_logits, 2 * width_logits)] * config.num_layers
-    parts += itertools.starmap(dense, dense_layers(config, size))
-    forward, backward = zip(*parts, strict=True)
-    return sum(forward, Work()), sum(backward, Work())
+    forward, backward = np.sum([*parts, *itertools.starmap(dense, dense_layers(config, size))], axis=0)
+    return forward, backward
 
 
-def train_step(config: ModelConfig, size: Size, num_parameters: int) -> Work:
+def train_step(config: ModelConfig, size: Size, num_parameters: int) -> np.ndarray:
     """Counts forward pass, backward pass and update."""
-    return sum(model(config, size, training=True), num_parameters * Work(0, UPDATE_FLOPS, UPDATE_BYTES))
+    return sum(model(config, size, training=True)) + num_parameters * work(0, UPDATE_FLOPS, UPDATE_BYTES)
 
 
 def dense_layers(config: ModelConfig, size: Size) -> list[tuple[int, int, int]]:
@@ -131,7 +110,7 @@ def dense_layers(config: ModelConfig, size: Size) -> list[tuple[int, int, int]]:
     return [(size.atoms, *layer) for layer in block * config.num_layers] + [(size.crystals, *layer) for layer in head]
 
 
-def measure_ceilings() -> Work:
+def measure_ceilings() -> np.ndarray:
     """Measures the rates per second of the default device, each the best of several runs of milliseconds.
 
     A matrix product in float32 at full precision; 16 exponentials of each number of an array, summed up in two ways of
@@ -153,4 +132,4 @@ def measure_ceilings() -> Work:
     copy = fastest(jax.jit(lambda x: x + 1, donate_argnums=0), long, advance=lambda given, result: (result,))
     sums = jax.jit(lambda x: sum(terms(x))), jax.jit(lambda x: sum(map(jnp.sum, terms(x))))
     exponentials = min(fastest(function, many) for function in sums)
-    return Work(TERMS * many / exponentials, 2 * matrix**3 / product, 8 * long / copy)
+    return work(TERMS * many / exponentials, 2 * matrix**3 / product, 8 * long / copy)

@@ -142,12 +142,12 @@ def test_tables_say_what_forced_devices_cannot_show(results, capsys):
     report.print_devices(json.loads(json.dumps(results)))
     out = capsys.readouterr().out
     assert "8 forced CPU devices share 2 cores: no speed-up beyond 2 can show" in out
-    assert "failed: 8 devices, 256 crystals: no memory" in out and "/ min(devices, cores)" in out
+    assert "failed: 8 devices, 256 crystals: no memory" in out and "efficiency of cores" in out
     for title in ("strong scaling: ", "weak scaling: "):
         assert title in out
     report.print_devices(results | {"forced_cpu_devices": 0, "shared_cores": 0})
     out = capsys.readouterr().out
-    assert "/ min(" not in out
+    assert "efficiency of cores" not in out
 
 
 def test_scaling_makes_cpu_devices_before_jax_looks_for_any_and_measures_nothing_else(
