@@ -3,24 +3,9 @@
     python scripts/train.py --config=configs/jarvis.py --workdir=runs/jarvis/default/formation_energy
     scripts/reproduce.sh jarvis
 
-The second command trains all targets, one after the other. Another target is chosen by two flags:
+The second command trains all targets, one after the other. Another target:
 --config.target_set=jarvis__dft_3d_2021-ehull --config.targets=ehull.
-
-Variants: configs/jarvis.py:lightweight, configs/jarvis.py:crystalformer (configs/variants.py).
-
-Published test MAE, 4 blocks:
-
-| target_set                      | target           | unit    | train/val/test  | default | crystalformer |
-|---------------------------------|------------------|---------|-----------------|---------|---------------|
-| jarvis__dft_3d_2021             | formation_energy | eV/atom | 44578/5572/5572 |  0.0263 |        0.0306 |
-| jarvis__dft_3d_2021             | total_energy     | eV/atom | 44578/5572/5572 |  0.0279 |        0.0320 |
-| jarvis__dft_3d_2021             | opt_bandgap      | eV      | 44578/5572/5572 |  0.117  |        0.128  |
-| jarvis__dft_3d_2021-mbj_bandgap | mbj_bandgap      | eV      | 14537/1817/1817 |  0.242  |        0.274  |
-| jarvis__dft_3d_2021-ehull       | ehull            | eV      | 44296/5537/5537 |  0.0471 |        0.0463 |
-
-Source: the JARVIS table of Ito et al., ICLR 2025 (arXiv:2503.02209), as on https://omron-sinicx.github.io/crystalframer
-(default: max frames). The 800 epochs of Crystalformer are those of params/latticeformer/default_jarvis.json in the
-official project.
+Variants: configs/jarvis.py:lightweight, configs/jarvis.py:crystalformer. docs/paper.md has the published errors.
 """
 
 from ml_collections import ConfigDict

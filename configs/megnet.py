@@ -3,23 +3,9 @@
     python scripts/train.py --config=configs/megnet.py --workdir=runs/megnet/default/e_form
     scripts/reproduce.sh megnet
 
-The second command trains all targets, one after the other. Another target is chosen by two flags:
+The second command trains all targets, one after the other. Another target:
 --config.target_set=jarvis__megnet-bulk_modulus --config.targets=bulk_modulus.
-
-Variants: configs/megnet.py:lightweight, configs/megnet.py:crystalformer (configs/variants.py).
-
-Published test MAE, 4 blocks:
-
-| target_set                   | target        | unit      | train/val/test  | default | crystalformer |
-|------------------------------|---------------|-----------|-----------------|---------|---------------|
-| jarvis__megnet               | e_form        | eV/atom   | 60000/5000/4239 |  0.0172 |        0.0186 |
-| jarvis__megnet               | bandgap       | eV        | 60000/5000/4239 |  0.185  |        0.198  |
-| jarvis__megnet-bulk_modulus  | bulk_modulus  | log10 GPa | 4664/393/393    |  0.0338 |        0.0377 |
-| jarvis__megnet-shear_modulus | shear_modulus | log10 GPa | 4664/392/393    |  0.0677 |        0.0689 |
-
-Source: the Materials Project table of Ito et al., ICLR 2025 (arXiv:2503.02209), as on
-https://omron-sinicx.github.io/crystalframer (default: max frames). The 500 epochs of Crystalformer are those of
-params/latticeformer/default_mp.json in the official project.
+Variants: configs/megnet.py:lightweight, configs/megnet.py:crystalformer. docs/paper.md has the published errors.
 """
 
 from ml_collections import ConfigDict

@@ -1,0 +1,9 @@
+from .hyperparameters import NO_PARTS as NO_PARTS
+from .hyperparameters import BatchParts as BatchParts
+from .hyperparameters import ModelConfig as ModelConfig
+from .hyperparameters import TrainConfig as TrainConfig
+from .validation import ConfigError as ConfigError
+from .validation import check_overrides as check_overrides
+from .validation import unknown_key_message as unknown_key_message
+from .validation import validate as validate
+from .validation import validate_model as validate_model
