@@ -25,9 +25,6 @@ BENCHMARKS = (
 def get_config(variant: str = "default") -> ConfigDict:
     """The paper's setting for JARVIS, which is that of configs/default.py; formation energies."""
     config = variants.with_variant(default.get_config(), variant)
-    config.target_set = "jarvis__dft_3d_2021"
-    config.targets = "formation_energy"
-    config.batch_size = 256
+    config.update(target_set="jarvis__dft_3d_2021", targets="formation_energy", batch_size=256, swa_epochs=50)
     config.n_epochs = 800 if variant == "crystalformer" else 2000
-    config.swa_epochs = 50
     return config

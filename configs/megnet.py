@@ -26,9 +26,6 @@ BENCHMARKS = (
 def get_config(variant: str = "default") -> ConfigDict:
     """The paper's setting for the Materials Project; formation energies."""
     config = variants.with_variant(default.get_config(), variant)
-    config.target_set = "jarvis__megnet"
-    config.targets = "e_form"
-    config.batch_size = 128
+    config.update(target_set="jarvis__megnet", targets="e_form", batch_size=128, swa_epochs=50)
     config.n_epochs = 500 if variant == "crystalformer" else 800
-    config.swa_epochs = 50
     return config

@@ -11,7 +11,5 @@ from crystalframer_jax.configs import default
 def get_config() -> ConfigDict:
     """The default model, trained for 100 epochs with weight averaging over the last 20."""
     config = default.get_config()
-    config.batch_size = 64
-    config.n_epochs = 100
-    config.swa_epochs = 20
+    config.update(batch_size=64, n_epochs=100, swa_epochs=20)
     return config

@@ -23,9 +23,6 @@ BENCHMARKS = (
 def get_config(variant: str = "default") -> ConfigDict:
     """The paper's setting for OQMD; formation energies."""
     config = variants.with_variant(default.get_config(), variant)
-    config.target_set = "jarvis__oqmd_3d"
-    config.targets = "delta_e"
-    config.batch_size = 1024
+    config.update(target_set="jarvis__oqmd_3d", targets="delta_e", batch_size=1024, swa_epochs=20)
     config.n_epochs = 200
-    config.swa_epochs = 20
     return config

@@ -13,8 +13,5 @@ from crystalframer_jax.configs import default, variants
 def get_config() -> ConfigDict:
     """Two lightweight blocks, 12 epochs."""
     config = variants.with_variant(default.get_config(), "lightweight")
-    config.num_layers = 2
-    config.batch_size = 64
-    config.n_epochs = 12
-    config.swa_epochs = 3
+    config.update(num_layers=2, batch_size=64, n_epochs=12, swa_epochs=3)
     return config

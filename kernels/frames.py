@@ -63,11 +63,7 @@ def frames_kernel(tie_tolerance: float, inputs: Inputs, frames: Any) -> None:
     along = _dot(e1, e2)
     e2 = e2[0] - along * e1[0], e2[1] - along * e1[1], e2[2] - along * e1[2]
     e2 = _divided(e2, jnp.sqrt(_dot(e2, e2)))
-    e3 = (
-        e1[1] * e2[2] - e1[2] * e2[1],
-        e1[2] * e2[0] - e1[0] * e2[2],
-        e1[0] * e2[1] - e1[1] * e2[0],
-    )
+    e3 = (e1[1] * e2[2] - e1[2] * e2[1], e1[2] * e2[0] - e1[0] * e2[2], e1[0] * e2[1] - e1[1] * e2[0])
     for axis, e in enumerate((e1, e2, e3)):
         for x in range(3):
             store(frames, (at.atom, at.head, axis, x), e[x])

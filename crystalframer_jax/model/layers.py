@@ -88,12 +88,7 @@ def head_layer(config: ModelConfig, x: jax.Array, width: int, name: str) -> jax.
 def layer_norm(config: ModelConfig, x: jax.Array, name: str, affine: bool = True) -> jax.Array:
     """Layer normalisation over the features; with trained scale and bias if `affine`."""
     layer = nn.LayerNorm(
-        epsilon=EPSILON,
-        use_scale=affine,
-        use_bias=affine,
-        param_dtype=config.dtype,
-        use_fast_variance=False,
-        name=name,
+        epsilon=EPSILON, use_scale=affine, use_bias=affine, param_dtype=config.dtype, use_fast_variance=False, name=name
     )
     return layer(x)
 

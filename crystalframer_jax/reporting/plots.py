@@ -207,14 +207,7 @@ def axis_range(labels: np.ndarray, predictions: np.ndarray) -> tuple[float, floa
 
 def _density(axes: Axes, labels: np.ndarray, predictions: np.ndarray, limits: tuple[float, float]) -> None:
     bins = axes.hexbin(
-        labels,
-        predictions,
-        gridsize=80,
-        extent=(*limits, *limits),
-        mincnt=1,
-        cmap="viridis",
-        linewidths=0.1,
-        zorder=2,
+        labels, predictions, gridsize=80, extent=(*limits, *limits), mincnt=1, cmap="viridis", linewidths=0.1, zorder=2
     )
     counts = np.asarray(bins.get_array())
     bins.set_norm(LogNorm(1, max(10, counts.max())))

@@ -35,13 +35,7 @@ class Ledger:
     """
 
     def __init__(
-        self,
-        epoch: int,
-        batches: TrainingBatches,
-        step: int,
-        meta: dict[str, Any],
-        skip_nonfinite: int,
-        log: Logbook,
+        self, epoch: int, batches: TrainingBatches, step: int, meta: dict[str, Any], skip_nonfinite: int, log: Logbook
     ):
         """Opens it at optimizer step `step`; `meta` is that of the last checkpoint."""
         self.epoch, self.steps = epoch, batches.steps_per_epoch

@@ -36,10 +36,7 @@ def device_counts(available: int) -> list[int]:
 
 def series(counts: list[int]) -> dict[str, list[Setting]]:
     """Lists the settings of strong and of weak scaling; one may be in both."""
-    return {
-        "strong": [Setting(n, STRONG_BATCH) for n in counts],
-        "weak": [Setting(n, n * WEAK_BATCH) for n in counts],
-    }
+    return {"strong": [Setting(n, STRONG_BATCH) for n in counts], "weak": [Setting(n, n * WEAK_BATCH) for n in counts]}
 
 
 def typical_batch(loader: TrainingBatches) -> Batch:

@@ -9,19 +9,8 @@ import numpy as np
 import pytest
 from support import ROOT
 
-from crystalframer_jax.config import (
-    BatchParts,
-    ConfigError,
-    check_overrides,
-    validate,
-    validate_model,
-)
-from crystalframer_jax.config.hyperparameters import (
-    ALLOWED_VALUES,
-    KEYS,
-    TRAINING_KEYS,
-    WITHOUT_COUNTERPART,
-)
+from crystalframer_jax.config import BatchParts, ConfigError, check_overrides, validate, validate_model
+from crystalframer_jax.config.hyperparameters import ALLOWED_VALUES, KEYS, TRAINING_KEYS, WITHOUT_COUNTERPART
 from crystalframer_jax.configs import default
 from crystalframer_jax.data.registry import TARGET_SETS, target_set
 from crystalframer_jax.runs.run_directory import as_json

@@ -27,10 +27,7 @@ def one_epoch(folder, target_set: str, targets: str, **changes):
 
 @pytest.mark.parametrize(
     ("name", "targets"),
-    [
-        pytest.param("jarvis__oqmd_3d", "delta_e,stability", marks=pytest.mark.slow),
-        ("mine", "target"),
-    ],
+    [pytest.param("jarvis__oqmd_3d", "delta_e,stability", marks=pytest.mark.slow), ("mine", "target")],
 )
 def test_training_on_every_layout(tmp_path, capsys, name, targets):
     if name == "mine":

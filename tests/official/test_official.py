@@ -11,11 +11,7 @@ from crystalframer_jax import load_official
 from crystalframer_jax.config import ModelConfig, validate_model
 from crystalframer_jax.errors import UserError
 from crystalframer_jax.official.config import config_from_official
-from crystalframer_jax.official.state import (
-    OfficialStateError,
-    official_from_variables,
-    variables_from_official,
-)
+from crystalframer_jax.official.state import OfficialStateError, official_from_variables, variables_from_official
 
 WITHOUT_FRAMES = {"value_pe_angle_real": 0, "frame_method": "no"}
 CONFIGS = {

@@ -10,12 +10,7 @@ from crystalframer_jax import load_official
 from crystalframer_jax.config import ConfigError, TrainConfig, validate
 from crystalframer_jax.config.hyperparameters import NEUTRAL_VALUES, TRAINING_KEYS, WITHOUT_COUNTERPART
 from crystalframer_jax.configs import default
-from crystalframer_jax.official.config import (
-    OFFICIAL_ALONE,
-    OURS_ALONE,
-    config_from_official,
-    official_from_config,
-)
+from crystalframer_jax.official.config import OFFICIAL_ALONE, OURS_ALONE, config_from_official, official_from_config
 
 
 def test_every_official_hyperparameter_comes_back():

@@ -147,10 +147,7 @@ def test_distributed_failure_of_one_process_ends_both_with_its_reason():
         for failing in (0, 1):
             name, reason = f"process {failing} (host {HOST})", "the fifth step is wrong; mend it"
             assert_one_error(running[f"error {failing}"][failing], f"error: {name}: {reason}")
-            assert_one_error(
-                running[f"error {failing}"][1 - failing],
-                f"error: {name}: {reason}{CONTINUES}",
-            )
+            assert_one_error(running[f"error {failing}"][1 - failing], f"error: {name}: {reason}{CONTINUES}")
         for process in running["early 0"]:
             assert_one_error(process, f"error: process 0 (host {HOST}): too early; wait")
         status, errors = ended(running["bug 0"][0])

@@ -300,8 +300,7 @@ def test_names_are_shown_as_they_are():
 
 
 @pytest.mark.parametrize(
-    ("shape", "names", "units"),
-    [((5,), ["a"], ["eV"]), ((5, 2), ["a"], ["eV"]), ((5, 1), ["a"], []), ((5, 0), [], [])],
+    ("shape", "names", "units"), [((5,), ["a"], ["eV"]), ((5, 2), ["a"], ["eV"]), ((5, 1), ["a"], []), ((5, 0), [], [])]
 )
 def test_shapes_that_do_not_agree_are_refused(shape, names, units):
     with pytest.raises(ValueError, match="labels"):

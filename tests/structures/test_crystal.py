@@ -265,10 +265,7 @@ def test_as_crystals_accepts_each_kind():
     assert as_crystals(crystal)[0] is crystal
     assert as_crystals(Structure(Lattice.cubic(3), ["Na"], [[0, 0, 0]]))[0].species.tolist() == [11]
     assert as_crystals(EXAMPLES / "POSCAR_Si")[0].id == str(EXAMPLES / "POSCAR_Si")
-    for item, message in [
-        (3, "cannot make a crystal of 'int'"),
-        (Molecule(["H"], [[0, 0, 0]]), "not periodic"),
-    ]:
+    for item, message in [(3, "cannot make a crystal of 'int'"), (Molecule(["H"], [[0, 0, 0]]), "not periodic")]:
         with pytest.raises(CrystalError, match=message):
             as_crystals(item)
 
@@ -374,22 +371,10 @@ BAD_FILES = {
     "cif without header": ("a.cif", CIF.replace("data_x", ""), "a.cif: no atoms; a CIF needs a data_ block"),
     "cif with empty loop": ("a.cif", "data_x\n" + CELL + LOOP, "a.cif: cannot be read as CIF"),
     "cif without lattice": ("a.cif", NO_CELL, "a.cif: no lattice; add the six"),
-    "cif without an angle": (
-        "a.cif",
-        CIF.replace("_cell_angle_beta 90", ""),
-        "a.cif: no lattice; add the six",
-    ),
-    "cif without volume": (
-        "a.cif",
-        CIF.replace("_cell_length_b 5", "_cell_length_b 0"),
-        "a.cif: .*no volume",
-    ),
+    "cif without an angle": ("a.cif", CIF.replace("_cell_angle_beta 90", ""), "a.cif: no lattice; add the six"),
+    "cif without volume": ("a.cif", CIF.replace("_cell_length_b 5", "_cell_length_b 0"), "a.cif: .*no volume"),
     "cif cut short": ("a.cif", CIF[:-4], "a.cif: cannot be read as CIF"),
-    "cif single site": (
-        "a.cif",
-        CIF.replace("loop_\n", "").replace("_label", "_label Na"),
-        "put them in a loop_",
-    ),
+    "cif single site": ("a.cif", CIF.replace("loop_\n", "").replace("_label", "_label Na"), "put them in a loop_"),
     "cif unknown coordinate": ("a.cif", CIF.replace("0.5 0.5", "? 0.5"), "a.cif: cannot be read .*'?'"),
     "cif no coordinate": ("a.cif", CIF.replace("0.5 0.5", ". 0.5"), "a.cif: site Cl1 is not understood"),
     "cif nan": ("a.cif", CIF.replace("0.5 0.5", "nan 0.5"), "a.cif: cannot be read as CIF .*NaN"),
@@ -398,32 +383,20 @@ BAD_FILES = {
     "cif dummy": ("a.cif", CIF.replace("Cl1", "X1"), "a.cif: site .: element X is not supported"),
     "cif einsteinium": ("a.cif", CIF.replace("Cl1", "Es1"), "a.cif: site .: element Es is not supported"),
     "cif occupancy .": ("a.cif", CIF_OCCUPANCY + "Na1 0 0 0 .\nCl1 0 .5 0 1", "site Na1 is not understood"),
-    "cif occupancy < 0": (
-        "a.cif",
-        CIF_OCCUPANCY + "Na1 0 0 0 -1\nCl1 0 .5 0 1",
-        "site Na1 is not understood",
-    ),
+    "cif occupancy < 0": ("a.cif", CIF_OCCUPANCY + "Na1 0 0 0 -1\nCl1 0 .5 0 1", "site Na1 is not understood"),
     "cif occupancy > 1": ("a.cif", CIF_OCCUPANCY + "Na1 0 0 0 1.1\n", r"site 1 \(Na\) sum to 1.1"),
     "cif two on one site": ("a.cif", CIF + "Br1 0.5 0.5 0.5\n", r"site 2 \(Cl, Br\) sum to 2"),
     "cif twice the same": ("a.cif", CIF + "Cl2 0.5 0.5 0.5\n", r"site 2 \(Cl\) sum to 2"),
     "cif close": ("a.cif", CIF + "Br1 0.5 0.5 0.51\n", r"site . \(..\) and site 3 \(..\) are 0.050 Å apart"),
     "cif unknown group": ("a.cif", CIF.replace("loop_", GROUP.format("F m 3 q")), "symmetry not understood"),
-    "cif bad operation": (
-        "a.cif",
-        CIF.replace("loop_", SYMOPS.format("x,y,w")),
-        "a.cif: symmetry not understood",
-    ),
+    "cif bad operation": ("a.cif", CIF.replace("loop_", SYMOPS.format("x,y,w")), "a.cif: symmetry not understood"),
     "cif second block": ("a.cif", CIF + NO_CELL, "a.cif#2: no lattice"),
     "garbage poscar": ("POSCAR", "hello\nworld", "POSCAR: cannot be read as POSCAR"),
     "poscar cut short": ("POSCAR", POSCAR[:-12], r"POSCAR: .*\(it ends early\)"),
     "poscar no names": ("POSCAR", POSCAR.replace("Na Cl\n", ""), "POSCAR: no element names"),
     "poscar name dropped": ("POSCAR", POSCAR.replace("1 1", "1"), "POSCAR: 2 element names for 1 counts"),
     "poscar atom dropped": ("POSCAR", POSCAR + "0.1 0.1 -.2\n", "POSCAR: coordinates beyond the 2 atoms"),
-    "poscar no atoms": (
-        "POSCAR",
-        POSCAR.replace("1 1", "0 0"),
-        "POSCAR: cannot be read as POSCAR .*at least 1",
-    ),
+    "poscar no atoms": ("POSCAR", POSCAR.replace("1 1", "0 0"), "POSCAR: cannot be read as POSCAR .*at least 1"),
     "poscar nan": ("POSCAR", POSCAR.replace("0.5 0.5", "nan 0.5"), "POSCAR: positions: NaN"),
     "poscar flat": ("POSCAR", POSCAR.replace("0 0 2.5", "1 1 0"), "POSCAR: the cell has no volume"),
     "poscar element": ("POSCAR", POSCAR.replace("Na", "Es"), "POSCAR: site 1: element Es"),
@@ -434,11 +407,7 @@ BAD_FILES = {
     "xyz bad lattice": ("a.xyz", XYZ.replace("0 0 5", "5"), "a.xyz: cannot be read as extended XYZ"),
     "xyz cut short": ("a.xyz", XYZ + XYZ[:-15], "a.xyz: cannot be read as extended XYZ"),
     "xyz frame dropped": ("a.xyz", XYZ + "\n" + XYZ, "a.xyz: empty line before or after frame 1"),
-    "xyz second frame": (
-        "a.xyz",
-        XYZ + XYZ.replace("1.5", "inf"),
-        "a.xyz#2: positions: NaN or infinity in row 2",
-    ),
+    "xyz second frame": ("a.xyz", XYZ + XYZ.replace("1.5", "inf"), "a.xyz#2: positions: NaN or infinity in row 2"),
     "xyz unknown element": ("a.xyz", XYZ.replace("Na", "Qq"), "a.xyz: cannot be read .*'Qq'"),
 }
 

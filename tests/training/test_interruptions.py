@@ -13,13 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny import (
-    assert_same_run,
-    start_training,
-    stored_state,
-    tiny_config,
-    tiny_runs,
-)
+from tiny import assert_same_run, start_training, stored_state, tiny_config, tiny_runs
 
 from crystalframer_jax.errors import UserError
 from crystalframer_jax.parallel.interruption import Interruption, TrainingInterrupted

@@ -286,8 +286,7 @@ def official_names_as_parameters() -> dict:
 
 
 @pytest.mark.parametrize(
-    ("name", "of_biases", "of_weights"),
-    [("adamw", 0.2, 0.03), ("adam", 0.0, 0.03 / (0.03 + 1e-8)), ("sgd", 0.0, 0.03)],
+    ("name", "of_biases", "of_weights"), [("adamw", 0.2, 0.03), ("adam", 0.0, 0.03 / (0.03 + 1e-8)), ("sgd", 0.0, 0.03)]
 )
 def test_biases_and_normalisations_are_those_of_the_official_code(name, of_biases, of_weights):
     """Without gradients a parameter of 1 moves by its decay alone."""
