@@ -14,11 +14,11 @@ from crystalframer_jax.configs import default, variants
 from crystalframer_jax.configs.variants import Benchmark
 
 BENCHMARKS = (
-    Benchmark("jarvis__dft_3d_2021", "formation_energy", "eV/atom", {"default": 0.0263, "crystalformer": 0.0306}),
-    Benchmark("jarvis__dft_3d_2021", "total_energy", "eV/atom", {"default": 0.0279, "crystalformer": 0.0320}),
-    Benchmark("jarvis__dft_3d_2021", "opt_bandgap", "eV", {"default": 0.117, "crystalformer": 0.128}),
-    Benchmark("jarvis__dft_3d_2021-mbj_bandgap", "mbj_bandgap", "eV", {"default": 0.242, "crystalformer": 0.274}),
-    Benchmark("jarvis__dft_3d_2021-ehull", "ehull", "eV", {"default": 0.0471, "crystalformer": 0.0463}),
+    Benchmark("jarvis__dft_3d_2021", "formation_energy", {"default": 0.0263, "crystalformer": 0.0306}),
+    Benchmark("jarvis__dft_3d_2021", "total_energy", {"default": 0.0279, "crystalformer": 0.0320}),
+    Benchmark("jarvis__dft_3d_2021", "opt_bandgap", {"default": 0.117, "crystalformer": 0.128}),
+    Benchmark("jarvis__dft_3d_2021-mbj_bandgap", "mbj_bandgap", {"default": 0.242, "crystalformer": 0.274}),
+    Benchmark("jarvis__dft_3d_2021-ehull", "ehull", {"default": 0.0471, "crystalformer": 0.0463}),
 )
 
 

@@ -14,12 +14,10 @@ from crystalframer_jax.configs import default, variants
 from crystalframer_jax.configs.variants import Benchmark
 
 BENCHMARKS = (
-    Benchmark("jarvis__megnet", "e_form", "eV/atom", {"default": 0.0172, "crystalformer": 0.0186}),
-    Benchmark("jarvis__megnet", "bandgap", "eV", {"default": 0.185, "crystalformer": 0.198}),
-    Benchmark("jarvis__megnet-bulk_modulus", "bulk_modulus", "log10 GPa", {"default": 0.0338, "crystalformer": 0.0377}),
-    Benchmark(
-        "jarvis__megnet-shear_modulus", "shear_modulus", "log10 GPa", {"default": 0.0677, "crystalformer": 0.0689}
-    ),
+    Benchmark("jarvis__megnet", "e_form", {"default": 0.0172, "crystalformer": 0.0186}),
+    Benchmark("jarvis__megnet", "bandgap", {"default": 0.185, "crystalformer": 0.198}),
+    Benchmark("jarvis__megnet-bulk_modulus", "bulk_modulus", {"default": 0.0338, "crystalformer": 0.0377}),
+    Benchmark("jarvis__megnet-shear_modulus", "shear_modulus", {"default": 0.0677, "crystalformer": 0.0689}),
 )
 
 

@@ -14,9 +14,9 @@ from crystalframer_jax.configs import default, variants
 from crystalframer_jax.configs.variants import Benchmark
 
 BENCHMARKS = (
-    Benchmark("jarvis__oqmd_3d", "delta_e", "eV/atom", {"default": 0.01871, "crystalformer": 0.02115}),
-    Benchmark("jarvis__oqmd_3d", "stability", "eV/atom", {"default": 0.06607, "crystalformer": 0.06759}),
-    Benchmark("jarvis__oqmd_3d-bandgap", "bandgap", "eV", {"default": 0.05805, "crystalformer": 0.06028}),
+    Benchmark("jarvis__oqmd_3d", "delta_e", {"default": 0.01871, "crystalformer": 0.02115}),
+    Benchmark("jarvis__oqmd_3d", "stability", {"default": 0.06607, "crystalformer": 0.06759}),
+    Benchmark("jarvis__oqmd_3d-bandgap", "bandgap", {"default": 0.05805, "crystalformer": 0.06028}),
 )
 
 

@@ -29,14 +29,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """A target of the paper's tables with its unit and, by variant, the published mean absolute error on the test set.
+    """A target of the paper's tables and, by variant, the published mean absolute error on the test set.
 
     A variant is missing where no error is published.
     """
 
     target_set: str
     target: str
-    unit: str
     published_mae: Mapping[str, float]
 
 

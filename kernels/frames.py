@@ -6,29 +6,19 @@ the two axes.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from crystalframer_jax.batching.batch import Rows
 from crystalframer_jax.kernels.backend import load, run, store
-from crystalframer_jax.kernels.rows import Chunk, Place, gathered, logits_of, over_chunks, place, vector_of
+from crystalframer_jax.kernels.rows import Chunk, Inputs, Place, gathered, logits_of, over_chunks, place, vector_of
 from crystalframer_jax.ops.frames import PARALLEL, SMALLEST
 from crystalframer_jax.ops.random_bits import draw, mix
 
 END = 2**31 - 1  # beyond all columns
 Vector = tuple[jax.Array, jax.Array, jax.Array]
-
-
-class Inputs(NamedTuple):
-    """What the kernel reads; arrays, or in the kernel references to them."""
-
-    q: Any  # [N, H, d_k]
-    k: Any  # [N, H, d_k]
-    a: Any  # [N, H] 1/Å^2
-    rows: Rows
-    seeds: Any  # [N, H] uint32 or None
 
 
 def max_frames(
@@ -37,7 +27,7 @@ def max_frames(
     """What crystalframer_jax.ops.frames.max_frames returns, by a kernel: [N, H, 3, 3]."""
     shape = jax.ShapeDtypeStruct((*a.shape, 3, 3), q.dtype)
     kernel = functools.partial(frames_kernel, tie_tolerance)
-    return run(kernel, a.size, shape, Inputs(q, k, a, rows, seeds))
+    return run(kernel, a.size, shape, Inputs(q, k, None, a, rows, None, seeds))
 
 
 def frames_kernel(tie_tolerance: float, inputs: Inputs, frames: Any) -> None:

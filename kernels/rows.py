@@ -12,6 +12,18 @@ from crystalframer_jax.kernels.backend import lanes, load, program
 CHUNK = 32  # neighbors at once, one for each thread of a warp
 
 
+class Inputs(NamedTuple):
+    """What kernels read, None for what one does not; arrays, or in kernels references to them."""
+
+    q: Any  # [N, H, d_k]
+    k: Any  # [N, H, d_k]
+    v: Any  # [N, H, d_v]
+    a: Any  # [N, H] 1/Å^2
+    rows: Rows
+    frames: Any  # [N, H, 3, 3]
+    seeds: Any  # [N, H] uint32
+
+
 class Chunk(NamedTuple):
     """Some neighbors of one atom, [C] each."""
 

@@ -17,26 +17,23 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from crystalframer_jax.batching.batch import Rows
 from crystalframer_jax.kernels.backend import lanes, load, run, store
-from crystalframer_jax.kernels.rows import CHUNK, Chunk, Place, gathered, logits_of, over_chunks, place, vector_of
+from crystalframer_jax.kernels.rows import (
+    CHUNK,
+    Chunk,
+    Inputs,
+    Place,
+    gathered,
+    logits_of,
+    over_chunks,
+    place,
+    vector_of,
+)
 from crystalframer_jax.ops.basis import AngleBasis, DistanceBasis
 from crystalframer_jax.ops.lattice_sums import SumOptions, Sums
 from crystalframer_jax.ops.random_bits import draw, kept
 
 NEGLIGIBLE = 1e-3  # weight of a chunk, in units of the rounding of 1 (1.2e-10 in float32)
-
-
-class Inputs(NamedTuple):
-    """What all kernels read; arrays, or in kernels references to them."""
-
-    q: Any  # [N, H, d_k]
-    k: Any  # [N, H, d_k]
-    v: Any  # [N, H, d_v]
-    a: Any  # [N, H] 1/Å^2
-    rows: Rows
-    frames: Any  # [N, H, 3, 3] or None
-    seeds: Any  # [N, H] uint32 or None
 
 
 class Totals(NamedTuple):

@@ -47,7 +47,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parts = arguments.part or list(MEASURES)
     with reporting_errors():
         if arguments.scaling:
-            results["devices"] = measure_scaling(arguments)
+            (name,) = arguments.variant or ["default"]
+            (kind,) = arguments.implementation or ["xla" if jax.default_backend() == "cpu" else "pallas"]
+            print(f"{name} {kind}: training steps on up to {jax.local_device_count()} devices, for minutes ...")
+            results["devices"] = measure_devices(
+                Variant.named(name), kind, arguments.rounds, data_dir=arguments.data_dir
+            )
+            report.print_devices(results["devices"])
         else:
             if "pipeline" in parts:
                 any_target(arguments.target_set, arguments.data_dir)  # an unknown name is an error before all else
@@ -79,23 +85,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.json and not os.access(arguments.json.absolute().parent, os.W_OK):
         parser.error(f"--json={arguments.json}: there is no such folder, or it cannot be written to")
     if arguments.scaling:
-        for name in ("part", "case"):
-            if getattr(arguments, name):
-                parser.error(f"--scaling measures nothing else; leave --{name} out")
-        for name in ("variant", "implementation"):
-            if len(getattr(arguments, name) or ()) > 1:
-                parser.error(f"--scaling takes one --{name}")
+        for name, most in {"part": 0, "case": 0, "variant": 1, "implementation": 1}.items():
+            if len(getattr(arguments, name) or ()) > most:
+                parser.error(f"--scaling takes one --{name}" if most else f"--scaling has no --{name}; leave it out")
     return arguments
-
-
-def measure_scaling(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measures training steps on several devices and prints tables."""
-    (name,) = arguments.variant or ["default"]
-    (implementation,) = arguments.implementation or ["xla" if jax.default_backend() == "cpu" else "pallas"]
-    print(f"{name} {implementation}: training steps on up to {jax.local_device_count()} devices, for minutes ...")
-    results = measure_devices(Variant.named(name), implementation, arguments.rounds, data_dir=arguments.data_dir)
-    report.print_devices(results)
-    return results
 
 
 def measure_models(arguments: argparse.Namespace, parts: Sequence[str]) -> dict[str, Any]:

@@ -11,10 +11,9 @@ from typing import Any
 
 from crystalframer_jax.cli.common import reporting_errors
 from crystalframer_jax.configs.variants import VARIANTS
+from crystalframer_jax.data.registry import target_set
 from crystalframer_jax.text import table
 from crystalframer_jax.training.logging import read_metrics
-
-SHORT = ["--config.n_epochs=3", "--config.swa_epochs=0"]  # to measure speed
 
 
 class Trainer:
@@ -56,7 +55,7 @@ def main(name: str, flags: list[str]) -> None:
     for run, (variant, benchmark) in runs.items():
         print(f"== {run}", flush=True)
         chosen = [f"--config.target_set={benchmark.target_set}", f"--config.targets={benchmark.target}"]
-        chosen += [*(SHORT if timing else ()), *flags]
+        chosen += [*(["--config.n_epochs=3", "--config.swa_epochs=0"] if timing else ()), *flags]
         status = trainer.train(f"--config=configs/{config}.py:{variant}", f"--workdir={run}", *chosen)
         print()
         if trainer.stopped or status in (130, 143) or (status == 0 and not (run / "summary.json").exists()):
@@ -74,7 +73,8 @@ def main(name: str, flags: list[str]) -> None:
         for run, (v, b) in runs.items():
             summary = run / "summary.json"
             error = f"{json.loads(summary.read_text())['test'][b.target]['mae']:.5f}" if summary.exists() else "-"
-            rows.append([b.target, b.unit, error, str(b.published_mae.get(v, "-"))])
+            unit = target_set(b.target_set).target(b.target).unit
+            rows.append([b.target, unit, error, str(b.published_mae.get(v, "-"))])
     print(table(header, rows))
     if failed:
         sys.exit("\n".join(["\nfailed:", *failed]))

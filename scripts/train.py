@@ -4,8 +4,7 @@ python scripts/train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
 SIGTERM, SIGUSR1, Ctrl-C and the end of --max_minutes save the training and end it with exit status 0.
 
-All devices of this machine share the work. Several processes, also on several machines, do so with --distributed (under
-SLURM, Open MPI or Kubernetes) or with --coordinator_address, --num_processes and --process_id; see docs/distributed.md.
+All devices of this machine share the work; several processes and machines do as docs/distributed.md says.
 """
 
 from absl import flags

@@ -103,7 +103,7 @@ def device_table_if_it_fits(
     Processes that train together find the same.
     """
     memory = min((device.memory_stats() or {}).get("bytes_limit", 0) for device in jax.local_devices())
-    lacks_room = _size(table, labels, parts.dtype) > FRACTION_OF_MEMORY * memory
+    lacks_room = not memory or sum(x.nbytes for x in _columns(table, labels, parts.dtype)) > FRACTION_OF_MEMORY * memory
     if not serves(table, parts) or largest_of_processes(int(lacks_room)):
         return None
     return DeviceTable(table, labels, parts, devices)
@@ -203,11 +203,3 @@ def _columns(table: CrystalTable, labels: np.ndarray, dtype: str) -> Columns:
         targets=np.where(known, labels, 0).astype(dtype),
         target_mask=known,
     )
-
-
-def _size(table: CrystalTable, labels: np.ndarray, dtype: str) -> int:
-    """Returns the bytes that the columns take."""
-    number = np.dtype(dtype).itemsize
-    crystals = len(table) * (8 + 9 * number + labels.shape[1] * (number + 1))
-    atoms = len(table.species) * (1 + 3 * (4 + number) + table.count.itemsize)
-    return crystals + atoms + table.image.nbytes + table.reverse.nbytes

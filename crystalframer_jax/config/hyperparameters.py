@@ -239,11 +239,9 @@ class TrainConfig(ModelKeys, PredictionKeys):
 KEYS: dict[str, dataclasses.Field] = {field.name: field for field in dataclasses.fields(TrainConfig)}
 
 
-def _with_change(change: int) -> tuple[str, ...]:
-    return tuple(name for name, row in KEYS.items() if row.metadata["change"] == change)
-
-
-RESUMABLE_KEYS, UNIMPORTANT_KEYS = _with_change(IF_ASKED), _with_change(ALWAYS)
+RESUMABLE_KEYS, UNIMPORTANT_KEYS = (
+    tuple(name for name, row in KEYS.items() if row.metadata["change"] == change) for change in (IF_ASKED, ALWAYS)
+)
 # Those that a trained model does not depend on.
 TRAINING_KEYS = tuple(name for name in KEYS if not hasattr(ModelKeys, name) and not hasattr(PredictionKeys, name))
 ALLOWED_VALUES: dict[str, tuple] = {

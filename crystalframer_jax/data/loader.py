@@ -14,7 +14,7 @@ from crystalframer_jax.batching.device_table import Chunk, DeviceTable, device_t
 from crystalframer_jax.batching.shapes import BatchShape, Shared, plan_shapes, shared_out
 from crystalframer_jax.config import NO_PARTS, BatchParts, ConfigError
 from crystalframer_jax.data.store import Dataset
-from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices, imbalance
+from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -77,11 +77,8 @@ class TrainingBatches:
     def imbalance(self, batches: int = 8) -> float:
         """Returns the most neighbors of a device, divided by their mean over the devices; mean of the first batches."""
         works, edges = map(self.shared, range(min(batches, len(self)))), self.dataset.table.num_edges
-        return float(np.mean([imbalance(edges[work.rows], work.shares) for work in works]))
-
-    def steps_of_last_epoch(self) -> range:
-        """Returns the steps of the last epoch."""
-        return range(len(self) - self.steps_per_epoch, len(self))
+        loads = [[edges[work.rows[share]].sum() for share in work.shares] for work in works]
+        return float(np.mean(np.max(loads, axis=1) / np.mean(loads, axis=1)))
 
     def fill_factors(self, batches: int = 8) -> Fill:
         """Returns the fractions of the places that hold real data, means over the first batches."""

@@ -116,10 +116,8 @@ def groups_by_atoms(table: CrystalTable, devices: int = 1) -> list[np.ndarray]:
     groups: list[list[int]] = []
     atoms = 0
     for row, size in enumerate(table.num_atoms):
-        is_full = bool(groups) and len(groups[-1]) == devices * MAX_BATCH_CRYSTALS
-        if not groups or atoms + size > devices * MAX_BATCH_ATOMS or is_full:
-            groups.append([])
-            atoms = 0
+        if not groups or atoms + size > devices * MAX_BATCH_ATOMS or len(groups[-1]) == devices * MAX_BATCH_CRYSTALS:
+            groups, atoms = [*groups, []], 0
         groups[-1].append(row)
         atoms += size
     return [np.array(group) for group in groups]

@@ -29,7 +29,6 @@ OFFICIAL_ALONE: dict[str, Any] = {
     "symm_break_noise": 1e-5,
 }
 
-ALIASES = {"norm_type": {"id": "no"}}  # official values with another name here
 NOT_TAKEN_OVER = ("targets", "target_set", "pretrained_model")  # they are looked after one by one
 MAX_CHARACTERS, MAX_INTEGER = 4000, 2**53  # of a hyperparameter that makes sense
 # Training settings of which all keep our defaults if one is not available or they do not go together.
@@ -96,7 +95,7 @@ def _as_ours(key: str, value: Any) -> Any:
     """An official value as we write it."""
     if isinstance(KEYS[key].default, tuple):
         return tuple(value) if isinstance(value, list | tuple) else (value,)
-    return ALIASES.get(key, {}).get(value, value) if isinstance(value, str) else value
+    return "no" if (key, value) == ("norm_type", "id") else value  # its name here
 
 
 def _with_training_keys(config: TrainConfig, given: dict[str, Any]) -> tuple[TrainConfig, list[str]]:

@@ -164,9 +164,3 @@ def share_out(work: np.ndarray, number: int) -> list[np.ndarray]:
         owner[pieces] = shares
         load[shares] += work[pieces]
     return [np.flatnonzero(owner == share) for share in range(number)]
-
-
-def imbalance(work: np.ndarray, shares: Sequence[np.ndarray]) -> float:
-    """Divides the work of the largest share by the mean over the shares."""
-    of_shares = [work[share].sum() for share in shares]
-    return float(np.max(of_shares) / np.mean(of_shares))

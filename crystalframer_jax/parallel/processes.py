@@ -118,11 +118,6 @@ def is_first_process() -> bool:
     return jax.process_index() == 0
 
 
-def barrier(name: str) -> None:
-    """Waits until all processes have come to the barrier of this name."""
-    multihost_utils.sync_global_devices(name)
-
-
 def largest_of_processes(number: int) -> int:
     """Finds the largest of the numbers that the processes give."""
     return int(np.max(multihost_utils.process_allgather(np.array(number))))

@@ -41,6 +41,8 @@ STYLE: Any = {
     "legend.fontsize": 7,
     "legend.frameon": False,
     "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
     "xtick.minor.width": 0.4,
@@ -103,7 +105,6 @@ def learning_curve(epochs: Sequence[dict[str, Any]], swa_first_epoch: int | None
     bottom.set_xlim(0.5 if len(number) <= 30 else 0, number[-1] + 0.5)
     bottom.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     bottom.xaxis.set_major_formatter("{x:,.0f}")
-    _despine(top, bottom)
     figure.legend(*top.get_legend_handles_labels(), loc="outside upper center", ncols=2, handlelength=1.5)
     return figure
 
@@ -152,6 +153,7 @@ def _parity_panel(axes: Axes, labels: np.ndarray, predictions: np.ndarray, unit:
     valid = known & np.isfinite(predictions)
     axes.set_xlabel(f"label ({unit})")
     axes.set_ylabel(f"prediction ({unit})")
+    axes.spines[["top", "right"]].set_visible(True)
     if not valid.any():
         axes.set(xticks=[], yticks=[])
         return ["no crystals"]
@@ -263,7 +265,6 @@ def calibration(
     right.plot(limits, limits, **DIAGONAL)
     right.set(xlim=limits, ylim=limits, xlabel=f"predicted deviation, rms ({unit})", ylabel=f"RMSE ({unit})")
     right.set_title(f"{num_bins} bins of equal counts" if num_bins > 1 else "all crystals in one bin")
-    _despine(left, right)
     numbers = {"miscalibration_area": area, "rmse": rms(mean - labels), "rms_std": rms(std), "crystals": len(labels)}
     return figure, numbers
 
@@ -288,11 +289,6 @@ def _number(value: float, digits: int = 3) -> str:
         return f"{value:.{digits - 1}e}".replace("-", "−")
     decimals = digits - 1 - (math.floor(math.log10(abs(value))) if value != 0 else digits - 1)
     return f"{value:,.{max(0, decimals)}f}".replace("-", "−")
-
-
-def _despine(*panels: Axes) -> None:
-    for axes in panels:
-        axes.spines[["top", "right"]].set_visible(False)
 
 
 @style()

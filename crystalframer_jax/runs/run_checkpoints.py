@@ -14,35 +14,16 @@ from crystalframer_jax.runs.checkpoints import MODEL_FIELDS, Checkpoints, on_thi
 class RunCheckpoints:
     """As `Checkpoints`, for a state that is the same on all devices of all processes.
 
-    What is restored is on all devices again, however many there were. Only the first process needs the folder.
+    What is restored is on all devices again, however many there were. Only the first process needs the folder: in the
+    others `save`, `wait` and `close` do nothing, there is no `last` checkpoint, and there are no `losses`.
     """
 
     def __init__(self, workdir: Path, devices: Devices, keep_best: int, keep_last: int):
         self.devices = devices
-        self.own = Checkpoints(workdir, True, keep_best, keep_last) if is_first_process() else None
-
-    def save(self, state: Tree, meta: dict[str, Any], validation_loss: float | None) -> None:
-        """See `Checkpoints.save`."""
-        if self.own:
-            self.own.save(state, meta, validation_loss)
-
-    def wait(self) -> None:
-        """See `Checkpoints.wait`."""
-        if self.own:
-            self.own.wait()
-
-    def close(self) -> None:
-        """See `Checkpoints.close`."""
-        if self.own:
-            self.own.close()
-
-    def last(self) -> int | None:
-        """Gives the step of the newest checkpoint; None in all processes but the first."""
-        return self.own.last() if self.own else None
-
-    def losses(self) -> list[float]:
-        """Gives the validation losses of the checkpoints that are there; none in all processes but the first."""
-        return self.own.losses() if self.own else []
+        self.own = own = Checkpoints(workdir, True, keep_best, keep_last) if is_first_process() else None
+        nothing: Any = [lambda *_: None] * 4
+        methods = (own.save, own.wait, own.close, own.last, own.losses) if own else (*nothing, list)
+        self.save, self.wait, self.close, self.last, self.losses = methods
 
     def restore_latest(self, like: Tree) -> tuple[Tree, dict[str, Any]] | None:
         """See `Checkpoints.restore_latest`; `like` gives structure, shapes and types."""

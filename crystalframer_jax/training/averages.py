@@ -77,13 +77,13 @@ def with_batch_statistics(
     weights = {name: weights_of(state, name) for name in averages_in(state)}
     if not weights or not jax.tree.leaves(state.batch_stats):
         return state
-    statistics, steps = make_batch_statistics(model, batches.devices), batches.steps_of_last_epoch()
+    statistics, steps = make_batch_statistics(model, batches.devices), batches.steps_per_epoch
     totals = {name: jax.tree.map(jnp.zeros_like, state.batch_stats) for name in weights}
-    for number, batch in enumerate(batches.iterate(steps.start), 1):
-        report(f"BatchNorm statistics of averages, batch {number} of {len(steps)}")
+    for number, batch in enumerate(batches.iterate(len(batches) - steps), 1):
+        report(f"BatchNorm statistics of averages, batch {number} of {steps}")
         for name in weights:
             totals[name] = jax.tree.map(jnp.add, totals[name], statistics(weights[name], batch))
-    means = {f"{name}_batch_stats": jax.tree.map(lambda x: x / len(steps), total) for name, total in totals.items()}
+    means = {f"{name}_batch_stats": jax.tree.map(lambda x: x / steps, total) for name, total in totals.items()}
     return dataclasses.replace(state, **means)
 
 

@@ -20,7 +20,7 @@ from crystalframer_jax.model.implementation import Implementation
 from crystalframer_jax.model.regressor import CrystalFramer
 from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices, on_one_device
 from crystalframer_jax.parallel.interruption import Interruption, TrainingInterrupted
-from crystalframer_jax.parallel.processes import barrier, is_first_process, json_from_first_process
+from crystalframer_jax.parallel.processes import is_first_process, json_from_first_process
 from crystalframer_jax.reporting import plots
 from crystalframer_jax.reporting.summary import describe, score_history, summary_text
 from crystalframer_jax.runs.checkpoints import read_json
@@ -246,7 +246,7 @@ class Run:
             frozen, state = self._freezes_norm(epoch), on_one_device(state)
             report = batch_report(self.loss(None), self.statistics, state, self.batches, result, frozen)
             write_json(file, {"epoch": epoch, "last_good_checkpoint": last, **report})
-        barrier("report of a step that is not finite")  # the error of the others would end this process before
+        json_from_first_process(None)  # wait for it: the error of the others would end this process before
         return TrainingError(
             f"the loss or its gradient is not finite at step {step} (epoch {epoch + 1}); {file} tells about its batch, "
             f"{'the last checkpoint is kept' if last else 'nothing was saved yet'}. Try a smaller lr (in a run that "

@@ -5,8 +5,6 @@ import copy
 import dataclasses
 import io
 import json
-import mmap
-import os
 import tempfile
 import time
 from collections.abc import Iterable
@@ -95,14 +93,12 @@ def batches(dataset: Dataset, size: int) -> Record:
         return TrainingBatches(source, size, 1000, seed=0, on_device=on_device)
 
     in_memory = dataclasses.replace(dataset, table=copy.deepcopy(dataset.table))
-    ways = {"from memory": loader(in_memory), "from disk, cached": loader(dataset), "from disk, cold": loader(dataset)}
+    ways = {"from memory": loader(in_memory), "from disk": loader(dataset)}
     if not len(dataset.table.shared_site):
         ways["on the device"] = loader(in_memory, on_device=True)
     rates: dict[str, list[float]] = {way: [] for way in ways}
     for number in range(PASSES + 1):  # the first is for compiling
         for way, chosen in ways.items():
-            if way == "from disk, cold":
-                drop_cached_pages(dataset)
             rates[way].append(batches_per_second(chosen.iterate(number * chosen.steps_per_epoch)))
     medians = {way: float(np.median(found[1:])) for way, found in rates.items()}
     return {"crystals": size} | medians | filled(ways["from memory"].fill_factors())
@@ -117,13 +113,3 @@ def batches_per_second(source: Iterable[Any]) -> float:
             break
     jax.block_until_ready(latest)
     return number / (time.perf_counter() - start)
-
-
-def drop_cached_pages(dataset: Dataset) -> None:
-    """Makes the system forget what it has read of the files behind the columns."""
-    for field in dataclasses.fields(dataset.table):
-        mapped: Any = getattr(dataset.table, field.name).base
-        if hasattr(mapped, "_mmap") and hasattr(mmap, "MADV_DONTNEED"):
-            mapped._mmap.madvise(mmap.MADV_DONTNEED)
-            with open(mapped.filename, "rb") as stream:
-                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

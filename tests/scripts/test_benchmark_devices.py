@@ -170,8 +170,8 @@ def test_scaling_makes_cpu_devices_before_jax_looks_for_any_and_measures_nothing
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--part=steps"], "leave --part out"),
-        (["--case=bundled-64"], "leave --case out"),
+        (["--part=steps"], "no --part; leave it out"),
+        (["--case=bundled-64"], "no --case; leave it out"),
         (["--variant=default", "--variant=lightweight"], "one --variant"),
         (["--implementation=xla", "--implementation=pallas"], "one --implementation"),
     ],
