@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from crystalframer_jax.batching.batch import Rows
 from crystalframer_jax.kernels.backend import load, run, store
 from crystalframer_jax.kernels.rows import Chunk, Inputs, Place, gathered, logits_of, over_chunks, place, vector_of
-from crystalframer_jax.ops.frames import PARALLEL, SMALLEST
 from crystalframer_jax.ops.random_bits import draw, mix
+from crystalframer_jax.ops.ties import PARALLEL, SMALLEST
 
 END = 2**31 - 1  # beyond all columns
 Vector = tuple[jax.Array, jax.Array, jax.Array]

@@ -5,47 +5,72 @@ given random seeds, one of them at random. The canonical order does not change w
 neighbors at the same distance it follows the order of the atoms and the cell.
 """
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from crystalframer_jax.batching.batch import Batch, Rows
+from crystalframer_jax.ops import ties
 from crystalframer_jax.ops.basis import EXACT
 from crystalframer_jax.ops.blocks import attention_logits, map_blocks
 from crystalframer_jax.ops.eigen import eigh3, principal_frames
 from crystalframer_jax.ops.random_bits import draw, mix
 
-PARALLEL = 0.9999  # |cos| from which a neighbor cannot give the second axis
-SMALLEST = 1e-5  # of 1 - |cos| inside the logarithm
 COPLANAR = 1e-3  # |cos| to the normal up to which a lattice vector lies in the plane of two others
 PERPENDICULAR = 1e-4  # |cos| up to which neither sign of a lattice vector is acute
 
 METHODS = ("max", "max_static", "weighted_pca", "pca", "lattice")
 
 
+class Attention(NamedTuple):
+    """The logits of a block: q . k_j / sqrt(d_k) + a d^2."""
+
+    q: jax.Array  # [N, H, d_k]
+    k: jax.Array  # [N, H, d_k]
+    a: jax.Array  # [N, H] 1/Å^2
+
+
 def max_frames(
-    q: jax.Array, k: jax.Array, a: jax.Array, rows: Rows, tie_tolerance: float, seeds: jax.Array | None
+    q: jax.Array,
+    k: jax.Array,
+    a: jax.Array,
+    rows: Rows,
+    tie_tolerance: float,
+    seeds: jax.Array | None,
+    attention: Attention | None = None,
 ) -> jax.Array:
     """Max frames: orthonormal and right-handed, [N, H, 3, 3]; zeros for padding.
 
     e1 points to the neighbor with the largest attention logit; e2 to the one with the largest
     logit + log(1 - |e1 . u|), made orthogonal to e1; e3 = e1 x e2. Neighbors within `tie_tolerance` of the best score
-    are ties. q, k [N, H, d_k]; a [N, H] in 1/Å^2; seeds [N, H].
+    are ties: drawn by `seeds` [N, H], or chosen by the weights of `attention` (default: those of q, k and a), see
+    ops/ties.py. q, k [N, H, d_k]; a [N, H] in 1/Å^2.
     """
 
-    def block(rows: Rows, q: jax.Array, a: jax.Array, seeds: jax.Array | None) -> jax.Array:
+    def block(rows: Rows, q: jax.Array, a: jax.Array, seeds: jax.Array | None, weighing: Any) -> jax.Array:
         distance, unit = _directions(rows)
-        logits = jnp.where((distance > 0)[:, None, :], attention_logits(q, k, a, rows), -jnp.inf)
-        e1 = _take(unit, _pick(logits, tie_tolerance, seeds))  # [n, H, 3]
-        parallel = jnp.abs(jnp.einsum("nhd,nmd->nhm", e1, unit, precision=EXACT))
-        scores = logits + jnp.log(jnp.maximum(1 - parallel, SMALLEST))
-        scores = jnp.where(parallel < PARALLEL, scores, -jnp.inf)
-        u2 = _take(unit, _pick(scores, tie_tolerance, None if seeds is None else mix(seeds)))
-        e2 = u2 - jnp.sum(u2 * e1, axis=-1, keepdims=True) * e1
-        norm = jnp.linalg.norm(e2, axis=-1, keepdims=True)
-        e2 = e2 / jnp.where(norm > 0, norm, 1)
-        return jnp.stack([e1, e2, jnp.cross(e1, e2)], axis=-2)
+        is_other = (distance > 0)[:, None, :]
+        scores = jnp.where(is_other, attention_logits(q, k, a, rows), -jnp.inf)
+        tied = ties.tied_with_best(scores, tie_tolerance)
+        e1 = _take(unit, _pick(tied, seeds))  # [n, H, 3]
+        seconds = ties.tied_with_best(
+            ties.second_scores(scores, jnp.einsum("nhx,nmx->nhm", e1, unit, precision=EXACT)), tie_tolerance
+        )
+        frames = ties.frame_of(e1, _take(unit, _pick(seconds, None if seeds is None else mix(seeds))))
+        if seeds is not None:
+            return frames
+        several = (jnp.sum(tied, axis=-1) > 1) | (jnp.sum(seconds, axis=-1) > 1)
 
-    return map_blocks(block, rows, q, a, seeds)
+        def choose() -> jax.Array:
+            logits = scores if weighing is None else attention_logits(weighing[0], attention.k, weighing[1], rows)
+            logits = jnp.where(is_other, logits, -jnp.inf)
+            weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+            return ties.choose(scores, tied & several[..., None], unit, weights, tie_tolerance, frames)
+
+        return jax.lax.cond(jnp.any(several), choose, lambda: frames)
+
+    return map_blocks(block, rows, q, a, seeds, None if attention is None else (attention.q, attention.a))
 
 
 def static_weights(rows: Rows, seeds: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -110,15 +135,15 @@ def lattice_frames(batch: Batch, tie_tolerance: float, seeds: jax.Array | None =
     )
 
     def choose(allowed: jax.Array, seeds: jax.Array | None) -> jax.Array:
-        return _take(unit, _pick(jnp.where(allowed, score, -jnp.inf), tie_tolerance, seeds))
+        return _take(unit, _pick(ties.tied_with_best(jnp.where(allowed, score, -jnp.inf), tie_tolerance), seeds))
 
     second, third = (None, None) if seeds is None else (mix(seeds), mix(mix(seeds)))
     e1 = choose(jnp.full(score.shape, True), seeds)
     cosine = jnp.einsum("nhx,nkx->nhk", e1, unit, precision=EXACT)
     acute = cosine > -PERPENDICULAR
-    e2 = choose(acute & (cosine < PARALLEL), second)
+    e2 = choose(acute & (cosine < ties.PARALLEL), second)
     normal = jnp.cross(e1, e2)
-    normal /= jnp.maximum(jnp.linalg.norm(normal, axis=-1, keepdims=True), SMALLEST)
+    normal /= jnp.maximum(jnp.linalg.norm(normal, axis=-1, keepdims=True), ties.SMALLEST)
     height = jnp.abs(jnp.einsum("nhx,nkx->nhk", normal, unit, precision=EXACT))
     e3 = choose(acute & (height > COPLANAR), third)
     hand = jnp.where(jnp.sum(normal * e3, axis=-1) < 0, -1.0, 1.0)
@@ -131,14 +156,11 @@ def _directions(rows: Rows) -> tuple[jax.Array, jax.Array]:
     return distance, rows.vector / jnp.where(distance > 0, distance, 1)[..., None]
 
 
-def _pick(scores: jax.Array, tie_tolerance: float, seeds: jax.Array | None) -> jax.Array:
-    """Column of the best score of every row [n, H, M] -> [n, H]; among ties the first, or a random one."""
-    best = jnp.max(scores, axis=-1, keepdims=True)
-    tied = (scores >= best - tie_tolerance) & (scores > -jnp.inf)
+def _pick(tied: jax.Array, seeds: jax.Array | None) -> jax.Array:
+    """A tied column of every row [n, H, M] -> [n, H]: the first, or a random one; 0 if there is none."""
     if seeds is None:
         return jnp.argmax(tied, axis=-1)
-    columns = jnp.arange(scores.shape[-1], dtype=jnp.uint32)
-    priority = draw(seeds[..., None], columns)
+    priority = draw(seeds[..., None], jnp.arange(tied.shape[-1], dtype=jnp.uint32))
     return jnp.argmax(jnp.where(tied, priority | 1, 0), axis=-1)
 
 
