@@ -161,6 +161,8 @@ class TrainConfig(ModelKeys, PredictionKeys):
     batch_size: int = key(256, ">0")  # crystals of a step, on all devices together
     num_devices: int = key(0, ">=0", change=ALWAYS, official=False)  # of each process; 0: all that there are
     loss_func: str = key("L1", values=("L1", "MSE", "Smooth_L1"))
+    # how training chooses among ties: at random, or as evaluation always does, by the crystal
+    ties: str = key("drawn", values=("drawn", "intrinsic"), official=False)
     normalize_targets: str = key("scale_bias", values=("scale_bias", "scale", "bias", "no"))
     train_filter_min: int = key(0, ">=0")  # fewest and most atoms of a crystal to train on; 0: no limit
     train_filter_max: int = key(0, ">=0")

@@ -10,7 +10,7 @@ from crystalframer_jax.batching.shapes import shape_for
 from crystalframer_jax.batching.table import table_of
 from crystalframer_jax.config import BatchParts, ConfigError
 from crystalframer_jax.model.frames import block_frames
-from crystalframer_jax.ops.frames import METHODS
+from crystalframer_jax.ops.frames import METHODS, Attention
 from crystalframer_jax.ops.random_bits import keys_by_place, row_seeds
 from crystalframer_jax.structures.crystal import CrystalError
 from crystalframer_jax.structures.files import as_crystals
@@ -42,8 +42,8 @@ def compute_frames(
       a: exponents [N, H] of the attention Gaussians, negative, 1/Å^2; without them -1 / (2 * 1.4^2), the mean width of
         an untrained model.
       cutoff_radius: of the neighbors, Å.
-      tie_tolerance: neighbors whose score is this close to the best are equally good: the first in canonical order
-        is taken or, given a random `key`, one at random.
+      tie_tolerance: neighbors whose score is this close to the best are equally good: the crystal chooses, see
+        docs/model.md (without q and k by weights that depend on distance and species), or a random `key` draws.
 
     Raises ConfigError for an unknown method or a cutoff that is not positive, CrystalError for a structure that cannot
     be used, ValueError for arrays of the wrong shape.
@@ -58,19 +58,22 @@ def compute_frames(
     if len(crystals) != 1:
         raise CrystalError(f"{structure}: {len(crystals)} structures; give one of them")
     crystal = crystals[0]
+    tells_species = q is None and k is None
     q, k, a = _weights(crystal.num_atoms, q, k, a)
+    seen_k = np.broadcast_to(crystal.species[:, None, None] / 98, k.shape) if tells_species else k
     with jax.enable_x64(True):
         table = table_of([crystal], cutoff_radius)
         parts = BatchParts(lattice_vectors=method == "lattice", scatter=method == "pca", dtype="float64")
         first = np.array([0])
         shape = shape_for(table, first, parts)
         batch, layout = pack(table, first, shape), Layout(table, first, shape)
-        padded = [layout.per_atom(x, np.float64) for x in (q, k, a)]
+        q, k, a, seen_k = (layout.per_atom(x, np.float64) for x in (q, k, a, seen_k))
+        seeing: Any = Attention(np.ones_like(q) if tells_species else q, seen_k, a)
         seeds = None
         if key is not None:
             keys = keys_by_place(key, batch.crystal_place)
             seeds = row_seeds(keys, batch.crystal_of_atom, batch.atom_in_crystal, q.shape[1])
-        frames = _compiled(method, *padded, _unpacked(batch), tie_tolerance, seeds)
+        frames = _compiled(method, q, k, a, _unpacked(batch), tie_tolerance, seeds, attention=seeing)
         return np.asarray(frames)[layout.place]
 
 

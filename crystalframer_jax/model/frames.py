@@ -12,6 +12,7 @@ from crystalframer_jax.batching.batch import Batch
 from crystalframer_jax.kernels import frames as kernels
 from crystalframer_jax.model.implementation import Implementation, check_arrays, check_rows, difference, uses_kernels
 from crystalframer_jax.ops import frames
+from crystalframer_jax.ops.frames import Attention
 
 
 def block_frames(
@@ -23,27 +24,29 @@ def block_frames(
     tie_tolerance: float,
     seeds: jax.Array | None = None,
     implementation: Implementation = "auto",
+    attention: Attention | None = None,
 ) -> jax.Array:
     """Frames of one attention block by one of `ops.frames.METHODS`: [N, H, 3, 3] with rows e1, e2, e3.
 
-    q, k [N, H, d_k] and a [N, H] (1/Å^2) as in `lattice_sums`; `seeds` [N, H] uint32 draw among equally good frames.
-    There is a kernel for max and max_static frames, see `framed_attention` for `implementation`.
+    q, k [N, H, d_k] and a [N, H] (1/Å^2) as in `lattice_sums`. Among equally good frames `seeds` [N, H] uint32 draw,
+    or the weights of `attention` (default: those of q, k and a) choose, see ops/ties.py. There is a kernel for max and
+    max_static frames, see `framed_attention` for `implementation`.
     """
-    q, k, a = jax.lax.stop_gradient((q, k, a))
+    own = Attention(*jax.lax.stop_gradient((q, k, a)))
+    seeing = None if seeds is not None else attention or own
 
-    def max_frames(q: jax.Array, k: jax.Array, a: jax.Array) -> jax.Array:
-        check = functools.partial(_check_kernels, tie_tolerance, q.shape[1:], seeds is not None, q.dtype)
+    def max_frames(scores: Attention) -> jax.Array:
+        check = functools.partial(_check_kernels, tie_tolerance, scores.q.shape[1:], seeds is not None, q.dtype)
         taken = kernels if uses_kernels(implementation, "frames", check) else frames
-        return taken.max_frames(q, k, a, batch.rows, tie_tolerance, seeds)
+        return taken.max_frames(*scores, batch.rows, tie_tolerance, seeds, seeing)
 
     if method == "max":
-        found = max_frames(q, k, a)
+        found = max_frames(own)
     elif method == "max_static":
-        found = max_frames(*frames.static_weights(batch.rows, seeds))
+        found = max_frames(frames.static_attention(own.a))
     elif method in ("weighted_pca", "pca"):
-        axes = frames.pca_axes(batch) if method == "pca" else frames.weighted_pca_axes(q, k, a, batch.rows)
-        static = max_frames(*frames.static_weights(batch.rows, seeds))
-        found = frames.pca_frames(*axes, static, tie_tolerance, seeds)
+        axes = frames.pca_axes(batch) if method == "pca" else frames.weighted_pca_axes(*own, batch.rows)
+        found = frames.pca_frames(*axes, max_frames(frames.static_attention(own.a)), tie_tolerance, seeds)
     elif method == "lattice":
         found = frames.lattice_frames(batch, tie_tolerance, seeds)
     else:

@@ -38,17 +38,17 @@ def max_frames(
     rows: Rows,
     tie_tolerance: float,
     seeds: jax.Array | None,
-    attention: Attention | None = None,
+    seeing: Attention | None,
 ) -> jax.Array:
     """Max frames: orthonormal and right-handed, [N, H, 3, 3]; zeros for padding.
 
     e1 points to the neighbor with the largest attention logit; e2 to the one with the largest
     logit + log(1 - |e1 . u|), made orthogonal to e1; e3 = e1 x e2. Neighbors within `tie_tolerance` of the best score
-    are ties: drawn by `seeds` [N, H], or chosen by the weights of `attention` (default: those of q, k and a), see
-    ops/ties.py. q, k [N, H, d_k]; a [N, H] in 1/Å^2.
+    are ties: drawn by `seeds` [N, H] or, without, chosen by the weights of the attention `seeing`, see ops/ties.py.
+    q, k [N, H, d_k]; a [N, H] in 1/Å^2.
     """
 
-    def block(rows: Rows, q: jax.Array, a: jax.Array, seeds: jax.Array | None, weighing: Any) -> jax.Array:
+    def block(rows: Rows, q: jax.Array, a: jax.Array, seeds: jax.Array | None, of_rows: Any) -> jax.Array:
         distance, unit = _directions(rows)
         is_other = (distance > 0)[:, None, :]
         scores = jnp.where(is_other, attention_logits(q, k, a, rows), -jnp.inf)
@@ -58,26 +58,26 @@ def max_frames(
             ties.second_scores(scores, jnp.einsum("nhx,nmx->nhm", e1, unit, precision=EXACT)), tie_tolerance
         )
         frames = ties.frame_of(e1, _take(unit, _pick(seconds, None if seeds is None else mix(seeds))))
-        if seeds is not None:
+        if seeing is None:
             return frames
         several = (jnp.sum(tied, axis=-1) > 1) | (jnp.sum(seconds, axis=-1) > 1)
 
         def choose() -> jax.Array:
-            logits = scores if weighing is None else attention_logits(weighing[0], attention.k, weighing[1], rows)
-            logits = jnp.where(is_other, logits, -jnp.inf)
+            logits = scores
+            if seeing.k is not k:
+                logits = jnp.where(is_other, attention_logits(of_rows[0], seeing.k, of_rows[1], rows), -jnp.inf)
             weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
             return ties.choose(scores, tied & several[..., None], unit, weights, tie_tolerance, frames)
 
         return jax.lax.cond(jnp.any(several), choose, lambda: frames)
 
-    return map_blocks(block, rows, q, a, seeds, None if attention is None else (attention.q, attention.a))
+    return map_blocks(block, rows, q, a, seeds, seeing and (seeing.q, seeing.a))
 
 
-def static_weights(rows: Rows, seeds: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """q, k, a of max_static frames, whose weights are exp(-d^2): of one head, or of H given seeds [N, H]."""
-    atoms, heads = rows.index.shape[0], 1 if seeds is None else seeds.shape[1]
-    nothing = jnp.zeros((atoms, heads, 1), rows.vector.dtype)
-    return nothing, nothing, -jnp.ones_like(nothing[..., 0])
+def static_attention(a: jax.Array) -> Attention:
+    """That of max_static frames, with weights exp(-d^2), for as many atoms and heads as a [N, H] has."""
+    nothing = jnp.zeros((*a.shape, 1), a.dtype)
+    return Attention(nothing, nothing, -jnp.ones_like(a))
 
 
 def weighted_pca_axes(q: jax.Array, k: jax.Array, a: jax.Array, rows: Rows) -> tuple[jax.Array, jax.Array]:

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from crystalframer_jax.ops.basis import EXACT
+
 MARKER = (1.0, 1.7, 2.9)
 PARALLEL = 0.9999  # |cos| from which a neighbor cannot give the second axis
 SMALLEST = 1e-5  # of 1 - |cos| inside the logarithm
@@ -61,7 +63,8 @@ def choose(
 
     def cosines(e: jax.Array, row: jax.Array) -> jax.Array:
         """e . u of vectors [C, 3] along rows, [C, M]."""
-        return sum(e[:, x, None] * planes[x][row // heads] for x in range(3))
+        x, y, z = (plane[row // heads] for plane in planes)
+        return e[:, :1] * x + e[:, 1:2] * y + e[:, 2:] * z
 
     def with_first_axes(chunk: jax.Array, best: Best) -> Best:
         """Compares the candidates of AT_ONCE first axes."""
@@ -77,7 +80,7 @@ def choose(
             item, column, is_real = _listed(seconds, chunk)
             own = row[item]
             candidates = frame_of(e1[item], unit[own // heads, column])
-            marker = sum(weight * candidates[:, axis] for axis, weight in enumerate(MARKER))
+            marker = jnp.einsum("a,cax->cx", jnp.asarray(MARKER, unit.dtype), candidates, precision=EXACT)
             seen = jnp.sum(weights[own] * jnp.exp(cosines(marker, own)), axis=-1)
             return _better(best, own, jnp.where(is_real, seen, -jnp.inf), candidates)
 

@@ -94,7 +94,7 @@ def make_loss(
 
     def loss(params: Tree, state: TrainState, batch: Batch, freeze_norm: bool) -> tuple[jax.Array, Any]:
         frame_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
-        frame_keys = keys_by_place(frame_key, batch.crystal_place)
+        frame_keys = keys_by_place(frame_key, batch.crystal_place) if recipe.config.ties == "drawn" else None
         variables = {"params": params, "calibration": state.calibration, "batch_stats": state.batch_stats}
         predictions, changed = model.apply(
             variables,

@@ -1,0 +1,125 @@
+"""How much predictions depend on how a crystal is written down: its atoms in another order, another cell, a supercell.
+
+python scripts/check_descriptions.py RUN [--target_set=mp_flla_2015] [--data_dir=DIR] [--crystals=400] [--most_atoms=25]
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from crystalframer_jax.batching.table import CRYSTAL_COLUMNS
+from crystalframer_jax.cli.common import reporting_errors, use_compilation_cache
+from crystalframer_jax.data.datasets import folder_of
+from crystalframer_jax.data.store import crystal_at, read_columns
+from crystalframer_jax.errors import UserError
+from crystalframer_jax.inference.ensemble import load_model
+from crystalframer_jax.structures.crystal import Crystal
+from crystalframer_jax.text import table
+
+Description = Callable[[Crystal, np.random.Generator], Crystal]
+SHEARS = np.array(
+    [[[1, 1, 0], [0, 1, 0], [0, 0, 1]], [[1, 0, 0], [0, 1, -1], [0, 0, 1]], [[1, 0, 0], [0, 1, 0], [2, 0, 1]]]
+)
+
+
+def changed(crystal: Crystal, **values: np.ndarray) -> Crystal:
+    """Makes the crystal with other species, positions or lattice."""
+    given = {"species": crystal.species, "positions": crystal.positions, "lattice": crystal.lattice} | values
+    return Crystal(**given, id=crystal.id)
+
+
+def reordered(crystal: Crystal, rng: np.random.Generator) -> Crystal:
+    """Lists the atoms in another order."""
+    order = rng.permutation(crystal.num_atoms)
+    return changed(crystal, species=crystal.species[order], positions=crystal.positions[order])
+
+
+def recelled(crystal: Crystal, rng: np.random.Generator) -> Crystal:
+    """Takes another cell of the same volume, and atoms of other cells."""
+    lattice = np.linalg.multi_dot([*rng.permutation(SHEARS), crystal.lattice])
+    images = rng.integers(-2, 3, (crystal.num_atoms, 3))
+    return changed(crystal, positions=crystal.positions + images @ lattice, lattice=lattice)
+
+
+def niggli(crystal: Crystal, _: np.random.Generator) -> Crystal:
+    """Takes the Niggli cell."""
+    from pymatgen.core import Lattice
+
+    _, turn, change = Lattice(crystal.lattice).find_mapping(Lattice(crystal.lattice).get_niggli_reduced_lattice())
+    return changed(crystal, lattice=np.rint(change) @ crystal.lattice)
+
+
+def doubled(crystal: Crystal, rng: np.random.Generator) -> Crystal:
+    """Doubles the cell along one vector."""
+    axis = rng.integers(3)
+    lattice = crystal.lattice.copy()
+    lattice[axis] *= 2
+    positions = np.concatenate([crystal.positions, crystal.positions + crystal.lattice[axis]])
+    return changed(crystal, species=np.tile(crystal.species, 2), positions=positions, lattice=lattice)
+
+
+def turned(crystal: Crystal, rng: np.random.Generator) -> Crystal:
+    """Turns it as a whole and moves the origin."""
+    turn, upper = np.linalg.qr(rng.normal(size=(3, 3)))
+    turn *= np.sign(np.diag(upper)) * np.sign(np.prod(np.sign(np.diag(upper))) * np.linalg.det(turn))
+    turn *= np.sign(np.linalg.det(turn))
+    origin = rng.uniform(size=3) @ crystal.lattice
+    return changed(crystal, positions=(crystal.positions + origin) @ turn.T, lattice=crystal.lattice @ turn.T)
+
+
+def all_of_it(crystal: Crystal, rng: np.random.Generator) -> Crystal:
+    """All of these together."""
+    for describe in (recelled, doubled, reordered, turned):
+        crystal = describe(crystal, rng)
+    return crystal
+
+
+DESCRIPTIONS: dict[str, Description] = {
+    "atoms in another order": reordered,
+    "another cell": recelled,
+    "Niggli cell": niggli,
+    "supercell of two": doubled,
+    "turned, origin moved": turned,
+    "all of these": all_of_it,
+}
+
+
+@reporting_errors()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Predicts crystals in all descriptions and prints how far the predictions move."""
+    parser = argparse.ArgumentParser("check_descriptions.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("run", metavar="RUN", help="run directory")
+    parser.add_argument(
+        "--target_set", default="mp_flla_2015", metavar="NAME", help="prepared target set of the crystals"
+    )
+    parser.add_argument("--data_dir", default="", metavar="DIR")
+    parser.add_argument("--crystals", type=int, default=400, metavar="N", help="how many, drawn at random")
+    parser.add_argument("--most_atoms", type=int, default=25, metavar="N", help="of a crystal")
+    arguments = parser.parse_args(argv)
+    use_compilation_cache()
+    model = load_model(Path(arguments.run))
+    found = read_columns(folder_of(arguments.target_set, arguments.data_dir) / "crystals", CRYSTAL_COLUMNS)
+    if found is None:
+        raise UserError(f"{arguments.target_set} is not prepared; run scripts/prepare_data.py")
+    columns, rng = found[1], np.random.default_rng(0)
+    small = np.flatnonzero(np.diff(columns["atom_offset"]) <= arguments.most_atoms)
+    rows = rng.choice(small, min(arguments.crystals, len(small)), replace=False)
+    crystals = [crystal_at(columns, row) for row in rows.tolist()]
+    expected = model.predict(crystals)
+    lines = []
+    for title, describe in DESCRIPTIONS.items():
+        predictions = model.predict([describe(crystal, rng) for crystal in crystals])
+        moved = np.abs(predictions - expected)
+        for t, s in enumerate(model.targets):
+            unit = 1e3 if s.unit.startswith("eV") else 1
+            share = np.mean(moved[:, t] > 1e-3)
+            found_here = unit * np.array([moved[:, t].mean(), np.percentile(moved[:, t], 99), moved[:, t].max()])
+            name = f"m{s.unit}" if unit > 1 else s.unit
+            lines.append([title, s.name, name, f"{share:.1%}", *(f"{x:.4f}" for x in found_here)])
+    print(table([f"{len(crystals)} crystals", "target", "unit", "moved by 0.001", "mean", "99 %", "largest"], lines, 3))
+
+
+if __name__ == "__main__":
+    main()
