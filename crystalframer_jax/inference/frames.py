@@ -77,9 +77,7 @@ def compute_frames(
         return np.asarray(frames)[layout.place]
 
 
-def _weights(
-    num_atoms: int, q: np.ndarray | None, k: np.ndarray | None, a: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _weights(num_atoms: int, q: Any, k: Any, a: Any) -> tuple[Any, Any, Any]:
     """Returns q, k and a with what is missing filled in; ValueError if their shapes do not go together."""
     if (q is None) != (k is None):
         raise ValueError("give q and k together")
