@@ -19,9 +19,7 @@ from crystalframer_jax.structures.crystal import Crystal
 from crystalframer_jax.text import table
 
 Description = Callable[[Crystal, np.random.Generator], Crystal]
-SHEARS = np.array(
-    [[[1, 1, 0], [0, 1, 0], [0, 0, 1]], [[1, 0, 0], [0, 1, -1], [0, 0, 1]], [[1, 0, 0], [0, 1, 0], [2, 0, 1]]]
-)
+SHEARS = np.eye(3) + np.array([np.eye(3, k=1) * [0, 1, 0], np.eye(3, k=1) * [0, 0, -1], np.eye(3, k=-2) * 2])
 
 
 def changed(crystal: Crystal, **values: np.ndarray) -> Crystal:
@@ -47,8 +45,9 @@ def niggli(crystal: Crystal, _: np.random.Generator) -> Crystal:
     """Takes the Niggli cell."""
     from pymatgen.core import Lattice
 
-    _, turn, change = Lattice(crystal.lattice).find_mapping(Lattice(crystal.lattice).get_niggli_reduced_lattice())
-    return changed(crystal, lattice=np.rint(change) @ crystal.lattice)
+    given = Lattice(crystal.lattice)
+    found = given.find_mapping(given.get_niggli_reduced_lattice())
+    return changed(crystal, lattice=np.rint(found[2]) @ crystal.lattice) if found else crystal
 
 
 def doubled(crystal: Crystal, rng: np.random.Generator) -> Crystal:

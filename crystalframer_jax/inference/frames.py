@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from crystalframer_jax.batching.batch import Layout, pack, unpacked
@@ -67,8 +68,8 @@ def compute_frames(
         first = np.array([0])
         shape = shape_for(table, first, parts)
         batch, layout = pack(table, first, shape), Layout(table, first, shape)
-        q, k, a, seen_k = (layout.per_atom(x, np.float64) for x in (q, k, a, seen_k))
-        seeing: Any = Attention(np.ones_like(q) if tells_species else q, seen_k, a)
+        q, k, a, seen_k = (jnp.asarray(layout.per_atom(x, np.float64)) for x in (q, k, a, seen_k))
+        seeing = Attention(jnp.ones_like(q) if tells_species else q, seen_k, a)
         seeds = None
         if key is not None:
             keys = keys_by_place(key, batch.crystal_place)
