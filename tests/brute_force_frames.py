@@ -9,6 +9,8 @@ import numpy as np
 
 _COLLINEAR = 0.9999  # a neighbor with |e1 . u| at or above this cannot define the second frame axis
 _MIN_PERPENDICULARITY = 1e-5  # floor of 1 - |e1 . u| inside the logarithm of the second axis' score
+_TIES = 1e-4  # scores closer than this to the best are equally good
+_MARKER = np.array([1.0, 1.7, 2.9])
 
 
 def frames(method, q, k, a, positions, lattice, radius=16.0, box=None):
@@ -16,7 +18,7 @@ def frames(method, q, k, a, positions, lattice, radius=16.0, box=None):
 
     Args:
       method: max | max_static | weighted_pca | pca | lattice.
-      q, k: [n, H, dk]. a: [n, H], exponent of the attention, Å^-2. (`max_static`, `pca` and `lattice` read only H.)
+      q, k: [n, H, dk]. a: [n, H], exponent of the attention, Å^-2. (`pca` and `lattice` read only H.)
       positions: [n, 3], Å. lattice: [3, 3] rows, Å. radius, box: see `image_shifts`.
 
     Returns:
@@ -30,8 +32,8 @@ def frames(method, q, k, a, positions, lattice, radius=16.0, box=None):
     if method == "weighted_pca":
         return weighted_pca_frames(q, k, a, positions, lattice, radius, box)
     if method == "max_static":
-        of_atoms = max_static_frames(positions, lattice, radius, box)
-    elif method == "pca":
+        return max_frames(q, k, a, positions, lattice, radius, box, is_static=True)
+    if method == "pca":
         of_atoms = pca_frame(positions)
     elif method == "lattice":
         of_atoms = lattice_frame(lattice)
@@ -41,11 +43,12 @@ def frames(method, q, k, a, positions, lattice, radius=16.0, box=None):
     return np.broadcast_to(of_atoms.reshape(-1, 1, 3, 3), (*a.shape, 3, 3)).copy()
 
 
-def max_frames(q, k, a, positions, lattice, radius=16.0, box=None):
+def max_frames(q, k, a, positions, lattice, radius=16.0, box=None, is_static=False):
     """Frames of the method `max`: the neighbor with the largest logit, then the best one not along it.
 
-    A logit is q_i . k_j / sqrt(dk) + a_i d^2; the second axis maximises logit + log(1 - |cosine to the first|).
-    Arguments and result as in `frames`. Orthonormal. Ties go to the first image found.
+    A logit is q_i . k_j / sqrt(dk) + a_i d^2, or -d^2 (d in Å) if `is_static`; the second axis maximises
+    logit + log(1 - |cosine to the first|). Arguments and result as in `frames`. Orthonormal. Among ties that frame is
+    taken whose direction e1 + 1.7 e2 + 2.9 e3 sees most of the attention of q, k and a.
     """
     q, k, a, positions, lattice = (np.asarray(x, np.float64) for x in (q, k, a, positions, lattice))
     n, heads, dk = q.shape
@@ -55,20 +58,7 @@ def max_frames(q, k, a, positions, lattice, radius=16.0, box=None):
         distance, direction = neighbors(i, positions, shifts)
         for h in range(heads):
             logit = (k[:, h] @ q[i, h] / math.sqrt(dk))[:, None] + a[i, h] * distance**2  # [n, K]
-            result[i, h] = _axes_of_largest(logit, distance, direction)
-    return result
-
-
-def max_static_frames(positions, lattice, radius=16.0, box=None):
-    """Frames of the method `max_static`, [n, 3 axes, 3]: as `max`, with the logit -d^2 (d in Å) for every head.
-
-    positions: [n, 3], Å. lattice: [3, 3] rows, Å. radius, box: see `image_shifts`. Ties go to the first image found.
-    """
-    shifts = image_shifts(positions, lattice, radius, box)
-    result = np.zeros((len(positions), 3, 3))
-    for i in range(len(positions)):
-        distance, direction = neighbors(i, positions, shifts)
-        result[i] = _axes_of_largest(-(distance**2), distance, direction)
+            result[i, h] = _best_frame(-(distance**2) if is_static else logit, logit, distance, direction)
     return result
 
 
@@ -158,17 +148,23 @@ def log_sum_exp(x):
     return x.max(-1) + np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1))
 
 
-def _axes_of_largest(logit, distance, direction):
-    """[3, 3] orthonormal axes: e1 to the largest logit, e2 by the best one not along it; logit: [n, K]."""
-    logit = np.where(distance > 0, logit, -np.inf)  # never the atom itself
-    e1 = direction[np.unravel_index(np.argmax(logit), logit.shape)]
-    cosine = np.abs(direction @ e1)
-    second = logit + np.log(np.maximum(1 - cosine, _MIN_PERPENDICULARITY))
-    second = np.where(cosine < _COLLINEAR, second, -np.inf)
-    u2 = direction[np.unravel_index(np.argmax(second), second.shape)]
-    e2 = u2 - (u2 @ e1) * e1
-    e2 /= np.linalg.norm(e2)
-    return np.stack([e1, e2, np.cross(e1, e2)])
+def _best_frame(score, logit, distance, direction):
+    """[3, 3] orthonormal axes: of all frames of equally good scores the one whose marker sees most; all arrays [n, K]."""
+    score, logit, direction = (x[distance > 0] for x in (score, logit, direction))  # never the atom itself
+    weight = np.exp(logit - logit.max())
+    seen, best = -np.inf, None
+    for e1 in direction[score >= score.max() - _TIES]:
+        cosine = np.abs(direction @ e1)
+        second = score + np.log(np.maximum(1 - cosine, _MIN_PERPENDICULARITY))
+        second = np.where(cosine < _COLLINEAR, second, -np.inf)
+        for u2 in direction[second >= second.max() - _TIES]:
+            e2 = u2 - (u2 @ e1) * e1
+            e2 /= np.linalg.norm(e2)
+            frame = np.stack([e1, e2, np.cross(e1, e2)])
+            value = weight @ np.exp(direction @ (_MARKER @ frame))
+            if value > seen:
+                seen, best = value, frame
+    return best
 
 
 def _right_handed_eigenvectors(symmetric):

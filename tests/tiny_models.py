@@ -35,7 +35,7 @@ def crystals():
 @functools.cache
 def batch(dtype=np.float32, shape=SHAPE):
     """The crystals with everything that any model needs, and padding."""
-    return batch_of(crystals(), RADIUS, dtype, shape, parts=BatchParts(cells=True, lattice_vectors=True, scatter=True))
+    return batch_of(crystals(), RADIUS, dtype, shape, parts=BatchParts(cells=True, lattice_frames=True, scatter=True))
 
 
 def named_leaves(tree):

@@ -16,7 +16,7 @@ import numpy as np
 
 from crystalframer_jax.batching.shapes import ATOM_BLOCK, BatchShape, lengths_of, ranges_of, shared_out
 from crystalframer_jax.batching.table import CrystalTable
-from crystalframer_jax.structures.lattice import COMBINATIONS, lattice_vectors
+from crystalframer_jax.structures.lattice import MOST_FRAMES, lattice_frames
 
 SMALLEST_SCATTER = 1e-12  # Å^2, sum of the eigenvalues; less is rounding
 STEPS = 4096  # coarse coordinates are counted in this part of a basis vector
@@ -76,6 +76,15 @@ class Scatter:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class LatticeFrames:
+    """The equally good frames of lattice vectors, see `lattice_frames`; C = MOST_FRAMES, the rest of them zeros."""
+
+    frames: jax.Array  # [B, C, 3, 3]
+    shares: jax.Array  # [B, C] probability of each, if vectors are drawn
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Batch:
     """N atoms (padding included) of B crystals with T targets."""
 
@@ -85,7 +94,7 @@ class Batch:
     atom_in_crystal: jax.Array  # [N] int32
     rows: Any  # Rows; PackedRows until `unpacked`
     cells: CellRows | None  # if the model attends in reciprocal space
-    lattice_vectors: jax.Array | None  # [B, K, 3] the short ones in canonical order, if the model has lattice frames
+    lattice_frames: LatticeFrames | None  # if the model has lattice frames
     scatter: Scatter | None  # if the model has pca frames
     crystal_sizes: jax.Array  # [B] int32 number of atoms, 0 for padding
     crystal_place: jax.Array  # [B] int32 place of the crystal in the batch that several devices share, 0 for padding
@@ -123,7 +132,7 @@ def pack(
         atom_in_crystal=layout.per_atom(np.arange(len(layout.atoms)) - layout.first_atom, np.int32),
         rows=_rows(layout),
         cells=_cells(layout) if parts.cells else None,
-        lattice_vectors=_lattice_vectors(layout) if parts.lattice_vectors else None,
+        lattice_frames=_lattice_frames(layout) if parts.lattice_frames else None,
         scatter=_scatter(layout) if parts.scatter else None,
         crystal_sizes=layout.per_crystal(layout.sizes, np.int32),
         crystal_place=layout.per_crystal(np.arange(len(indices)) if places is None else places, np.int32),
@@ -270,10 +279,14 @@ def _cells(layout: Layout) -> CellRows:
     )
 
 
-def _lattice_vectors(layout: Layout) -> Any:
-    """Returns the short vectors of every lattice [B, K, 3], zeros for padding."""
-    vectors = [lattice_vectors(lattice) for lattice in layout.table.lattice[layout.indices]]
-    return layout.per_crystal(np.reshape(vectors, (-1, len(COMBINATIONS), 3)), layout.shape.parts.dtype)
+def _lattice_frames(layout: Layout) -> LatticeFrames:
+    """Packs the frames of every lattice."""
+    parts, number = layout.shape.parts, len(layout.indices)
+    frames, shares = np.zeros((number, MOST_FRAMES, 3, 3)), np.zeros((number, MOST_FRAMES))
+    for row, lattice in enumerate(layout.table.lattice[layout.indices]):
+        found, share = lattice_frames(lattice, parts.tie_tolerance)
+        frames[row, : len(found)], shares[row, : len(found)] = found, share
+    return LatticeFrames(layout.per_crystal(frames, parts.dtype), layout.per_crystal(shares, parts.dtype))
 
 
 def _scatter(layout: Layout) -> Scatter:

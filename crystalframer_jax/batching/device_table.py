@@ -91,7 +91,7 @@ def _chosen(work: Shared, device: int) -> Chosen:
 
 def serves(table: CrystalTable, parts: BatchParts) -> bool:
     """Tells whether a DeviceTable can make the batches of these crystals."""
-    plain = not (parts.cells or parts.lattice_vectors or parts.scatter)
+    plain = not (parts.cells or parts.lattice_frames or parts.scatter)
     return plain and not len(table.shared_site) and int(table.edge_offset[-1]) <= MOST_EDGES
 
 
@@ -149,7 +149,7 @@ def gather(columns: Columns, chosen: Chosen, shape: BatchShape) -> Batch:
             row_length=shape.row_length,
         ),
         cells=None,
-        lattice_vectors=None,
+        lattice_frames=None,
         scatter=None,
         crystal_sizes=sizes,
         crystal_place=chosen.places,

@@ -103,9 +103,10 @@ class BatchParts:
     """What the batches of a model hold beside species and neighbor rows, and their floating-point type."""
 
     cells: bool = False  # the atoms of each cell, for attention in reciprocal space
-    lattice_vectors: bool = False  # for lattice frames
+    lattice_frames: bool = False
     scatter: bool = False  # for pca frames
     dtype: str = "float32"
+    tie_tolerance: float = 1e-4  # Å, of the lengths of lattice vectors
 
 
 NO_PARTS = BatchParts()
@@ -130,12 +131,12 @@ class ModelConfig(ModelKeys):
     @property
     def parts(self) -> BatchParts:
         """What batches must hold beside the neighbor rows."""
-        return BatchParts(
-            cells=self.domain != "real",
-            lattice_vectors=self.uses_frames and self.frame_method == "lattice",
-            scatter=self.uses_frames and self.frame_method == "pca",
-            dtype=self.dtype.name,
+        parts = BatchParts(
+            cells=self.domain != "real", scatter=self.uses_frames and self.frame_method == "pca", dtype=self.dtype.name
         )
+        if self.uses_frames and self.frame_method == "lattice":
+            return dataclasses.replace(parts, lattice_frames=True, tie_tolerance=self.tie_tolerance)
+        return parts
 
     def domain_of_block(self, block: int) -> str:
         """Returns real, reci, RECI or multihead; the domains of an interleaving take turns."""

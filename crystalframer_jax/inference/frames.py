@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from crystalframer_jax.batching.batch import Layout, pack, unpacked
@@ -61,20 +60,23 @@ def compute_frames(
     crystal = crystals[0]
     tells_species = q is None and k is None
     q, k, a = _weights(crystal.num_atoms, q, k, a)
-    seen_k = np.broadcast_to(crystal.species[:, None, None] / 98, k.shape) if tells_species else k
+    seen_k = np.broadcast_to(crystal.species[:, None, None] / 98, k.shape)
     with jax.enable_x64(True):
         table = table_of([crystal], cutoff_radius)
-        parts = BatchParts(lattice_vectors=method == "lattice", scatter=method == "pca", dtype="float64")
+        parts = BatchParts(
+            lattice_frames=method == "lattice", scatter=method == "pca", dtype="float64", tie_tolerance=tie_tolerance
+        )
         first = np.array([0])
         shape = shape_for(table, first, parts)
         batch, layout = pack(table, first, shape), Layout(table, first, shape)
-        q, k, a, seen_k = (jnp.asarray(layout.per_atom(x, np.float64)) for x in (q, k, a, seen_k))
-        seeing = Attention(jnp.ones_like(q) if tells_species else q, seen_k, a)
+        scores: Any = [layout.per_atom(x, np.float64) for x in (q, k, a)]
+        seen_q, seen_k = (np.ones_like(scores[0]), layout.per_atom(seen_k, np.float64)) if tells_species else scores[:2]
+        seeing = Attention(seen_q, seen_k, scores[2])
         seeds = None
         if key is not None:
             keys = keys_by_place(key, batch.crystal_place)
             seeds = row_seeds(keys, batch.crystal_of_atom, batch.atom_in_crystal, q.shape[1])
-        frames = _compiled(method, q, k, a, _unpacked(batch), tie_tolerance, seeds, attention=seeing)
+        frames = _compiled(method, *scores, _unpacked(batch), tie_tolerance, seeds, attention=seeing)
         return np.asarray(frames)[layout.place]
 
 

@@ -48,7 +48,7 @@ def block_frames(
         axes = frames.pca_axes(batch) if method == "pca" else frames.weighted_pca_axes(*own, batch.rows)
         found = frames.pca_frames(*axes, max_frames(frames.static_attention(own.a)), tie_tolerance, seeds)
     elif method == "lattice":
-        found = frames.lattice_frames(batch, tie_tolerance, seeds)
+        found = frames.lattice_frames(batch, seeds, seeing)
     else:
         raise ValueError(f"frame_method={method!r} does not exist; allowed: {', '.join(frames.METHODS)}")
     return jnp.broadcast_to(found, (*q.shape[:2], 3, 3))

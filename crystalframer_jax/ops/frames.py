@@ -1,8 +1,7 @@
 """Frames: three axes for every atom and head, from its neighbors (paper, section on dynamic frames).
 
-Frames carry no gradient. Where symmetry leaves several frames equally good, the first in canonical order is taken or,
-given random seeds, one of them at random. The canonical order does not change when the crystal is turned, but among
-neighbors at the same distance it follows the order of the atoms and the cell.
+Frames carry no gradient. Where symmetry leaves several frames equally good, the crystal chooses (see ties.py) or, given
+random seeds, one of them is drawn.
 """
 
 from typing import Any, NamedTuple
@@ -16,9 +15,6 @@ from crystalframer_jax.ops.basis import EXACT
 from crystalframer_jax.ops.blocks import attention_logits, map_blocks
 from crystalframer_jax.ops.eigen import eigh3, principal_frames
 from crystalframer_jax.ops.random_bits import draw, mix
-
-COPLANAR = 1e-3  # |cos| to the normal up to which a lattice vector lies in the plane of two others
-PERPENDICULAR = 1e-4  # |cos| up to which neither sign of a lattice vector is acute
 
 METHODS = ("max", "max_static", "weighted_pca", "pca", "lattice")
 
@@ -66,8 +62,7 @@ def max_frames(
             logits = scores
             if seeing.k is not k:
                 logits = jnp.where(is_other, attention_logits(of_rows[0], seeing.k, of_rows[1], rows), -jnp.inf)
-            weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
-            return ties.choose(scores, tied & several[..., None], unit, weights, tie_tolerance, frames)
+            return ties.choose(scores, tied & several[..., None], unit, _weights(logits), tie_tolerance, frames)
 
         return jax.lax.cond(jnp.any(several), choose, lambda: frames)
 
@@ -86,9 +81,7 @@ def weighted_pca_axes(q: jax.Array, k: jax.Array, a: jax.Array, rows: Rows) -> t
     def block(rows: Rows, q: jax.Array, a: jax.Array) -> jax.Array:
         distance, unit = _directions(rows)
         logits = jnp.where((distance > 0)[:, None, :], attention_logits(q, k, a, rows), -jnp.inf)
-        largest = jnp.max(logits, axis=-1, keepdims=True)  # the scale of the weights does not change the axes
-        weights = jnp.exp(logits - jnp.where(jnp.isfinite(largest), largest, 0))
-        return jnp.einsum("nhm,nmx,nmy->nhxy", weights, unit, unit, precision=EXACT)
+        return jnp.einsum("nhm,nmx,nmy->nhxy", _weights(logits), unit, unit, precision=EXACT)
 
     matrix = map_blocks(block, rows, q, a)
     trace = jnp.trace(matrix, axis1=-2, axis2=-1)
@@ -119,41 +112,51 @@ def pca_frames(
     return principal_frames(values, axes, static, tie_tolerance, signs)
 
 
-def lattice_frames(batch: Batch, tie_tolerance: float, seeds: jax.Array | None = None) -> jax.Array:
-    """Unit vectors along the shortest lattice vectors, not orthogonal: [N, 1, 3, 3], or [N, H, 3, 3] given seeds.
+def lattice_frames(batch: Batch, seeds: jax.Array | None, seeing: Attention | None) -> jax.Array:
+    """Frames of three short lattice vectors, not orthogonal, [N, H, 3, 3]: see structures.lattice.lattice_frames.
 
-    The shortest; the next shortest that is not collinear, at an acute angle to the first; the next that is not
-    coplanar, likewise; all negated if they are left-handed. Padding atoms get finite numbers without meaning.
+    Among equally good ones `seeds` [N, H] draw, or the weights of the attention `seeing` choose. Padding atoms get
+    finite numbers without meaning.
     """
-    if batch.lattice_vectors is None:
-        raise ValueError("lattice frames need batches with lattice_vectors; see ModelConfig.parts")
-    vectors = jnp.asarray(batch.lattice_vectors)[batch.crystal_of_atom]  # [N, K, 3]
-    length = jnp.linalg.norm(vectors, axis=-1)
-    unit = vectors / jnp.where(length > 0, length, 1)[..., None]
-    score = jnp.broadcast_to(
-        -length[:, None, :], (len(length), 1 if seeds is None else seeds.shape[1], length.shape[1])
-    )
+    if batch.lattice_frames is None:
+        raise ValueError("lattice frames need batches with lattice_frames; see ModelConfig.parts")
+    frames, shares = (jnp.asarray(x) for x in (batch.lattice_frames.frames, batch.lattice_frames.shares))
+    if seeds is not None:
+        level = (seeds >> 8).astype(shares.dtype) / 2**24  # uniform in [0, 1)
+        ends = jnp.cumsum(shares, axis=-1)[batch.crystal_of_atom]
+        number = jnp.sum(level[..., None] * ends[:, None, -1:] >= ends[:, None], axis=-1)
+        return frames[batch.crystal_of_atom[:, None], number]
+    assert seeing is not None
 
-    def choose(allowed: jax.Array, seeds: jax.Array | None) -> jax.Array:
-        return _take(unit, _pick(ties.tied_with_best(jnp.where(allowed, score, -jnp.inf), tie_tolerance), seeds))
+    def block(rows: Rows, q: jax.Array, a: jax.Array, crystal: jax.Array) -> jax.Array:
+        distance, unit = _directions(rows)
+        own, are_real = frames[crystal], shares[crystal] > 0
 
-    second, third = (None, None) if seeds is None else (mix(seeds), mix(mix(seeds)))
-    e1 = choose(jnp.full(score.shape, True), seeds)
-    cosine = jnp.einsum("nhx,nkx->nhk", e1, unit, precision=EXACT)
-    acute = cosine > -PERPENDICULAR
-    e2 = choose(acute & (cosine < ties.PARALLEL), second)
-    normal = jnp.cross(e1, e2)
-    normal /= jnp.maximum(jnp.linalg.norm(normal, axis=-1, keepdims=True), ties.SMALLEST)
-    height = jnp.abs(jnp.einsum("nhx,nkx->nhk", normal, unit, precision=EXACT))
-    e3 = choose(acute & (height > COPLANAR), third)
-    hand = jnp.where(jnp.sum(normal * e3, axis=-1) < 0, -1.0, 1.0)
-    return jnp.stack([e1, e2, e3], axis=-2) * hand[..., None, None].astype(e1.dtype)
+        def choose() -> jax.Array:
+            weights = _weights(jnp.where((distance > 0)[:, None], attention_logits(q, seeing.k, a, rows), -jnp.inf))
+            along = jnp.einsum("ncx,nmx->ncm", ties.marker_of(own), unit, precision=EXACT)
+            seen = jnp.einsum("nhm,ncm->nhc", weights, jnp.exp(along), precision=EXACT)
+            number = jnp.argmax(jnp.where(are_real[:, None], seen, -jnp.inf), axis=-1)
+            return jnp.take_along_axis(own, number[..., None, None], axis=1)
+
+        def only() -> jax.Array:
+            return jnp.broadcast_to(own[:, :1], (*a.shape, 3, 3))
+
+        return jax.lax.cond(jnp.any(are_real[:, 1]), choose, only)
+
+    return map_blocks(block, batch.rows, seeing.q, seeing.a, batch.crystal_of_atom)
 
 
 def _directions(rows: Rows) -> tuple[jax.Array, jax.Array]:
     """Distances [n, M] and unit vectors [n, M, 3] of the neighbors; zeros for the atom itself and padding."""
     distance = jnp.sqrt(jnp.sum(rows.vector**2, axis=-1))
     return distance, rows.vector / jnp.where(distance > 0, distance, 1)[..., None]
+
+
+def _weights(logits: jax.Array) -> jax.Array:
+    """What attention weights [..., M] are proportional to; the largest is 1. 0 for rows of -inf."""
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    return jnp.exp(logits - jnp.where(jnp.isfinite(largest), largest, 0))
 
 
 def _pick(tied: jax.Array, seeds: jax.Array | None) -> jax.Array:

@@ -46,6 +46,11 @@ def frame_of(e1: jax.Array, u2: jax.Array) -> jax.Array:
     return jnp.stack([e1, e2, jnp.cross(e1, e2)], axis=-2)
 
 
+def marker_of(frames: jax.Array) -> jax.Array:
+    """The marker directions [..., 3] of frames [..., 3, 3]."""
+    return jnp.einsum("a,...ax->...x", jnp.asarray(MARKER, frames.dtype), frames, precision=EXACT)
+
+
 def choose(
     scores: jax.Array, tied: jax.Array, unit: jax.Array, weights: jax.Array, tie_tolerance: float, frames: jax.Array
 ) -> jax.Array:
@@ -80,8 +85,7 @@ def choose(
             item, column, is_real = _listed(seconds, chunk)
             own = row[item]
             candidates = frame_of(e1[item], unit[own // heads, column])
-            marker = jnp.einsum("a,cax->cx", jnp.asarray(MARKER, unit.dtype), candidates, precision=EXACT)
-            seen = jnp.sum(weights[own] * jnp.exp(cosines(marker, own)), axis=-1)
+            seen = jnp.sum(weights[own] * jnp.exp(cosines(marker_of(candidates), own)), axis=-1)
             return _better(best, own, jnp.where(is_real, seen, -jnp.inf), candidates)
 
         return jax.lax.fori_loop(0, _chunks(seconds), with_second_axes, best)

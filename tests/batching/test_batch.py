@@ -24,7 +24,7 @@ from crystalframer_jax.batching.table import COLUMNS, CrystalTable, make_table, 
 from crystalframer_jax.config import NO_PARTS, BatchParts
 from crystalframer_jax.model.regressor import CrystalFramer
 from crystalframer_jax.structures.crystal import MAX_ATOMIC_NUMBER, Crystal
-from crystalframer_jax.structures.lattice import lattice_vectors
+from crystalframer_jax.structures.lattice import lattice_frames
 from crystalframer_jax.structures.neighbors import displacements, neighbor_rows
 
 RADIUS = 5.0  # Å: rows below 48, the shortest length that is compiled
@@ -309,9 +309,9 @@ def test_without_targets_none_is_known():
     assert not batch.target_mask.any()
 
 
-# Parts that only some models need: cells, lattice vectors, scatter, float64
+# Parts that only some models need: cells, lattice frames, scatter, float64
 
-ALL_PARTS = BatchParts(cells=True, lattice_vectors=True, scatter=True)
+ALL_PARTS = BatchParts(cells=True, lattice_frames=True, scatter=True)
 
 
 def described_otherwise(crystal):
@@ -331,11 +331,11 @@ def places_of_crystals(batch):
     return np.split(atom_places(batch), np.cumsum([crystal.num_atoms for crystal in crystals()])[:-1])
 
 
-@pytest.mark.parametrize("asked", ["nothing", "cells", "lattice_vectors", "scatter"])
+@pytest.mark.parametrize("asked", ["nothing", "cells", "lattice_frames", "scatter"])
 def test_parts_that_no_model_asked_for_are_absent(asked):
     parts = NO_PARTS if asked == "nothing" else BatchParts(**{asked: True})
     batch = batch_of(crystals(), RADIUS, shapes=SMALL, parts=parts)
-    for part in ("cells", "lattice_vectors", "scatter"):
+    for part in ("cells", "lattice_frames", "scatter"):
         assert (getattr(batch, part) is not None) == (part == asked)
     expected = batch_of(crystals(), RADIUS, shapes=SMALL, parts=ALL_PARTS)
     jax.tree.map(np.testing.assert_array_equal, batch.rows, expected.rows)
@@ -450,35 +450,31 @@ def test_scatter_of_equal_places_is_none():
     np.testing.assert_array_equal(batch_of([crystal], RADIUS, parts=ALL_PARTS).scatter.values, 0)
 
 
-def test_lattice_vectors_are_those_of_each_crystal():
+def test_lattice_frames_are_those_of_each_crystal():
     batch = batch_of(other_crystals(), RADIUS, np.float64, SHAPES["more atoms and crystals"], parts=ALL_PARTS)
-    assert batch.lattice_vectors.shape == (9, 124, 3)
-    for crystal, vectors in zip(other_crystals(), batch.lattice_vectors, strict=False):
-        np.testing.assert_array_equal(vectors, lattice_vectors(crystal.lattice))
-        steps = vectors @ np.linalg.inv(crystal.lattice)
-        np.testing.assert_allclose(steps, np.rint(steps), atol=1e-9)
-    np.testing.assert_array_equal(batch.lattice_vectors[4:], 0)
-
-
-def shortest_vectors(lattice, number):
-    """Lengths of the shortest lattice vectors, by looking at all of a large box."""
-    steps = np.arange(-12, 13)
-    grid = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(-1, 3)
-    return np.sort(np.linalg.norm(grid @ lattice, axis=1))[1 : number + 1]
+    packed, shares = batch.lattice_frames.frames, batch.lattice_frames.shares
+    for crystal, own, share in zip(other_crystals(), packed, shares, strict=False):
+        frames, expected = lattice_frames(crystal.lattice, 1e-4)
+        np.testing.assert_array_equal(own[: len(frames)], frames)
+        np.testing.assert_array_equal(share[: len(frames)], expected)
+        assert not own[len(frames) :].any() and not share[len(frames) :].any()
+    assert not packed[4:].any()
 
 
 @pytest.mark.parametrize("name", ["random", "mp-626708", "fcc", "hcp"])
-def test_the_shortest_lattice_vectors_come_first(name):
+def test_the_first_axis_is_along_a_shortest_lattice_vector(name):
     """Also of cells whose own vectors are almost parallel."""
     if name == "random":
         crystal = crystals()[0]
     else:
         crystal = real_crystals([name])[0] if name.startswith("mp") else primitive(name)
-    expected = shortest_vectors(crystal.lattice, 12)
+    grid = np.stack(np.meshgrid(*[np.arange(-12, 13)] * 3), -1).reshape(-1, 3) @ crystal.lattice
+    length = np.linalg.norm(grid, axis=1)
+    shortest = grid[(length > 0) & (length < length[length > 0].min() + 1e-4)]
     for lattice in (crystal.lattice, np.array([[1, 3, -2], [0, 1, 4], [0, 0, 1]]) @ crystal.lattice):
-        lengths = np.linalg.norm(lattice_vectors(lattice), axis=1)
-        assert (np.diff(lengths) > -1e-4).all()
-        np.testing.assert_allclose(lengths[:12], expected, atol=1e-4)
+        first = lattice_frames(lattice, 1e-4)[0][:, 0]
+        unit = shortest / np.linalg.norm(shortest, axis=1, keepdims=True)
+        np.testing.assert_allclose((first @ unit.T).max(axis=1), 1, atol=1e-9)
 
 
 def test_batches_in_float64_are_not_rounded():
@@ -489,7 +485,7 @@ def test_batches_in_float64_are_not_rounded():
         (single.scatter.axes, double.scatter.axes),
         (single.cells.vector, double.cells.vector),
         (single.cells.metric, double.cells.metric),
-        (single.lattice_vectors, double.lattice_vectors),
+        (single.lattice_frames.frames, double.lattice_frames.frames),
     ]
     for rounded, exact in pairs:
         assert rounded.dtype == np.float32 and exact.dtype == np.float64

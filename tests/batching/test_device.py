@@ -93,7 +93,7 @@ def test_only_what_fits_is_kept(table, labels, monkeypatch):
         assert (device_table_if_it_fits(table, labels, BatchParts()) is not None) == fits
 
 
-@pytest.mark.parametrize("part", ["cells", "lattice_vectors", "scatter"])
+@pytest.mark.parametrize("part", ["cells", "lattice_frames", "scatter"])
 def test_batches_with_more_parts_are_packed_on_the_host(table, labels, part):
     parts = BatchParts(**{part: True})
     assert device_table_if_it_fits(table, labels, parts) is None

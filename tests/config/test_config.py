@@ -449,7 +449,7 @@ def test_several_scales_take_turns():
 @pytest.mark.parametrize("domain", ALLOWED_VALUES["domain"])
 def test_reciprocal_domains_need_the_atoms_of_each_cell(domain):
     parts = validate_model(changed(domain=domain, **CRYSTALFORMER)).model.parts
-    assert parts == BatchParts(cells=domain != "real", lattice_vectors=False, scatter=False, dtype="float32")
+    assert parts == BatchParts(cells=domain != "real", lattice_frames=False, scatter=False, dtype="float32")
 
 
 @pytest.mark.parametrize("method", ALLOWED_VALUES["frame_method"])
@@ -457,7 +457,7 @@ def test_lattice_and_pca_frames_need_parts_of_their_own(method):
     angles = 0 if method == "no" else 64
     model = validate_model(changed(frame_method=method, value_pe_angle_real=angles)).model
     assert model.parts == BatchParts(
-        cells=False, lattice_vectors=method == "lattice", scatter=method == "pca", dtype="float32"
+        cells=False, lattice_frames=method == "lattice", scatter=method == "pca", dtype="float32"
     )
     assert model.uses_frames == (method != "no")
     without_angles = validate_model(changed(frame_method=method, value_pe_angle_real=0)).model

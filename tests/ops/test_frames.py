@@ -14,10 +14,10 @@ from crystalframer_jax.batching.batch import Rows
 from crystalframer_jax.batching.shapes import BatchShape
 from crystalframer_jax.config import BatchParts
 from crystalframer_jax.model.frames import block_frames
-from crystalframer_jax.ops.frames import METHODS, lattice_frames
+from crystalframer_jax.ops.frames import METHODS
 from crystalframer_jax.ops.random_bits import keys_by_place, row_seeds
 from crystalframer_jax.structures.crystal import Crystal
-from crystalframer_jax.structures.lattice import lattice_vectors
+from crystalframer_jax.structures.lattice import lattice_frames
 
 HEADS, K_DIM = 3, 6
 TIE_TOLERANCE = 1e-4
@@ -27,7 +27,7 @@ RADIUS = 8.0
 VOLUME = 60.0  # Å^3 per atom: short rows, which compile faster
 SHAPE = BatchShape(64, 64, 8)  # one crystal and several atoms of padding
 OTHER_SHAPE = BatchShape(96, 80, 7)
-PARTS = BatchParts(lattice_vectors=True, scatter=True)
+PARTS = BatchParts(lattice_frames=True, scatter=True)
 PRINCIPAL = ("weighted_pca", "pca")  # eigenvectors, whose signs are free
 PROPER = np.array([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]])  # signs that keep the right hand
 
@@ -36,7 +36,6 @@ compiled = {
     np.float32: jax.jit(block_frames, static_argnums=0),
     np.float64: jax.jit(block_frames, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0}),
 }
-compiled_lattice = jax.jit(lattice_frames)
 
 
 def frames_of(method, batch, seeds=None, dtype=np.float32):
@@ -58,8 +57,7 @@ def make_inputs(batch, dtype=np.float32):
     return q, k, a
 
 
-# Crystals without symmetry. An atom has its own images in pairs, +v and -v; where these are the best neighbors, the
-# first image is taken, in canonical order and in the brute-force search.
+# Crystals without symmetry. An atom has its own images in pairs, +v and -v, which may be the best neighbors.
 
 
 def recelled(crystal, change):
@@ -267,7 +265,7 @@ def test_unknown_method_is_an_error():
         block_frames("maximal", *make_inputs(batch), batch, TIE_TOLERANCE)
 
 
-@pytest.mark.parametrize(("method", "part"), [("lattice", "lattice_vectors"), ("pca", "scatter")])
+@pytest.mark.parametrize(("method", "part"), [("lattice", "lattice_frames"), ("pca", "scatter")])
 def test_frames_from_a_batch_without_what_they_need_are_an_error(method, part):
     batch = batch_of(crystals()[:1], 4.0)
     with pytest.raises(ValueError, match=part):
@@ -317,7 +315,7 @@ def lattice_frame(lattices, dtype=np.float64):
     atoms = [Crystal([14], np.zeros((1, 3)), lattice) for lattice in lattices]
     shape = BatchShape(128, 64, 128)
     batch = batch_of(atoms, 3.0, dtype, shape, parts=PARTS)
-    return np.asarray(compiled_lattice(batch, TIE_TOLERANCE))[atom_places(batch), 0]
+    return frames_of("lattice", batch, dtype=dtype)[atom_places(batch), 0]
 
 
 def random_lattices(number, seed=5):
@@ -363,49 +361,28 @@ def test_lattice_frames_do_not_depend_on_the_cell(x64):
 
 
 @pytest.mark.parametrize("shear", [20, 1000])
-def test_lattice_vectors_of_a_sheared_cell_are_those_of_the_lattice(shear):
-    """As a set: their order among equal lengths follows the given cell."""
-    for lattice in random_lattices(10):
-        vectors = lattice_vectors(lattice)
-        sheared = lattice_vectors(np.array([[1, shear, 0], [0, 1, 0], [0, -shear, 1]]) @ lattice)
-        length = np.linalg.norm(vectors, axis=1)
-        np.testing.assert_allclose(np.linalg.norm(sheared[:20], axis=1), length[:20], rtol=0, atol=1e-8)
-        distances = np.linalg.norm(sheared[:20, None] - vectors, axis=-1)
-        np.testing.assert_allclose(distances.min(axis=1), 0, atol=1e-8)
+def test_equally_good_frames_are_those_of_the_lattice_however_sheared_the_cell(shear):
+    cubic = 4.0 * random_rotation(np.random.default_rng(8))
+    for lattice in (*random_lattices(10), cubic, cubic[[1, 0, 2]], primitive("fcc").lattice, primitive("hcp").lattice):
+        frames, shares = lattice_frames(lattice, TIE_TOLERANCE)
+        other, others = lattice_frames(np.array([[1, shear, 0], [0, 1, 0], [0, -shear, 1]]) @ lattice, TIE_TOLERANCE)
+        assert len(frames) == len(other) and shares.sum() == pytest.approx(1)
+        difference = np.abs(frames[:, None] - other).max(axis=(-2, -1))
+        assert difference.min(axis=1).max() < 1e-8
+        np.testing.assert_allclose(others[difference.argmin(axis=1)], shares, rtol=1e-9)
 
 
-def test_lattice_vectors_are_the_short_ones_in_order_of_length():
-    for lattice in random_lattices(10):
-        vectors = lattice_vectors(lattice)
-        assert vectors.shape == (124, 3)
-        coefficients = vectors @ np.linalg.inv(lattice)
-        np.testing.assert_allclose(coefficients, np.rint(coefficients), atol=1e-9)
-        assert len(np.unique(np.rint(coefficients), axis=0)) == 124
-        length = np.linalg.norm(vectors, axis=1)
-        assert np.all(np.diff(length) > -1e-4)
-        box = brute_force_frames._integer_box([4, 4, 4]) @ lattice
-        shortest = np.sort(np.linalg.norm(box, axis=1))[1:15]
-        np.testing.assert_allclose(np.sort(length)[:14], shortest, rtol=0, atol=1e-9)
-
-
-def test_vectors_of_equal_length_stand_in_the_order_of_their_coefficients():
-    """Largest first; rounding of their lengths does not matter, nor how the lattice lies."""
-    cubic = np.array([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, -1], [0, -1, 0], [-1, 0, 0]])
-    for seed in range(5):
-        turn = random_rotation(np.random.default_rng(seed))
-        np.testing.assert_allclose(lattice_vectors(3.1 * turn.T)[:6], 3.1 * cubic @ turn.T, atol=1e-12)
-
-
-def test_lattice_frame_of_a_cubic_cell_is_the_cell(x64):
-    """Of the tied directions the first: +a, then +b, then +c; a left-handed cell has them all negated."""
+def test_lattice_frame_of_a_cubic_cell_is_the_cell_turned_by_its_symmetry(x64):
     turn = random_rotation(np.random.default_rng(8))
-    cells = np.stack([4.0 * turn, 4.0 * turn[[1, 0, 2]]])
-    np.testing.assert_allclose(lattice_frame(cells), [turn, -turn[[1, 0, 2]]], rtol=0, atol=1e-12)
+    for frame in lattice_frame(np.stack([4.0 * turn, 4.0 * turn[[1, 0, 2]]])):
+        among = np.abs(frame @ turn.T)
+        np.testing.assert_allclose(np.sort(among.ravel()), [0] * 6 + [1] * 3, rtol=0, atol=1e-12)
+        assert np.linalg.det(frame) == pytest.approx(1)
 
 
 def test_perpendicular_vectors_are_acute_whatever_rounding_makes_of_them(x64):
-    """a > b > c at right angles, the angles off by less than the tolerance: the frame is c, b, a with equal signs."""
+    """a > b > c at right angles, the angles off by less than the tolerance: the frame is c, b, a up to signs."""
     rng = np.random.default_rng(9)
-    cells = np.diag([5.0, 4.0, 3.0]) + 1e-5 * rng.normal(size=(50, 3, 3))
-    frames = lattice_frame(cells)
-    np.testing.assert_allclose(frames, np.tile(-np.eye(3)[::-1], (50, 1, 1)), rtol=0, atol=1e-4)
+    frames = lattice_frame(np.diag([5.0, 4.0, 3.0]) + 1e-5 * rng.normal(size=(50, 3, 3)))
+    np.testing.assert_allclose(np.abs(frames), np.tile(np.eye(3)[::-1], (50, 1, 1)), rtol=0, atol=1e-4)
+    assert np.linalg.det(frames).min() > 0.99

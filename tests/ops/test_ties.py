@@ -1,8 +1,9 @@
-"""The choice among equally good frames: uniform draws in training, one rule in evaluation.
+"""The choice among equally good frames: uniform draws in training, by the crystal itself in evaluation.
 
 What is equally good is enumerated here from the definitions, with the images of brute_force_frames.py.
 """
 
+import dataclasses
 import functools
 import itertools
 
@@ -25,6 +26,7 @@ from support import (
     small_config,
 )
 
+from crystalframer_jax.batching.batch import Rows
 from crystalframer_jax.batching.shapes import BatchShape
 from crystalframer_jax.config import BatchParts
 from crystalframer_jax.model.frames import block_frames
@@ -36,7 +38,7 @@ from crystalframer_jax.structures.crystal import Crystal
 TIE_TOLERANCE = 1e-4
 RADIUS = 5.0  # Å
 SHAPE = BatchShape(96, 64, 16)  # holds all crystals; also for one alone, so that there is one compiled program
-PARTS = BatchParts(lattice_vectors=True, scatter=True)
+PARTS = BatchParts(lattice_frames=True, scatter=True)
 DRAWS = 1600  # as heads: each draws for itself
 EXPONENT = -0.25  # 1/Å^2
 LEAST_P = 1e-3  # of the chi-square tests; keys are fixed
@@ -427,21 +429,35 @@ def test_blocks_of_the_model_draw_independently():
 # Evaluation
 
 
-@pytest.mark.parametrize("method", ["max", "max_static"])
-def test_evaluation_takes_the_first_in_canonical_order(method):
-    batch = batch_named("rock salt")
-    unit = batch.rows.vector[atom_places(batch)[0], 1:7] / 2.82  # the nearest neighbors follow the atom itself
-    e1 = unit[0]
-    e2 = next(u for u in unit if abs(u @ e1) < 0.5)
-    np.testing.assert_allclose(evaluated_frames(method, batch)[0], [e1, e2, np.cross(e1, e2)], atol=1e-6)
+def inputs_of(batch, heads=3, seed=14, dtype=np.float64):
+    """q, k and a that are alike for atoms of the same element: q and k random for each element and head."""
+    rng = np.random.default_rng(seed)
+    queries, keys = rng.normal(size=(2, 99, heads, 4))
+    a = -rng.uniform(0.2, 0.4, (99, heads))
+    return tuple(x[np.asarray(batch.species)].astype(dtype) for x in (queries, keys, a))
 
 
+@pytest.mark.parametrize("name", CRYSTALS)
 @pytest.mark.parametrize("method", ["max", "max_static"])
-def test_evaluation_takes_the_first_also_where_rounding_makes_another_the_best(method):
-    batch = batch_of([primitive("rock salt")], RADIUS, shapes=SHAPE, parts=PARTS)
-    expected = evaluated_frames(method, batch)
-    batch.rows.vector[atom_places(batch)[0], 2:7] *= 1 - 2e-6  # nearer: logits are larger by 8e-6 and 3e-5
-    np.testing.assert_allclose(evaluated_frames(method, batch), expected, atol=1e-5)
+def test_evaluation_takes_the_frame_whose_marker_sees_most(method, name, x64):
+    """As the float64 search does, or another that sees the same: then all that is seen along its axes is the same."""
+    crystal = crystal_named(name)
+    batch = batch_of([crystal], RADIUS, np.float64, SHAPE, parts=PARTS)
+    places, inputs = atom_places(batch), inputs_of(batch)
+    frames = np.asarray(compiled_x64(method, *inputs, batch, TIE_TOLERANCE))[places]
+    q, k, a = (x[places] for x in inputs)
+    expected = brute_force_frames.frames(method, q, k, a, crystal.positions, crystal.lattice, RADIUS)
+    shifts = brute_force_frames.image_shifts(crystal.positions, crystal.lattice, RADIUS)
+    for i, h in np.ndindex(*frames.shape[:2]):
+        distance, unit = brute_force_frames.neighbors(i, crystal.positions, shifts)
+        logit = (k[:, h] @ q[i, h] / np.sqrt(k.shape[-1]))[:, None] + a[i, h] * distance**2
+        weight = np.where((distance > 0) & (distance < RADIUS), np.exp(logit), 0)
+        axes = (
+            [np.array([1.0, 1.7, 2.9]) @ frames[i, h], *frames[i, h]],
+            [np.array([1.0, 1.7, 2.9]) @ expected[i, h], *expected[i, h]],
+        )
+        seen = [[np.sum(weight * np.exp(scale * (unit @ x))) for x in of for scale in (1, 3)] for of in axes]
+        np.testing.assert_allclose(*seen, rtol=1e-9)
 
 
 @pytest.mark.parametrize("name", CRYSTALS)
@@ -452,33 +468,130 @@ def test_evaluation_takes_one_of_the_frames_that_are_drawn(method, name):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_evaluation_is_repeatable_to_the_bit_and_does_not_depend_on_the_other_crystals(method):
-    crystals = [crystal_named(name) for name in CRYSTALS]
-    batch = batch_of(crystals, RADIUS, shapes=SHAPE, parts=PARTS)
-    frames = evaluated_frames(method, batch)
-    np.testing.assert_array_equal(evaluated_frames(method, batch), frames)
-    alone = np.concatenate([evaluated_frames(method, batch_named(name)) for name in CRYSTALS])
-    # Sums over longer rows are rounded differently.
-    np.testing.assert_allclose(frames, alone, rtol=0, atol=1e-5 if method == "weighted_pca" else 0)
+def test_evaluation_is_repeatable_to_the_bit(method):
+    batch = batch_of([crystal_named(name) for name in CRYSTALS], RADIUS, shapes=SHAPE, parts=PARTS)
+    np.testing.assert_array_equal(evaluated_frames(method, batch), evaluated_frames(method, batch))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_frames_turn_with_the_crystal(method, x64):
-    """Those of evaluation, and with the same keys those that are drawn."""
+def test_draws_turn_with_the_crystal(method, x64):
+    """With the same keys. (Evaluation may take an equivalent frame; what follows from it is in test_invariance.py.)"""
     crystals, draws = [crystal_named(name) for name in CRYSTALS], 16
     rng = np.random.default_rng(7)
 
     def frames_of(turn):
-        """[n, 1 + draws, 3, 3]"""
+        """[n, draws, 3, 3]"""
         turned = [rotated(crystal, turn) for crystal in crystals]
         batch = batch_of(turned, RADIUS, np.float64, SHAPE, parts=PARTS)
         seeds = seeds_of(jax.random.key(0), batch, draws)
-        drawn = compiled_x64(method, *alike(batch, draws), batch, TIE_TOLERANCE, seeds)
-        evaluated = compiled_x64(method, *alike(batch), batch, TIE_TOLERANCE)
-        return np.concatenate([evaluated, drawn], axis=1)[atom_places(batch)]
+        return np.asarray(compiled_x64(method, *alike(batch, draws), batch, TIE_TOLERANCE, seeds))[atom_places(batch)]
 
     expected = frames_of(np.eye(3))
     assert np.mean(np.ptp(expected, axis=1) > 0.5) > 0.5  # draws differ
     for _ in range(5):
         turn = random_rotation(rng)
         np.testing.assert_allclose(frames_of(turn), expected @ turn.T, rtol=0, atol=1e-10)
+
+
+# Sites of their own: one atom with neighbors at given places, as rows
+
+
+def rows_of(vectors, columns=64):
+    """A batch of one atom with these neighbors [M, 3] and atoms of padding."""
+    vector = np.zeros((4, columns, 3))
+    vector[0, 1 : len(vectors) + 1] = vectors
+    index, count = np.zeros((4, columns), np.int32), np.array([len(vectors) + 1, 0, 0, 0], np.int32)
+    batch = batch_of([primitive("fcc")], 4.0, np.float64, shapes=BatchShape(4, columns, 1))
+    return dataclasses.replace(batch, rows=Rows(index, vector, index, count))
+
+
+def seen_along(frame, vectors, exponent):
+    """What the axes and the marker of a frame see of neighbors with the weights exp(exponent d^2)."""
+    square = np.sum(vectors**2, axis=1)
+    unit = vectors / np.sqrt(square)[:, None]
+    return [np.sum(np.exp(exponent * square) * np.exp(unit @ x)) for x in (*frame, np.array([1.0, 1.7, 2.9]) @ frame)]
+
+
+def frame_of_site(vectors, exponent=-0.3, method="max", tolerance=TIE_TOLERANCE):
+    batch = rows_of(vectors)
+    return np.asarray(compiled_x64(method, *alike(batch, exponent=exponent), batch, tolerance))[0, 0]
+
+
+def assert_same_site(vectors, others):
+    np.testing.assert_allclose(
+        seen_along(frame_of_site(vectors), vectors, -0.3), seen_along(frame_of_site(others), others, -0.3), rtol=1e-9
+    )
+
+
+MIRROR = np.diag([1, 1, -1])
+
+
+def site_with_a_mirror_plane():
+    """Nearest neighbors in a pair that the mirror exchanges, and three more pairs: the first axis is not in the plane."""
+    half = np.array([[1.1, 0.4, 1.7], [2.2, -0.7, 0.9], [-1.5, 1.9, 1.2], [0.3, -2.1, 2.4]])
+    return np.concatenate([half, half @ MIRROR])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_pair_of_mirror_images_is_told_apart_by_the_hand(seed, x64):
+    """Both first axes look alike to anything that sees no hand; in any order and turned the same one is taken."""
+    rng, vectors = np.random.default_rng(seed), site_with_a_mirror_plane()
+    others = vectors[rng.permutation(len(vectors))] @ random_rotation(rng).T
+    assert_same_site(vectors, others)
+    mirrored = frame_of_site(vectors @ MIRROR)  # the same site: its mirror image is itself
+    np.testing.assert_allclose(mirrored, frame_of_site(vectors), atol=1e-9)
+
+
+@pytest.mark.parametrize("number", [30, 60])
+def test_many_tied_neighbors(number, x64):
+    """More first axes and pairs than are compared at once."""
+    rng = np.random.default_rng(number)
+    vectors = rng.normal(size=(number, 3))
+    vectors *= 2.5 / np.linalg.norm(vectors, axis=1, keepdims=True)
+    others = vectors[rng.permutation(number)] @ random_rotation(rng).T
+    assert_same_site(vectors, others)
+
+
+@pytest.mark.parametrize(("gap", "is_tied"), [(0.9, True), (1.1, False)])
+def test_neighbors_just_inside_and_just_outside_the_tolerance(gap, is_tied, x64):
+    """Of two neighbors the one that is a little further sees more: it is taken if it is a tie."""
+    exponent, near = -0.3, 2.0
+    far = np.sqrt(near**2 + gap * TIE_TOLERANCE / -exponent)
+    vectors = np.array([[near, 0, 0], [0, far, 0], [0.2, 2.6, 0.7], [-0.3, 2.5, -0.9], [0.1, -0.2, 3.1]])
+    e1 = frame_of_site(vectors, exponent)[0]
+    np.testing.assert_allclose(e1, [0, 1, 0] if is_tied else [1, 0, 0], atol=1e-9)
+
+
+def test_ties_that_differ_in_species_only(x64):
+    """For max_static all nearest neighbors of a perovskite's atoms are ties; the attention tells their elements apart."""
+    crystal, rng = primitive("perovskite"), np.random.default_rng(3)
+    swapped = Crystal(crystal.species[[0, 1, 2, 2, 2]], crystal.positions, crystal.lattice)
+    other = Crystal(np.array([38, 22, 8, 16, 8]), swapped.positions, swapped.lattice)
+    order = rng.permutation(5)
+    again = Crystal(other.species[order], other.positions[order] @ random_rotation(rng).T, other.lattice)
+    turn = np.linalg.lstsq(other.positions[order], again.positions, rcond=None)[0]
+    again = Crystal(again.species, again.positions, other.lattice @ turn)
+    seen = []
+    for one in (other, again):
+        batch = batch_of([one], RADIUS, np.float64, SHAPE, parts=PARTS)
+        places, (q, k, a) = atom_places(batch), inputs_of(batch)
+        frames = np.asarray(compiled_x64("max_static", q, k, a, batch, TIE_TOLERANCE))
+        rows = batch.rows
+        logit = np.einsum("nhd,nmhd->nhm", q, k[rows.index]) / 2 + a[..., None] * np.sum(rows.vector**2, -1)[:, None]
+        length = np.linalg.norm(rows.vector, axis=-1)
+        unit = rows.vector / np.where(length > 0, length, 1)[..., None]
+        weight = np.where((length > 0)[:, None], np.exp(logit), 0)
+        along = np.exp(np.einsum("nhax,nmx->nham", frames, unit))
+        values = np.einsum("nhm,nham->nha", weight, along)[places]
+        seen.append(values if one is other else values[np.argsort(order)])
+    np.testing.assert_allclose(*seen, rtol=1e-9)
+
+
+def test_enantiomorphs_may_differ_and_each_is_the_same_however_listed(x64):
+    rng = np.random.default_rng(5)
+    vectors = np.concatenate([rng.normal(size=(1, 3)), rng.normal(size=(5, 3))])
+    vectors = np.concatenate([vectors @ turn for turn in (np.eye(3), np.diag([1, -1, -1]))])  # a twofold axis alone
+    vectors *= np.clip(np.linalg.norm(vectors, axis=1), 1.5, 4)[:, None] / np.linalg.norm(vectors, axis=1)[:, None]
+    assert_same_site(vectors, vectors[rng.permutation(12)] @ random_rotation(rng).T)
+    hands = [seen_along(frame_of_site(x), x, -0.3) for x in (vectors, vectors @ MIRROR)]
+    assert np.abs(np.subtract(*hands)).max() > 1e-3

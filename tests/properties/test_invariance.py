@@ -3,16 +3,12 @@
 Every method is tested on the same random and real crystals, in float64, where 1e-10 leaves no room for a frame that
 rounding decides. What holds for which crystals:
 
-- Turning and moving: for all. Where symmetry leaves several frames equally good, evaluation takes the first in the
-  order of the neighbor rows, which turns with the crystal.
-- Another order of the atoms, another cell, atoms taken from other cells: these change the order of the rows, so
-  predictions stay the same where the frames are unique. They are not in crystals with symmetry, nor where a neighbor
-  to choose is an image of the atom itself, at +v and -v: in cells of one atom always, of two atoms often.
-- Supercells: likewise, but frames by `lattice` follow the given lattice, and those by `pca` the choice of the atoms, so
-  that moving atoms to other cells changes them too.
-- Crystalformer, without frames, is independent of all of this, in all crystals.
+- Turning and moving, another order of the atoms, another cell, atoms taken from other cells, supercells: for all, also
+  where symmetry leaves several frames equally good: the crystal itself chooses among them.
+- But frames by `lattice` follow the given lattice, so that supercells change them, and those by `pca` the choice of the
+  atoms, so that moving atoms to other cells changes them too.
 - Mirror images: frames are right-handed, so the two hands of a chiral crystal differ, but not if only the moduli of
-  the cosines to the axes count (cos_abs=1), nor if the mirror image is the same crystal.
+  the cosines to the axes count (cos_abs=1) and frames are unique, nor if the mirror image is the same crystal.
 """
 
 import dataclasses
@@ -39,7 +35,7 @@ from crystalframer_jax.model.regressor import CrystalFramer
 from crystalframer_jax.ops.frames import METHODS
 from crystalframer_jax.ops.random_bits import keys_by_place
 from crystalframer_jax.structures.crystal import Crystal
-from crystalframer_jax.structures.lattice import lattice_vectors
+from crystalframer_jax.structures.lattice import lattice_frames
 
 # Of the bundled set, crystals with all atoms on general positions: those of the space groups P1 and P-1, and some of
 # others. Then one or two crystals of each of many groups of higher symmetry, first some whose predictions depend on the
@@ -79,7 +75,7 @@ OF_HIGH_SYMMETRY = [
 MODELS = (*METHODS, "none")  # the last is Crystalformer
 RADIUS = 4.2  # Å
 SHAPE = BatchShape(1024, 48, 128)  # one compiled program for each model
-PARTS = BatchParts(lattice_vectors=True, scatter=True)
+PARTS = BatchParts(lattice_frames=True, scatter=True)
 TOLERANCE = 1e-10  # predictions are of the order of one
 FLOAT32_TOLERANCE = 1e-5
 UNIQUE = 2e-4  # lead over the second best from which there is no tie: twice the tolerance of the model
@@ -191,10 +187,8 @@ def mirror(crystal, rng):
     return rotated(crystal, np.eye(3) - 2 * np.outer(normal, normal))
 
 
-KEEP_ROWS = (turn, move)  # the order of the neighbor rows, which ties are broken by
-SAME_CELL = (*KEEP_ROWS, permute, move_atoms_to_other_cells)
-SAME_ATOMS = (*KEEP_ROWS, permute, choose_other_cell, choose_cell_of_other_hand)
-SAME_LATTICE = (*SAME_CELL, choose_other_cell, choose_cell_of_other_hand)
+SAME_ATOMS = (turn, move, permute, choose_other_cell, choose_cell_of_other_hand)
+SAME_LATTICE = (*SAME_ATOMS, move_atoms_to_other_cells)
 DESCRIPTIONS = (*SAME_LATTICE, double, double_and_shear)
 INVARIANCES = {"pca": SAME_ATOMS, "lattice": SAME_LATTICE}  # of the others: all DESCRIPTIONS
 
@@ -304,7 +298,7 @@ def has_unique_frames(model, kind):
     if model == "none":
         return np.full(len(crystals_of(kind)), True)
     if model == "lattice":
-        return np.array([has_unique_short_vectors(crystal.lattice) for crystal in crystals_of(kind)])
+        return np.array([len(lattice_frames(crystal.lattice, UNIQUE)[0]) == 1 for crystal in crystals_of(kind)])
     config, found = config_of(model), []
     for batch in batches_of(kind):
         unique = leads(-np.sum(batch.rows.vector**2, axis=-1)[:, None], batch)[:, 0] > UNIQUE
@@ -325,14 +319,6 @@ def has_unique_frames(model, kind):
     return np.concatenate(found)
 
 
-def has_unique_short_vectors(lattice):
-    """Whether no two of the short vectors, +v and -v taken as one, have about the same length or a right angle."""
-    vectors = lattice_vectors(lattice)[:14]
-    length = np.sort(np.linalg.norm(vectors, axis=1))[::2]
-    unit = vectors[:6] / np.linalg.norm(vectors[:6], axis=1, keepdims=True)
-    return bool(np.diff(length).min() > UNIQUE and np.abs(unit @ unit.T).min() > UNIQUE)
-
-
 # Invariances
 
 CASES = [
@@ -345,24 +331,17 @@ CASES = [
 @pytest.mark.parametrize("kind", ["random", "real"])
 @pytest.mark.parametrize(("model", "describe"), CASES)
 def test_prediction_does_not_depend_on_the_description(model, describe, kind):
-    """At least 200 random and 100 real crystals for each."""
     config = config_of(model)
-    holds = np.full(len(crystals_of(kind)), True)
-    if describe not in (SAME_CELL if model == "lattice" else KEEP_ROWS):
-        holds = has_unique_frames(model, kind)
-    assert np.sum(holds) >= {"random": 200, "real": 100}[kind]
-    predictions = predict(config, kind, describe)
-    np.testing.assert_allclose(predictions[holds], expected(config, kind)[holds], rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(predict(config, kind, describe), expected(config, kind), rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("describe", DESCRIPTIONS)
 def test_prediction_in_float32_does_not_depend_on_the_description(describe):
-    """As users run it. Both blocks choose the same neighbors as in float64: their leads are larger than rounding."""
+    """As users run it."""
     config = config_of("max", precision="float32")
-    holds = has_unique_frames("max", "real")
     predictions = predict(config, "real", describe)
     assert predictions.dtype == np.float32
-    np.testing.assert_allclose(predictions[holds], expected(config, "real")[holds], rtol=0, atol=FLOAT32_TOLERANCE)
+    np.testing.assert_allclose(predictions, expected(config, "real"), rtol=0, atol=FLOAT32_TOLERANCE)
 
 
 def test_draws_turn_with_the_crystal():
@@ -377,11 +356,12 @@ def test_draws_turn_with_the_crystal():
 
 @pytest.mark.parametrize("model", METHODS)
 def test_prediction_from_moduli_of_cosines_is_that_of_the_mirror_image(model):
-    """Mirrored are the directions of the axes, but not all their signs: frames stay right-handed."""
+    """Mirrored are the directions of the axes, but not all their signs: frames stay right-handed. Ties may differ."""
     config = config_of(model, cos_abs=1, num_layers=1)
     for kind in ("random", "real"):
-        mirrored = predict(config, kind, mirror)
-        np.testing.assert_allclose(mirrored, expected(config, kind), rtol=0, atol=TOLERANCE)
+        holds, mirrored = has_unique_frames(model, kind), predict(config, kind, mirror)
+        assert np.sum(holds) >= {"random": 200, "real": 100}[kind]
+        np.testing.assert_allclose(mirrored[holds], expected(config, kind)[holds], rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -400,10 +380,8 @@ def test_prediction_with_frames_tells_the_hands_of_a_chiral_crystal_apart(model)
 def test_prediction_of_a_crystal_with_an_inversion_center_is_that_of_its_mirror_image(model):
     """It is the same crystal, turned; its atoms change places, and the images of an atom in their pairs."""
     config = config_of(model)
-    holds = has_unique_frames(model, "centrosymmetric")
-    assert np.sum(holds) >= 10
-    predictions = predict(config, "centrosymmetric", mirror)
-    np.testing.assert_allclose(predictions[holds], expected(config, "centrosymmetric")[holds], rtol=0, atol=TOLERANCE)
+    mirrored = predict(config, "centrosymmetric", mirror)
+    np.testing.assert_allclose(mirrored, expected(config, "centrosymmetric"), rtol=0, atol=TOLERANCE)
 
 
 # These keep the tests above from passing without meaning.
@@ -456,9 +434,9 @@ def test_unique_frames_do_not_depend_on_a_draw():
 
 
 def test_ties_matter():
-    """Without a rule, predictions of these crystals would not be repeatable.
+    """Drawn, predictions of these crystals are not repeatable.
 
-    Those of rock salt and its like would: all the frames that are tied there are related by rotations of the crystal.
+    Those of rock salt and its like are: all the frames that are tied there are related by rotations of the crystal.
     """
     assert not has_unique_frames("max", "ties").any()
     drawn = [predict(config_of("max"), "ties", frame_key=jax.random.key(seed)) for seed in range(6)]

@@ -204,7 +204,7 @@ def test_every_device_gathers_its_share_to_the_bit(folder):
 
 def test_shares_of_a_batch_are_alike_whatever_they_hold():
     """Also those without crystals, and those of crystals without shared sites beside one with."""
-    rng, parts = np.random.default_rng(4), BatchParts(cells=True, lattice_vectors=True, scatter=True)
+    rng, parts = np.random.default_rng(4), BatchParts(cells=True, lattice_frames=True, scatter=True)
     ordered, disordered = random_crystal(rng, 5), primitive("fcc")
     occupancies = np.zeros((1, 98))
     occupancies[0, [12, 30]] = 0.5
