@@ -149,7 +149,7 @@ def log_sum_exp(x):
 
 
 def _best_frame(score, logit, distance, direction):
-    """[3, 3] orthonormal axes: of all frames of equally good scores the one whose marker sees most; all arrays [n, K]."""
+    """[3, 3] orthonormal axes: of the frames of equally good scores that whose marker sees most; arrays [n, K]."""
     score, logit, direction = (x[distance > 0] for x in (score, logit, direction))  # never the atom itself
     weight = np.exp(logit - logit.max())
     seen, best = -np.inf, None

@@ -298,6 +298,8 @@ def test_frames_of_the_mirror_image_are_mirrored_up_to_signs_that_keep_the_right
     mirror = np.eye(3) - 2 * np.outer(*[np.array([0.48, -0.6, 0.64])] * 2)
     batch, mirrored = batch_without_symmetry(np.float64), transformed(mirror)
     places = atom_places(batch)
+    if method in ("max", "max_static"):  # where an atom's own images are the best neighbors, +v may become -v
+        places = places[batch_sizes(batch)[places] == 6]
     expected = (frames_of(method, batch, dtype=np.float64) @ mirror.T)[places]  # left-handed
     frames = frames_of(method, mirrored, dtype=np.float64)[places]
     if method in PRINCIPAL:

@@ -43,6 +43,7 @@ DRAWS = 1600  # as heads: each draws for itself
 EXPONENT = -0.25  # 1/Å^2
 LEAST_P = 1e-3  # of the chi-square tests; keys are fixed
 SAME = 1e-4  # largest difference of the entries of equal frames
+MARKER = np.array([1.0, 1.7, 2.9])
 PROPER = np.array([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]])  # signs that keep the right hand
 
 REAL = {  # Fd-3m, P63/mmc twice, R-3m, P63mc, P42/mnm, P4/nmm
@@ -509,7 +510,7 @@ def seen_along(frame, vectors, exponent):
     """What the axes and the marker of a frame see of neighbors with the weights exp(exponent d^2)."""
     square = np.sum(vectors**2, axis=1)
     unit = vectors / np.sqrt(square)[:, None]
-    return [np.sum(np.exp(exponent * square) * np.exp(unit @ x)) for x in (*frame, np.array([1.0, 1.7, 2.9]) @ frame)]
+    return [np.sum(np.exp(exponent * square) * np.exp(unit @ x)) for x in (*frame, MARKER @ frame)]
 
 
 def frame_of_site(vectors, exponent=-0.3, method="max", tolerance=TIE_TOLERANCE):
@@ -527,7 +528,7 @@ MIRROR = np.diag([1, 1, -1])
 
 
 def site_with_a_mirror_plane():
-    """Nearest neighbors in a pair that the mirror exchanges, and three more pairs: the first axis is not in the plane."""
+    """Nearest neighbors in a pair that the mirror exchanges, and three more pairs: no first axis is in the plane."""
     half = np.array([[1.1, 0.4, 1.7], [2.2, -0.7, 0.9], [-1.5, 1.9, 1.2], [0.3, -2.1, 2.4]])
     return np.concatenate([half, half @ MIRROR])
 
@@ -554,23 +555,24 @@ def test_many_tied_neighbors(number, x64):
 
 @pytest.mark.parametrize(("gap", "is_tied"), [(0.9, True), (1.1, False)])
 def test_neighbors_just_inside_and_just_outside_the_tolerance(gap, is_tied, x64):
-    """Of two neighbors the one that is a little further sees more: it is taken if it is a tie."""
+    """The neighbor that is a little further is taken, in one of some sites that differ by a mirror, if it is a tie."""
     exponent, near = -0.3, 2.0
     far = np.sqrt(near**2 + gap * TIE_TOLERANCE / -exponent)
-    vectors = np.array([[near, 0, 0], [0, far, 0], [0.2, 2.6, 0.7], [-0.3, 2.5, -0.9], [0.1, -0.2, 3.1]])
-    e1 = frame_of_site(vectors, exponent)[0]
-    np.testing.assert_allclose(e1, [0, 1, 0] if is_tied else [1, 0, 0], atol=1e-9)
+    others = np.array([[0.2, 2.6, 0.7], [-0.3, 2.5, -0.9], [0.1, -0.2, 3.1]])
+    firsts = []
+    for site in (others, others @ MIRROR, others[:, [1, 0, 2]], others[:, [1, 0, 2]] @ MIRROR):
+        vectors = np.concatenate([[[near, 0, 0], [0, far, 0]], site])
+        firsts.append(frame_of_site(vectors, exponent)[0])
+    np.testing.assert_allclose(np.abs(firsts).max(axis=1), 1, atol=1e-9)
+    assert (np.abs(firsts)[:, 1] > 0.5).any() == is_tied
 
 
 def test_ties_that_differ_in_species_only(x64):
-    """For max_static all nearest neighbors of a perovskite's atoms are ties; the attention tells their elements apart."""
+    """For max_static nearest neighbors are ties whatever they are; the attention tells their elements apart."""
     crystal, rng = primitive("perovskite"), np.random.default_rng(3)
-    swapped = Crystal(crystal.species[[0, 1, 2, 2, 2]], crystal.positions, crystal.lattice)
-    other = Crystal(np.array([38, 22, 8, 16, 8]), swapped.positions, swapped.lattice)
-    order = rng.permutation(5)
-    again = Crystal(other.species[order], other.positions[order] @ random_rotation(rng).T, other.lattice)
-    turn = np.linalg.lstsq(other.positions[order], again.positions, rcond=None)[0]
-    again = Crystal(again.species, again.positions, other.lattice @ turn)
+    other = Crystal(np.array([38, 22, 8, 16, 8]), crystal.positions, crystal.lattice)
+    order, turn = rng.permutation(5), random_rotation(rng)
+    again = Crystal(other.species[order], other.positions[order] @ turn.T, other.lattice @ turn.T)
     seen = []
     for one in (other, again):
         batch = batch_of([one], RADIUS, np.float64, SHAPE, parts=PARTS)
