@@ -44,9 +44,15 @@ def block_frames(
         found = max_frames(own)
     elif method == "max_static":
         found = max_frames(frames.static_attention(own.a))
-    elif method in ("weighted_pca", "pca"):
-        axes = frames.pca_axes(batch) if method == "pca" else frames.weighted_pca_axes(*own, batch.rows)
+    elif method == "weighted_pca":
+        axes = frames.weighted_pca_axes(*own, batch.rows)
         found = frames.pca_frames(*axes, max_frames(frames.static_attention(own.a)), tie_tolerance, seeds)
+    elif method == "pca" and seeds is not None:
+        anchors = max_frames(frames.static_attention(own.a))
+        found = frames.pca_frames(*frames.pca_axes(batch), anchors, tie_tolerance, seeds)
+    elif method == "pca":  # whose axes do not turn with a site: what counts is what the final frames see
+        static, axes = frames.static_attention(own.a), frames.pca_axes(batch)
+        found = frames.max_frames(*static, batch.rows, tie_tolerance, None, seeing, axes)
     elif method == "lattice":
         found = frames.lattice_frames(batch, seeds, seeing)
     else:

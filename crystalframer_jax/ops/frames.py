@@ -35,16 +35,27 @@ def max_frames(
     tie_tolerance: float,
     seeds: jax.Array | None,
     seeing: Attention | None,
+    anchored: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """Max frames: orthonormal and right-handed, [N, H, 3, 3]; zeros for padding.
 
     e1 points to the neighbor with the largest attention logit; e2 to the one with the largest
     logit + log(1 - |e1 . u|), made orthogonal to e1; e3 = e1 x e2. Neighbors within `tie_tolerance` of the best score
     are ties: drawn by `seeds` [N, H] or, without, chosen by the weights of the attention `seeing`, see ops/ties.py.
-    q, k [N, H, d_k]; a [N, H] in 1/Å^2.
+    q, k [N, H, d_k]; a [N, H] in 1/Å^2. Given eigenvalues [N, 1, 3] and axes [N, 1, 3, 3], the frames of these that
+    max frames settle are chosen and returned, see `pca_frames`.
     """
 
-    def block(rows: Rows, q: jax.Array, a: jax.Array, seeds: jax.Array | None, of_rows: Any) -> jax.Array:
+    def block(
+        rows: Rows, q: jax.Array, a: jax.Array, seeds: jax.Array | None, of_rows: Any, anchored: Any
+    ) -> jax.Array:
+        def final(frames: jax.Array, row: jax.Array) -> jax.Array:
+            """The frames [R, 3, 3] that max frames of some of the n * H rows stand for."""
+            if anchored is None:
+                return frames
+            values, axes = (x[row // q.shape[1], 0] for x in anchored)
+            return pca_frames(values, axes, frames, tie_tolerance, None)
+
         distance, unit = _directions(rows)
         is_other = (distance > 0)[:, None, :]
         scores = jnp.where(is_other, attention_logits(q, k, a, rows), -jnp.inf)
@@ -54,6 +65,7 @@ def max_frames(
             ties.second_scores(scores, jnp.einsum("nhx,nmx->nhm", e1, unit, precision=EXACT)), tie_tolerance
         )
         frames = ties.frame_of(e1, _take(unit, _pick(seconds, None if seeds is None else mix(seeds))))
+        frames = final(frames.reshape(-1, 3, 3), jnp.arange(q.shape[0] * q.shape[1])).reshape(frames.shape)
         if seeing is None:
             return frames
         several = (jnp.sum(tied, axis=-1) > 1) | (jnp.sum(seconds, axis=-1) > 1)
@@ -62,11 +74,12 @@ def max_frames(
             logits = scores
             if seeing.k is not k:
                 logits = jnp.where(is_other, attention_logits(of_rows[0], seeing.k, of_rows[1], rows), -jnp.inf)
-            return ties.choose(scores, tied & several[..., None], unit, _weights(logits), tie_tolerance, frames)
+            tied_here = tied & several[..., None]
+            return ties.choose(scores, tied_here, unit, _weights(logits), tie_tolerance, frames, final)
 
         return jax.lax.cond(jnp.any(several), choose, lambda: frames)
 
-    return map_blocks(block, rows, q, a, seeds, seeing and (seeing.q, seeing.a))
+    return map_blocks(block, rows, q, a, seeds, seeing and (seeing.q, seeing.a), anchored)
 
 
 def static_attention(a: jax.Array) -> Attention:

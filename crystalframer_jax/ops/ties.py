@@ -6,6 +6,7 @@ with equal F are related by a rotation of the weighted neighborhood, so that the
 taken. x has a component along e3, which tells mirror images apart; that is why e1 and e2 are chosen together.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -52,14 +53,21 @@ def marker_of(frames: jax.Array) -> jax.Array:
 
 
 def choose(
-    scores: jax.Array, tied: jax.Array, unit: jax.Array, weights: jax.Array, tie_tolerance: float, frames: jax.Array
+    scores: jax.Array,
+    tied: jax.Array,
+    unit: jax.Array,
+    weights: jax.Array,
+    tie_tolerance: float,
+    frames: jax.Array,
+    final: Callable[[jax.Array, jax.Array], jax.Array] = lambda frames, row: frames,
 ) -> jax.Array:
     """Chooses among the tied frames of a block of n atoms: [n, H, 3, 3].
 
     scores [n, H, M] are those for the first axis, `tied` [n, H, M] the columns that it may have; rows without any keep
     their `frames` [n, H, 3, 3]. unit [n, M, 3] are the directions of the neighbors (0 for the atom itself, in the first
-    column), weights [n, H, M] what F sums up. The work is in the candidates that there are: each takes one pass along
-    its row, each first axis another.
+    column), weights [n, H, M] what F sums up; `final(candidates [C, 3, 3], row [C])` the frames that max frames of some
+    of the n * H rows stand for, if these only anchor others. The work is in the candidates that there are: each takes
+    one pass along its row, each first axis another.
     """
     heads, columns = scores.shape[1:]
     scores, weights = scores.reshape(-1, columns), weights.reshape(-1, columns)
@@ -84,7 +92,7 @@ def choose(
         def with_second_axes(chunk: jax.Array, best: Best) -> Best:
             item, column, is_real = _listed(seconds, chunk)
             own = row[item]
-            candidates = frame_of(e1[item], unit[own // heads, column])
+            candidates = final(frame_of(e1[item], unit[own // heads, column]), own)
             seen = jnp.sum(weights[own] * jnp.exp(cosines(marker_of(candidates), own)), axis=-1)
             return _better(best, own, jnp.where(is_real, seen, -jnp.inf), candidates)
 
