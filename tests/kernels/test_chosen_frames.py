@@ -3,6 +3,7 @@
 Frames that see equally much may be taken for each other, if the sums over the neighbors are the same in both.
 """
 
+import collections
 import dataclasses
 import functools
 
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 from support import SYMMETRIC, batch_of, primitive
 
+from crystalframer_jax.batching.batch import Rows
 from crystalframer_jax.kernels import frames as kernels
+from crystalframer_jax.model.implementation import check_rows
 from crystalframer_jax.ops import frames as operations
 from crystalframer_jax.ops.frames import Attention
 from crystalframer_jax.structures.crystal import Crystal
@@ -74,20 +77,21 @@ def sums(frame, logits, unit):
 
 
 def assert_choice(found, scores, seeing, rows, tolerance=TIE_TOLERANCE, dtype=np.float32):
-    """Both of the `found` frames [N, H, 3, 3] are the right ones. Returns the numbers of candidates [N, H]."""
-    numbers, rounding = np.zeros(found[0].shape[:2], int), ROUNDING[dtype]
-    for (atom, head), _ in np.ndenumerate(numbers):
-        mine = [x[atom, head].astype(float) for x in found]
+    """The `found` frames [N, H, 3, 3] are the right ones. Returns the numbers of first axes and of frames [2, N, H]."""
+    numbers, rounding = np.zeros((2, *found["xla"].shape[:2]), int), ROUNDING[dtype]
+    for atom, head in np.ndindex(*numbers.shape[1:]):
+        mine = [x[atom, head].astype(float) for x in found.values()]
         if rows.count[atom] < 2:
             assert not np.any(mine)
             continue
         vector = rows.vector[atom, : rows.count[atom]].astype(float)
         length = np.linalg.norm(vector, axis=-1, keepdims=True)
         unit = vector / np.where(length > 0, length, 1)
-        candidates = all_frames(logits_of(scores, rows, atom, head), unit, tolerance)
+        of_first = logits_of(scores, rows, atom, head)
+        candidates = all_frames(of_first, unit, tolerance)
+        numbers[:, atom, head] = len(ties(of_first, tolerance)), len(candidates)
         logits = logits_of(seeing, rows, atom, head)
         seen = sees(candidates, logits, unit)
-        numbers[atom, head] = len(seen)
         behind = 1 - seen / seen.max()
         assert not np.any((behind > rounding / 2) & (behind < 10 * rounding)), np.sort(behind)[:20]
         equal = candidates[behind < rounding]
@@ -112,15 +116,13 @@ def compiled(kind, is_own):
 
 
 def found_frames(scores, seeing, rows, tolerance=TIE_TOLERANCE, dtype=np.float32):
-    """Frames of both implementations, for attentions (q, k, a) and rows in float64."""
+    """Frames of each implementation, for attentions (q, k, a) and rows in float64."""
     with jax.enable_x64(dtype == np.float64):
         is_own = seeing is scores
         scores, seeing = ([x.astype(dtype) for x in attention] for attention in (scores, seeing))
         rows = dataclasses.replace(rows, vector=rows.vector.astype(dtype))
-        return [
-            np.asarray(compiled(kind, is_own)(*scores, rows, tolerance, None if is_own else seeing))
-            for kind in MAX_FRAMES
-        ]
+        seeing = None if is_own else seeing
+        return {kind: np.asarray(compiled(kind, is_own)(*scores, rows, tolerance, seeing)) for kind in MAX_FRAMES}
 
 
 def crystals():
@@ -161,6 +163,94 @@ def test_the_crystal_chooses_the_frame(is_own, dtype):
     rows, scores, other = inputs()
     seeing = scores if is_own else other
     found = found_frames(scores, seeing, rows, dtype=dtype)
-    numbers = assert_choice(found, scores, seeing, rows, dtype=dtype)
-    assert {24, 2} <= set(numbers[:, 0].tolist()) and 0 in numbers  # cubes, a mirror, padding
-    assert numbers[:, HEADS.index("flat")].max() > 40
+    firsts, numbers = assert_choice(found, scores, seeing, rows, dtype=dtype)
+    assert {24, 2, 0} <= set(numbers[:, 0].tolist())  # cubes, a mirror, padding
+    assert firsts[:, HEADS.index("flat")].max() > 40
+
+
+def grid_rows():
+    """Atoms of a cubic grid at random: with ties, hardly a symmetry, neighbors at one place, short and empty rows."""
+    return check_rows(np.dtype(np.float64), on_grid=True)
+
+
+def alike(rows, a=-0.25):
+    """The attention of two heads to neighbors that are all alike."""
+    q, k = np.ones((2, len(rows.count), 2, 2))
+    return q, k, np.full(q.shape[:2], a)
+
+
+def random_attention(rows):
+    rng = np.random.default_rng(33)
+    q, k = rng.normal(size=(2, len(rows.count), 2, 3))
+    return q, k, -rng.uniform(0.1, 0.5, q.shape[:2])
+
+
+@pytest.mark.parametrize("gap", [0.5, 2.0])
+def test_the_tolerance_decides_what_is_a_tie(gap):
+    """Some neighbors are nearer than others, by what makes their scores better by `gap` tolerances."""
+    rows, tolerance = grid_rows(), 1e-3
+    scores = alike(rows)
+    square = np.sum(rows.vector**2, axis=-1)
+    better = np.random.default_rng(34).random(square.shape) < 0.3
+    nearer = np.sqrt(np.where(square > 0, 1 - better * gap * tolerance / (0.25 * np.maximum(square, 1)), 1))
+    moved = dataclasses.replace(rows, vector=rows.vector * nearer[..., None])
+    seeing = random_attention(rows)
+    before, after = (
+        assert_choice(found_frames(scores, seeing, x, tolerance), scores, seeing, x, tolerance)[1]
+        for x in (rows, moved)
+    )
+    if gap < 1:
+        np.testing.assert_array_equal(after, before)
+    else:
+        assert np.sum(after < before) > 40
+
+
+def test_attention_that_sees_what_scores_do_not():
+    """Two neighbors on a line, equally far: the attention that sees takes the one with the larger weight."""
+    vector = np.zeros((3, 3, 3))
+    vector[0, 1:] = [[0, 0, 2], [0, 0, -2]]
+    index = np.array([[0, 1, 2]] + [[1, 1, 1]] * 2, np.int32)
+    rows = Rows(index, vector, np.zeros_like(index), np.array([3, 0, 0], np.int32))
+    scores = alike(rows)
+    for sign in (1, -1):
+        k = sign * np.array([0.0, -1, 1])[:, None, None] * np.ones((3, 2, 1))
+        seeing = np.ones_like(k), k, scores[2]
+        for frames in found_frames(scores, seeing, rows).values():
+            np.testing.assert_array_equal(frames[0], np.broadcast_to([[0, 0, -sign], [0, 0, 0], [0, 0, 0]], (2, 3, 3)))
+        assert np.all(assert_choice(found_frames(scores, seeing, rows), scores, seeing, rows)[:, 0] == 2)
+
+
+@pytest.mark.parametrize("is_own", [True, False])
+def test_what_stands_in_the_padding_does_not_matter(is_own):
+    rows = inputs()[0]
+    padding = np.arange(rows.index.shape[1]) >= rows.count[:, None]
+    scrambled = dataclasses.replace(
+        rows,
+        index=np.where(padding, len(padding) - 1, rows.index).astype(np.int32),
+        vector=np.where(padding[..., None], 1e3, rows.vector),
+    )
+    _, scores, other = inputs()
+    before, after = (found_frames(scores, scores if is_own else other, x)["pallas"] for x in (rows, scrambled))
+    np.testing.assert_array_equal(before, after)
+
+
+@pytest.mark.parametrize("is_own", [True, False])
+def test_rows_with_one_frame_take_four_passes(is_own, monkeypatch):
+    """Others take one more for each first axis and for each frame, and one if another attention sees."""
+    passes, along = collections.Counter(), kernels._along
+
+    def counted(row, step, start):
+        jax.debug.callback(lambda atom, head: passes.update([(int(atom), int(head))]), *row.at)
+        return along(row, step, start)
+
+    monkeypatch.setattr(kernels, "_along", counted)
+    rows, scores, other = inputs()
+    seeing = scores if is_own else other
+    compiled.cache_clear()
+    firsts, numbers = assert_choice(found_frames(scores, seeing, rows), scores, seeing, rows)
+    jax.effects_barrier()
+    compiled.cache_clear()
+    expected = 4 + np.where(numbers > 1, firsts + numbers + (not is_own), 0)
+    counts = np.array([[passes[atom, head] for head in range(expected.shape[1])] for atom in range(len(expected))])
+    np.testing.assert_array_equal(counts, expected)
+    assert {4, 34 + (not is_own)} <= set(counts[:, 0].tolist())  # in rock salt 6 first axes and 24 frames
