@@ -36,7 +36,8 @@ def block_frames(
     seeing = None if seeds is not None else attention or own
 
     def max_frames(scores: Attention) -> jax.Array:
-        check = functools.partial(_check_kernels, tie_tolerance, scores.q.shape[1:], seeds is not None, q.dtype)
+        shapes = scores.q.shape[1:], None if seeing is None else seeing.q.shape[1:]
+        check = functools.partial(_check_kernels, tie_tolerance, *shapes, q.dtype)
         taken = kernels if uses_kernels(implementation, "frames", check) else frames
         return taken.max_frames(*scores, batch.rows, tie_tolerance, seeds, seeing)
 
@@ -61,14 +62,24 @@ def block_frames(
 
 
 @functools.cache
-def _check_kernels(tie_tolerance: float, q_shape: tuple[int, int], drawn: bool, dtype: np.dtype) -> str:
-    """Why the kernel cannot be used for q [N, *q_shape], with or without seeds; empty if it can."""
-    q, k, a = check_arrays(dtype, q_shape, q_shape, q_shape[:1])
+def _check_kernels(
+    tie_tolerance: float, q_shape: tuple[int, int], seen_shape: tuple[int, int] | None, dtype: np.dtype
+) -> str:
+    """Why the kernel cannot be used for q [N, *q_shape]; empty if it can.
+
+    Ties are drawn, or chosen by the attention of the scores and by another of queries [N, *seen_shape].
+    """
+    q, k, a, *other = check_arrays(dtype, q_shape, q_shape, q_shape[:1], *[seen_shape or q_shape] * 2)
+    a = -np.abs(a)
     alike = (np.ones_like(q), np.ones_like(k), np.full_like(a, -0.25)), check_rows(dtype, on_grid=True)
-    inputs = ((q, k, -np.abs(a)), check_rows(dtype)), alike
-    seeds: Any = np.arange(a.size, dtype=np.uint32).reshape(a.shape) if drawn else None
+    inputs: tuple = ((q, k, a), check_rows(dtype), None), (*alike, None), (*alike, (*other, a))
+    seeds: Any = np.arange(a.size, dtype=np.uint32).reshape(a.shape) if seen_shape is None else None
 
     def found(max_frames: Callable[..., jax.Array], *inputs: Any) -> list[jax.Array]:
-        return [max_frames(*qka, rows, tie_tolerance, seeds) for qka, rows in inputs]
+        results = []
+        for scores, rows, other in inputs:
+            seeing = Attention(*(other or scores)) if seeds is None else None
+            results.append(max_frames(*scores, rows, tie_tolerance, seeds, seeing))
+        return results
 
-    return difference(found, kernels.max_frames, frames.max_frames, inputs, dtype)
+    return difference(found, kernels.max_frames, frames.max_frames, inputs[: 2 if seen_shape is None else 3], dtype)

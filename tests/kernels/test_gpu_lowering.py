@@ -1,15 +1,16 @@
-"""Training steps with kernels, lowered and compiled for a GPU on a machine that has none.
+"""Training steps and forward passes with kernels, lowered and compiled for a GPU on a machine that has none.
 
 The compile check needs the GPU compiler of JAX beside the CPU installation; the versions must be those of jax:
 
     pip install --no-deps jax-cuda12-plugin==X jax-cuda12-pjrt==X
-    scripts/test.sh -m slow tests/test_gpu_lowering.py
+    scripts/test.sh -m slow tests/kernels/test_gpu_lowering.py
 """
 
 import collections
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from crystalframer_jax.batching.targets import TargetStatistics
 from crystalframer_jax.config import validate, validate_model
 from crystalframer_jax.configs import default, jarvis, megnet, mp_flla, oqmd, quickstart
 from crystalframer_jax.configs.variants import VARIANTS
+from crystalframer_jax.inference.forward import make_forward
 from crystalframer_jax.model.regressor import CrystalFramer
 from crystalframer_jax.parallel.devices import AXIS, ONE_DEVICE, Devices
 from crystalframer_jax.training.step import initial_state, make_loss, make_recipe, make_train_step
@@ -37,6 +39,7 @@ OTHERS = {  # than those of configs/
     "odd sizes": lambda: changed(head_num=3, k_dim=5, v_dim=7, value_pe_angle_real=15, value_pe_dist_real=10),
     "moduli": lambda: changed(cos_abs=1),
 }
+FAST = [("max_static", "evaluation")]  # of OTHERS: there another attention than that of the scores chooses
 CONFIGS = {
     "default": default.get_config,
     "mp_flla": mp_flla.get_config,
@@ -69,18 +72,36 @@ def changed(**changes):
     return config
 
 
+def small_batch(config):
+    return batch_of([primitive("perovskite")], 6.0, num_targets=len(config.targets), parts=config.model.parts)
+
+
+def shapes_of(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
 def training_step(config, devices=ONE_DEVICE):
     """The step of a training with kernels on some devices, its state and the share of a device, both as shapes."""
     config = validate(config)
     model, recipe = config.model, make_recipe(config, 10)
     statistics = tuple(TargetStatistics(name, "", 0.0, 1.0) for name in config.targets)
     loss = make_loss(CrystalFramer(model, "pallas"), recipe, statistics, jax.random.key(0), devices.axis)
-    batch = batch_of([primitive("perovskite")], 6.0, num_targets=len(statistics), parts=model.parts)
+    batch = small_batch(config)
     state = jax.eval_shape(
         lambda batch: initial_state(CrystalFramer(model, "xla"), recipe, batch, jax.random.key(0)), batch
     )
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state, batch))
-    return make_train_step(recipe, loss, devices=devices), shapes
+    return make_train_step(recipe, loss, devices=devices), shapes_of((state, batch))
+
+
+def forward_pass(config, devices=ONE_DEVICE):
+    """The same of the forward pass of evaluation, where the crystal chooses among ties."""
+    config = validate(config)
+    batch = small_batch(config)
+    variables = jax.eval_shape(CrystalFramer(config.model, "xla").init, jax.random.key(0), batch)
+    return make_forward(CrystalFramer(config.model, "pallas"), devices), shapes_of((variables, batch))
+
+
+PROGRAMS = {"training": training_step, "evaluation": forward_pass}
 
 
 @functools.cache
@@ -97,9 +118,9 @@ def kernel_calls(text):
     return collections.Counter(re.findall(r"__gpu\$xla\.gpu\.triton.*?name = \"(\w+)\"", text))
 
 
-def expected_calls(config):
+def expected_calls(config, program="training"):
     """One of each kind in every block, in one without frames no search for them."""
-    kernels = ("forward_kernel", "rows_kernel", "reverse_kernel")
+    kernels = ("forward_kernel", *(("rows_kernel", "reverse_kernel") if program == "training" else ()))
     return dict.fromkeys(kernels + ("frames_kernel",) * (config.value_pe_angle_real > 0), config.num_layers)
 
 
@@ -108,25 +129,29 @@ def test_every_configuration_is_among_them():
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in OTHERS)) for name in different_models()]
+    ("name", "program"),
+    [
+        pytest.param(name, program, marks=[pytest.mark.slow] * (name in OTHERS and (name, program) not in FAST))
+        for name, program in itertools.product(different_models(), PROGRAMS)
+    ],
 )
-def test_training_steps_are_lowered_for_a_gpu(name):
+def test_programs_are_lowered_for_a_gpu(name, program):
     config = CONFIGS[name]()
-    step, shapes = training_step(config)
+    function, shapes = PROGRAMS[program](config)
     device = jax.sharding.AbstractDevice("NVIDIA H200", 1, "cuda")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
-        text = step.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
-    assert kernel_calls(text) == expected_calls(config)
+        text = function.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    assert kernel_calls(text) == expected_calls(config, program)
     assert "stablehlo.dot" in text and "scatter" not in text  # sums by index have no fixed order
 
 
-def compile_for_gpu(name, number):
-    """Compile a training step for some GPUs; prints how often it calls each kernel and collective operation."""
+def compile_for_gpu(name, program, number):
+    """Compile a program for some GPUs; prints how often it calls each kernel and collective operation."""
     from jax.experimental import topologies
 
     gpus = topologies.get_topology_desc(platform="cuda", target_config=GPU, topology=f"1x1x{number}").devices
     devices = Devices(tuple(gpus) if number > 1 else ())
-    step, (state, batch) = training_step(CONFIGS[name](), devices)
+    step, (state, batch) = PROGRAMS[program](CONFIGS[name](), devices)
     whole = part = jax.sharding.SingleDeviceSharding(gpus[0])
     if number > 1:
         whole, part = (jax.NamedSharding(devices.mesh, spec) for spec in (jax.P(), jax.P(AXIS)))
@@ -138,25 +163,28 @@ def compile_for_gpu(name, number):
     print(json.dumps(kernel_calls(text) + collections.Counter(collectives)))
 
 
-def compiled_calls(name, number=1):
+def compiled_calls(name, program="training", number=1):
     """What `compile_for_gpu` prints, in a process of its own."""
     if importlib.util.find_spec("jax_plugins.xla_cuda12") is None:
         pytest.skip("the GPU compiler is not installed: see the head of this file")
-    command = [sys.executable, "-c", f"import test_gpu_lowering; test_gpu_lowering.compile_for_gpu({name!r}, {number})"]
-    environment = os.environ | {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True)
+    code = f"import test_gpu_lowering; test_gpu_lowering.compile_for_gpu({name!r}, {program!r}, {number})"
+    environment = os.environ | {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize("name", different_models())
-def test_training_steps_are_compiled_for_a_gpu(name):
-    assert compiled_calls(name) == expected_calls(CONFIGS[name]())
+def test_programs_are_compiled_for_a_gpu(name, program):
+    assert compiled_calls(name, program) == expected_calls(CONFIGS[name](), program)
 
 
 @pytest.mark.slow
 def test_a_training_step_is_compiled_for_eight_gpus():
     """They exchange the shares of the gradient once, and the sums once."""
     expected = expected_calls(CONFIGS["default"]()) | {"all-to-all": 1, "all-gather": 1}
-    assert compiled_calls("default", 8) == expected
+    assert compiled_calls("default", number=8) == expected

@@ -27,6 +27,7 @@ from crystalframer_jax.model.frames import block_frames
 from crystalframer_jax.model.implementation import KernelWarning
 from crystalframer_jax.model.regressor import CrystalFramer
 from crystalframer_jax.ops.basis import AngleBasis, Bases, DistanceBasis
+from crystalframer_jax.ops.frames import Attention
 
 IMPLEMENTATIONS = ("xla", "pallas")
 TOLERANCE = {np.float32: 1e-5, np.float64: 1e-11}  # of sums and gradients, relative to the largest
@@ -271,19 +272,19 @@ def test_frames_equal_the_brute_force_search(method, kind):
     np.testing.assert_allclose(np.asarray(found)[places], np.broadcast_to(wanted, found[places].shape), atol=2e-6)
 
 
-@pytest.mark.parametrize("drawn", [False, True])
-def test_kernels_choose_among_ties_as_xla_does(drawn):
+def test_kernels_draw_among_ties_as_xla_does():
+    """What the crystal chooses is compared in test_chosen_frames.py."""
     batch = batch_of([primitive(name) for name in ("rock salt", "perovskite", "hcp", "fcc", "diamond")], 7.0)
     atoms = len(batch.species)
     q, k = np.ones((2, atoms, 4, 3), np.float32)
     a = np.full((atoms, 4), -0.25, np.float32)
-    seeds = np.random.default_rng(25).integers(0, 2**32, a.shape, dtype=np.uint32) if drawn else None
+    seeds = np.random.default_rng(25).integers(0, 2**32, a.shape, dtype=np.uint32)
     first, second = (
         np.asarray(jax.jit(block_frames, static_argnums=(0, 5, 7))("max", q, k, a, batch, TIE_TOLERANCE, seeds, kind))
         for kind in IMPLEMENTATIONS
     )
     np.testing.assert_allclose(first, second, atol=1e-6)
-    assert (np.ptp(first[:, :, 0], axis=1).max() > 0.5) == drawn  # the heads differ if axes are drawn
+    assert np.ptp(first[:, :, 0], axis=1).max() > 0.5  # the heads differ
 
 
 @pytest.mark.parametrize("factor", [1, 30])
@@ -407,14 +408,26 @@ def test_the_check_in_float64_with_dropout(monkeypatch):
     assert "differ" in attention._check.__wrapped__(*options)
 
 
-def test_the_check_of_frames_has_ties(monkeypatch):
-    options = 1e-4, (2, 3), True, np.dtype(np.float32)
+def other_ties(by_kernel, q, k, a, rows, tie_tolerance, seeds, seeing):
+    return by_kernel(q, k, a, rows, 0.3, seeds, seeing)
+
+
+def no_choice(by_kernel, q, k, a, rows, tie_tolerance, seeds, seeing):
+    return by_kernel(q, k, a, rows, tie_tolerance, seeds, None)
+
+
+def own_attention(by_kernel, q, k, a, rows, tie_tolerance, seeds, seeing):
+    return by_kernel(q, k, a, rows, tie_tolerance, seeds, seeing and Attention(q, k, a))
+
+
+@pytest.mark.parametrize(("seen_shape", "defects"), [(None, [other_ties]), ((2, 5), [no_choice, own_attention])])
+def test_the_check_of_frames_has_ties(monkeypatch, seen_shape, defects):
+    options = 1e-4, (2, 3), seen_shape, np.dtype(np.float32)
     assert frames._check_kernels.__wrapped__(*options) == ""
     by_kernel = frames.kernels.max_frames
-    monkeypatch.setattr(  # other neighbors become ties
-        frames.kernels, "max_frames", lambda q, k, a, rows, tolerance, seeds: by_kernel(q, k, a, rows, 0.3, seeds)
-    )
-    assert "differ" in frames._check_kernels.__wrapped__(*options)
+    for defect in defects:
+        monkeypatch.setattr(frames.kernels, "max_frames", functools.partial(defect, by_kernel))
+        assert "differ" in frames._check_kernels.__wrapped__(*options)
 
 
 @pytest.mark.parametrize(
