@@ -33,7 +33,8 @@ def block_frames(
     max_static frames, see `framed_attention` for `implementation`.
     """
     own = Attention(*jax.lax.stop_gradient((q, k, a)))
-    seeing = None if seeds is not None else attention or own
+    chosen_by = own if attention is None else jax.lax.stop_gradient(attention)
+    seeing = None if seeds is not None else chosen_by
 
     def max_frames(scores: Attention) -> jax.Array:
         shapes = scores.q.shape[1:], None if seeing is None else seeing.q.shape[1:]

@@ -45,6 +45,7 @@ def max_frames(
     q, k [N, H, d_k]; a [N, H] in 1/Å^2. Given eigenvalues [N, 1, 3] and axes [N, 1, 3, 3], the frames of these that
     max frames settle are chosen and returned, see `pca_frames`.
     """
+    is_own = seeing is not None and all(mine is seen for mine, seen in zip((q, k, a), seeing, strict=True))
 
     def block(
         rows: Rows, q: jax.Array, a: jax.Array, seeds: jax.Array | None, of_rows: Any, anchored: Any
@@ -72,7 +73,7 @@ def max_frames(
 
         def choose() -> jax.Array:
             logits = scores
-            if seeing.k is not k:
+            if not is_own:
                 logits = jnp.where(is_other, attention_logits(of_rows[0], seeing.k, of_rows[1], rows), -jnp.inf)
             tied_here = tied & several[..., None]
             return ties.choose(scores, tied_here, unit, _weights(logits), tie_tolerance, frames, final)

@@ -17,7 +17,7 @@ from crystalframer_jax.ops.basis import EXACT
 MARKER = (1.0, 1.7, 2.9)
 PARALLEL = 0.9999  # |cos| from which a neighbor cannot give the second axis
 SMALLEST = 1e-5  # of 1 - |cos| inside the logarithm
-AT_ONCE = 64  # candidates
+AT_ONCE, AT_ONCE_ON_GPU = 64, 4096  # candidates that are compared at once
 
 
 class Best(NamedTuple):
@@ -108,16 +108,20 @@ def _words(mask: jax.Array) -> jax.Array:
     return jnp.sum(padded.astype(jnp.uint32) << jnp.arange(32, dtype=jnp.uint32), axis=-1, dtype=jnp.uint32)
 
 
+def _at_once() -> int:
+    return AT_ONCE if jax.default_backend() == "cpu" else AT_ONCE_ON_GPU
+
+
 def _chunks(words: jax.Array) -> jax.Array:
     """How often AT_ONCE there are as many places as there are bits."""
-    return -(-jnp.sum(jax.lax.population_count(words).astype(jnp.int32)) // AT_ONCE)
+    return -(-jnp.sum(jax.lax.population_count(words).astype(jnp.int32)) // _at_once())
 
 
 def _listed(words: jax.Array, chunk: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Row and column of the next AT_ONCE bits, and which of them are real."""
     counts = jax.lax.population_count(words).astype(jnp.int32).reshape(-1)
     ends = jnp.cumsum(counts)
-    number = chunk * AT_ONCE + jnp.arange(AT_ONCE)
+    number = chunk * _at_once() + jnp.arange(_at_once())
     place = jnp.minimum(jnp.searchsorted(ends, number, side="right"), len(counts) - 1)
     rank = number - (ends - counts)[place]
     row, column = jnp.divmod(place, words.shape[1])
@@ -132,8 +136,8 @@ def _listed(words: jax.Array, chunk: jax.Array) -> tuple[jax.Array, jax.Array, j
 
 def _better(best: Best, row: jax.Array, seen: jax.Array, candidates: jax.Array) -> Best:
     """The best of each row, some more candidates considered; of equal ones the first."""
-    highest = best.seen.at[row].max(seen)
-    place = jnp.where((seen == highest[row]) & (seen > best.seen[row]), jnp.arange(AT_ONCE), AT_ONCE)
-    first = jnp.full(len(best.seen), AT_ONCE).at[row].min(place)
-    frames = jnp.where((first < AT_ONCE)[:, None, None], candidates[jnp.minimum(first, AT_ONCE - 1)], best.frames)
+    number, highest = len(seen), best.seen.at[row].max(seen)
+    place = jnp.where((seen == highest[row]) & (seen > best.seen[row]), jnp.arange(number), number)
+    first = jnp.full(len(best.seen), number).at[row].min(place)
+    frames = jnp.where((first < number)[:, None, None], candidates[jnp.minimum(first, number - 1)], best.frames)
     return Best(highest, frames)
