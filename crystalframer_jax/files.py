@@ -10,6 +10,7 @@ import math
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
+from io import BufferedReader, BufferedWriter
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,19 @@ class FileError(UserError, ValueError):
     """A file that is missing, no regular file, too large, or does not hold what it should; the message names it."""
 
 
+def open_regular(file: Path) -> BufferedReader:
+    """Opens a regular file (or a link to one) to read; FileError for anything else, OSError as `open`."""
+    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)  # else a pipe waits for a writer
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise FileError(f"{file} is not a regular file")
+    return os.fdopen(descriptor, "rb")
+
+
 def read_bytes(file: Path, most: int) -> bytes:
     """Reads a regular file (or a link to one) of at most `most` bytes; FileError for anything else."""
     try:
-        with os.fdopen(os.open(file, os.O_RDONLY | os.O_NONBLOCK), "rb") as stream:  # else a pipe waits for a writer
-            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-                raise FileError(f"{file} is not a regular file")
+        with open_regular(file) as stream:
             content = stream.read(most + 1)
     except FileNotFoundError as error:
         raise FileError(f"{file} is missing") from error
@@ -90,17 +98,23 @@ def replacing(file: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def append_line(file: Path, line: str) -> None:
-    """Appends a line to a regular file, which is made if it is not there; FileError if the name is a link or a pipe."""
+def open_to_append(file: Path) -> BufferedWriter:
+    """Opens a regular file to append to it, made if it is not there; FileError if the name is a link or a pipe."""
     try:
         descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO):  # a link; a pipe that nobody reads
             raise FileError(f"{file} is not a regular file; remove it") from error
         raise
-    with os.fdopen(descriptor, "ab") as stream:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise FileError(f"{file} is not a regular file; remove it")
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise FileError(f"{file} is not a regular file; remove it")
+    return os.fdopen(descriptor, "ab")
+
+
+def append_line(file: Path, line: str) -> None:
+    """Appends a line to a regular file, which is made if it is not there; FileError if the name is a link or a pipe."""
+    with open_to_append(file) as stream:
         stream.write(line.encode() + b"\n")
 
 
@@ -118,8 +132,8 @@ def write_csv(file: str | Path, header: Sequence[str], rows: Iterable[Sequence[o
 
 
 def sha256(file: Path) -> str:
-    """Computes the SHA-256 of a file, hexadecimal; an OSError names the file."""
-    with file.open("rb") as stream:
+    """Computes the SHA-256 of a file, hexadecimal; FileError if it is not a regular file, an OSError names the file."""
+    with open_regular(file) as stream:
         try:
             return hashlib.file_digest(stream, "sha256").hexdigest()
         except OSError as error:  # of a failing disk
@@ -135,12 +149,13 @@ def is_disk_full(error: OSError) -> bool:
 def locked(file: Path, if_busy: str | None = None) -> Iterator[None]:
     """Holds a lock file; while another process has it, waits, or raises UserError with the text `if_busy`.
 
-    The lock ends with the process, whatever ends it. Raises UserError if the folder cannot be written.
+    The lock ends with the process, whatever ends it. Raises UserError if the folder cannot be written, or if the name
+    is not that of a regular file.
     """
     with contextlib.ExitStack() as stack:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            stream = stack.enter_context(file.open("a"))
+            stream = stack.enter_context(open_to_append(file))
         except OSError as error:
             raise UserError(f"{file.parent} cannot be written ({error.strerror}); choose another folder") from error
         try:
