@@ -2,31 +2,33 @@
 
 import contextlib
 import datetime
-import http.client
 import os
 import re
 import time
 from collections.abc import Callable, Sequence
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from queue import Empty, Queue
-from threading import Thread
-from typing import Any, NamedTuple
-from urllib.parse import urljoin, urlsplit
+from typing import Any
 
 import requests
-import urllib3
 from tqdm import tqdm
 
+from crystalframer_jax.data.io.requesting import (
+    Bounds,
+    FailedError,
+    PassingError,
+    TimeOverError,
+    TooLargeError,
+    answer,
+    next_chunk,
+    reason,
+)
 from crystalframer_jax.data.records import DataError
 from crystalframer_jax.files import FileError, open_to_append, read_json, sha256, write_json
 
-CHUNK_BYTES = 1 << 16
 LARGEST_FILE = 1 << 30  # bytes that are taken unless a source says otherwise
 LONGEST_S = 6 * 3600  # that one call may take; the next one goes on from there
-MAX_REDIRECTS = 5
 SETTLED = datetime.timedelta(minutes=1)  # after which a file modified then is no longer modified within that second
-LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")  # that may do without TLS
 BUSY = (408, 429)  # statuses below 500 after which another try may succeed
 
 
@@ -73,7 +75,7 @@ def download(
             raise DataError(f"{file.parent} is a link, through which nothing is written; choose another --data_dir")
         if os.path.lexists(file):
             before = sha256(file)
-            if recorded.get("size") == file.stat().st_size and recorded["sha256"] == before:
+            if recorded.get("size") == file.stat().st_size and recorded.get("sha256") == before:
                 return file
             if not is_recorded:
                 _require_wanted(file, check)
@@ -82,7 +84,7 @@ def download(
             raise _in_the_way(record)
         file.parent.mkdir(parents=True, exist_ok=True)
         part = _Part(file)
-        bounds = _Bounds(timeout_s, time.monotonic() + longest_s, largest)
+        bounds = Bounds(timeout_s, time.monotonic() + longest_s, largest)
         url = _first_that_works(urls, part, check, waits_s, bounds)
         content = {
             "url": url,
@@ -95,6 +97,8 @@ def download(
         os.replace(part.content, file)
         write_json(record, content)
         part.restart()
+    except FileError as error:
+        raise _in_the_way(file) from error
     except OSError as error:
         raise DataError(
             f"{file} cannot be written ({error.strerror or error}); make room or choose another folder, then run again"
@@ -128,38 +132,6 @@ def jarvis_location(name: str) -> tuple[str, tuple[str, ...]]:
     figshare_id = re.search(r"figshare\.com/.*?(\d+)$", url)
     others = figshare_urls(figshare_id[1]) if figshare_id else ()
     return member, tuple(dict.fromkeys((url, *others)))
-
-
-class _FailedError(Exception):
-    """A try that did not give the file; the text says what it gave."""
-
-
-class _PassingError(_FailedError):
-    """One after which another try may succeed."""
-
-
-class _Bounds(NamedTuple):
-    """What a download may take."""
-
-    timeout_s: float  # without an answer or new data
-    end: float  # on the monotonic clock
-    largest: int  # bytes
-
-    def left_s(self) -> float:
-        """Returns the seconds left; raises _TooMuchError if there are none."""
-        left = self.end - time.monotonic()
-        if left <= 0:
-            raise _TooMuchError("it takes too long; the same command goes on from here")
-        return left
-
-    def check_size(self, size: int) -> None:
-        """Raises _FailedError if a file is larger than it may be."""
-        if size > self.largest:
-            raise _FailedError(f"more than the {self.largest:,} bytes that the file may have")
-
-
-class _TooMuchError(Exception):
-    """The time is over; no other URL is tried."""
 
 
 def _require_wanted(file: Path, check: Callable[[Path], None]) -> None:
@@ -206,7 +178,7 @@ class _Part:
 
 
 def _first_that_works(
-    urls: Sequence[str], part: _Part, check: Callable[[Path], None], waits_s: Sequence[float], bounds: _Bounds
+    urls: Sequence[str], part: _Part, check: Callable[[Path], None], waits_s: Sequence[float], bounds: Bounds
 ) -> str:
     """Fills the part and returns the URL that gave it; raises DataError if none does."""
     answers = []
@@ -216,13 +188,13 @@ def _first_that_works(
             try:
                 _inspect(part, check, _receive(url, part, bounds))
                 return url
-            except _FailedError as error:
+            except FailedError as error:
                 if part.size() > furthest:
                     furthest, waits = part.size(), list(waits_s)
-                if not (isinstance(error, _PassingError) and waits):
+                if not (isinstance(error, PassingError) and waits):
                     answers.append(f"{url} gave {error}")
                     break
-            except _TooMuchError as error:
+            except TimeOverError as error:
                 answers.append(f"{url}: {error}")
                 raise _not_given(urls, part, answers) from error
             time.sleep(waits.pop(0))
@@ -236,63 +208,29 @@ def _not_given(urls: Sequence[str], part: _Part, answers: list[str]) -> DataErro
     )
 
 
-def _receive(url: str, part: _Part, bounds: _Bounds) -> bool:
-    """Adds what one request brings to the part; returns whether it was continued. Raises _FailedError."""
+def _receive(url: str, part: _Part, bounds: Bounds) -> bool:
+    """Adds what one request brings to the part; returns whether it was continued. Raises FailedError."""
     headers = {"Accept-Encoding": "identity"}  # so that sizes are those of the file
     start = part.size() if part.url == url and part.version else 0
     if start:
         headers |= {"Range": f"bytes={start}-", "If-Range": part.version}
     try:
-        with _answer(url, headers, bounds) as response:
+        with answer(url, headers, bounds) as response:
             resumed = start > 0 and response.status_code == 206
             if (resumed and not _continues(response, part)) or (start and response.status_code == 416):
                 part.restart()
-                raise _PassingError("another part than was asked for")
+                raise PassingError("another part than was asked for")
             if not resumed:
                 _require_file(response)
                 part.restart(url, _version(response))
-            _write(response, part, bounds)
+            try:
+                _write(response, part, bounds)
+            except TooLargeError:
+                part.restart()
+                raise
     except requests.RequestException as error:
-        raise _PassingError(_reason(error, bounds.timeout_s)) from error
+        raise PassingError(reason(error, bounds.timeout_s)) from error
     return resumed
-
-
-def _answer(url: str, headers: dict[str, str], bounds: _Bounds) -> requests.Response:
-    """Asks for a URL, and for those that it is redirected to; the content is still to be read."""
-    with requests.Session() as session:
-        for _ in range(MAX_REDIRECTS + 1):
-            parts = urlsplit(url)
-            if parts.scheme != "https" and (parts.scheme, parts.hostname in LOCAL_HOSTS) != ("http", True):
-                raise _FailedError(f"{parts.scheme}://{parts.hostname}, which is not https")
-            response = _head_of(session, url, headers, bounds)
-            target = session.get_redirect_target(response)
-            if target is None:
-                return response
-            response.close()  # what comes with it is not read
-            if parts.scheme == "https" and urlsplit(urljoin(url, target)).scheme != "https":
-                raise _FailedError("a redirect that is not to https")
-            url = urljoin(url, target)
-    raise requests.TooManyRedirects
-
-
-def _head_of(session: requests.Session, url: str, headers: dict[str, str], bounds: _Bounds) -> requests.Response:
-    """Sends a request; in a thread, as a server that sends its headers slowly cannot be interrupted otherwise."""
-    found: Queue[requests.Response | Exception] = Queue()
-
-    def ask() -> None:
-        try:
-            found.put(session.get(url, headers=headers, stream=True, timeout=bounds.timeout_s, allow_redirects=False))
-        except Exception as error:  # raised below
-            found.put(error)
-
-    Thread(target=ask, daemon=True).start()
-    try:
-        answer = found.get(timeout=min(bounds.left_s(), 2 * bounds.timeout_s))
-    except Empty as error:
-        raise requests.Timeout from error
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
 
 
 def _continues(response: requests.Response, part: _Part) -> bool:
@@ -304,12 +242,12 @@ def _continues(response: requests.Response, part: _Part) -> bool:
 def _require_file(response: requests.Response) -> None:
     status = response.status_code
     if status != 200:
-        kind = _PassingError if status >= 500 or status in BUSY else _FailedError
+        kind = PassingError if status >= 500 or status in BUSY else FailedError
         raise kind(f"status {status}" + " without a file" * (status == 202))
     if response.headers.get("Content-Type", "").strip().lower().startswith("text/html"):
-        raise _FailedError("an HTML page")
+        raise FailedError("an HTML page")
     if _is_encoded(response):
-        raise _PassingError("a compressed answer, which was not asked for")
+        raise PassingError("a compressed answer, which was not asked for")
 
 
 def _is_encoded(response: requests.Response) -> bool:
@@ -329,7 +267,7 @@ def _version(response: requests.Response) -> str:
     return etag
 
 
-def _write(response: requests.Response, part: _Part, bounds: _Bounds) -> None:
+def _write(response: requests.Response, part: _Part, bounds: Bounds) -> None:
     """Appends what arrives to the part; raises an error if that is less than the server said."""
     start, length = part.size(), response.headers.get("Content-Length", "")
     total = start + int(length) if re.fullmatch(r"\d{1,18}", length) else None
@@ -339,30 +277,20 @@ def _write(response: requests.Response, part: _Part, bounds: _Bounds) -> None:
     bar = {"total": total, "initial": start, "desc": part.file.name, "dynamic_ncols": True, "disable": None}
     size = start
     with open_to_append(part.content) as file, tqdm.wrapattr(file, "write", **bar) as stream:
-        while chunk := _next_chunk(response):
+        while chunk := next_chunk(response):
             size += len(chunk)
             bounds.check_size(size)
             stream.write(chunk)
             bounds.left_s()
     if total is not None and part.size() != total:
-        raise _PassingError(f"{part.size():,} of {total:,} bytes")
-
-
-def _next_chunk(response: requests.Response) -> bytes:
-    """Reads what has arrived, without waiting for more than that; errors are those of requests."""
-    try:
-        return response.raw.read1(CHUNK_BYTES, decode_content=False)
-    except urllib3.exceptions.ReadTimeoutError as error:
-        raise requests.Timeout from error
-    except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError, ValueError) as error:
-        raise requests.exceptions.ChunkedEncodingError(error) from error
+        raise PassingError(f"{part.size():,} of {total:,} bytes")
 
 
 def _inspect(part: _Part, check: Callable[[Path], None], resumed: bool) -> None:
-    """Removes the part and raises _FailedError if it is not the file wanted, which may be due to its pieces."""
+    """Removes the part and raises FailedError if it is not the file wanted, which may be due to its pieces."""
     with part.content.open("rb") as stream:
         start = stream.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    kind = _FailedError
+    kind = FailedError
     if part.size() == 0:
         what = "an empty file"
     elif start.startswith((b"<!doctype", b"<html")):
@@ -371,17 +299,6 @@ def _inspect(part: _Part, check: Callable[[Path], None], resumed: bool) -> None:
         try:
             return check(part.content)
         except DataError as error:
-            what, kind = f"another file than expected ({error})", _PassingError if resumed else _FailedError
+            what, kind = f"another file than expected ({error})", PassingError if resumed else FailedError
     part.restart()
     raise kind(what)
-
-
-def _reason(error: requests.RequestException, timeout_s: float) -> str:
-    reasons = {
-        requests.Timeout: f"no answer within {timeout_s:g} s",
-        requests.exceptions.SSLError: "no trusted connection (TLS)",
-        requests.exceptions.ProxyError: "no connection through the proxy",
-        requests.ConnectionError: "no connection",
-        requests.RequestException: f"a failure ({type(error).__name__})",
-    }
-    return next(reason for kind, reason in reasons.items() if isinstance(error, kind))
