@@ -5,7 +5,7 @@ What is still in the making is ours if a marker beside it says so, which is writ
 folder that is damaged, but has names of ours and no others, is moved aside. Anything else stays as it is, and DataError
 asks the user to move it away. The caller holds the lock of the target set.
 
-A folder takes the place of another in steps: FOLDER -> .FOLDER.old, .FOLDER.new -> FOLDER, .FOLDER.old is removed.
+A folder takes the place of another in steps: FOLDER -> .FOLDER.old, .FOLDER.next -> FOLDER, .FOLDER.old is removed.
 Readers look at both names, see `read_columns`; `settle` ends what a killed process began.
 """
 
@@ -28,7 +28,8 @@ from crystalframer_jax.files import FileError, json_text, read_bytes, read_json,
 
 MANIFEST = "manifest.json"
 REPORTS = ("skipped.csv", "leakage.csv")
-LARGEST_MARK = 1000  # bytes
+LARGEST_MANIFEST = 16 << 20  # bytes
+LARGEST_MARK = 1000
 WORK = re.compile(r"\.?(part-\d{6}\.npz|\w+\.npy|skipped\.csv|leakage\.csv|manifest\.json)(\.\d+)?")  # in the making
 
 
@@ -50,7 +51,7 @@ def write_manifest(folder: Path, content: dict[str, Any]) -> None:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Reads the manifest of a folder; FileError if there is none or it is not as it was written."""
-    manifest = read_json(folder / MANIFEST)
+    manifest = read_json(folder / MANIFEST, LARGEST_MANIFEST)
     check, listed = manifest.pop("check", None), manifest.get("sha256")
     with contextlib.suppress(RecursionError):
         is_as_written = check == digest_of(manifest) and isinstance(manifest.get("digest"), str)
@@ -133,7 +134,7 @@ def require_place(folder: Path, names: Sequence[str]) -> None:
     """Raises DataError if a folder with those columns could not be put there without a loss."""
     if os.path.lexists(folder) and not is_ours(folder) and not _is_damaged(folder, names):
         raise _in_the_way(folder)
-    for path in (_old(folder), folder.with_name(f".{folder.name}.new")):  # what is ours was settled, or has a marker
+    for path in (_old(folder), folder.with_name(f".{folder.name}.next")):  # what is ours was settled, or has a marker
         if os.path.lexists(path) and path not in begun(folder.parent):
             raise _in_the_way(path)
 
@@ -223,7 +224,7 @@ def write_report(file: Path, header: Sequence[str], rows: Iterable[Sequence[obje
     remove_report(file)
     if os.path.lexists(file) or os.path.lexists(_marker(file)):
         return False
-    work = file.with_name(f".{file.name}.new")
+    work = file.with_name(f".{file.name}.next")
     discard(work)
     begin(work)
     write_csv(work / file.name, header, rows)

@@ -33,7 +33,7 @@ from crystalframer_jax.data.owned import (
 from crystalframer_jax.data.records import BadRecord, DataError, Record, Source, Target
 from crystalframer_jax.data.registry import TargetSet
 from crystalframer_jax.data.splits import SPLITS, differences, given_split, random_split, split_by_group
-from crystalframer_jax.data.store import LABEL_COLUMNS, changing, parts_folder, read_set, writing
+from crystalframer_jax.data.store import LABEL_COLUMNS, SET_COLUMNS, changing, parts_folder, read_set, writing
 from crystalframer_jax.files import FileError, write_csv
 from crystalframer_jax.structures.crystal import Crystal, CrystalError
 
@@ -78,7 +78,7 @@ def prepare(folder: Path, source: Source, known: TargetSet | None, options: Prep
         found = read_set(folder)
         is_prepared = found is not None and found[0]["key"] == key
         if not is_prepared:
-            require_place(folder / "crystals", (*CRYSTAL_COLUMNS, *LABEL_COLUMNS))
+            require_place(folder / "crystals", SET_COLUMNS)
             start = time.perf_counter()
             for path in begun(folder):  # parts of another source; they would fill the disk
                 if path.name.startswith(".crystals-") and key not in path.name:
@@ -166,7 +166,7 @@ def _write(folder: Path, source: Source, known: TargetSet | None, options: Prepa
         "targets": [dataclasses.asdict(target) for target in source.targets],
         "crystals": len(records),
     }
-    with writing(folder / "crystals", manifest, (*CRYSTAL_COLUMNS, *LABEL_COLUMNS)) as temporary:
+    with writing(folder / "crystals", manifest, SET_COLUMNS) as temporary:
         join_parts(files, CRYSTAL_COLUMNS, temporary)
         columns = mapped_columns(temporary, CRYSTAL_COLUMNS)
         if len(columns["ids"]) != len(records):

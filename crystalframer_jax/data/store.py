@@ -46,6 +46,7 @@ from crystalframer_jax.text import escaped
 ROWS_FORMAT = 3  # to be raised when neighbor rows or their columns change
 CHUNK_ATOMS = 9_000  # atoms whose neighbors a worker process finds at a time; about 100 MB
 LABEL_COLUMNS = ("labels", "leaked", *SPLITS)
+SET_COLUMNS = (*CRYSTAL_COLUMNS, *LABEL_COLUMNS)
 MANIFEST_KEYS = {"format": int, "source": str, "key": str, "remark": str, "targets": list, "crystals": int}
 
 
@@ -128,7 +129,7 @@ def _columns(folder: Path, cutoff: float | LatticeBox) -> tuple[dict[str, Any], 
 
     Raises DataError if there are no crystals or they are damaged.
     """
-    crystals = read_set(folder, (*CRYSTAL_COLUMNS, *LABEL_COLUMNS))
+    crystals = read_set(folder)
     if crystals is None:
         state = "damaged" if (folder / "crystals").exists() else "not prepared"
         source = [] if folder.name in TARGET_SETS else ["--source=..."]
@@ -136,14 +137,55 @@ def _columns(folder: Path, cutoff: float | LatticeBox) -> tuple[dict[str, Any], 
         command = shlex.join(["scripts/prepare_data.py", f"--target_set={folder.name}", *source, *where])
         raise DataError(f"target set {folder.name} is {state} in {folder.parent}; run {command}")
     rows = read_columns(_rows_folder(folder, crystals[0], cutoff), ROW_COLUMNS)
-    return *crystals, rows and rows[1]
+    return *crystals, rows[1] if rows and _rows_fit(crystals[1], rows[1]) else None
 
 
-def read_set(folder: Path, names: tuple[str, ...] = CRYSTAL_COLUMNS) -> tuple[dict[str, Any], Columns] | None:
+def _crystals_fit(manifest: dict[str, Any], columns: Columns) -> bool:
+    """Tells whether columns of crystals, which may be from anybody, have their shapes, and rows that there are."""
+    number, atoms, sites = columns["ids"].size, columns["species"].size, columns["shared_site"].size
+    shapes = {
+        "ids": (number,),
+        "atom_offset": (number + 1,),
+        "lattice": (number, 3, 3),
+        "species": (atoms,),
+        "position": (atoms, 3),
+        "shared_site": (sites,),
+        "shared_occupancy": (sites, 98),
+        "labels": (number, len(manifest["targets"])),
+    }
+    return (
+        all(columns[name].shape == shape for name, shape in shapes.items())
+        and _are_offsets(columns["atom_offset"], atoms)
+        and all(_are_rows(columns[name], number) for name in ("leaked", *SPLITS))
+        and _are_rows(columns["shared_site"], atoms)
+    )
+
+
+def _rows_fit(crystals: Columns, rows: Columns) -> bool:
+    """Tells likewise whether columns of neighbor rows are those of some crystals."""
+    number, atoms, edges = crystals["ids"].size, crystals["species"].size, rows["reverse"].size
+    shapes = {"edge_offset": (number + 1,), "count": (atoms,), "basis": (number, 3, 3)}
+    shapes |= {"image": (edges, 3), "reverse": (edges,)}
+    return (
+        all(rows[name].shape == shape for name, shape in shapes.items())
+        and _are_offsets(rows["edge_offset"], edges)
+        and int(rows["count"].sum(dtype=np.int64)) == edges
+    )
+
+
+def _are_offsets(column: np.ndarray, end: int) -> bool:
+    return column.dtype.kind == "i" and column[0] == 0 and column[-1] == end and bool((np.diff(column) >= 0).all())
+
+
+def _are_rows(column: np.ndarray, number: int) -> bool:
+    return column.ndim == 1 and column.dtype.kind == "i" and bool(((column >= 0) & (column < number)).all())
+
+
+def read_set(folder: Path) -> tuple[dict[str, Any], Columns] | None:
     """Reads manifest and columns of the crystals in `folder`; None if there are none or they are damaged."""
-    found = read_columns(folder / "crystals", names)
+    found = read_columns(folder / "crystals", SET_COLUMNS)
     with contextlib.suppress(FileError):
-        return found and (_checked(found[0], folder), found[1])
+        return found if found and _crystals_fit(_checked(found[0], folder), found[1]) else None
     return None
 
 
@@ -226,7 +268,7 @@ def parts_folder(folder: Path, chunk: int) -> Path:
 @contextlib.contextmanager
 def writing(folder: Path, manifest: dict[str, Any], columns: tuple[str, ...]) -> Iterator[Path]:
     """Makes a temporary folder to write columns into, which then gets a manifest and takes the place of `folder`."""
-    temporary = folder.with_name(f".{folder.name}.new")
+    temporary = folder.with_name(f".{folder.name}.next")
     discard(temporary)
     begin(temporary)
     try:

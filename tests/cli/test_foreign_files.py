@@ -23,7 +23,7 @@ from crystalframer_jax.official.conversion import import_checkpoint
 
 # Names in a folder that is taken for that of a target set, a run and an ensemble.
 OF_SETS = ("crystals/a.cif", "crystals/manifest.json", "crystals/skipped.csv", "rows-0123456789ab/manifest.json")
-OF_SETS += ("rows-mine/a.cif", ".crystals.new/a.cif", ".crystals.old/a.cif", ".crystals.new.made", "skipped.csv")
+OF_SETS += ("rows-mine/a.cif", ".crystals.next/a.cif", ".crystals.old/a.cif", ".crystals.next.made", "skipped.csv")
 OF_SETS += (".skipped.csv.made", ".crystals-mine/a.cif", ".rows-mine/a.cif", ".rows-a-by-9000.parts/part-000000.npz")
 OF_RUNS = ("config.json", "summary.json", "data.json", "lock", "metrics.jsonl", "predictions_test.csv", "model.ckpt")
 OF_RUNS += ("checkpoints/1/params", "checkpoints/best/params", "member_0/config.json", "parity_test.png")

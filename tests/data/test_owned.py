@@ -1,6 +1,7 @@
 """What is not ours is neither replaced nor removed; after a kill at any step the old or the new set is there."""
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from small_sets import CUTOFF, assert_same_dataset, open_small, prepare_small, rows_folder, small_set
 from support import ROOT
@@ -101,9 +103,9 @@ FOREIGN = {  # names below the folder of a target set: whether the set can be pr
     "crystals/a.cif": False,
     "crystals/train.npy": False,
     "crystals/manifest.json": False,
-    ".crystals.new": False,
-    ".crystals.new/a.cif": False,
-    ".crystals.new.made": False,
+    ".crystals.next": False,
+    ".crystals.next/a.cif": False,
+    ".crystals.next.made": False,
     ".crystals.old": False,
     ".crystals.old/manifest.json": False,
     "rows-0123456789ab/manifest.json": True,
@@ -183,7 +185,7 @@ def test_a_list_of_skipped_records_is_removed_only_if_it_is_ours(tmp_path):
 # Links and pipes
 
 
-@pytest.mark.parametrize("name", ["crystals", "crystals/ids.npy", "crystals/manifest.json", ".crystals.new", "."])
+@pytest.mark.parametrize("name", ["crystals", "crystals/ids.npy", "crystals/manifest.json", ".crystals.next", "."])
 def test_nothing_is_written_through_links(tmp_path, name):
     outside = tmp_path / "outside"
     put_file(outside / "a.txt")
@@ -253,6 +255,38 @@ def test_a_broken_manifest_costs_its_own_line_only(tmp_path, capsys, kind):
     with pytest.raises(DataError, match=r"small is damaged in .*; run scripts/prepare_data\.py"):
         load_dataset(tmp_path / "small", ("e_form",), CUTOFF)
     assert prepare_small(tmp_path) and len(open_small(tmp_path).table) == 60
+
+
+ALTERED = {
+    "crystals/labels": np.zeros((60, 1)),
+    "crystals/test": np.array([3, 60]),
+    "crystals/train": np.array([0, -1]),
+    "crystals/leaked": np.array([0.5]),
+    "crystals/atom_offset": np.arange(61)[::-1],
+    "crystals/ids": np.array(["a"]),
+    "crystals/lattice": np.zeros(5),
+    "crystals/species": np.array(7),
+    "rows/edge_offset": np.arange(61),
+    "rows/count": np.zeros(3, np.uint16),
+}
+
+
+@pytest.mark.parametrize("name", ALTERED)
+def test_columns_that_do_not_fit_each_other_are_damage(tmp_path, name):
+    """Though their manifest verifies."""
+    open_small(tmp_path)
+    file = tmp_path / "small" / f"{name.replace('rows', rows_folder(tmp_path).name)}.npy"
+    np.save(file, ALTERED[name])
+    manifest = json.loads((file.parent / "manifest.json").read_text())
+    manifest["sha256"][file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    del manifest["check"]
+    (file.parent / "manifest.json").write_text(json.dumps(manifest | {"check": digest_of(manifest)}))
+    if name.startswith("crystals"):
+        with pytest.raises(DataError, match=r"small is damaged in .*; run scripts/prepare_data\.py"):
+            load_dataset(tmp_path / "small", ("e_form",), CUTOFF)
+        assert prepare_small(tmp_path)
+    expected = open_small(tmp_path / "elsewhere")
+    assert_same_dataset(load_dataset(tmp_path / "small", ("e_form",), CUTOFF), expected)
 
 
 def test_text_of_a_manifest_is_escaped(tmp_path, capsys):

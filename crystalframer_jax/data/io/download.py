@@ -27,6 +27,7 @@ from crystalframer_jax.data.records import DataError
 from crystalframer_jax.files import FileError, open_to_append, read_json, sha256, write_json
 
 LARGEST_FILE = 1 << 30  # bytes that are taken unless a source says otherwise
+LARGEST_RECORD = 1 << 16  # bytes of what is written down of a download
 LONGEST_S = 6 * 3600  # that one call may take; the next one goes on from there
 SETTLED = datetime.timedelta(minutes=1)  # after which a file modified then is no longer modified within that second
 BUSY = (408, 429)  # statuses below 500 after which another try may succeed
@@ -149,7 +150,7 @@ def _in_the_way(path: Path) -> DataError:
 def _json_object(file: Path) -> dict[str, Any]:
     """Reads a JSON object; an empty one if there is none that can be read."""
     try:
-        return read_json(file)
+        return read_json(file, LARGEST_RECORD)
     except FileError:
         return {}
 
