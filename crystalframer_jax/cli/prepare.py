@@ -121,6 +121,8 @@ def _known_source(known: TargetSet, arguments: argparse.Namespace) -> Source:
         files = known.source.given(arguments.source)
     else:
         downloads = data_folder(arguments.data_dir) / "downloads"
+        if downloads.is_symlink():
+            raise DataError(f"{downloads} is a link, through which nothing is written; name another --data_dir")
         with locked(downloads / ".lock"):
             files = known.source.fetch(downloads)
     return known.source.open(files, known.targets)

@@ -109,8 +109,10 @@ def remove(folder: Path) -> None:
 
 
 def _is_damaged(folder: Path, names: Sequence[str]) -> bool:
-    """Tells whether a folder with those columns is one of ours but damaged: all of it has names that we write there,
-    and the manifest verifies or, if that is what is damaged, all columns are arrays.
+    """Tells whether a folder with those columns is one of ours but damaged.
+
+    All in it then has names that we write there, and the manifest verifies or, if it is what is damaged, all columns
+    are arrays.
     """
     with contextlib.suppress(OSError, FileError):
         if not set(_regular_files(folder)) <= {*(f"{name}.npy" for name in names), *REPORTS, MANIFEST}:
@@ -240,7 +242,8 @@ def remove_report(file: Path) -> None:
     with contextlib.suppress(OSError, FileError):
         if not file.is_symlink() and mark == _mark_text(file, sha256(file)):
             file.unlink()
-    if mark.startswith(_mark_text(file).strip()) and not os.path.lexists(file):
+    text = _mark_text(file).strip()
+    if mark and (mark.startswith(text) or text.startswith(mark)) and not os.path.lexists(file):
         _marker(file).unlink()
 
 

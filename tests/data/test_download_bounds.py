@@ -12,6 +12,7 @@ import pytest
 import requests
 from test_download import CONTENT, HALF, Server, answer, anything, assert_complete, honest, is_content, names, server
 
+from crystalframer_jax.cli.prepare import prepare_main
 from crystalframer_jax.data.io import requesting
 from crystalframer_jax.data.io.download import download
 from crystalframer_jax.data.records import DataError
@@ -259,9 +260,9 @@ def test_links_and_pipes_in_the_folder_of_downloads(server: Server, tmp_path, na
     assert outside.read_bytes() == MINE
 
 
-def test_a_folder_that_is_a_link(server: Server, tmp_path):
+def test_a_folder_that_is_a_link(tmp_path):
     (tmp_path / "outside").mkdir()
     (tmp_path / "downloads").symlink_to("outside")
-    with pytest.raises(DataError, match="downloads is a link, through which nothing is written"):
-        download([server.url("/a", honest())], tmp_path / "downloads" / "a", is_content)
+    with pytest.raises(SystemExit, match="downloads is a link, through which nothing is written"):
+        prepare_main(["--target_set=jarvis__megnet", f"--data_dir={tmp_path}"])
     assert names(tmp_path / "outside") == []
