@@ -77,6 +77,7 @@ def load_dataset(folder: Path, names: tuple[str, ...], cutoff: float | LatticeBo
     if a split has no crystal with these labels.
     """
     manifest, crystals, rows = _columns(folder, cutoff)
+    _found(folder, manifest, names)  # an unknown target is told before all work
     if rows is None:
         with changing(folder):
             manifest, crystals, rows = _columns(folder, cutoff)  # another process may just have changed them
@@ -101,8 +102,7 @@ def _dataset(
     folder: Path, names: tuple[str, ...], manifest: dict[str, Any], crystals: Columns, rows: Columns
 ) -> Dataset:
     """Makes the data set of what was read."""
-    known = targets_of(manifest)
-    targets = tuple(find_target(folder.name, known, name) for name in names)
+    known, targets = targets_of(manifest), _found(folder, manifest, names)
     labels = crystals["labels"][:, [known.index(target) for target in targets]]
     has_label = np.isfinite(labels).sum(axis=1) > 0
     splits = {split: crystals[split][has_label[crystals[split]]] for split in SPLITS}
@@ -122,6 +122,11 @@ def _dataset(
         digest=manifest["digest"],
         remark=escaped(manifest["remark"]),
     )
+
+
+def _found(folder: Path, manifest: dict[str, Any], names: tuple[str, ...]) -> tuple[Target, ...]:
+    """Finds the targets of those names; ConfigError if there is none."""
+    return tuple(find_target(folder.name, targets_of(manifest), name) for name in names)
 
 
 def _columns(folder: Path, cutoff: float | LatticeBox) -> tuple[dict[str, Any], Columns, Columns | None]:
