@@ -1,7 +1,7 @@
 """Preparations of a set of 14 crystals that are killed at every step, for the tests of the store.
 
-Arguments: the scenario (first: after a preparation that failed for bad records; replaced, damaged: another set is
-there) and a folder. Prints the number of steps.
+Argument: a folder. Prints the number of steps for each scenario (first: after a preparation that failed for bad
+records; replaced, damaged: another set is there).
 """
 
 import contextlib
@@ -13,7 +13,6 @@ from pathlib import Path
 
 from small_sets import CUTOFF, open_small, prepare_small, small_set
 
-from crystalframer_jax.data import prepare
 from crystalframer_jax.data.records import DataError
 from crystalframer_jax.data.store import load_dataset, read_set
 
@@ -54,7 +53,6 @@ def survives(place: Path, scenario: str, step: int) -> bool:
 
 
 def main(scenario: str, folder: Path) -> None:
-    prepare.CHUNK = 10
     base = folder / "base"
     mine = {"small/rows-mine/a.cif", "small/notes.txt"}
     if scenario != "first":
@@ -80,8 +78,9 @@ def main(scenario: str, folder: Path) -> None:
         left = {path.name for path in (place / "small").iterdir()} - {Path(name).parts[1] for name in mine}
         assert len(left) == 2 and {name.split("-")[0] for name in left} == {"crystals", "rows"}, (step, left)
         shutil.rmtree(place)
-    print("steps", step)
+    print("steps of", scenario, step, flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    for scenario in ("first", "replaced", "damaged"):
+        main(scenario, Path(sys.argv[1]) / scenario)

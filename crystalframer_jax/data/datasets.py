@@ -13,6 +13,7 @@ from crystalframer_jax.data.registry import TARGET_SETS
 from crystalframer_jax.data.sources import Bundled
 from crystalframer_jax.data.store import Dataset, data_folder, load_dataset, read_dataset
 from crystalframer_jax.structures.neighbors import LatticeBox
+from crystalframer_jax.text import escaped
 
 NAME = r"\w[\w.+-]*"  # of a target set
 
@@ -51,11 +52,12 @@ def open_dataset_of_run(name: str, targets: tuple[str, ...], cutoff: float | Lat
     try:
         dataset = open_dataset(name, targets, cutoff)
     except (ConfigError, DataError) as error:
+        flag = escaped(shlex.join([f"--data_dir={stated}"]))
         raise DataError(
-            f"{folder}, where the run has its data, does not hold all that is needed; nothing is written where a run "
-            f"says: add {shlex.join([f'--data_dir={stated}'])} to have it completed there ({error})"
+            f"{escaped(folder)}, where the run has its data, does not hold all that is needed, and nothing is written "
+            f"where a run says: add {flag} to have it completed there ({error})"
         ) from error
-    tqdm.write(f"note: {folder} does not hold all that is needed; the data are those of {folder_of(name)}")
+    tqdm.write(f"note: {escaped(folder)} does not hold all that is needed; the data are those of {folder_of(name)}")
     return dataset
 
 

@@ -22,6 +22,7 @@ import platformdirs
 from tqdm import tqdm
 
 from crystalframer_jax.batching.table import CRYSTAL_COLUMNS, ROW_COLUMNS, CrystalTable, row_columns
+from crystalframer_jax.config import ConfigError
 from crystalframer_jax.data.build import Columns, build_parts, join_parts
 from crystalframer_jax.data.owned import (
     MANIFEST,
@@ -66,7 +67,12 @@ class Dataset:
 
 def data_folder(data_dir: str) -> Path:
     """Returns the folder of prepared data; an empty `data_dir` stands for the user's cache folder."""
-    return Path(data_dir).expanduser() if data_dir else platformdirs.user_cache_path("crystalframer_jax")
+    if "\0" in data_dir:
+        raise ConfigError(f"data_dir={data_dir!r} is not a name of a folder")
+    try:
+        return Path(data_dir).expanduser() if data_dir else platformdirs.user_cache_path("crystalframer_jax")
+    except RuntimeError as error:  # ~NAME of a user who is not known
+        raise ConfigError(f"data_dir={data_dir!r}: {error}") from error
 
 
 def load_dataset(folder: Path, names: tuple[str, ...], cutoff: float | LatticeBox, workers: int = 0) -> Dataset:

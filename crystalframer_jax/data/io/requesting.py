@@ -71,9 +71,9 @@ def answer(url: str, headers: dict[str, str], bounds: Bounds) -> requests.Respon
             if target is None:
                 return response
             response.close()  # what comes with it is not read
-            if parts.scheme == "https" and urlsplit(urljoin(url, target)).scheme != "https":
-                raise FailedError("a redirect that is not to https")
             url = urljoin(url, target)
+            if urlsplit(url).scheme != "https" and urlsplit(url)[:2] != parts[:2]:
+                raise FailedError("a redirect that is not to https")
     raise requests.TooManyRedirects
 
 
