@@ -1,7 +1,28 @@
-"""Plain text: tables and durations."""
+"""Plain text: what comes from outside, tables and durations."""
 
 import math
 from typing import Any
+
+FORMULA_SIGNS = ("=", "+", "-", "@", "\t", "\r")  # with which text becomes a formula in a spreadsheet
+
+
+def escaped(text: object) -> str:
+    """Text from outside, a file name or an id, as it may be shown: invisible characters as Python writes them."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+def csv_cell(value: object) -> object:
+    """A value for a CSV file: text that a spreadsheet would take for a formula has an apostrophe in front.
+
+    Numbers stay as they are, also those written as text.
+    """
+    if not isinstance(value, str) or not value.startswith(FORMULA_SIGNS):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
 
 
 def table(header: list[str], rows: list[list[Any]], num_left: int = 1) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from crystalframer_jax.errors import UserError
@@ -59,6 +60,7 @@ class Source:
     sha256: str  # of everything that `records` reads
     records: Callable[[], Iterator[Record | BadRecord]]  # starts a new pass over all, in the order of the source
     count: int | None = None  # if it is known before they are read
+    paths: tuple[Path, ...] = ()  # files and folders of the user that are read
 
 
 def parse_label(value: Any) -> float:

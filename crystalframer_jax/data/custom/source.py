@@ -23,7 +23,7 @@ from crystalframer_jax.data.custom.fields import (
 from crystalframer_jax.data.custom.tables import folder_items, table_items
 from crystalframer_jax.data.io.pickles import load_pickle
 from crystalframer_jax.data.io.streams import json_lines, json_records
-from crystalframer_jax.data.records import BadRecord, DataError, Source, Target
+from crystalframer_jax.data.records import BadRecord, DataError, Record, Source, Target
 from crystalframer_jax.data.splits import SPLITS
 from crystalframer_jax.data.structures import FLAT, JARVIS, PYMATGEN, dict_loader, from_dict, from_pymatgen, from_text
 from crystalframer_jax.files import sha256
@@ -50,7 +50,11 @@ def custom_source(path: Path, options: CustomData) -> Source:
     targets = tuple(Target(name.replace(",", " "), name, unit) for name, unit in zip(fields, units, strict=True))
     columns = (options.targets, options.id_column, options.structure_column, options.split_column, options.group_column)
     checksum = hashlib.sha256(json.dumps([items.sha256, columns]).encode()).hexdigest()  # with what changes records
-    return Source(targets, checksum, lambda: (record_of(item, fields, options) for item in items.read()), items.count)
+
+    def records() -> Iterator[Record | BadRecord]:
+        return (record_of(item, fields, options) for item in items.read())
+
+    return Source(targets, checksum, records, items.count, (path,))
 
 
 def _items(path: Path, options: CustomData) -> Items:
