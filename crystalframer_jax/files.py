@@ -39,6 +39,12 @@ def read_bytes(file: Path, most: int) -> bytes:
     return content
 
 
+def read_start(file: Path, size: int) -> bytes:
+    """Reads the first bytes of a regular file."""
+    with file.open("rb") as stream:
+        return stream.read(size)
+
+
 def parse_json(text: str | bytes, what: object) -> dict[str, Any]:
     """Reads a JSON object; FileError, naming `what` it should be the text of, for anything else."""
     try:
@@ -90,8 +96,11 @@ def replacing(file: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def append_line(file: Path, line: str) -> None:
-    """Appends a line to a regular file, which is made if it is not there; FileError if the name is a link or a pipe."""
+def append_line(file: Path, line: str, sync: bool = False) -> None:
+    """Appends a line to a regular file, which is made if it is not there; FileError if the name is a link or a pipe.
+
+    `sync`: return when it is on the disk.
+    """
     try:
         descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     except OSError as error:
@@ -102,19 +111,32 @@ def append_line(file: Path, line: str) -> None:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise FileError(f"{file} is not a regular file; remove it")
         stream.write(line.encode() + b"\n")
+        if sync:
+            stream.flush()
+            os.fsync(descriptor)
 
 
 def write_csv(file: str | Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Writes a table as CSV, creating its folder; a reader sees the old file or all of the new one.
 
-    Text that a spreadsheet would run as a formula gets an apostrophe in front, see `text.csv_cell`.
+    Text that a spreadsheet would run as a formula gets an apostrophe in front, see `text.csv_cell`; what is no text in
+    UTF-8 (half a surrogate pair) is written as Python shows it.
     """
     file = Path(file).expanduser().resolve()  # the file that a link stands for is replaced, not the link
     file.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(file) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+    with (
+        replacing(file) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as stream,
+    ):
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(header)
         writer.writerows([csv_cell(value) for value in row] for row in rows)
+
+
+def check_replaceable(file: Path, beginning: bytes) -> None:
+    """Raises FileError if there is something else than a file that begins so: we would not have written it."""
+    if file.exists() and (not file.is_file() or not read_start(file, len(beginning)) == beginning):
+        raise FileError(f"{file} exists and is no such file as would be written there; choose another name")
 
 
 def sha256(file: Path) -> str:

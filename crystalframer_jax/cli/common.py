@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,9 @@ def reporting_errors(if_interrupted: str = "", leave_at_once: bool = True) -> It
 
     To `leave_at_once` then is for commands with threads that would take minutes to wait for. Others clean up first.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that is no text is shown, and ends nothing
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except (UserError, OSError) as error:

@@ -49,8 +49,8 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 @reporting_errors(if_interrupted=" at once; the same command continues from the last checkpoint")
-def main(argv: list[str]) -> None:
-    """Trains with the flags given."""
+def main(argv: list[str]) -> int:
+    """Trains with the flags given; returns 1 if a file of results could not be written, though all is trained."""
     if argv[1:]:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a checkpoint otherwise
@@ -75,9 +75,13 @@ def main(argv: list[str]) -> None:
                 implementation=IMPLEMENTATION.value,  # type: ignore[arg-type]  # one of its values
                 report=watchdog.report,
             )
-            train(CONFIG.value, WORKDIR.value or "", options, interruption)
+            summary = train(CONFIG.value, WORKDIR.value or "", options, interruption)
     except TrainingInterrupted as interrupted:
         say(str(interrupted))
+        return 0
+    if missing := summary.get("not_written"):
+        say(f"weights and summary are complete in {WORKDIR.value}; not written: {', '.join(missing)}")
+    return 1 if missing else 0
 
 
 @reporting_errors()
