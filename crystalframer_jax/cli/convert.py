@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from crystalframer_jax.cli.common import WEIGHTS_HELP, names, reporting_errors
-from crystalframer_jax.files import read_json
+from crystalframer_jax.errors import UserError
+from crystalframer_jax.files import FileError, read_json
 from crystalframer_jax.official.conversion import Conversion, export_checkpoint, import_checkpoint
 from crystalframer_jax.text import table
 
@@ -74,7 +75,10 @@ def _tell(run: Conversion) -> None:
 
 def read_official_json(file: str) -> dict[str, Any]:
     """Reads the hyperparameters of an official JSON file."""
-    return read_json(Path(file))
+    try:
+        return read_json(Path(file))
+    except FileError as error:  # argparse would drop the message of a ValueError
+        raise UserError(str(error)) from error
 
 
 def _numbers(text: str) -> tuple[float, ...]:
