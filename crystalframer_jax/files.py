@@ -39,12 +39,6 @@ def read_bytes(file: Path, most: int) -> bytes:
     return content
 
 
-def read_start(file: Path, size: int) -> bytes:
-    """Reads the first bytes of a regular file."""
-    with file.open("rb") as stream:
-        return stream.read(size)
-
-
 def parse_json(text: str | bytes, what: object) -> dict[str, Any]:
     """Reads a JSON object; FileError, naming `what` it should be the text of, for anything else."""
     try:
@@ -134,8 +128,12 @@ def write_csv(file: str | Path, header: Sequence[str], rows: Iterable[Sequence[o
 
 
 def check_replaceable(file: Path, beginning: bytes) -> None:
-    """Raises FileError if there is something else than a file that begins so: we would not have written it."""
-    if file.exists() and (not file.is_file() or not read_start(file, len(beginning)) == beginning):
+    """Raises FileError if something else is there than an empty file, or one that begins so: it is not our making."""
+    if file.is_file():
+        with file.open("rb") as stream:
+            if stream.read(len(beginning)) in (b"", beginning):
+                return
+    if os.path.lexists(file):
         raise FileError(f"{file} exists and is no such file as would be written there; choose another name")
 
 

@@ -19,7 +19,11 @@ RESUME_WITH_CHANGES = flags.DEFINE_list(
     "resume_with_changes", [], "Hyperparameters, separated by commas, that may differ from those of the run so far."
 )
 SKIP_NONFINITE = flags.DEFINE_integer(
-    "skip_nonfinite", 0, "How many steps may be skipped because their loss or gradient is not finite.", lower_bound=0
+    "skip_nonfinite",
+    0,
+    "How many steps may be skipped because their loss or gradient is not finite.",
+    lower_bound=0,
+    upper_bound=10**9,
 )
 MAX_MINUTES = flags.DEFINE_float(
     "max_minutes", None, "Save and stop so many minutes after the start, at the latest.", lower_bound=0
@@ -44,7 +48,10 @@ WATCHDOG_MINUTES = flags.DEFINE_float(
     10.0,
     "End processes that train together if one makes no progress for so long.",
     lower_bound=0.05,
+    upper_bound=10**6,
 )
+for name in ("max_minutes", "watchdog_minutes"):
+    flags.register_validator(name, lambda minutes: minutes is None or minutes == minutes, "is not a number")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
