@@ -99,12 +99,15 @@ def read_config(workdir: Path, meta: dict[str, Any] | None = None) -> TrainConfi
     taken as it is. A line on stderr says either. Raises CheckpointError, with the remedy, if it is damaged or another.
     """
     file, meta = workdir / CONFIG_FILE, newest_meta(workdir) if meta is None else meta
-    remedy = "remove it: the checkpoint tells the configuration" if "config" in meta else "put back a copy of it"
     try:
         told = _validated(meta["config"]) if "config" in meta else None
-        if told and not os.path.lexists(file):
-            warn(f"{file} is missing; the configuration is taken from the checkpoint")
-            return told
+    except ConfigError as error:
+        raise CheckpointError(f"a checkpoint of {workdir} tells of an impossible configuration: {error}") from error
+    if told and not os.path.lexists(file):
+        warn(f"{file} is missing; the configuration is taken from the checkpoint")
+        return told
+    remedy = "remove it: the checkpoint tells the configuration" if told else "put back a copy of it"
+    try:
         config = _validated(read_json(file))
     except FileError as error:
         raise CheckpointError(f"{error}; {remedy}") from error
@@ -147,7 +150,7 @@ def read_summary(workdir: Path) -> dict[str, Any]:
         summary = read_json(file)
         steering = ("selected_weights", "num_frame_samples", *TIMES)
         checked({key: summary[key] for key in steering if key in summary}, file)
-        if "seal" in summary and sealed(summary) != summary:  # those of old versions have none
+        if not summary or ("seal" in summary and sealed(summary) != summary):  # those of old versions have none
             raise FileError(f"{file} is damaged: its seal is not that of its content")
     except FileError as error:
         raise CheckpointError(f"{error}; remove it, and the command that made it makes it again") from error

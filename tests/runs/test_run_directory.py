@@ -189,6 +189,13 @@ def test_the_size_of_an_ensemble_is_within_bounds(run, tmp_path, size):
     assert ("member_1" if size == 3 else "ensemble_size=") in one_line(error)
 
 
+@pytest.mark.parametrize("content", [{}, {"mae": 1}, {"selected_weights": "best"}])
+def test_a_summary_without_a_seal_is_of_an_old_version_only(run, content):
+    write_json(run / "summary.json", content)
+    with pytest.raises(CheckpointError, match=r"summary.json is damaged: it"):
+        Predictor.load(run)
+
+
 def test_names_of_steps_are_numbers():
     for name in ("²", "9" * 400):
         assert predictor.run_and_step(f"run/checkpoints/{name}") == (Path(f"run/checkpoints/{name}"), None)
