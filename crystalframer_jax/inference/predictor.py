@@ -24,7 +24,7 @@ from crystalframer_jax.model.regressor import CrystalFramer
 from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices, Tree
 from crystalframer_jax.runs.checkpoints import FOLDER, MODEL_FIELDS, CheckpointError, Checkpoints, on_this_device
 from crystalframer_jax.runs.metadata import checked
-from crystalframer_jax.runs.run_directory import CONFIG_FILE, SUMMARY_FILE, read_config, read_summary, warn
+from crystalframer_jax.runs.run_directory import CONFIG_FILE, read_config, read_summary, warn
 from crystalframer_jax.structures.crystal import Crystal
 from crystalframer_jax.structures.files import as_crystals
 
@@ -80,8 +80,6 @@ class Predictor:
         if step is None:
             step = _step_with(weights, checkpoints)
         meta = checked(checkpoints.meta(step), checkpoints.path(step), "targets")
-        if summary and "config" in meta and "seal" not in summary:  # not of an old version
-            raise CheckpointError(f"{workdir / SUMMARY_FILE} is damaged: it has no seal; remove it, or put back a copy")
         config = _with_draws(read_config(workdir, meta), workdir, meta, summary)
         targets = tuple(TargetStatistics(**target) for target in meta["targets"])
         if tuple(target.name for target in targets) != config.targets:

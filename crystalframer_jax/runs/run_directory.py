@@ -150,7 +150,8 @@ def read_summary(workdir: Path) -> dict[str, Any]:
         summary = read_json(file)
         steering = ("selected_weights", "num_frame_samples", *TIMES)
         checked({key: summary[key] for key in steering if key in summary}, file)
-        if not summary or ("seal" in summary and sealed(summary) != summary):  # those of old versions have none
+        is_old = bool(summary) and "seal" not in summary and "config" not in newest_meta(workdir)
+        if not is_old and sealed(summary) != summary:
             raise FileError(f"{file} is damaged: its seal is not that of its content")
     except FileError as error:
         raise CheckpointError(f"{error}; remove it, and the command that made it makes it again") from error

@@ -192,7 +192,7 @@ def test_the_size_of_an_ensemble_is_within_bounds(run, tmp_path, size):
 @pytest.mark.parametrize("content", [{}, {"mae": 1}, {"selected_weights": "best"}])
 def test_a_summary_without_a_seal_is_of_an_old_version_only(run, content):
     write_json(run / "summary.json", content)
-    with pytest.raises(CheckpointError, match=r"summary.json is damaged: it"):
+    with pytest.raises(CheckpointError, match=r"summary.json is damaged: its seal"):
         Predictor.load(run)
 
 
