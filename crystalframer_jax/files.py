@@ -123,8 +123,7 @@ def write_csv(file: str | Path, header: Sequence[str], rows: Iterable[Sequence[o
         temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as stream,
     ):
         writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows([csv_cell(value) for value in row] for row in rows)
+        writer.writerows([csv_cell(value) for value in row] for row in (header, *rows))
 
 
 def check_replaceable(file: Path, beginning: bytes) -> None:

@@ -13,6 +13,7 @@ from crystalframer_jax.batching.targets import TargetStatistics
 from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.files import is_disk_full, write_csv
 from crystalframer_jax.reporting.metrics import check_shapes
+from crystalframer_jax.text import escaped
 
 
 def write_predictions(
@@ -53,7 +54,7 @@ def reporting(file: Path, not_written: list[str]) -> Iterator[None]:
         not_written.append(file.name)
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         later = "the same command tries again, and scripts/evaluate.py with --output or --plot writes such files"
-        tqdm.write(f"warning: {file} could not be written ({ascii(reason)[1:-1]}); {later}", file=sys.stderr)
+        tqdm.write(f"warning: {file} could not be written ({escaped(reason)}); {later}", file=sys.stderr)
 
 
 def write_split(

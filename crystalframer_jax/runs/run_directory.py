@@ -22,6 +22,7 @@ from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.files import FileError, append_line, json_text, read_json, write_json
 from crystalframer_jax.runs.checkpoints import FOLDER, CheckpointError, newest_meta, steps_in
 from crystalframer_jax.runs.metadata import checked
+from crystalframer_jax.text import escaped
 
 CONFIG_FILE, DATA_FILE, SUMMARY_FILE = "config.json", "data.json", "summary.json"
 TIMES = ("seconds", "crystals_per_s")  # in a summary, that differ between runs which are equal to the bit
@@ -168,7 +169,7 @@ def _summary_or_nothing(workdir: Path) -> dict[str, Any]:
 @functools.lru_cache(maxsize=256)
 def warn(text: str) -> None:
     """Prints a line on stderr, once."""
-    tqdm.write(f"warning: {text}", file=sys.stderr)
+    tqdm.write(escaped(f"warning: {text}"), file=sys.stderr)
 
 
 def _changes(before: dict[str, Any], config: TrainConfig) -> dict[str, list[Any]]:

@@ -17,6 +17,7 @@ from crystalframer_jax.files import FileError, append_line, json_text, parse_jso
 from crystalframer_jax.parallel.processes import is_first_process
 from crystalframer_jax.runs.metadata import checked
 from crystalframer_jax.runs.run_directory import warn
+from crystalframer_jax.text import escaped
 
 LARGEST_LOG = 2**30  # bytes of metrics.jsonl: millions of epochs
 
@@ -172,7 +173,7 @@ class Logbook(contextlib.AbstractContextManager):
         number = f"{metrics['epoch'] + 1:>{len(str(self._n_epochs))}}/{self._n_epochs}"
         waited = f"  waited {metrics['waiting_share']:.0%} for data" if metrics["waiting_share"] >= 0.01 else ""
         say(
-            f"epoch {number}  loss {metrics['loss']:.4f}  val MAE {errors}  lr {metrics['lr']:.2e}  "
+            f"epoch {number}  loss {metrics['loss']:.4f}  val MAE {escaped(errors)}  lr {metrics['lr']:.2e}  "
             f"{metrics['crystals_per_s']:.0f} crystals/s{waited}"
         )
 

@@ -675,7 +675,8 @@ def dying(function, left: list[int], folder: str):
 
 def test_death_at_any_change_of_names_leaves_a_whole_checkpoint(tmp_path, capfd):
     call = f"from runs import test_checkpoint; test_checkpoint.die_at_every_call({str(tmp_path)!r})"
-    process = subprocess.run([sys.executable, "-c", call], cwd=ROOT / "tests", stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", call]
+    process = subprocess.run(command, cwd=ROOT / "tests", stdout=subprocess.PIPE, text=True, timeout=300)
     assert process.returncode == 0
     calls = int(process.stdout)
     assert calls > 10
