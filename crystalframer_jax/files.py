@@ -112,23 +112,39 @@ def open_to_append(file: Path) -> BufferedWriter:
     return os.fdopen(descriptor, "ab")
 
 
-def append_line(file: Path, line: str) -> None:
-    """Appends a line to a regular file, which is made if it is not there; FileError if the name is a link or a pipe."""
+def append_line(file: Path, line: str, sync: bool = False) -> None:
+    """Appends a line to a regular file, see `open_to_append`; `sync`: returns when it is on the disk."""
     with open_to_append(file) as stream:
         stream.write(line.encode() + b"\n")
+        if sync:
+            stream.flush()
+            os.fsync(stream.fileno())
 
 
 def write_csv(file: str | Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Writes a table as CSV, creating its folder; a reader sees the old file or all of the new one.
 
-    Text that a spreadsheet would run as a formula gets an apostrophe in front, see `text.csv_cell`.
+    Text that a spreadsheet would run as a formula gets an apostrophe in front, see `text.csv_cell`; what is no text in
+    UTF-8 (half a surrogate pair) is written as Python shows it.
     """
     file = Path(file).expanduser().resolve()  # the file that a link stands for is replaced, not the link
     file.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(file) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+    with (
+        replacing(file) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as stream,
+    ):
         writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows([csv_cell(value) for value in row] for row in rows)
+        writer.writerows([csv_cell(value) for value in row] for row in (header, *rows))
+
+
+def check_replaceable(file: Path, beginning: bytes) -> None:
+    """Raises FileError if something else is there than an empty file, or one that begins so: it is not our making."""
+    if file.is_file():
+        with file.open("rb") as stream:
+            if stream.read(len(beginning)) in (b"", beginning):
+                return
+    if os.path.lexists(file):
+        raise FileError(f"{file} exists and is no such file as would be written there; choose another name")
 
 
 def sha256(file: Path) -> str:

@@ -27,7 +27,7 @@ def csv_cell(value: object) -> object:
 
 def table(header: list[str], rows: list[list[Any]], num_left: int = 1) -> str:
     """Text columns, the first `num_left` aligned left and the others right; numbers with four decimals."""
-    cells = [header] + [[_cell(value) for value in row] for row in rows]
+    cells = [[_cell(value) for value in row] for row in (header, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = []
     for row in cells:
@@ -45,7 +45,7 @@ def _cell(value: Any) -> str:
         return "-"
     if isinstance(value, float):
         return f"{value:.4f}" if math.isfinite(value) else "-"
-    return str(value)
+    return escaped(value)
 
 
 def duration(seconds: float) -> str:

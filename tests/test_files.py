@@ -81,3 +81,13 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
 def test_spreadsheets_see_no_formulas(tmp_path):
     write_csv(tmp_path / "a.csv", ["id", "value"], [["=1+1", -1.5], ["@SUM", "-2e3"], ["plain", None]])
     assert (tmp_path / "a.csv").read_text().split("\n") == ["id,value", "'=1+1,-1.5", "'@SUM,-2e3", "plain,", ""]
+
+
+def test_the_header_of_a_table_is_no_formula_either(tmp_path):
+    write_csv(tmp_path / "table.csv", ["=A1 (eV)", "b"], [])
+    assert (tmp_path / "table.csv").read_text() == "'=A1 (eV),b\n"
+
+
+def test_text_that_is_no_text_in_utf8_does_not_keep_a_table_from_being_written(tmp_path):
+    write_csv(tmp_path / "table.csv", ["id"], [["a\udc80"], ["\ud800"], ["é"]])
+    assert (tmp_path / "table.csv").read_text(encoding="utf-8") == "id\na\\udc80\n\\ud800\né\n"

@@ -12,11 +12,12 @@ from crystalframer_jax.config import ConfigError
 from crystalframer_jax.data.datasets import open_dataset, open_dataset_of_run
 from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.errors import UserError
+from crystalframer_jax.files import check_replaceable
 from crystalframer_jax.inference.ensemble import Ensemble, load_model
 from crystalframer_jax.inference.evaluation import Predictions
 from crystalframer_jax.inference.predictor import Predictor
 from crystalframer_jax.reporting.metrics import mean_predictor_errors, regression_metrics
-from crystalframer_jax.reporting.predictions import plot_calibration, plot_parity, write_predictions
+from crystalframer_jax.reporting.predictions import figure_files, plot_calibration, plot_parity, write_predictions
 from crystalframer_jax.text import table
 
 
@@ -33,6 +34,8 @@ def evaluate_main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--plot", type=_png, metavar="FILE.png", help=plot_help)
     arguments = parser.parse_args(argv)
     use_compilation_cache()
+    if arguments.output:
+        check_replaceable(arguments.output.expanduser(), b"id,target")
     model = load_model(arguments.run, arguments.weights)
     dataset = dataset_of(model, arguments.run, arguments.data_dir)
     indices = dataset.splits[arguments.split]
@@ -97,6 +100,8 @@ def plot_errors(
     file: Path, model: Predictor | Ensemble, dataset: Dataset, split: str, predictions: Predictions
 ) -> list[Path]:
     """Plots the parity of a single model, the calibration of an ensemble; returns the files written."""
+    for figure in figure_files(file, model.targets) if isinstance(model, Ensemble) else [file]:
+        check_replaceable(figure, b"\x89PNG")
     file.parent.mkdir(parents=True, exist_ok=True)
     labels = dataset.labels[dataset.splits[split]]
     not_finite = int((~np.isfinite(predictions.mean)).any(axis=1).sum())
