@@ -1,4 +1,4 @@
-"""Lattices: points within a radius, boxes of images, the reduced basis, and short vectors for lattice frames."""
+"""Lattices: boxes of images, the reduced basis, and short vectors for lattice frames."""
 
 import functools
 import itertools
@@ -6,18 +6,6 @@ import itertools
 import numpy as np
 
 SAME_LENGTH = 1e-4  # Å; vectors whose lengths are closer than this count as equally long
-
-
-def points_within(
-    points: np.ndarray, centers: np.ndarray, lattice: np.ndarray, radius: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Finds the images of `points` [n, 3] within `radius` of `centers` [c, 3]: center, point, image [E, 3], distance.
-
-    All in Å, the arrays float64 and contiguous.
-    """
-    from pymatgen.optimization.neighbors import find_points_in_spheres
-
-    return find_points_in_spheres(points, centers, float(radius), np.ones(3, dtype=np.int64), lattice, 1e-8)
 
 
 def integer_box(reach: int) -> np.ndarray:
