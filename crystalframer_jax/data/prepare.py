@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from crystalframer_jax.batching.table import CRYSTAL_COLUMNS, crystal_columns
+from crystalframer_jax.config import TrainConfig
 from crystalframer_jax.data.build import Columns, build_parts, join_parts
 from crystalframer_jax.data.leakage import Leak, find_leaks
 from crystalframer_jax.data.records import BadRecord, DataError, Record, Source, Target
@@ -185,7 +186,7 @@ def _crystals_of(num_targets: int, chunk: list[Record | BadRecord]) -> Columns:
         else:
             labels, split, group = record.labels, record.split, record.group
             try:
-                crystals.append(record.load())
+                crystals.append(record.crystal(TrainConfig().cutoff))
             except CrystalError as error:
                 reason = " ".join(str(error).split())
         listed.append((id, where, labels, split, group, reason))

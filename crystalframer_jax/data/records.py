@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from crystalframer_jax.errors import UserError
-from crystalframer_jax.structures.crystal import Crystal
+from crystalframer_jax.structures.crystal import Crystal, CrystalError
+from crystalframer_jax.structures.neighbors import LatticeBox, check_neighbors
+
+LONGEST_REASON = 200  # characters
 
 
 class DataError(UserError, ValueError):
@@ -23,6 +26,18 @@ class Record:
     labels: tuple[float, ...]  # one for each target of the source, NaN where unknown
     split: str = ""  # "train", "val" or "test" where the source says so
     group: str = ""  # crystals of a group stay in one split
+
+    def crystal(self, cutoff: float | LatticeBox) -> Crystal:
+        """Makes the crystal, with neighbors within `cutoff`; CrystalError, whatever is wrong with it."""
+        try:
+            crystal = self.load()
+            check_neighbors(crystal, cutoff)
+        except CrystalError:
+            raise
+        except Exception as error:  # also MemoryError and RecursionError: other records go on
+            reason = f"{type(error).__name__}: {error}"[:LONGEST_REASON]
+            raise CrystalError(f"{self.where}: cannot be used ({reason}); correct the record") from error
+        return crystal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +82,6 @@ def parse_label(value: Any) -> float:
         return math.nan
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return math.nan
     return number if math.isfinite(number) else math.nan

@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # both are slow to import, and ASE is optional
 MAX_ATOMIC_NUMBER = 98  # Cf
 MOST_ATOMS = 50_000  # of a cell
 LONGEST_VECTOR = 1e4  # Å, of a lattice
+FAR = 1e4  # Å, from which positions are looked at
 FARTHEST_CELL = 1e7  # cells that an atom may be away; beyond, its position has lost its decimals
 MIN_DISTANCE = 0.1  # Å; atoms closer than this coincide
 MIN_VOLUME = 0.1  # Å^3
@@ -82,6 +83,7 @@ class Crystal:
         lattice = getattr(structure, "lattice", None)
         if lattice is None or not all(lattice.pbc):
             raise CrystalError(f"{where}: not periodic in all three directions; pass a periodic Structure")
+        check_number(len(structure), where)
         return crystal_from_amounts(site_amounts(structure, where), structure.cart_coords, lattice.matrix, id)
 
     @classmethod
@@ -152,10 +154,10 @@ def _check_volume(lattice: np.ndarray, where: str) -> None:
 
 def _check_distances(species: np.ndarray, positions: np.ndarray, lattice: np.ndarray, where: str) -> None:
     """Raises `CrystalError` for the closest pair of atoms, images included, below `MIN_DISTANCE`."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        cell = np.abs(positions @ np.linalg.inv(lattice)).max(axis=1)
-    for i in np.flatnonzero(~(cell < FARTHEST_CELL)):
-        raise CrystalError(f"{where}: site {i + 1} is {cell[i]:.3g} cells away; give coordinates near the cell")
+    if np.abs(positions).max() > FAR:
+        away = np.abs(positions / FAR @ np.linalg.inv(lattice)).max(axis=1) * FAR
+        for far in np.flatnonzero(~(away < FARTHEST_CELL)):
+            raise CrystalError(f"{where}: site {far + 1} is {away[far]:.3g} cells away; give coordinates near the cell")
     # The search grid is as fine as the radius: a radius near the atomic spacing keeps time and memory linear.
     radius = max(MIN_DISTANCE, min(np.cbrt(abs(np.linalg.det(lattice)) / len(positions)), 5.0))
     i, j, image, distance = pairs_within(positions, lattice, cheap_radius(lattice, radius), where)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import re
+import stat
 import sys
 import warnings
 from collections.abc import Iterator
@@ -14,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from crystalframer_jax.files import FileError, read_bytes
 from crystalframer_jax.structures.crystal import (
     OCCUPANCY_TOLERANCE,
     Crystal,
     CrystalError,
+    check_number,
     composition_amounts,
     crystal_from_amounts,
     site_amounts,
@@ -26,10 +30,23 @@ from crystalframer_jax.structures.crystal import (
 if TYPE_CHECKING:  # both are slow to import, and ASE is optional
     from ase import Atoms
     from pymatgen.core import Structure
+    from pymatgen.io.cif import CifParser
+
+LARGEST_FILE = 256 * 1024**2  # bytes
+LONGEST_LINE = 20_000  # characters, of a CIF; its standard has 2,048
+MOST_QUOTES = 500  # on a line of a CIF, each of which pymatgen may follow to the end
+MOST_OPERATIONS = 768  # of symmetry; a space group has 192 at most
+LONGEST_FORMULA = 1000  # characters
+LONGEST_OPERATION = 200  # characters
+MOST_POSITIONS = 20_000  # sites times operations; pymatgen compares all of them with each other
+LONGEST_COMMENT = 1_000_000  # characters, above the atoms of a frame
+MOST_COLUMNS = 1000  # of values of an atom
+LONGEST_REASON = 200  # characters that are shown of what a parser says
 
 CIF_OCCUPANCY_TOLERANCE = 1.05  # refined occupancies up to this are scaled to 1
 CIF_SITE_TOLERANCE = 1.5e-3  # fractional; images of a coordinate written as 0.333 differ by 0.001
 SYMOP_ITEM = "equiv_pos_as_xyz|symop_operation_xyz"
+ANY_SYMOP_ITEM = "symop.*(xyz|centering)|equiv_pos_as_xyz"  # also of magnetic groups
 GROUP_ITEM = "^_(symmetry|space_group)_.*(name_H|IT_number|Int_Tables)"
 
 ACCEPTED_FILES = "CIF (.cif), POSCAR (POSCAR*, CONTCAR*, .vasp, .poscar), extended XYZ (.extxyz, .xyz)"
@@ -85,7 +102,9 @@ def cif_crystals(text: str, name: str) -> list[Crystal]:
 
 def extxyz_crystals(text: str, name: str) -> list[Crystal]:
     """Reads the crystals of the text of an extended XYZ file, see `read_crystals`; `name` stands for the path."""
-    return [Crystal.from_ase(frame, id) for id, frame in _with_ids(name, _read_extxyz(text, name))]
+    frames = _with_ids(name, _read_extxyz(text, name))
+    with _parsing(name, "extended XYZ"):
+        return [Crystal.from_ase(frame, id) for id, frame in frames]
 
 
 def _with_ids(name: str, items: list[Any]) -> list[tuple[str, Any]]:
@@ -94,9 +113,15 @@ def _with_ids(name: str, items: list[Any]) -> list[tuple[str, Any]]:
 
 def _read_text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8-sig", errors="replace")
-    except OSError as error:
-        raise CrystalError(f"{path}: cannot be read ({error.strerror}); pass the path of a file") from error
+        if stat.S_ISDIR(path.stat().st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        content = read_bytes(path, LARGEST_FILE)
+    except FileError as error:
+        raise CrystalError(f"{path}: cannot be used: {error}; split it, or pass the path of a file") from error
+    except (OSError, ValueError) as error:  # ValueError: a path with a null character
+        reason = getattr(error, "strerror", error)
+        raise CrystalError(f"{path}: cannot be read ({reason}); pass the path of a file") from error
+    text = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig", errors="replace").read()  # as of a text file
     if not text.strip():
         raise CrystalError(f"{path}: the file is empty; write the structure again")
     return text
@@ -114,21 +139,44 @@ def _parsing(where: str, kind: str) -> Iterator[None]:
     except Exception as error:
         cause = error.__cause__ or error
         known: dict[type, str] = {IndexError: "it ends early", np.linalg.LinAlgError: "the cell has no volume"}
-        reason = " ".join(known.get(type(cause), f"{type(cause).__name__}: {cause}").split())
+        reason = " ".join(known.get(type(cause), f"{type(cause).__name__}: {cause}"[:LONGEST_REASON]).split())
         raise CrystalError(f"{where}: cannot be read as {kind} ({reason}); correct the file") from error
 
 
 def _read_extxyz(text: str, name: str) -> list[Atoms]:
     try:
-        from ase.io.extxyz import read_xyz
+        from ase.io.extxyz import key_val_str_to_dict, read_xyz
     except ImportError as error:
         raise CrystalError(f"{name}: reading extended XYZ needs ASE; pip install ase") from error
+
+    def parsed(comment: str) -> dict[str, Any]:
+        values = key_val_str_to_dict(comment)
+        columns = str(values.get("Properties", "")).split(":")[2::3]
+        if sum(abs(int(number)) for number in columns) > MOST_COLUMNS:
+            raise ValueError(f"over {MOST_COLUMNS:,} columns in Properties")
+        return values
+
     file = io.StringIO(text)
     with _parsing(name, "extended XYZ"):
-        frames = list(read_xyz(file, index=slice(None)))
+        _check_frames(text.split("\n"), name)
+        frames = list(read_xyz(file, index=slice(None), properties_parser=parsed))
     if not frames or file.read().strip():  # ASE stops at the first empty line
         raise CrystalError(f"{name}: empty line before or after frame {len(frames)}; remove it")
     return frames
+
+
+def _check_frames(lines: list[str], name: str) -> None:
+    """Raises for numbers of atoms that are negative, too large or larger than the lines that follow."""
+    at = 0
+    while at < len(lines) and lines[at].strip():
+        number, left = int(lines[at]), len(lines) - at - 2
+        check_number(number, name)
+        if not 0 <= number <= left:
+            raise ValueError(f"{number:,} atoms in {max(left, 0):,} lines")
+        if len(lines[at + 1]) > LONGEST_COMMENT:
+            raise ValueError(f"a comment of {len(lines[at + 1]):,} characters")
+        at += 2 + number
+        at += next((i for i, line in enumerate(lines[at : at + 3]) if not line.lstrip().startswith("VEC")), 3)
 
 
 def _read_poscar(text: str, name: str) -> Structure:
@@ -140,11 +188,30 @@ def _read_poscar(text: str, name: str) -> Structure:
         if scale < 0:  # the volume of the cell; pymatgen would multiply Cartesian coordinates by it
             volume = abs(np.linalg.det([[float(x) for x in line.split()] for line in lines[2:5]]))
             lines[1] = f"{np.cbrt(-scale / volume):.17g}"
+        _check_poscar_counts(lines, name)
         poscar = Poscar.from_str("\n".join(lines), read_velocities=False)
         if not poscar.true_names:
             raise CrystalError(f"{name}: no element names; write them on line 6, above the numbers of atoms")
         _check_poscar_is_whole(lines, len(poscar.structure), name)
     return poscar.structure
+
+
+def _check_poscar_counts(lines: list[str], name: str) -> None:
+    """Raises for numbers of atoms, where pymatgen looks for them, that are negative or too large for the file."""
+    number = next((i for i in range(5, 16) if _is_integer(lines[i].split()[0])), 15)
+    counts = [int(count) for line in lines[number : max(2 * number - 5, 6)] for count in line.split()]
+    check_number(max(counts), name)
+    check_number(sum(counts), name)
+    if min(counts) < 0 or sum(counts) > len(lines):
+        raise ValueError(f"{sum(counts):,} atoms in {len(lines):,} lines")
+
+
+def _is_integer(text: str) -> bool:
+    try:
+        int(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_poscar_is_whole(lines: list[str], num_atoms: int, name: str) -> None:
@@ -155,12 +222,19 @@ def _check_poscar_is_whole(lines: list[str], num_atoms: int, name: str) -> None:
     if first > 5 and num_names != num_counts:
         raise CrystalError(f"{name}: {num_names} element names for {num_counts} counts; make them agree")
     end = mode + 1 + num_atoms + (lines[mode].strip()[:1] in ("s", "S"))
-    if re.match(r"\s*[-+.\d]+\S*\s+[-+.\d]+\S*\s+[-+.\d]", "".join(lines[end : end + 1])):
+    if re.match(r"\s*[-+.\d]\S*\s+[-+.\d]\S*\s+[-+.\d]", "".join(lines[end : end + 1])):
         raise CrystalError(f"{name}: coordinates beyond the {num_atoms} atoms counted; correct the counts")
 
 
 def _cif_blocks(text: str, name: str) -> list[str]:
     """Finds the data blocks that list atoms. Parsed one by one: pymatgen overwrites blocks of equal name."""
+    lines = [line for line in text.split("\n") if line.strip()]  # blank ones take the square of their number
+    for line in lines:
+        if len(line) > LONGEST_LINE or line.count("'") + line.count('"') > MOST_QUOTES:
+            raise CrystalError(
+                f"{name}: a line of {len(line):,} characters is too long or has too many quotes; break it"
+            )
+    text = "\n".join(lines)
     blocks = ["data_" + block for block in re.split(r"^\s*data_", text, flags=re.M | re.I)[1:]]
     has_atoms = re.compile(r"^\s*_atom_site[._](label|type_symbol|fract|cartn)", re.M | re.I)
     blocks = [block for block in blocks if has_atoms.search(block)]
@@ -179,6 +253,7 @@ def _crystal_of_cif(block: str, id: str) -> Crystal:
             raise CrystalError(f"{id}: no lattice; add the six items _cell_length_* and _cell_angle_*")
         if not isinstance(data["_atom_site_label"], list):
             raise CrystalError(f"{id}: the _atom_site_ items are not a table; put them in a loop_")
+        _check_cif_counts(data, parser, id)
         # pymatgen's own check of occupancies counts deuterium and hydrogen of one site twice
         (structure,) = parser.parse_structures(primitive=False, check_occu=False, on_error="raise")
         sites = sorted(structure, key=lambda s: (s.species.average_electroneg, s.species.formula))
@@ -198,6 +273,33 @@ def _crystal_of_cif(block: str, id: str) -> Crystal:
     if not _has_composition(amounts.sum(axis=0), formula):
         warnings.warn(f"{id}: the sites make {crystal.formula}, the file states {formula}", stacklevel=4)
     return crystal
+
+
+def _check_cif_counts(data: dict[str, Any], parser: CifParser, where: str) -> None:
+    """Raises for more symmetry operations or sites than pymatgen can multiply in a reasonable time."""
+    from pymatgen.io.cif import CifBlock
+
+    number = 1
+    for key in data:
+        if re.search(ANY_SYMOP_ITEM, key):
+            listed = [data[key]] if isinstance(data[key], str) else data[key]
+            number *= max(len(listed), 1)
+            if number > MOST_OPERATIONS:
+                raise CrystalError(
+                    f"{where}: {number:,} symmetry operations, of at most {MOST_OPERATIONS}; list each once"
+                )
+            for text in listed:
+                if len(text) > LONGEST_OPERATION or re.search(r"[\d.]{25}", text):
+                    raise CrystalError(f"{where}: symmetry operation {text[:40]}... is too long; write it as x,y,z+1/2")
+    sites = len(data["_atom_site_label"])
+    if number == 1 and sites * 192 > MOST_POSITIONS:  # a group that is named has 192 at most
+        number = len(parser.get_symops(CifBlock(data, [], "")))
+    positions = number * sites
+    if positions > MOST_POSITIONS:
+        problem = f"{sites:,} sites and {number} symmetry operations"
+        raise CrystalError(
+            f"{where}: {problem} are over {MOST_POSITIONS:,} positions; give a POSCAR, or a smaller cell"
+        )
 
 
 def _check_cif_symmetry(data: dict[str, Any], rotations: list[np.ndarray], where: str) -> None:
@@ -241,8 +343,8 @@ def _has_composition(found: np.ndarray, formula: str) -> bool:
     from pymatgen.core import Composition
 
     try:
-        stated = composition_amounts(Composition(formula), formula)
-    except ValueError:
+        stated = composition_amounts(Composition(formula if len(formula) <= LONGEST_FORMULA else "?"), formula)
+    except Exception:  # whatever the parser raises, the formula says nothing
         return True
     is_near = np.abs(found / found.sum() - stated / max(stated.sum(), 1e-9)).max() < 0.01
     return bool(is_near and np.array_equal(found > 0, stated > 0))

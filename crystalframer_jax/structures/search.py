@@ -1,5 +1,6 @@
 """Search for the periodic neighbors of atoms, within bounds: what would take far too long or too much is refused."""
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -36,23 +37,22 @@ def pairs_within(
     Raises:
       CrystalError: there are too many neighbors, or the search would visit too many cells.
     """
-    centers = np.arange(len(positions)) if centers is None else centers
-    change = None
-    if _visited(len(positions), lattice, radius) > MANY_VISITED:  # an oblique cell has a better basis
+    change, inverse = None, np.linalg.inv(lattice)
+    if _visited(len(positions), inverse, radius) > MANY_VISITED:  # an oblique cell has a better basis
         change = reduction(lattice)
         lattice = np.ascontiguousarray(change @ lattice)
-    inverse = np.linalg.inv(lattice)
+        inverse = np.linalg.inv(lattice)
     cell = np.floor(positions @ inverse)
-    is_outside = cell.any(axis=1)
     wrapped = positions
-    if is_outside.any():  # atoms inside keep their bits
+    if cell.any():
+        is_outside = cell.any(axis=1)  # atoms inside keep their bits
         wrapped = positions.copy()
         wrapped[is_outside] -= cell[is_outside] @ lattice
-    parts = []
+    parts, found = [], 0
     for some in _chunks(wrapped, centers, lattice, inverse, radius, where):
-        i, j, n, distance = _search(wrapped, wrapped[some], lattice, radius)
-        parts.append((some[i], j, n, distance))
-        found = sum(len(part[0]) for part in parts)
+        i, j, n, distance = _search(wrapped, wrapped if some is None else wrapped[some], lattice, radius)
+        parts.append((i if some is None else some[i], j, n, distance))
+        found += len(i)
         if found > MOST_NEIGHBORS:
             raise _too_many(where, len(positions), found, radius)
     i, j, n, distance = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
@@ -69,38 +69,56 @@ def _search(points: np.ndarray, centers: np.ndarray, lattice: np.ndarray, radius
 
 
 def _chunks(
-    wrapped: np.ndarray, centers: np.ndarray, lattice: np.ndarray, inverse: np.ndarray, radius: float, where: str
-) -> Iterator[np.ndarray]:
-    """Divides the centers so that no search can find too much; CrystalError if all of them would."""
-    number, heights = len(wrapped), 1 / np.linalg.norm(inverse, axis=0)  # Å between opposite faces
-    expected = len(centers) * number * 4 / 3 * np.pi * radius**3 / abs(np.linalg.det(lattice))
+    wrapped: np.ndarray,
+    centers: np.ndarray | None,
+    lattice: np.ndarray,
+    inverse: np.ndarray,
+    radius: float,
+    where: str,
+) -> Iterator[np.ndarray | None]:
+    """Divides the centers so that no search can find too much; CrystalError if all of them would. None: all atoms."""
+    number, faces = len(wrapped), _faces(inverse)
+    searched = number if centers is None else len(centers)
+    expected = searched * number * 4 / 3 * math.pi * radius**3 * abs(_determinant(inverse))
     if not expected <= MOST_NEIGHBORS:
         raise _too_many(where, number, expected, radius)
-    visited = _visited(number, lattice, radius)
-    cubes = _cubes(np.ptp(wrapped[centers], axis=0), radius)
-    images = np.prod(np.floor(2 * radius / heights) + 1)  # of one atom within the radius of a point, at most
-    chunks = [centers]
-    if len(centers) * number * images > MOST_AT_ONCE:
-        most = np.cumsum(_most_around(wrapped, inverse, heights, radius)[centers])
-        chunks = np.split(centers, np.flatnonzero(np.diff(most // MOST_AT_ONCE)) + 1)
-    if not (cubes <= MOST_CUBES and visited <= MOST_VISITED and len(chunks) * visited <= 20 * MOST_VISITED):
+    images = math.prod(2 * radius * face + 1 for face in faces)  # of one atom within the radius of a point, at most
+    chunks: list[np.ndarray | None] = [centers]
+    if searched * number * images > MOST_AT_ONCE:
+        all_of_them = np.arange(number) if centers is None else centers
+        most = np.cumsum(_most_around(wrapped, inverse, radius)[all_of_them])
+        chunks = [*np.split(all_of_them, np.flatnonzero(np.diff(most // MOST_AT_ONCE)) + 1)]
+    visited, space = _visited(number, inverse, radius), np.abs(lattice).sum(axis=0)
+    if _cubes(space, radius) > MOST_CUBES:  # the atoms may take less
+        space = np.ptp(wrapped if centers is None else wrapped[centers], axis=0)
+    if _cubes(space, radius) > MOST_CUBES or visited > MOST_VISITED or len(chunks) * visited > 20 * MOST_VISITED:
         lengths = " x ".join(f"{length:.4g}" for length in np.linalg.norm(lattice, axis=1))
         raise CrystalError(
-            f"{where}: the cell ({lengths} Å, {heights.min():.3g} Å between its faces) is too large or too flat to "
+            f"{where}: the cell ({lengths} Å, {1 / max(faces):.3g} Å between its faces) is too large or too flat to "
             f"look for neighbors within {radius:.3g} Å of {number:,} atoms; {CAUSE}"
         )
     yield from chunks
 
 
-def _visited(number: int, lattice: np.ndarray, radius: float) -> float:
+def _faces(inverse: np.ndarray) -> list[float]:
+    """Returns how many pairs of opposite faces of the cell there are in 1 Å, for each axis (rows of the lattice)."""
+    return [math.hypot(*column) for column in inverse.T.tolist()]
+
+
+def _determinant(matrix: np.ndarray) -> float:
+    (a, b, c), (d, e, f), (g, h, i) = matrix.tolist()
+    return a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g)
+
+
+def _visited(number: int, inverse: np.ndarray, radius: float) -> float:
     """Estimates how many images of so many atoms a search looks at."""
-    reach = (max(radius, GRID) + 0.15) * np.linalg.norm(np.linalg.inv(lattice), axis=0)
-    return number * float(np.prod(2 * np.ceil(reach) + 2))
+    reach = max(radius, GRID) + 0.15
+    return number * math.prod(2 * (reach * face + 1) + 2 for face in _faces(inverse))
 
 
 def _cubes(extent: np.ndarray, radius: float) -> float:
     """Estimates into how many cubes a search divides a space of that `extent` [3] Å."""
-    return float(np.prod(extent / max(radius, GRID) + 3))
+    return math.prod(length / max(radius, GRID) + 3 for length in extent.tolist())
 
 
 def cheap_radius(lattice: np.ndarray, radius: float) -> float:
@@ -110,19 +128,20 @@ def cheap_radius(lattice: np.ndarray, radius: float) -> float:
     return radius
 
 
-def _most_around(wrapped: np.ndarray, inverse: np.ndarray, heights: np.ndarray, radius: float) -> np.ndarray:
+def _most_around(wrapped: np.ndarray, inverse: np.ndarray, radius: float) -> np.ndarray:
     """Counts the atoms in the boxes around each atom, and their images: never less than those within the radius, [n].
 
     The boxes are as wide as the radius at least; an axis of less than three is not divided.
     """
-    number = np.clip(heights // radius, 1, 100).astype(int)
+    per_radius = radius * np.array(_faces(inverse))
+    number = np.clip(1 / per_radius, 1, 100).astype(int)
     number[number < 3] = 1
     place = tuple(np.minimum((wrapped @ inverse % 1.0 * number).astype(int), number - 1).T)
     count = np.zeros(number)
     np.add.at(count, place, 1)
     for axis in np.flatnonzero(number > 1).tolist():
         count = count + np.roll(count, 1, axis) + np.roll(count, -1, axis)
-    return count[place] * np.prod(np.where(number > 1, 1, np.floor(2 * radius / heights) + 1))
+    return count[place] * np.prod(np.where(number > 1, 1, 2 * per_radius + 1))
 
 
 def _too_many(where: str, atoms: int, found: float, radius: float) -> CrystalError:
