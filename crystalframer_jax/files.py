@@ -107,13 +107,17 @@ def append_line(file: Path, line: str) -> None:
 def write_csv(file: str | Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Writes a table as CSV, creating its folder; a reader sees the old file or all of the new one.
 
-    Text that a spreadsheet would run as a formula gets an apostrophe in front, see `text.csv_cell`.
+    Text that a spreadsheet would run as a formula gets an apostrophe in front, see `text.csv_cell`; halves of
+    characters, which no file can hold, are written as escape sequences.
     """
     file = Path(file).expanduser().resolve()  # the file that a link stands for is replaced, not the link
     file.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(file) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+    with (
+        replacing(file) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as stream,
+    ):
         writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(header)
+        writer.writerow([csv_cell(name) for name in header])
         writer.writerows([csv_cell(value) for value in row] for row in rows)
 
 

@@ -11,6 +11,7 @@ import platformdirs
 
 from crystalframer_jax.errors import UserError
 from crystalframer_jax.inference.predictor import WEIGHTS
+from crystalframer_jax.text import escaped
 
 WEIGHTS_HELP = "default: those that the finished run selected by validation error, else best"
 
@@ -24,7 +25,7 @@ def reporting_errors(if_interrupted: str = "", leave_at_once: bool = True) -> It
     try:
         yield
     except (UserError, OSError) as error:
-        sys.exit("error: " + " ".join(str(error).split()))
+        sys.exit("error: " + escaped(" ".join(str(error).split())))
     except KeyboardInterrupt:
         print(f"\ninterrupted{if_interrupted}", file=sys.stderr, flush=True)
         os._exit(130) if leave_at_once else sys.exit(130)

@@ -23,6 +23,7 @@ from crystalframer_jax.data.splits import SPLITS, differences, given_split, rand
 from crystalframer_jax.data.store import LABEL_COLUMNS, digest_of, mapped_columns, parts_folder, read_columns, writing
 from crystalframer_jax.files import locked, write_csv
 from crystalframer_jax.structures.crystal import Crystal, CrystalError
+from crystalframer_jax.text import escaped, unsafe_character
 
 CRYSTALS_FORMAT = 1  # to be raised when crystals or their columns change
 LONGEST_ID = 200  # characters
@@ -181,6 +182,8 @@ def _crystals_of(num_targets: int, chunk: list[Record | BadRecord]) -> Columns:
         id, where, labels, split, group, reason = record.id, record.where, (np.nan,) * num_targets, "", "", ""
         if len(id) > LONGEST_ID:
             id, reason = id[:LONGEST_ID], f"its id has {len(id):,} characters"
+        elif unsafe := unsafe_character(id):
+            reason = f"its id has the character {unsafe}; rename it"
         elif isinstance(record, BadRecord):
             reason = record.reason
         else:
@@ -189,7 +192,7 @@ def _crystals_of(num_targets: int, chunk: list[Record | BadRecord]) -> Columns:
                 crystals.append(record.crystal(TrainConfig().cutoff))
             except CrystalError as error:
                 reason = " ".join(str(error).split())
-        listed.append((id, where, labels, split, group, reason))
+        listed.append((escaped(id) if reason else id, escaped(where), labels, split, group, escaped(reason)))
     return crystal_columns(crystals) | {"listing": np.frombuffer(json.dumps(listed).encode(), np.uint8)}
 
 

@@ -5,11 +5,12 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
+
 from crystalframer_jax.errors import UserError
 from crystalframer_jax.structures.crystal import Crystal, CrystalError
 from crystalframer_jax.structures.neighbors import LatticeBox, check_neighbors
-
-LONGEST_REASON = 200  # characters
+from crystalframer_jax.text import LONGEST, brief
 
 
 class DataError(UserError, ValueError):
@@ -35,7 +36,7 @@ class Record:
         except CrystalError:
             raise
         except Exception as error:  # also MemoryError and RecursionError: other records go on
-            reason = f"{type(error).__name__}: {error}"[:LONGEST_REASON]
+            reason = f"{type(error).__name__}: {error}"[:LONGEST]
             raise CrystalError(f"{self.where}: cannot be used ({reason}); correct the record") from error
         return crystal
 
@@ -74,6 +75,15 @@ class Source:
     sha256: str  # of everything that `records` reads
     records: Callable[[], Iterator[Record | BadRecord]]  # starts a new pass over all, in the order of the source
     count: int | None = None  # if it is known before they are read
+
+
+def text_of(value: Any) -> str:
+    """Returns an id, split or group as text without blanks around; "" for what is none: None, '', NaN."""
+    if isinstance(value, str):
+        return value.strip()
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return str(value) if isinstance(value, float | np.generic) else brief(value)
 
 
 def parse_label(value: Any) -> float:

@@ -20,7 +20,8 @@ from crystalframer_jax.structures.crystal import (
     check_number,
     crystal_from_amounts,
 )
-from crystalframer_jax.structures.files import LONGEST_REASON, cif_crystals, extxyz_crystals, read_crystals
+from crystalframer_jax.structures.files import cif_crystals, extxyz_crystals, read_crystals
+from crystalframer_jax.text import LONGEST
 
 PYMATGEN = ("lattice", "sites", "charge")  # keys of Structure.as_dict()
 PARAMETERS = ("a", "b", "c", "alpha", "beta", "gamma")  # of a lattice without a matrix
@@ -54,7 +55,7 @@ def from_dict(structure: Mapping[str, Any], id: str) -> Crystal:
     except CrystalError:
         raise
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else str(error)[:LONGEST_REASON]
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)[:LONGEST]
         raise CrystalError(f"{id}: not a structure with lattice, species and coordinates ({reason})") from error
     return Crystal(species, positions if cartesian else positions @ cell, cell, id=id)
 
@@ -104,7 +105,7 @@ def _not_pymatgen(id: str) -> Iterator[None]:
     except CrystalError:
         raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"[:LONGEST_REASON]
+        reason = f"{type(error).__name__}: {error}"[:LONGEST]
         raise CrystalError(f"{id}: not a pymatgen Structure ({reason})") from error
 
 

@@ -26,6 +26,7 @@ from crystalframer_jax.structures.crystal import (
     crystal_from_amounts,
     site_amounts,
 )
+from crystalframer_jax.text import LONGEST, escaped
 
 if TYPE_CHECKING:  # both are slow to import, and ASE is optional
     from ase import Atoms
@@ -41,7 +42,6 @@ LONGEST_OPERATION = 200  # characters
 MOST_POSITIONS = 20_000  # sites times operations; pymatgen compares all of them with each other
 LONGEST_COMMENT = 1_000_000  # characters, above the atoms of a frame
 MOST_COLUMNS = 1000  # of values of an atom
-LONGEST_REASON = 200  # characters that are shown of what a parser says
 
 CIF_OCCUPANCY_TOLERANCE = 1.05  # refined occupancies up to this are scaled to 1
 CIF_SITE_TOLERANCE = 1.5e-3  # fractional; images of a coordinate written as 0.333 differ by 0.001
@@ -139,7 +139,7 @@ def _parsing(where: str, kind: str) -> Iterator[None]:
     except Exception as error:
         cause = error.__cause__ or error
         known: dict[type, str] = {IndexError: "it ends early", np.linalg.LinAlgError: "the cell has no volume"}
-        reason = " ".join(known.get(type(cause), f"{type(cause).__name__}: {cause}"[:LONGEST_REASON]).split())
+        reason = " ".join(known.get(type(cause), f"{type(cause).__name__}: {cause}"[:LONGEST]).split())
         raise CrystalError(f"{where}: cannot be read as {kind} ({reason}); correct the file") from error
 
 
@@ -262,7 +262,7 @@ def _crystal_of_cif(block: str, id: str) -> Crystal:
         _check_cif_rows(data, fract, amounts.sum(axis=1), id)
     attached = set(data.get("_atom_site_attached_hydrogens", [])) - {"0", ".", "?"}
     if attached or "implicit_hydrogens" in structure.site_properties:
-        warnings.warn(f"{id}: left out hydrogens of water or others without coordinates", stacklevel=4)
+        warnings.warn(escaped(f"{id}: left out hydrogens of water or others without coordinates"), stacklevel=4)
     amounts[amounts < 1e-6] = 0  # pymatgen writes an occupancy of 0 as 1e-8
     total = amounts.sum(axis=1, keepdims=True)
     amounts /= np.where((total > 1) & (total <= CIF_OCCUPANCY_TOLERANCE), total, 1)
@@ -271,7 +271,7 @@ def _crystal_of_cif(block: str, id: str) -> Crystal:
     crystal = crystal_from_amounts(amounts[present], fract[present] @ lattice, lattice, id)
     formula = str(data.get("_chemical_formula_sum", "?"))
     if not _has_composition(amounts.sum(axis=0), formula):
-        warnings.warn(f"{id}: the sites make {crystal.formula}, the file states {formula}", stacklevel=4)
+        warnings.warn(escaped(f"{id}: the sites make {crystal.formula}, the file states {formula[:100]}"), stacklevel=4)
     return crystal
 
 
