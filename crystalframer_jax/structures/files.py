@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import io
 import os
 import re
 import stat
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,32 +83,49 @@ def read_crystals(path: str | os.PathLike[str]) -> list[Crystal]:
     Raises:
       CrystalError: the file cannot be read or parsed, is of another kind, or holds an unusable crystal.
     """
+    return [make() for make in structures_in(path)]
+
+
+def structures_in(path: str | os.PathLike[str]) -> list[Callable[[], Crystal]]:
+    """Finds the structures in a file, see `read_crystals`: what makes the crystal of each, or raises CrystalError.
+
+    Raises:
+      CrystalError: the file as a whole cannot be read.
+    """
     path = Path(path)
     name = str(path)
     suffix = path.suffix.lower()
     text = _read_text(path)
     if suffix == ".cif":
-        return cif_crystals(text, name)
+        return _in_cif(text, name)
     if suffix in (".extxyz", ".xyz"):
-        return extxyz_crystals(text, name)
+        return _in_extxyz(text, name)
     if suffix in (".vasp", ".poscar") or path.name.upper().startswith(("POSCAR", "CONTCAR")):
-        return [Crystal.from_pymatgen(_read_poscar(text, name), name)]
+        return [functools.partial(_crystal_of_poscar, text, name)]
     raise CrystalError(f"{path}: unknown kind of file; rename it to one of: {ACCEPTED_FILES}")
 
 
 def cif_crystals(text: str, name: str) -> list[Crystal]:
     """Reads the crystals of the text of a CIF file, see `read_crystals`; `name` stands for the path."""
-    return [_crystal_of_cif(block, id) for id, block in _with_ids(name, _cif_blocks(text, name))]
+    return [make() for make in _in_cif(text, name)]
 
 
 def extxyz_crystals(text: str, name: str) -> list[Crystal]:
     """Reads the crystals of the text of an extended XYZ file, see `read_crystals`; `name` stands for the path."""
-    frames = _with_ids(name, _read_extxyz(text, name))
+    return [make() for make in _in_extxyz(text, name)]
+
+
+def _in_cif(text: str, name: str) -> list[Callable[[], Crystal]]:
+    return [functools.partial(_crystal_of_cif, block, id) for id, block in _with_ids(name, _cif_blocks(text, name))]
+
+
+def _in_extxyz(text: str, name: str) -> list[Callable[[], Crystal]]:
     with _parsing(name, "extended XYZ"):
-        return [Crystal.from_ase(frame, id) for id, frame in frames]
+        frames = _frames(text, name)
+    return [functools.partial(_crystal_of_frame, frame, id) for id, frame in _with_ids(name, frames)]
 
 
-def _with_ids(name: str, items: list[Any]) -> list[tuple[str, Any]]:
+def _with_ids(name: str, items: list[str]) -> list[tuple[str, str]]:
     return [(f"{name}#{i}" if len(items) > 1 else name, item) for i, item in enumerate(items, 1)]
 
 
@@ -143,11 +161,30 @@ def _parsing(where: str, kind: str) -> Iterator[None]:
         raise CrystalError(f"{where}: cannot be read as {kind} ({reason}); correct the file") from error
 
 
-def _read_extxyz(text: str, name: str) -> list[Atoms]:
+def _frames(text: str, name: str) -> list[str]:
+    """Divides extended XYZ into frames; raises for numbers of atoms too large, or for the lines that follow."""
+    lines, frames, at = text.split("\n"), [], 0
+    while at < len(lines) and lines[at].strip():
+        number, left = int(lines[at]), len(lines) - at - 2
+        check_number(number, name)
+        if not 0 <= number <= left:
+            raise ValueError(f"{number:,} atoms in {max(left, 0):,} lines")
+        if len(lines[at + 1]) > LONGEST_COMMENT:
+            raise ValueError(f"a comment of {len(lines[at + 1]):,} characters")
+        end = at + 2 + number
+        end += next((i for i, line in enumerate(lines[end : end + 3]) if not line.lstrip().startswith("VEC")), 3)
+        frames.append("\n".join(lines[at:end]))
+        at = end
+    if not frames or any(line.strip() for line in lines[at:]):
+        raise CrystalError(f"{name}: empty line before or after frame {len(frames)}; remove it")
+    return frames
+
+
+def _crystal_of_frame(text: str, id: str) -> Crystal:
     try:
         from ase.io.extxyz import key_val_str_to_dict, read_xyz
     except ImportError as error:
-        raise CrystalError(f"{name}: reading extended XYZ needs ASE; pip install ase") from error
+        raise CrystalError(f"{id}: reading extended XYZ needs ASE; pip install ase") from error
 
     def parsed(comment: str) -> dict[str, Any]:
         values = key_val_str_to_dict(comment)
@@ -156,27 +193,13 @@ def _read_extxyz(text: str, name: str) -> list[Atoms]:
             raise ValueError(f"over {MOST_COLUMNS:,} columns in Properties")
         return values
 
-    file = io.StringIO(text)
-    with _parsing(name, "extended XYZ"):
-        _check_frames(text.split("\n"), name)
-        frames = list(read_xyz(file, index=slice(None), properties_parser=parsed))
-    if not frames or file.read().strip():  # ASE stops at the first empty line
-        raise CrystalError(f"{name}: empty line before or after frame {len(frames)}; remove it")
-    return frames
+    with _parsing(id, "extended XYZ"):
+        (frame,) = read_xyz(io.StringIO(text), index=slice(None), properties_parser=parsed)
+        return Crystal.from_ase(frame, id)
 
 
-def _check_frames(lines: list[str], name: str) -> None:
-    """Raises for numbers of atoms that are negative, too large or larger than the lines that follow."""
-    at = 0
-    while at < len(lines) and lines[at].strip():
-        number, left = int(lines[at]), len(lines) - at - 2
-        check_number(number, name)
-        if not 0 <= number <= left:
-            raise ValueError(f"{number:,} atoms in {max(left, 0):,} lines")
-        if len(lines[at + 1]) > LONGEST_COMMENT:
-            raise ValueError(f"a comment of {len(lines[at + 1]):,} characters")
-        at += 2 + number
-        at += next((i for i, line in enumerate(lines[at : at + 3]) if not line.lstrip().startswith("VEC")), 3)
+def _crystal_of_poscar(text: str, id: str) -> Crystal:
+    return Crystal.from_pymatgen(_read_poscar(text, id), id)
 
 
 def _read_poscar(text: str, name: str) -> Structure:

@@ -5,7 +5,6 @@ is what they recorded made into arrays, numbers and crystals, through constructo
 """
 
 import collections
-import copy
 import dataclasses
 import functools
 import gc
@@ -13,7 +12,7 @@ import io
 import pickle
 import pickletools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,33 @@ from crystalframer_jax.data.records import DataError
 
 MAX_BYTES = 8 << 30  # of a file; its content takes several times as much memory
 
+LARGEST_KEY = 200  # parts of a key of a dict or of an element of a set, and of their parts
+DEEPEST = 100  # containers and objects in each other
+MOST_SPECIES = 400  # of a composition
+
 # Instructions; those that begin with EXT name classes by codes, which go past the allow-list.
 _REFUSED = ["PERSID", "BINPERSID", "NEXT_BUFFER", "READONLY_BUFFER", "INST", "OBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"]
+_NONE, _PUSH, _GET, _MEMOIZE, _PUT, _MARK, _TAKE, _TAKE_TWO, _POP, _DUP, _REFUSE = range(
+    11
+)  # effects on stack and memo
+_TAKEN = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2, "BUILD": 1}
+_NESTING = {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "FROZENSET"}
+_HASHED = {"SETITEM": 2, "SETITEMS": 2, "DICT": 2, "ADDITEMS": 1, "FROZENSET": 1}  # every so manieth of what is taken
+_EFFECTS = {code.name: _PUSH if code.proto <= 5 else _REFUSE for code in pickletools.opcodes}
+_EFFECTS |= {
+    "PROTO": _NONE,
+    "FRAME": _NONE,
+    "STOP": _NONE,
+    "MARK": _MARK,
+    "POP": _POP,
+    "DUP": _DUP,
+    "MEMOIZE": _MEMOIZE,
+}
+_EFFECTS |= dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _GET) | dict.fromkeys(
+    ("PUT", "BINPUT", "LONG_BINPUT"), _PUT
+)
+_EFFECTS |= dict.fromkeys((*_TAKEN, *_NESTING, *_HASHED, "LIST", "POP_MARK", "APPENDS"), _TAKE)
+_EFFECTS |= dict.fromkeys(("STACK_GLOBAL", "REDUCE", "NEWOBJ"), _TAKE_TWO) | dict.fromkeys(_REFUSED, _REFUSE)
 _DTYPE = re.compile(r"b1|[iu][1248]|f(2|4|8|16)|c(8|16|32)|[SU]\d{1,6}")  # those without Python objects
 _RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # up to protocol 2
 
@@ -33,10 +57,11 @@ _RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # up to protocol 
 def load_pickle(file: Path) -> Any:
     """Reads a pickle file of containers, numbers, text, NumPy arrays and pymatgen structures.
 
-    A malicious file can still exhaust time, memory or the stack. It cannot run code of its own.
+    A malicious file cannot run code of its own. What it makes is in proportion to its size: names for one thing are no
+    way to make it many.
 
     Raises:
-      DataError: the file is missing, too large, damaged, or asks for anything else.
+      DataError: the file is missing, too large, damaged, nested too deeply, or asks for anything else.
     """
     try:
         if (size := file.stat().st_size) > MAX_BYTES:
@@ -48,9 +73,12 @@ def load_pickle(file: Path) -> Any:
     gc.disable()  # it would go through all that is made again and again
     try:
         rest = _check_instructions(content)
-        loaded = copy.deepcopy(_record(content), _NAMES.copy())
+        loaded = _Copies(len(content)).of(_record(content), {})
     except _RefusedError as error:
         what = f"asks for {_line(error)}, which is not data; nothing was run; get the data set from its publisher"
+        raise DataError(f"{file} {what}") from error
+    except _BombError as error:
+        what = "unpacks to far more than its size suggests; get the data set from its publisher"
         raise DataError(f"{file} {what}") from error
     except Exception as error:  # damaged pickles raise any
         reason = f"{type(error).__name__}: {_line(error)}"
@@ -71,6 +99,10 @@ class _RefusedError(Exception):
     """The pickle asks for something that is not data; the text says what."""
 
 
+class _BombError(Exception):
+    """The pickle makes much of little."""
+
+
 @dataclasses.dataclass(frozen=True)
 class WrongStructure:
     """Stands for a structure that cannot be made, so that one crystal is lost and not its file; any use says why."""
@@ -85,18 +117,57 @@ class WrongStructure:
 
 
 def _check_instructions(content: bytes) -> bytes:
-    """Checks what the unpickler would believe: codes, lengths, places in its memo. Returns what follows the end."""
+    """Checks what the unpickler would believe: codes, lengths, places in its memo, keys that it would hash.
+
+    Hashing goes through all that is in a tuple, and in those within, again wherever one is met again: it has no end if
+    a tuple holds another twice, which holds another twice, and so on. So the sizes of tuples are followed here.
+
+    Returns what comes after the end.
+    """
     stream = io.BytesIO(content)
+    sizes: list[int] = []  # of what is on the stack
+    marks: list[int] = []
+    memo: dict[Any, int] = {}
     for instruction, argument, _ in pickletools.genops(stream):  # raises ValueError for a length beyond the file
-        if instruction.name in _REFUSED or instruction.proto > 5:
-            raise _RefusedError(f"the instruction {instruction.name}")
-        if instruction.name in ("PUT", "LONG_BINPUT") and int(argument or 0) > len(content):
-            raise _RefusedError(f"a memo of {argument:,} places")  # they would be filled at once
+        name = instruction.name
+        effect = _EFFECTS[name]
+        if effect is _PUSH:
+            sizes.append(1)
+        elif effect is _GET:
+            sizes.append(memo[argument])
+        elif effect is _MEMOIZE:
+            memo[len(memo)] = sizes[-1]
+        elif effect is _MARK:
+            marks.append(len(sizes))
+        elif effect is _TAKE_TWO:
+            sizes[-2:] = (1,)
+        elif effect is _TAKE:
+            start = len(sizes) - _TAKEN[name] if name in _TAKEN else marks.pop()
+            taken = sizes[start:]
+            del sizes[start:]
+            if name in _HASHED and max(taken[:: _HASHED[name]], default=0) > LARGEST_KEY:
+                raise _RefusedError(f"a key of over {LARGEST_KEY} parts")
+            if name in _NESTING:
+                sizes.append(min(1 + sum(taken), 2 * LARGEST_KEY))
+            elif name in ("LIST", "DICT"):
+                sizes.append(1)
+        elif effect is _PUT:
+            if argument > len(content):  # type: ignore[operator]
+                raise _RefusedError(f"a memo of {argument:,} places")  # they would be filled at once
+            memo[argument] = sizes[-1]
+        elif effect is _POP and marks and marks[-1] == len(sizes):
+            marks.pop()
+        elif effect is _POP:
+            sizes.pop()
+        elif effect is _DUP:
+            sizes.append(sizes[-1])
+        elif effect is _REFUSE:
+            raise _RefusedError(f"the instruction {name}")
     return stream.read(1)
 
 
 class _Type(type):
-    """Of the recorders; of the usual type, deepcopy would return them before it looks at its memo."""
+    """Of the recorders, which may be in a pickle as classes too."""
 
 
 class _Recorder(metaclass=_Type):
@@ -116,22 +187,81 @@ class _Recorder(metaclass=_Type):
     def __setitem__(self, key: Any, value: Any) -> None:
         vars(self).setdefault("items", []).append((key, value))
 
-    def __deepcopy__(self, memo: Any) -> Any:
-        """Makes what it stands for, of its own copies, as those in the memo may not be complete."""
-        if not hasattr(self, "made"):
-            self.made = self._make(type(self).__name__)
+    def make(self, copies: "_Copies") -> Any:
+        """Makes what it stands for, of its own copies, as those of others may not be complete."""
+        name, depth = type(self).__name__, copies.depth
+        try:
+            noted = {key: copies.of(value, {}) for key, value in vars(self).items()}
+            arguments = noted.pop("arguments", ())
+            copies.count_bytes(arguments)
+            copies.count_bytes(noted.get("state"))
+            self.made = _MAKERS[name](*arguments, **noted)  # type: ignore[misc]  # TypeError of None
+        except Exception as error:
+            if name.endswith("Structure") and isinstance(error, _OF_ONE_STRUCTURE):
+                self.made, copies.depth = WrongStructure(_line(error)), depth
+            elif isinstance(error, _RefusedError | _BombError | RecursionError | MemoryError):
+                raise
+            else:
+                raise _RefusedError(f"{name} of other than its content ({error})") from error
         return self.made
 
-    def _make(self, name: str) -> Any:
-        try:
-            noted = {key: copy.deepcopy(value, _NAMES.copy()) for key, value in vars(self).items()}
-            return _MAKERS[name](*noted.pop("arguments", ()), **noted)  # type: ignore[misc]  # TypeError of None
-        except Exception as error:
-            if name.endswith("Structure") and isinstance(error, _RefusedError | ValueError | KeyError):
-                return WrongStructure(_line(error))
-            if isinstance(error, _RefusedError | RecursionError | MemoryError):
-                raise
-            raise _RefusedError(f"{name} of other than its content ({error})") from error
+
+class _Copies:
+    """Copies what was recorded, with what recorders stand for in their place, as far as the size of the file allows."""
+
+    def __init__(self, size: int):
+        self._parts, self._bytes = 100_000 + 4 * size, 1_000_000 + 4 * size
+        self.depth = 0
+
+    def count_bytes(self, place: Any) -> None:
+        """Counts the bytes and texts that a maker is about to copy."""
+        if type(place) is tuple:
+            for part in place:
+                if type(part) in _SIZED:
+                    self._bytes -= len(part)
+            if self._bytes < 0:
+                raise _BombError
+
+    def of(self, value: Any, memo: dict[int, Any]) -> Any:
+        """Copies a value; `memo` has the copies made by then, by what they are copies of."""
+        kind: Any = type(value)
+        if kind in _PLAIN:
+            return value
+        if kind is _Type:
+            return value.__name__  # classes never come out
+        if type(kind) is _Type and "made" in vars(value):
+            return value.made
+        if id(value) in memo:
+            return memo[id(value)]
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise RecursionError(f"nested over {DEEPEST} deep")
+        copied: Any
+        if type(kind) is _Type:
+            copied = value.make(self)
+        elif kind is list:
+            memo[id(value)] = copied = []
+            copied += self._all(value, memo)
+        elif kind is dict:
+            memo[id(value)] = copied = {}
+            copied.update(zip(self._all(value, memo), self._all(value.values(), memo), strict=True))
+        elif kind is bytearray:
+            copied = bytearray(value)
+        elif kind in (tuple, set, frozenset):
+            copied = memo.setdefault(id(value), kind(self._all(value, memo)))  # a tuple may have been met within itself
+        else:
+            raise _RefusedError(f"a {kind.__name__}")
+        self.depth -= 1
+        return copied
+
+    def _all(self, values: Collection[Any], memo: dict[int, Any]) -> list[Any]:
+        self._parts -= len(values)
+        if self._parts < 0:
+            raise _BombError
+        return [value if type(value) in _PLAIN else self.of(value, memo) for value in values]
+
+
+_OF_ONE_STRUCTURE = (_RefusedError, ValueError, KeyError, OverflowError)
 
 
 class _Unpickler(pickle.Unpickler):
@@ -167,7 +297,7 @@ def _array(content: bytes, dtype: np.dtype, shape: tuple[int, ...], order: str, 
     if type(content) not in (bytes, bytearray) or not isinstance(dtype, np.dtype) or min(shape, default=0) < 0:
         raise TypeError(f"shape {shape}, dtype {dtype}")
     array = np.ndarray(shape, dtype, bytearray(content), order="F" if order == "F" else "C")
-    if array.nbytes != len(content):
+    if array.nbytes != len(content) or array.size > max(len(content), 1):  # elements may have no bytes
         raise ValueError(f"{len(content)} bytes for shape {shape}")
     return array if axes is None else array.transpose(axes)
 
@@ -178,8 +308,44 @@ def _species(cls: Any, state: dict[str, Any]) -> core.Species:
     return cls(symbol, state["_oxi_state"], state.get("_spin", older.get("spin")))
 
 
+def _few(numbers: Any, deep: int = 2) -> Any:
+    """Returns numbers for a vector or a matrix; ValueError if there are more, which NumPy would follow without end."""
+    if isinstance(numbers, list | tuple):
+        if len(numbers) > 9 or not deep:
+            raise ValueError("more than a vector or a matrix")
+        for part in numbers:
+            _few(part, deep - 1)
+    return numbers
+
+
+def _hashable(items: Iterable[Any]) -> list[Any]:
+    """Returns the items of a set or the keys of a dict; ValueError if their hashing may have no end."""
+    items = list(items)
+    for item in items:
+        parts, number = [item], 0
+        while parts:
+            part = parts.pop()
+            number += 1
+            parts += part if isinstance(part, tuple | frozenset) else ()
+            if number + len(parts) > 2 * LARGEST_KEY:
+                raise ValueError(f"a key of over {LARGEST_KEY} parts")
+    return items
+
+
+def _ordered(pairs: Iterable[Any] = (), items: Iterable[Any] = ()) -> collections.OrderedDict[Any, Any]:
+    pairs = [(key, value) for key, value in [*pairs, *items]]
+    _hashable(key for key, _ in pairs)
+    return collections.OrderedDict(pairs)
+
+
+def _composition(state: dict[str, Any]) -> core.Composition:
+    if type(state["_data"]) is not dict or len(state["_data"]) > MOST_SPECIES:
+        raise ValueError("not some species with amounts")
+    return core.Composition(dict(state["_data"]), allow_negative=bool(state.get("allow_negative")))
+
+
 def _site(cls: Any, place: tuple[str, ...], state: dict[str, Any]) -> core.Site:
-    where = (state[key] for key in place)
+    where = (_few(state[key]) for key in place)
     return cls(state["_species"], *where, properties=state.get("properties"), label=state.get("_label"))
 
 
@@ -200,21 +366,19 @@ _MAKERS: dict[str, Callable[..., Any] | None] = {
     "builtins.bytearray": lambda content=b"": bytearray(memoryview(content)),
     "builtins.bytes": lambda content=b"": bytes(memoryview(content)),
     "builtins.complex": complex,
-    "builtins.frozenset": frozenset,
+    "builtins.frozenset": lambda items=(): frozenset(_hashable(items)),
     "builtins.getattr": lambda owner, name: _ENUMS[owner][name],
     "builtins.object": None,
-    "builtins.set": set,
-    "collections.OrderedDict": lambda pairs=(), items=(): collections.OrderedDict([*pairs, *items]),
+    "builtins.set": lambda items=(): set(_hashable(items)),
+    "collections.OrderedDict": _ordered,
     "copyreg._reconstructor": _reconstructed,
     "numpy._core.multiarray._reconstruct": lambda *_, state: _array(state[4], state[2], state[1], "CF"[state[3]]),
     "numpy._core.multiarray.scalar": lambda dtype, content=b"": _array(content, dtype, (), "C")[()],
     "numpy._core.numeric._frombuffer": _array,
     "numpy.dtype": _dtype,
     "numpy.ndarray": None,
-    "pymatgen.core.composition.Composition": lambda state: core.Composition(
-        dict(state["_data"]), allow_negative=bool(state.get("allow_negative"))
-    ),
-    "pymatgen.core.lattice.Lattice": lambda state: core.Lattice(state["_matrix"], state.get("_pbc", (True,) * 3)),
+    "pymatgen.core.composition.Composition": _composition,
+    "pymatgen.core.lattice.Lattice": lambda state: core.Lattice(_few(state["_matrix"]), state.get("_pbc", (True,) * 3)),
     "pymatgen.core.periodic_table.DummySpecie": functools.partial(_species, core.DummySpecies),
     "pymatgen.core.periodic_table.DummySpecies": functools.partial(_species, core.DummySpecies),
     "pymatgen.core.periodic_table.Element": core.Element.__getitem__,
@@ -226,4 +390,5 @@ _MAKERS: dict[str, Callable[..., Any] | None] = {
     "pymatgen.core.structure.Structure": functools.partial(_structure, core.Structure),
 }
 _RECORDERS = {name: _Type(name, (_Recorder,), {}) for name in _MAKERS}
-_NAMES: dict[int, Any] = {id(recorder): name for name, recorder in _RECORDERS.items()}  # classes never come out
+_SIZED = {bytes, bytearray, str}
+_PLAIN = {int, float, str, bytes, bool, complex, type(None)}
