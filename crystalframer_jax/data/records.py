@@ -78,10 +78,12 @@ class Source:
 
 
 def text_of(value: Any) -> str:
-    """Returns an id, split or group as text without blanks around; "" for what is none: None, '', NaN."""
+    """Returns an id, split or group as text without blanks around; "" for what is none: None, NaN, endless digits."""
     if isinstance(value, str):
         return value.strip()
     if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, int) and value.bit_length() > 1000:
         return ""
     return str(value) if isinstance(value, float | np.generic) else brief(value)
 

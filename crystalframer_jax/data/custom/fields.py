@@ -13,6 +13,7 @@ from crystalframer_jax.data.records import BadRecord, DataError, Record, parse_l
 from crystalframer_jax.structures.crystal import Crystal
 from crystalframer_jax.text import brief, escaped, unsafe_character
 
+MOST_FIELDS = 10_000  # with those of nested objects
 LONGEST_NAME = 200  # characters, of a field
 SAMPLE = 1000  # items that are looked at to tell what their fields hold
 MISSING = ("", "-", "na", "n/a", "nan", "none", "null")  # what stands for an unknown label, in small letters
@@ -122,8 +123,8 @@ def _look_at(values: Mapping[str, Any], found: dict[str, collections.Counter[str
     """Counts the kinds of the values of an item, and of those of nested objects, see `field`."""
     for key, value in values.items():
         name = f"{prefix}{key}"
-        if not isinstance(key, str) or len(name) > LONGEST_NAME:  # which also ends deep nesting
-            continue
+        if not isinstance(key, str) or len(name) > LONGEST_NAME or (len(found) >= MOST_FIELDS and name not in found):
+            continue  # which also ends what holds itself
         found.setdefault(name, collections.Counter(nested=bool(prefix)))[_kind(value)] += 1
         if isinstance(value, Mapping):
             _look_at(value, found, f"{name}.")

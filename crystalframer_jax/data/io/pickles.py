@@ -282,8 +282,8 @@ def _record(content: bytes) -> Any:
 
 def _reconstructed(name: str, base: str, content: None, state: Any) -> Any:
     """Makes an object as it is up to protocol 1."""
-    if base != "builtins.object" or content is not None:
-        raise ValueError(f"{name} with a base class")
+    if type(name) is not str or base != "builtins.object" or content is not None:
+        raise ValueError("an object with a base class")
     return _MAKERS[name](state=state)  # type: ignore[misc]
 
 
@@ -294,8 +294,9 @@ def _dtype(code: str, align: bool = False, copy: bool = False, state: Any = None
 
 
 def _array(content: bytes, dtype: np.dtype, shape: tuple[int, ...], order: str, axes: Any = None) -> np.ndarray:
-    if type(content) not in (bytes, bytearray) or not isinstance(dtype, np.dtype) or min(shape, default=0) < 0:
-        raise TypeError(f"shape {shape}, dtype {dtype}")
+    is_shape = type(shape) is tuple and all(type(length) is int and length >= 0 for length in shape)
+    if type(content) not in (bytes, bytearray) or not isinstance(dtype, np.dtype) or not is_shape:
+        raise TypeError("shape, type or content of another kind")
     array = np.ndarray(shape, dtype, bytearray(content), order="F" if order == "F" else "C")
     if array.nbytes != len(content) or array.size > max(len(content), 1):  # elements may have no bytes
         raise ValueError(f"{len(content)} bytes for shape {shape}")
@@ -303,9 +304,22 @@ def _array(content: bytes, dtype: np.dtype, shape: tuple[int, ...], order: str, 
 
 
 def _species(cls: Any, state: dict[str, Any]) -> core.Species:
-    symbol = state["_symbol"] if cls is core.DummySpecies else state["_el"].name  # its symbol is H for D
+    symbol = _text(state["_symbol"]) if cls is core.DummySpecies else state["_el"].name  # its symbol is H for D
     older = state.get("_properties") or {}
-    return cls(symbol, state["_oxi_state"], state.get("_spin", older.get("spin")))
+    return cls(symbol, _number(state["_oxi_state"]), _number(state.get("_spin", older.get("spin"))))
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError("something else than a text")
+    return value
+
+
+def _number(value: Any) -> Any:
+    """Returns a number or None; TypeError for something else, which may be shown or hashed without end."""
+    if not isinstance(value, int | float | np.number | None):
+        raise TypeError("something else than a number")
+    return value
 
 
 def _few(numbers: Any, deep: int = 2) -> Any:
@@ -346,13 +360,17 @@ def _composition(state: dict[str, Any]) -> core.Composition:
 
 def _site(cls: Any, place: tuple[str, ...], state: dict[str, Any]) -> core.Site:
     where = (_few(state[key]) for key in place)
+    if not isinstance(state["_species"], core.Composition):
+        raise TypeError("a site of something else than species")
     return cls(state["_species"], *where, properties=state.get("properties"), label=state.get("_label"))
 
 
 def _structure(cls: Any, state: dict[str, Any]) -> core.IStructure:
     if not all(type(site) is core.PeriodicSite for site in state["_sites"]):
         raise TypeError("sites of another kind")
-    structure = cls(state["_lattice"], [], [], charge=state.get("_charge"), properties=state.get("_properties"))
+    structure = cls(
+        _few(state["_lattice"]), [], [], charge=_number(state.get("_charge")), properties=state.get("_properties")
+    )
     structure._sites = type(structure._sites)(state["_sites"])
     return structure
 
@@ -362,12 +380,12 @@ _ENUMS = {"pymatgen.core.periodic_table.Element": core.Element}  # Python 3.11.0
 
 # All names that a pickle may use; None where they can only be named. A memoryview is not made of a number, a length.
 _MAKERS: dict[str, Callable[..., Any] | None] = {
-    "_codecs.encode": lambda text, encoding: str.encode(text, _CODECS[encoding]),
+    "_codecs.encode": lambda text, encoding: str.encode(text, _CODECS[_text(encoding)]),
     "builtins.bytearray": lambda content=b"": bytearray(memoryview(content)),
     "builtins.bytes": lambda content=b"": bytes(memoryview(content)),
     "builtins.complex": complex,
     "builtins.frozenset": lambda items=(): frozenset(_hashable(items)),
-    "builtins.getattr": lambda owner, name: _ENUMS[owner][name],
+    "builtins.getattr": lambda owner, name: _ENUMS[_text(owner)][_text(name)],
     "builtins.object": None,
     "builtins.set": lambda items=(): set(_hashable(items)),
     "collections.OrderedDict": _ordered,
@@ -378,10 +396,12 @@ _MAKERS: dict[str, Callable[..., Any] | None] = {
     "numpy.dtype": _dtype,
     "numpy.ndarray": None,
     "pymatgen.core.composition.Composition": _composition,
-    "pymatgen.core.lattice.Lattice": lambda state: core.Lattice(_few(state["_matrix"]), state.get("_pbc", (True,) * 3)),
+    "pymatgen.core.lattice.Lattice": lambda state: core.Lattice(
+        _few(state["_matrix"]), _few(state.get("_pbc", (True,) * 3))
+    ),
     "pymatgen.core.periodic_table.DummySpecie": functools.partial(_species, core.DummySpecies),
     "pymatgen.core.periodic_table.DummySpecies": functools.partial(_species, core.DummySpecies),
-    "pymatgen.core.periodic_table.Element": core.Element.__getitem__,
+    "pymatgen.core.periodic_table.Element": lambda symbol: core.Element[_text(symbol)],
     "pymatgen.core.periodic_table.Specie": functools.partial(_species, core.Species),
     "pymatgen.core.periodic_table.Species": functools.partial(_species, core.Species),
     "pymatgen.core.sites.PeriodicSite": functools.partial(_site, core.PeriodicSite, ("_frac_coords", "_lattice")),
