@@ -53,7 +53,7 @@ def csv_cell(value: object) -> object:
 
 def table(header: list[str], rows: list[list[Any]], num_left: int = 1) -> str:
     """Text columns, the first `num_left` aligned left and the others right; numbers with four decimals."""
-    cells = [header] + [[_cell(value) for value in row] for row in rows]
+    cells = [[escaped(name) for name in header]] + [[_cell(value) for value in row] for row in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = []
     for row in cells:

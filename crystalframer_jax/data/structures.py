@@ -57,7 +57,8 @@ def from_dict(structure: Mapping[str, Any], id: str) -> Crystal:
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)[:LONGEST]
         raise CrystalError(f"{id}: not a structure with lattice, species and coordinates ({reason})") from error
-    return Crystal(species, positions if cartesian else positions @ cell, cell, id=id)
+    with np.errstate(invalid="ignore", over="ignore"):  # Crystal looks at what comes out
+        return Crystal(species, positions if cartesian else positions @ cell, cell, id=id)
 
 
 def _from_sites(structure: Mapping[str, Any], id: str) -> Crystal:

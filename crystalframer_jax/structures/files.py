@@ -19,6 +19,7 @@ import numpy as np
 
 from crystalframer_jax.files import FileError, read_bytes
 from crystalframer_jax.structures.crystal import (
+    FARTHEST_CELL,
     OCCUPANCY_TOLERANCE,
     Crystal,
     CrystalError,
@@ -350,7 +351,12 @@ def _check_cif_rows(data: dict[str, Any], sites: np.ndarray, amounts: np.ndarray
     occupancies = data.get("_atom_site_occupancy", ["1"] * len(labels))
     stated = np.zeros(len(sites))
     for label, fract, text in zip(labels, coordinates, occupancies, strict=True):
-        offset = sites - [str2float(x) for x in fract]
+        place = [str2float(x) for x in fract]
+        if not max(map(abs, place)) < FARTHEST_CELL:
+            raise CrystalError(
+                f"{where}: site {label} is {max(map(abs, place)):.3g} cells away; correct its coordinates"
+            )
+        offset = sites - place
         offset = np.abs(offset - np.round(offset)).max(axis=1)
         site = offset.argmin()
         occupancy = 1.0 if text in (".", "?") else str2float(text)
