@@ -178,6 +178,7 @@ def _crystals_of(num_targets: int, chunk: list[Record | BadRecord]) -> Columns:
     """Makes the crystals of records, and what is LISTED of all of them; those without a reason have a crystal."""
     crystals: list[Crystal] = []
     listed = []
+    cutoff = TrainConfig().cutoff  # the usual one; a larger may ask for too many neighbors later
     for record in chunk:
         id, where, labels, split, group, reason = record.id, record.where, (np.nan,) * num_targets, "", "", ""
         if len(id) > LONGEST_ID:
@@ -189,7 +190,7 @@ def _crystals_of(num_targets: int, chunk: list[Record | BadRecord]) -> Columns:
         else:
             labels, split, group = record.labels, record.split, record.group
             try:
-                crystals.append(record.crystal(TrainConfig().cutoff))
+                crystals.append(record.crystal(cutoff))
             except CrystalError as error:
                 reason = " ".join(str(error).split())
         listed.append((escaped(id) if reason else id, escaped(where), labels, split, group, escaped(reason)))

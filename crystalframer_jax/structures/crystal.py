@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from crystalframer_jax.structures.errors import CrystalError
+from crystalframer_jax.structures.lattice import volume_of
 from crystalframer_jax.structures.search import cheap_radius, pairs_within
 
 if TYPE_CHECKING:  # both are slow to import, and ASE is optional
@@ -143,11 +145,13 @@ def check_number(atoms: int, where: str) -> None:
 
 
 def _check_volume(lattice: np.ndarray, where: str) -> None:
-    longest = np.abs(lattice).max()
-    if longest > LONGEST_VECTOR:
-        raise CrystalError(f"{where}: a lattice vector of {longest:.3g} Å, over {LONGEST_VECTOR:,.0f}; give it in Å")
-    volume = abs(np.linalg.det(lattice))
-    if volume < MIN_VOLUME or volume < 1e-6 * np.linalg.norm(lattice, axis=1).prod():
+    lengths = [math.hypot(*vector) for vector in lattice.tolist()]
+    if max(lengths) > LONGEST_VECTOR:
+        raise CrystalError(
+            f"{where}: a lattice vector of {max(lengths):.3g} Å, over {LONGEST_VECTOR:,.0f}; give it in Å"
+        )
+    volume = volume_of(lattice)
+    if volume < MIN_VOLUME or volume < 1e-6 * math.prod(lengths):
         problem = f"the cell has no volume ({volume:.3g} Å^3)"
         raise CrystalError(f"{where}: {problem}; give three lattice vectors in Å that are not coplanar")
 
@@ -159,7 +163,7 @@ def _check_distances(species: np.ndarray, positions: np.ndarray, lattice: np.nda
         for far in np.flatnonzero(~(away < FARTHEST_CELL)):
             raise CrystalError(f"{where}: site {far + 1} is {away[far]:.3g} cells away; give coordinates near the cell")
     # The search grid is as fine as the radius: a radius near the atomic spacing keeps time and memory linear.
-    radius = max(MIN_DISTANCE, min(np.cbrt(abs(np.linalg.det(lattice)) / len(positions)), 5.0))
+    radius = max(MIN_DISTANCE, min(math.cbrt(volume_of(lattice) / len(positions)), 5.0))
     i, j, image, distance = pairs_within(positions, lattice, cheap_radius(lattice, radius), where)
     close = np.flatnonzero(((i != j) | image.any(axis=1)) & (distance < MIN_DISTANCE))
     if close.size:

@@ -2,10 +2,23 @@
 
 import functools
 import itertools
+import math
 
 import numpy as np
 
 SAME_LENGTH = 1e-4  # Å; vectors whose lengths are closer than this count as equally long
+
+
+def volume_of(lattice: np.ndarray) -> float:
+    """Computes the volume of a cell in Å^3, in a fraction of the time of np.linalg.det."""
+    (a, b, c), (d, e, f), (g, h, i) = lattice.tolist()
+    return abs(a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g))
+
+
+def geometry(lattice: np.ndarray) -> tuple[np.ndarray, list[float], float]:
+    """Returns the inverse of a lattice [3, 3] (rows, Å), one over the distances of its faces (1/Å), volume (Å^3)."""
+    inverse = np.linalg.inv(lattice)
+    return inverse, [math.hypot(*column) for column in inverse.T.tolist()], volume_of(lattice)
 
 
 def integer_box(reach: int) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 
 from crystalframer_jax.structures.crystal import Crystal
 from crystalframer_jax.structures.errors import CrystalError
-from crystalframer_jax.structures.lattice import integer_box
+from crystalframer_jax.structures.lattice import integer_box, volume_of
 from crystalframer_jax.structures.search import CAUSE, MOST_NEIGHBORS, pairs_within
 
 SHELL_TOLERANCE = 1e-4  # Å; distances closer than this are one shell of neighbors
@@ -97,7 +97,7 @@ def neighbor_rows(crystal: Crystal, cutoff: float | LatticeBox) -> NeighborRows:
 def check_neighbors(crystal: Crystal, cutoff: float | LatticeBox) -> None:
     """Raises the CrystalError that `neighbor_rows` would; in most crystals it need not look."""
     if not isinstance(cutoff, LatticeBox) and crystal.num_atoms <= FEW_ATOMS:
-        expected = crystal.num_atoms * 4 / 3 * np.pi * cutoff**3 / abs(np.linalg.det(crystal.lattice))
+        expected = crystal.num_atoms * 4 / 3 * np.pi * cutoff**3 / volume_of(crystal.lattice)
         if FEW_NEIGHBORS < expected < MANY_NEIGHBORS:
             return
     elif isinstance(cutoff, LatticeBox) and crystal.num_atoms**2 * len(cutoff) <= MOST_IN_BOX:
