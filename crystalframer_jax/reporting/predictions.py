@@ -1,5 +1,6 @@
 """Files and figures of labels and predictions."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -70,7 +71,8 @@ def plot_calibration(
     from crystalframer_jax.reporting import plots  # imports matplotlib
 
     several = len(statistics) > 1
-    files = [file.with_stem(f"{file.stem}_{s.name}") if several else file for s in statistics]
+    ends = [re.sub(r"[^\w.+-]", "_", s.name) for s in statistics]  # energy/atom is no name of a file
+    files = [file.with_stem(f"{file.stem}_{end}") if several else file for end in ends]
     found = {}
     for t, s in enumerate(statistics):
         figure, found[s.name] = plots.calibration(labels[:, t], mean[:, t], spread[:, t], s.name, s.unit)

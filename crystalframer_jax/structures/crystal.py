@@ -13,6 +13,7 @@ import numpy as np
 from crystalframer_jax.structures.errors import CrystalError
 from crystalframer_jax.structures.lattice import volume_of
 from crystalframer_jax.structures.search import cheap_radius, pairs_within
+from crystalframer_jax.text import LONGEST
 
 if TYPE_CHECKING:  # both are slow to import, and ASE is optional
     from ase import Atoms
@@ -121,7 +122,10 @@ def _checked_species(species: Any, where: str) -> np.ndarray:
 
 
 def _checked_array(value: Any, shape: tuple[int, ...], what: str) -> np.ndarray:
-    array = np.array(value, dtype=np.float64, order="C")
+    try:
+        array = np.array(value, dtype=np.float64, order="C")
+    except (TypeError, ValueError, OverflowError) as error:
+        raise CrystalError(f"{what}: not numbers ({str(error)[:LONGEST]}); give an array of numbers") from error
     if array.shape != shape:
         raise CrystalError(f"{what} must have shape {list(shape)}, got {list(array.shape)}")
     for i in np.flatnonzero(~np.isfinite(array).all(axis=1)):

@@ -20,9 +20,10 @@ from crystalframer_jax.data.prepare import Preparation, prepare
 from crystalframer_jax.data.records import BadRecord, DataError
 from crystalframer_jax.data.store import load_dataset
 from crystalframer_jax.inference.evaluation import Predictions
-from crystalframer_jax.reporting.predictions import write_predictions
+from crystalframer_jax.reporting.predictions import plot_calibration, write_predictions
 from crystalframer_jax.structures.crystal import CrystalError
 
+DOCS = Path(__file__).parents[2] / "docs" / "data.md"
 NACL = Path(__file__).parents[2] / "examples" / "NaCl.cif"
 GOOD = ["=1+1", "-x", "@a", "Größe", "a\u00a0b", "'=b", "'c", *map(str, range(13))]  # ids that are unusual at most
 
@@ -123,9 +124,8 @@ def test_wrong_records_cost_themselves(tmp_path, kind, capsys):
 
 
 def without_apostrophe(cell: str) -> str:
-    """What docs/data.md says."""
-    is_marked = cell.startswith("'") and cell.lstrip("'").startswith(("=", "+", "-", "@"))
-    return cell[1:] if is_marked else cell
+    """As docs/data.md says."""
+    return re.sub(re.search(r'str\.replace\(r"(.*?)", ""', DOCS.read_text())[1], "", cell)
 
 
 @pytest.mark.parametrize("name", ["a\x1b[2Jb", "\ud800", "a\u202e", "a\nb"])
@@ -145,6 +145,14 @@ def test_messages_and_tables_act_on_no_terminal(tmp_path, capsys):
     assert str(left.value).startswith("error: 3 of 3 records cannot be used")
     assert str(left.value).isprintable()
     assert all(line.isprintable() for line in capsys.readouterr().out.splitlines())
+
+
+def test_names_of_targets_need_not_be_names_of_files(tmp_path):
+    statistics = tuple(TargetStatistics(name, "eV", 0.0, 1.0) for name in ("energy/atom", "../../e"))
+    values = np.random.default_rng(0).normal(size=(30, 2))
+    files, _ = plot_calibration(tmp_path / "c.png", values, values + 0.1, np.full((30, 2), 0.2), statistics)
+    assert [file.name for file in files] == ["c_energy_atom.png", "c_.._.._e.png"]
+    assert sorted(tmp_path.iterdir()) == sorted(files)
 
 
 class Model:
