@@ -21,7 +21,7 @@ from crystalframer_jax.structures.crystal import (
     crystal_from_amounts,
 )
 from crystalframer_jax.structures.files import cif_crystals, extxyz_crystals, read_crystals
-from crystalframer_jax.text import LONGEST
+from crystalframer_jax.text import LONGEST, brief
 
 PYMATGEN = ("lattice", "sites", "charge")  # keys of Structure.as_dict()
 PARAMETERS = ("a", "b", "c", "alpha", "beta", "gamma")  # of a lattice without a matrix
@@ -51,7 +51,7 @@ def from_dict(structure: Mapping[str, Any], id: str) -> Crystal:
         if cell.shape != (3, 3) or positions.shape != (len(species), 3):
             raise ValueError(f"lattice {cell.shape} and coordinates {positions.shape} of {len(species)} atoms")
         if not isinstance(cartesian, bool | np.bool_):
-            raise ValueError("cartesian is neither true nor false")
+            raise ValueError(f"cartesian={brief(cartesian)} is neither true nor false")
     except CrystalError:
         raise
     except (KeyError, TypeError, ValueError, OverflowError) as error:

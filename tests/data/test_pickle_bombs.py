@@ -37,6 +37,18 @@ ENDLESS = b"\x8b" + struct.pack("<i", 3000) + b"\x01" * 3000
 ARRAY = named("numpy._core.multiarray", "_reconstruct") + named("numpy", "ndarray") + b"K\x00\x85C\x01b\x87R"
 EMPTY_TEXTS = ARRAY + b"(K\x01J\xff\xff\xff\x7fK\x03\x86" + named("numpy", "dtype") + text("S0") + b"\x85R\x89C\x00tb"
 
+
+def long_key(number: int) -> bytes:
+    """An integer whose hash is 0, as a key with None."""
+    return b"\x8a\x0a" + (number * (2**61 - 1)).to_bytes(10, "little") + b"Ns"
+
+
+def complex_key(number: int) -> bytes:
+    """Likewise of a complex number."""
+    parts = b"".join(b"G" + struct.pack(">d", part) for part in (-1000003.0 * number, number))
+    return named("builtins", "complex") + parts + b"\x86RNs"
+
+
 REFUSED = {
     "deep key": b"}" + b")" + b"\x85" * 200_000 + b"K\x01s.",
     "key on the stack twice": b"}" + DOUBLE + b"K\x01s.",
@@ -47,6 +59,8 @@ REFUSED = {
     "frozen sets": b"(" + doubled(b")", 80, b"\x86\x85") + b"\x91.",
     "key from the memo": b"}" + DOUBLE + b"q\x000h\x00K\x01s.",
     "key behind a mark that is taken back": b"}((0" + DOUBLE + b"K\x01u.",
+    "long keys": b"}" + b"".join(map(long_key, range(1, 90_000))) + b".",
+    "complex keys": b"}" + b"".join(map(complex_key, range(20_000))) + b".",
     "called set": named("builtins", "set") + b"](" + DOUBLE + b"e\x85R.",
     "called frozen set": named("builtins", "frozenset") + b"]" + DOUBLE + b"a\x85R.",
     "ordered": named("collections", "OrderedDict") + b"]]" + DOUBLE + b"aK\x01aa\x85R.",

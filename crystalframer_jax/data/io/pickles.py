@@ -10,7 +10,6 @@ import functools
 import gc
 import io
 import pickle
-import pickletools
 import re
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
@@ -19,37 +18,15 @@ from typing import Any
 import numpy as np
 from pymatgen import core
 
+from crystalframer_jax.data.io.pickle_instructions import LARGEST_KEY, RefusedError, check_instructions
 from crystalframer_jax.data.records import DataError
 
 MAX_BYTES = 8 << 30  # of a file; its content takes several times as much memory
 
-LARGEST_KEY = 200  # parts of a key of a dict or of an element of a set, and of their parts
 DEEPEST = 100  # containers and objects in each other
+FEW_KEYS = 100  # of a dict or a set, that may be of any kind
 MOST_SPECIES = 400  # of a composition
 
-# Instructions; those that begin with EXT name classes by codes, which go past the allow-list.
-_REFUSED = ["PERSID", "BINPERSID", "NEXT_BUFFER", "READONLY_BUFFER", "INST", "OBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"]
-_NONE, _PUSH, _GET, _MEMOIZE, _PUT, _MARK, _TAKE, _TAKE_TWO, _POP, _DUP, _REFUSE = range(
-    11
-)  # effects on stack and memo
-_TAKEN = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2, "BUILD": 1}
-_NESTING = {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "FROZENSET"}
-_HASHED = {"SETITEM": 2, "SETITEMS": 2, "DICT": 2, "ADDITEMS": 1, "FROZENSET": 1}  # every so manieth of what is taken
-_EFFECTS = {code.name: _PUSH if code.proto <= 5 else _REFUSE for code in pickletools.opcodes}
-_EFFECTS |= {
-    "PROTO": _NONE,
-    "FRAME": _NONE,
-    "STOP": _NONE,
-    "MARK": _MARK,
-    "POP": _POP,
-    "DUP": _DUP,
-    "MEMOIZE": _MEMOIZE,
-}
-_EFFECTS |= dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _GET) | dict.fromkeys(
-    ("PUT", "BINPUT", "LONG_BINPUT"), _PUT
-)
-_EFFECTS |= dict.fromkeys((*_TAKEN, *_NESTING, *_HASHED, "LIST", "POP_MARK", "APPENDS"), _TAKE)
-_EFFECTS |= dict.fromkeys(("STACK_GLOBAL", "REDUCE", "NEWOBJ"), _TAKE_TWO) | dict.fromkeys(_REFUSED, _REFUSE)
 _DTYPE = re.compile(r"b1|[iu][1248]|f(2|4|8|16)|c(8|16|32)|[SU]\d{1,6}")  # those without Python objects
 _RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # up to protocol 2
 
@@ -72,9 +49,9 @@ def load_pickle(file: Path) -> Any:
     is_collecting = gc.isenabled()
     gc.disable()  # it would go through all that is made again and again
     try:
-        rest = _check_instructions(content)
+        rest = check_instructions(content)
         loaded = _Copies(len(content)).of(_record(content), {})
-    except _RefusedError as error:
+    except RefusedError as error:
         what = f"asks for {_line(error)}, which is not data; nothing was run; get the data set from its publisher"
         raise DataError(f"{file} {what}") from error
     except _BombError as error:
@@ -95,10 +72,6 @@ def _line(error: Exception) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in str(error)[:200])
 
 
-class _RefusedError(Exception):
-    """The pickle asks for something that is not data; the text says what."""
-
-
 class _BombError(Exception):
     """The pickle makes much of little."""
 
@@ -116,56 +89,6 @@ class WrongStructure:
         raise ValueError(self.reason)
 
 
-def _check_instructions(content: bytes) -> bytes:
-    """Checks what the unpickler would believe: codes, lengths, places in its memo, keys that it would hash.
-
-    Hashing goes through all that is in a tuple, and in those within, again wherever one is met again: it has no end if
-    a tuple holds another twice, which holds another twice, and so on. So the sizes of tuples are followed here.
-
-    Returns what comes after the end.
-    """
-    stream = io.BytesIO(content)
-    sizes: list[int] = []  # of what is on the stack
-    marks: list[int] = []
-    memo: dict[Any, int] = {}
-    for instruction, argument, _ in pickletools.genops(stream):  # raises ValueError for a length beyond the file
-        name = instruction.name
-        effect = _EFFECTS[name]
-        if effect is _PUSH:
-            sizes.append(1)
-        elif effect is _GET:
-            sizes.append(memo[argument])
-        elif effect is _MEMOIZE:
-            memo[len(memo)] = sizes[-1]
-        elif effect is _MARK:
-            marks.append(len(sizes))
-        elif effect is _TAKE_TWO:
-            sizes[-2:] = (1,)
-        elif effect is _TAKE:
-            start = len(sizes) - _TAKEN[name] if name in _TAKEN else marks.pop()
-            taken = sizes[start:]
-            del sizes[start:]
-            if name in _HASHED and max(taken[:: _HASHED[name]], default=0) > LARGEST_KEY:
-                raise _RefusedError(f"a key of over {LARGEST_KEY} parts")
-            if name in _NESTING:
-                sizes.append(min(1 + sum(taken), 2 * LARGEST_KEY))
-            elif name in ("LIST", "DICT"):
-                sizes.append(1)
-        elif effect is _PUT:
-            if argument > len(content):  # type: ignore[operator]
-                raise _RefusedError(f"a memo of {argument:,} places")  # they would be filled at once
-            memo[argument] = sizes[-1]
-        elif effect is _POP and marks and marks[-1] == len(sizes):
-            marks.pop()
-        elif effect is _POP:
-            sizes.pop()
-        elif effect is _DUP:
-            sizes.append(sizes[-1])
-        elif effect is _REFUSE:
-            raise _RefusedError(f"the instruction {name}")
-    return stream.read(1)
-
-
 class _Type(type):
     """Of the recorders, which may be in a pickle as classes too."""
 
@@ -181,7 +104,7 @@ class _Recorder(metaclass=_Type):
 
     def __setstate__(self, state: Any) -> None:
         if hasattr(self, "state"):
-            raise _RefusedError(f"a change of {type(self).__name__}")
+            raise RefusedError(f"a change of {type(self).__name__}")
         self.state = state
 
     def __setitem__(self, key: Any, value: Any) -> None:
@@ -199,10 +122,10 @@ class _Recorder(metaclass=_Type):
         except Exception as error:
             if name.endswith("Structure") and isinstance(error, _OF_ONE_STRUCTURE):
                 self.made, copies.depth = WrongStructure(_line(error)), depth
-            elif isinstance(error, _RefusedError | _BombError | RecursionError | MemoryError):
+            elif isinstance(error, RefusedError | _BombError | RecursionError | MemoryError):
                 raise
             else:
-                raise _RefusedError(f"{name} of other than its content ({error})") from error
+                raise RefusedError(f"{name} of other than its content ({error})") from error
         return self.made
 
 
@@ -244,13 +167,16 @@ class _Copies:
             copied += self._all(value, memo)
         elif kind is dict:
             memo[id(value)] = copied = {}
-            copied.update(zip(self._all(value, memo), self._all(value.values(), memo), strict=True))
+            keys, parts = self._all(value, memo), self._all(value.values(), memo)
+            copied.update(zip(keys if len(keys) <= FEW_KEYS else _hashable(keys), parts, strict=True))
         elif kind is bytearray:
             copied = bytearray(value)
         elif kind in (tuple, set, frozenset):
-            copied = memo.setdefault(id(value), kind(self._all(value, memo)))  # a tuple may have been met within itself
+            parts = self._all(value, memo)
+            parts = parts if kind is tuple or len(parts) <= FEW_KEYS else _hashable(parts)
+            copied = memo.setdefault(id(value), kind(parts))  # a tuple may have been met within itself
         else:
-            raise _RefusedError(f"a {kind.__name__}")
+            raise RefusedError(f"a {kind.__name__}")
         self.depth -= 1
         return copied
 
@@ -261,7 +187,7 @@ class _Copies:
         return [value if type(value) in _PLAIN else self.of(value, memo) for value in values]
 
 
-_OF_ONE_STRUCTURE = (_RefusedError, ValueError, KeyError, OverflowError)
+_OF_ONE_STRUCTURE = (RefusedError, ValueError, KeyError, OverflowError)
 
 
 class _Unpickler(pickle.Unpickler):
@@ -269,7 +195,7 @@ class _Unpickler(pickle.Unpickler):
         """Gives the recorder of an allowed name; names are compared whole, so attributes are out of reach."""
         full_name = f"{_RENAMED.get(module, module)}.{name}".replace("numpy.core.", "numpy._core.")  # before NumPy 2
         if full_name not in _RECORDERS:
-            raise _RefusedError(f"{module}.{name}")
+            raise RefusedError(f"{module}.{name}")
         return _RECORDERS[full_name]
 
 
@@ -277,7 +203,7 @@ def _record(content: bytes) -> Any:
     try:
         return _Unpickler(io.BytesIO(content)).load()
     except (TypeError, AttributeError) as error:  # recorders and containers do not do what is wanted of them
-        raise _RefusedError(f"a call or change of what is data ({error})") from error
+        raise RefusedError(f"a call or change of what is data ({error})") from error
 
 
 def _reconstructed(name: str, base: str, content: None, state: Any) -> Any:
@@ -343,6 +269,8 @@ def _hashable(items: Iterable[Any]) -> list[Any]:
             parts += part if isinstance(part, tuple | frozenset) else ()
             if number + len(parts) > 2 * LARGEST_KEY:
                 raise ValueError(f"a key of over {LARGEST_KEY} parts")
+            if len(items) > FEW_KEYS and not isinstance(part, _SPREAD):
+                raise ValueError(f"{len(items):,} keys of {type(part).__name__}")
     return items
 
 
@@ -410,5 +338,7 @@ _MAKERS: dict[str, Callable[..., Any] | None] = {
     "pymatgen.core.structure.Structure": functools.partial(_structure, core.Structure),
 }
 _RECORDERS = {name: _Type(name, (_Recorder,), {}) for name in _MAKERS}
+# What has a hash of its own; others may have one for many, which takes the square of their number
+_SPREAD = (str, int, float, bytes, type(None), tuple, frozenset, np.integer, np.floating, core.Element, core.Species)
 _SIZED = {bytes, bytearray, str}
 _PLAIN = {int, float, str, bytes, bool, complex, type(None)}
