@@ -41,7 +41,7 @@ MOST_QUOTES = 500  # on a line of a CIF, each of which pymatgen may follow to th
 MOST_OPERATIONS = 768  # of symmetry; a space group has 192 at most
 LONGEST_FORMULA = 1000  # characters
 LONGEST_OPERATION = 200  # characters
-MOST_POSITIONS = 20_000  # sites times operations; pymatgen compares all of them with each other
+MOST_POSITIONS = 10_000  # sites times operations; pymatgen compares all of them with each other
 LONGEST_COMMENT = 1_000_000  # characters, above the atoms of a frame
 MOST_COLUMNS = 1000  # of values of an atom
 
