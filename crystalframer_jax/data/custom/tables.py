@@ -164,8 +164,8 @@ def _structure_column(file: Path, names: list[str], rows: Iterator[tuple[int, li
         return names.index(options.structure_column)
     sample = list(itertools.islice(rows, SAMPLE))
     lower = [name.lower() for name in names]
-    for usual in (*FILE_COLUMNS, *ID_NAMES):
-        column = lower.index(usual) if usual in lower else len(names)
+    for usual in filter(lower.__contains__, (*FILE_COLUMNS, *ID_NAMES)):
+        column = lower.index(usual)
         found = (cells[column] for _, cells in sample if column < len(cells))
         if any(is_cif_text(cell) or _structure_file(file.parent, cell) for cell in found):
             return column
