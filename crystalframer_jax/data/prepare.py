@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from crystalframer_jax.batching.table import CRYSTAL_COLUMNS, crystal_columns
+from crystalframer_jax.config import TrainConfig
 from crystalframer_jax.data.build import Columns, build_parts, join_parts
 from crystalframer_jax.data.leakage import Leak, find_leaks
 from crystalframer_jax.data.owned import (
@@ -36,6 +37,7 @@ from crystalframer_jax.data.splits import SPLITS, differences, given_split, rand
 from crystalframer_jax.data.store import LABEL_COLUMNS, SET_COLUMNS, changing, parts_folder, read_set, writing
 from crystalframer_jax.files import FileError, write_csv
 from crystalframer_jax.structures.crystal import Crystal, CrystalError
+from crystalframer_jax.text import escaped, unsafe_character
 
 CRYSTALS_FORMAT = 1  # to be raised when crystals or their columns change
 LONGEST_ID = 200  # characters
@@ -215,19 +217,22 @@ def _crystals_of(num_targets: int, chunk: list[Record | BadRecord]) -> Columns:
     """Makes the crystals of records, and what is LISTED of all of them; those without a reason have a crystal."""
     crystals: list[Crystal] = []
     listed = []
+    cutoff = TrainConfig().cutoff  # the usual one; a larger may ask for too many neighbors later
     for record in chunk:
         id, where, labels, split, group, reason = record.id, record.where, (np.nan,) * num_targets, "", "", ""
         if len(id) > LONGEST_ID:
             id, reason = id[:LONGEST_ID], f"its id has {len(id):,} characters"
+        elif unsafe := unsafe_character(id):
+            reason = f"its id has the character {unsafe}; rename it"
         elif isinstance(record, BadRecord):
             reason = record.reason
         else:
             labels, split, group = record.labels, record.split, record.group
             try:
-                crystals.append(record.load())
+                crystals.append(record.crystal(cutoff))
             except CrystalError as error:
                 reason = " ".join(str(error).split())
-        listed.append((id, where, labels, split, group, reason))
+        listed.append((escaped(id) if reason else id, escaped(where), labels, split, group, escaped(reason)))
     return crystal_columns(crystals) | {"listing": np.frombuffer(json.dumps(listed).encode(), np.uint8)}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from crystalframer_jax.data.io.download import LARGEST_FILE, download, figshare_urls, jarvis_location
 from crystalframer_jax.data.io.streams import check_zip, json_records
-from crystalframer_jax.data.records import BadRecord, DataError, Record, Source, Target
+from crystalframer_jax.data.records import BadRecord, DataError, Record, Source, Target, text_of
 from crystalframer_jax.data.structures import dict_loader
 from crystalframer_jax.files import sha256
 
@@ -128,7 +128,7 @@ def _record(
     """Makes a record of JARVIS: its id, the crystal under "atoms", labels under their fields; a text is no label."""
     if not isinstance(content, Mapping):
         return BadRecord("", where, content if isinstance(content, str) else "is not a record")
-    id = str(content.get(id_field, ""))
+    id = text_of(content.get(id_field))
     if not isinstance(content.get("atoms"), Mapping):
         return BadRecord(id, where, 'no crystal under "atoms"')
     found = ((target, content.get(target.field)) for target in targets)
