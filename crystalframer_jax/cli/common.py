@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import platformdirs
 
 from crystalframer_jax.errors import UserError
 from crystalframer_jax.inference.predictor import WEIGHTS
+from crystalframer_jax.text import escaped
 
 WEIGHTS_HELP = "default: those that the finished run selected by validation error, else best"
 
@@ -21,10 +23,13 @@ def reporting_errors(if_interrupted: str = "", leave_at_once: bool = True) -> It
 
     To `leave_at_once` then is for commands with threads that would take minutes to wait for. Others clean up first.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that is no text is shown, and ends nothing
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except (UserError, OSError) as error:
-        sys.exit("error: " + " ".join(str(error).split()))
+        sys.exit("error: " + escaped(" ".join(str(error).split())))
     except KeyboardInterrupt:
         print(f"\ninterrupted{if_interrupted}", file=sys.stderr, flush=True)
         os._exit(130) if leave_at_once else sys.exit(130)

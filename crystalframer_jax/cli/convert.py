@@ -1,13 +1,13 @@
 """The command lines of scripts/import_torch_checkpoint.py and scripts/export_torch_checkpoint.py."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from crystalframer_jax.cli.common import WEIGHTS_HELP, names, reporting_errors
 from crystalframer_jax.errors import UserError
+from crystalframer_jax.files import FileError, read_json
 from crystalframer_jax.official.conversion import Conversion, export_checkpoint, import_checkpoint
 from crystalframer_jax.text import table
 
@@ -76,12 +76,9 @@ def _tell(run: Conversion) -> None:
 def read_official_json(file: str) -> dict[str, Any]:
     """Reads the hyperparameters of an official JSON file."""
     try:
-        content = json.loads(Path(file).read_text())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} holds a {type(content).__name__}, not hyperparameters by name")
-    return content
+        return read_json(Path(file))
+    except FileError as error:  # argparse would drop the message of a ValueError
+        raise UserError(str(error)) from error
 
 
 def _numbers(text: str) -> tuple[float, ...]:

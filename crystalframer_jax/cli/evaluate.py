@@ -9,14 +9,15 @@ import numpy as np
 from crystalframer_jax.batching.targets import TargetStatistics
 from crystalframer_jax.cli.common import model_parser, reporting_errors, use_compilation_cache
 from crystalframer_jax.config import ConfigError
-from crystalframer_jax.data.datasets import open_dataset
+from crystalframer_jax.data.datasets import open_dataset, open_dataset_of_run
 from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.errors import UserError
+from crystalframer_jax.files import check_replaceable
 from crystalframer_jax.inference.ensemble import Ensemble, load_model
 from crystalframer_jax.inference.evaluation import Predictions
 from crystalframer_jax.inference.predictor import Predictor
 from crystalframer_jax.reporting.metrics import mean_predictor_errors, regression_metrics
-from crystalframer_jax.reporting.predictions import plot_calibration, plot_parity, write_predictions
+from crystalframer_jax.reporting.predictions import figure_files, plot_calibration, plot_parity, write_predictions
 from crystalframer_jax.text import table
 
 
@@ -26,13 +27,17 @@ def evaluate_main(argv: Sequence[str] | None = None) -> int:
     parser = model_parser("evaluate.py", "Errors of a trained model or an ensemble on a split of its dataset.")
     parser.add_argument("--split", choices=("train", "val", "test"), default="test")
     parser.add_argument("--output", type=Path, help="write id, labels and predictions to this CSV file")
+    data_help = "where the data are prepared; default: where the run has them, only read, or the user's cache folder"
+    parser.add_argument("--data_dir", default="", metavar="DIR", help=data_help)
     plot_help = """draw predictions against labels or, of an ensemble, errors against standard deviations (a figure for
         each target, its name added to FILE)"""
     parser.add_argument("--plot", type=_png, metavar="FILE.png", help=plot_help)
     arguments = parser.parse_args(argv)
     use_compilation_cache()
+    if arguments.output:
+        check_replaceable(arguments.output.expanduser(), b"id,target")
     model = load_model(arguments.run, arguments.weights)
-    dataset = dataset_of(model, arguments.run)
+    dataset = dataset_of(model, arguments.run, arguments.data_dir)
     indices = dataset.splits[arguments.split]
     predictions = model.predict_dataset(dataset, indices, arguments.num_frame_samples)
     over = model.spread_over(arguments.num_frame_samples)
@@ -49,15 +54,20 @@ def evaluate_main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def dataset_of(model: Predictor | Ensemble, run: str) -> Dataset:
-    """Opens the dataset that a model was trained on; ConfigError if it is not known here."""
+def dataset_of(model: Predictor | Ensemble, run: str, data_dir: str = "") -> Dataset:
+    """Opens the dataset that a model was trained on; ConfigError if it is not known here.
+
+    What is missing is computed in `data_dir` or, without it, in the user's cache folder, never where the run says.
+    """
     config = model.config
     if not config.target_set:
         raise ConfigError(
             f"{run} was imported without a dataset known here, so there is nothing to evaluate it on; "
             "predict structure files, or import it again with --target_set and --targets"
         )
-    return open_dataset(config.target_set, config.targets, model.cutoff, config.data_dir)
+    if data_dir:
+        return open_dataset(config.target_set, config.targets, model.cutoff, data_dir)
+    return open_dataset_of_run(config.target_set, config.targets, model.cutoff, config.data_dir)
 
 
 def error_table(
@@ -90,6 +100,8 @@ def plot_errors(
     file: Path, model: Predictor | Ensemble, dataset: Dataset, split: str, predictions: Predictions
 ) -> list[Path]:
     """Plots the parity of a single model, the calibration of an ensemble; returns the files written."""
+    for figure in figure_files(file, model.targets) if isinstance(model, Ensemble) else [file]:
+        check_replaceable(figure, b"\x89PNG")
     file.parent.mkdir(parents=True, exist_ok=True)
     labels = dataset.labels[dataset.splits[split]]
     not_finite = int((~np.isfinite(predictions.mean)).any(axis=1).sum())

@@ -2,17 +2,18 @@
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from crystalframer_jax.cli.common import model_parser, reporting_errors, use_compilation_cache
-from crystalframer_jax.files import write_csv
+from crystalframer_jax.files import check_replaceable, write_csv
 from crystalframer_jax.inference.ensemble import load_model
 from crystalframer_jax.structures.crystal import Crystal, CrystalError
-from crystalframer_jax.structures.files import read_crystals
-from crystalframer_jax.text import table
+from crystalframer_jax.structures.files import structures_in
+from crystalframer_jax.structures.neighbors import LatticeBox, check_neighbors
+from crystalframer_jax.text import escaped, table
 
 
 @reporting_errors()
@@ -23,8 +24,11 @@ def predict_main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="write the predictions to this CSV file")
     arguments = parser.parse_args(argv)
     use_compilation_cache()
+    if arguments.output:
+        check_replaceable(arguments.output.expanduser(), b"structure,formula,atoms")
     model = load_model(arguments.run, arguments.weights)
-    crystals, errors = read_all(arguments.files)
+    cutoffs = {member.cutoff for member in getattr(model, "members", (model,))}
+    crystals, errors = read_all(arguments.files, cutoffs)
     if crystals:
         progress = len(crystals) > 100 and sys.stderr.isatty()
         predictions = model.predict_with_spread(crystals, arguments.num_frame_samples, progress)
@@ -41,24 +45,40 @@ def predict_main(argv: Sequence[str] | None = None) -> int:
         finite = np.isfinite(predictions.mean).all(axis=1)
         errors += [f"{crystals[i].id}: the prediction is not finite" for i in np.flatnonzero(~finite)]
     for error in errors:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {escaped(' '.join(error.split()))}", file=sys.stderr)
     if crystals and arguments.output:
         write_csv(arguments.output, header, rows)
         print(f"wrote {arguments.output}")
     return 1 if errors else 0
 
 
-def read_all(files: Sequence[str]) -> tuple[list[Crystal], list[str]]:
-    """Reads the crystals of all files that can be used, and a line for each file that cannot. Warnings go to stderr."""
+def read_all(files: Sequence[str], cutoffs: Iterable[float | LatticeBox] = ()) -> tuple[list[Crystal], list[str]]:
+    """Reads the crystals of all files, and a line for each file or structure in it that cannot be used.
+
+    They must have neighbor rows for the `cutoffs`. Warnings go to stderr.
+    """
     crystals: list[Crystal] = []
     errors: list[str] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", UserWarning)
-        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+        warnings.showwarning = lambda message, *_: print(f"warning: {escaped(message)}", file=sys.stderr)
         for file in files:
             try:
-                crystals += read_crystals(file)
-            except CrystalError as error:
-                errors.append(str(error))
+                found = structures_in(file)
+            except (CrystalError, MemoryError) as error:
+                errors.append(_line(file, error))
+                continue
+            for number, make in enumerate(found, 1):
+                try:
+                    crystal = make()
+                    for cutoff in cutoffs:
+                        check_neighbors(crystal, cutoff)
+                    crystals.append(crystal)
+                except (CrystalError, MemoryError) as error:
+                    errors.append(_line(f"{file}#{number}", error))
     return crystals, errors
+
+
+def _line(where: str, error: Exception) -> str:
+    return str(error) if isinstance(error, CrystalError) else f"{where}: the memory is too small for it"

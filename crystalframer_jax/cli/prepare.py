@@ -2,7 +2,7 @@
 
 import argparse
 import dataclasses
-import json
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,13 +13,14 @@ from crystalframer_jax.cli.common import names, reporting_errors
 from crystalframer_jax.config import ConfigError, TrainConfig
 from crystalframer_jax.data.custom.source import CustomData, custom_source
 from crystalframer_jax.data.datasets import folder_of, prepared_sets
+from crystalframer_jax.data.owned import MANIFEST
 from crystalframer_jax.data.prepare import Preparation, prepare
-from crystalframer_jax.data.records import DataError, Source, Target
+from crystalframer_jax.data.records import DataError, Source
 from crystalframer_jax.data.registry import TARGET_SETS, TargetSet
 from crystalframer_jax.data.sources import Bundled
-from crystalframer_jax.data.store import data_folder, load_dataset
-from crystalframer_jax.files import is_disk_full, locked
-from crystalframer_jax.text import table
+from crystalframer_jax.data.store import data_folder, load_dataset, read_set_manifest, targets_of
+from crystalframer_jax.files import FileError, is_disk_full, locked
+from crystalframer_jax.text import escaped, table
 
 DESCRIPTION = """Prepare a target set for training: one that is known (without --target_set they are listed), or your
 own crystals (--source names them: a folder with id_prop.csv, a CSV with a column of file names, extended XYZ, JSON or
@@ -120,6 +121,8 @@ def _known_source(known: TargetSet, arguments: argparse.Namespace) -> Source:
         files = known.source.given(arguments.source)
     else:
         downloads = data_folder(arguments.data_dir) / "downloads"
+        if downloads.is_symlink():
+            raise DataError(f"{downloads} is a link, through which nothing is written; name another --data_dir")
         with locked(downloads / ".lock"):
             files = known.source.fetch(downloads)
     return known.source.open(files, known.targets)
@@ -142,12 +145,15 @@ def _listing(data_dir: str) -> str:
     root = data_folder(data_dir)
     rows = []
     for name in (*TARGET_SETS, *prepared_sets(root)):
-        manifest, known = root / name / "crystals" / "manifest.json", TARGET_SETS.get(name)
+        known = TARGET_SETS.get(name)
         state = "bundled" if known and isinstance(known.source, Bundled) else "not prepared"
         targets = known.targets if known else ()
-        if manifest.exists():
-            content = json.loads(manifest.read_text())
-            state = f"{content['crystals']:,} crystals"
-            targets = tuple(Target(**target) for target in content["targets"])
-        rows.append([name, ", ".join(f"{t.name} ({t.unit})" if t.unit else t.name for t in targets), state])
+        if os.path.lexists(root / name / "crystals" / MANIFEST):
+            try:
+                manifest = read_set_manifest(root / name)
+                state, targets = f"{manifest['crystals']:,} crystals", targets_of(manifest)
+            except FileError:
+                state = "damaged"
+        units = (f"{target.name} ({target.unit})" if target.unit else target.name for target in targets)
+        rows.append([escaped(name), escaped(", ".join(units)), state])
     return table(["target set", "targets", f"in {root}"], rows, num_left=2)

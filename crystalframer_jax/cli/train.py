@@ -19,7 +19,11 @@ RESUME_WITH_CHANGES = flags.DEFINE_list(
     "resume_with_changes", [], "Hyperparameters, separated by commas, that may differ from those of the run so far."
 )
 SKIP_NONFINITE = flags.DEFINE_integer(
-    "skip_nonfinite", 0, "How many steps may be skipped because their loss or gradient is not finite.", lower_bound=0
+    "skip_nonfinite",
+    0,
+    "How many steps may be skipped because their loss or gradient is not finite.",
+    lower_bound=0,
+    upper_bound=10**9,
 )
 MAX_MINUTES = flags.DEFINE_float(
     "max_minutes", None, "Save and stop so many minutes after the start, at the latest.", lower_bound=0
@@ -44,13 +48,16 @@ WATCHDOG_MINUTES = flags.DEFINE_float(
     10.0,
     "End processes that train together if one makes no progress for so long.",
     lower_bound=0.05,
+    upper_bound=10**6,
 )
+for name in ("max_minutes", "watchdog_minutes"):
+    flags.register_validator(name, lambda minutes: minutes is None or minutes == minutes, "is not a number")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
 @reporting_errors(if_interrupted=" at once; the same command continues from the last checkpoint")
-def main(argv: list[str]) -> None:
-    """Trains with the flags given."""
+def main(argv: list[str]) -> int:
+    """Trains with the flags given; returns 1 if a file of results could not be written, though all is trained."""
     if argv[1:]:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a checkpoint otherwise
@@ -75,9 +82,13 @@ def main(argv: list[str]) -> None:
                 implementation=IMPLEMENTATION.value,  # type: ignore[arg-type]  # one of its values
                 report=watchdog.report,
             )
-            train(CONFIG.value, WORKDIR.value or "", options, interruption)
+            summary = train(CONFIG.value, WORKDIR.value or "", options, interruption)
     except TrainingInterrupted as interrupted:
         say(str(interrupted))
+        return 0
+    if missing := summary.get("not_written"):
+        say(f"weights and summary are complete in {WORKDIR.value}; not written: {', '.join(missing)}")
+    return 1 if missing else 0
 
 
 @reporting_errors()

@@ -26,9 +26,22 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def key(default: Any, *limits: str, values: tuple = (), change: int = NEVER, official: bool = True) -> Any:
-    """Makes a row: the default (and with it the type), limits, a closed list of values; not `official`: ours alone."""
-    known = {"limits": limits, "values": values, "change": change, "official": official}
+# What nobody needs would take all memory, or no end. The most of an integer and of another number, if its row says
+# nothing else; of the values in a list, of the characters in a text, of the parameters of a model.
+MOST_INTEGER, MOST_NUMBER, MOST_ELEMENTS, MOST_CHARACTERS, MOST_PARAMETERS = 10**9, 1e300, 1000, 4096, 10**9
+LARGEST_CUTOFF = 50.0  # Å: about 25,000 neighbors of every atom
+
+
+def key(
+    default: Any, *limits: str, most: float = 0, values: tuple = (), change: int = NEVER, official: bool = True
+) -> Any:
+    """Makes a row: the default (and with it the type), limits, a closed list of values; not `official`: ours alone.
+
+    `most`: the largest size of a number, or of each in a list, that is taken, whatever its sign.
+    """
+    first = default[0] if isinstance(default, tuple) else default
+    most = most or (MOST_INTEGER if isinstance(first, int) else MOST_NUMBER)
+    known = {"limits": limits, "most": most, "values": values, "change": change, "official": official}
     return dataclasses.field(default=default, metadata=known)
 
 
@@ -40,24 +53,24 @@ class PredictionKeys:
     # where prepared data are cached; empty: the user's cache folder
     data_dir: str = key("", change=ALWAYS, official=False)
     # Å; 0: |adaptive_cutoff_sigma| * max(scale_real) / sqrt(gauss_lb_real)
-    cutoff_radius: float = key(0.0, ">=0", official=False)
+    cutoff_radius: float = key(0.0, ">=0", most=LARGEST_CUTOFF, official=False)
     # 0: all images n in [-lattice_range, lattice_range]^3 of each pair of atoms
     adaptive_cutoff_sigma: float = key(-3.5)
     # predictions average this many draws among tied frames; 1: no draw, the first
-    num_frame_samples: int = key(1, ">0", change=IF_ASKED, official=False)
+    num_frame_samples: int = key(1, ">0", most=10_000, change=IF_ASKED, official=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelKeys:
     """The model; lengths in Å."""
 
-    num_layers: int = key(4, ">0")
-    model_dim: int = key(128, ">0")
-    head_num: int = key(8, ">0")
-    k_dim: int = key(0, ">=0")  # per head; 0: model_dim / head_num
-    v_dim: int = key(0, ">=0")
-    ff_dim: int = key(512, ">0")
-    embedding_dim: tuple[int, ...] = key((128,))  # widths of the layers between pooling and output
+    num_layers: int = key(4, ">0", most=256)
+    model_dim: int = key(128, ">0", most=65_536)
+    head_num: int = key(8, ">0", most=1024)
+    k_dim: int = key(0, ">=0", most=65_536)  # per head; 0: model_dim / head_num
+    v_dim: int = key(0, ">=0", most=65_536)
+    ff_dim: int = key(512, ">0", most=1_000_000)
+    embedding_dim: tuple[int, ...] = key((128,), most=65_536)  # widths of the layers between pooling and output
     t_activation: str = key("relu", values=("relu", "gelu"))
     t_fixup_init: bool = key(True)  # False: layer norms
     # others than real without frames only
@@ -73,7 +86,8 @@ class ModelKeys:
     dropout: float = key(0.0, ">=0", "<1", change=IF_ASKED)
     # bfloat16: in the dense layers of the blocks only
     precision: str = key("float32", values=("float32", "float64", "bfloat16"), official=False)
-    lattice_range: int = key(2, ">0")  # of the wave vectors in the reciprocal domains; see also adaptive_cutoff_sigma
+    # of the wave vectors in the reciprocal domains; see also adaptive_cutoff_sigma
+    lattice_range: int = key(2, ">0", most=10)
 
     # Width of the attention Gaussians
     scale_real: tuple[float, ...] = key((1.4,))  # r0, one value or one for each block
@@ -85,11 +99,11 @@ class ModelKeys:
     positive_func_beta: float = key(0.1, ">0")
 
     # Value encodings: distances and angles
-    value_pe_dist_real: int = key(64, ">=0")  # number of Gaussians; 0: none
+    value_pe_dist_real: int = key(64, ">=0", most=4096)  # number of Gaussians; 0: none
     value_pe_dist_coef: float = key(1.0)
     value_pe_dist_max: float = key(-10.0)  # negative: in units of scale_real
     value_pe_dist_wscale: float = key(1.0, ">0")
-    value_pe_angle_real: int = key(64, ">=0")  # number of Gaussians; 0: no frames (Crystalformer)
+    value_pe_angle_real: int = key(64, ">=0", most=4096)  # number of Gaussians; 0: no frames (Crystalformer)
     value_pe_angle_coef: float = key(1.0)
     value_pe_angle_wscale: float = key(4.0, ">0")
     cos_abs: int = key(0, values=(0, 1))
@@ -157,9 +171,9 @@ class TrainConfig(ModelKeys, PredictionKeys):
     """All hyperparameters as the user gave them, lists as tuples; its own are those of the training. Hashable."""
 
     target_set: str = key("mp_flla_2015")
-    seed: int = key(123, ">=0")
-    n_epochs: int = key(2000, ">0", change=IF_ASKED)
-    batch_size: int = key(256, ">0")  # crystals of a step, on all devices together
+    seed: int = key(123, ">=0", most=2**32)
+    n_epochs: int = key(2000, ">0", most=10_000_000, change=IF_ASKED)
+    batch_size: int = key(256, ">0", most=100_000)  # crystals of a step, on all devices together
     num_devices: int = key(0, ">=0", change=ALWAYS, official=False)  # of each process; 0: all that there are
     loss_func: str = key("L1", values=("L1", "MSE", "Smooth_L1"))
     # how training chooses among ties: at random, or as evaluation always does, by the crystal
@@ -210,7 +224,7 @@ class TrainConfig(ModelKeys, PredictionKeys):
     keep_last_checkpoints: int = key(2, ">0", change=ALWAYS, official=False)  # how many of the newest are kept
     # longest time between checkpoints, also within an epoch
     checkpoint_minutes: float = key(2.0, ">0", change=ALWAYS, official=False)
-    ensemble_size: int = key(1, ">0", official=False)  # models to train, with the seeds seed, seed + 1, ...
+    ensemble_size: int = key(1, ">0", most=1000, official=False)  # models to train, with the seeds seed, seed + 1, ...
 
     @functools.cached_property
     def model(self) -> ModelConfig:

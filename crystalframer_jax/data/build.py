@@ -1,8 +1,10 @@
 """Columns built in parallel: chunks of work become part files, which survive an interruption and are then joined."""
 
 import functools
+import struct
 import threading
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -13,7 +15,7 @@ from joblib.externals.loky.process_executor import TerminatedWorkerError
 from tqdm import tqdm
 
 from crystalframer_jax.data.records import DataError
-from crystalframer_jax.files import replacing
+from crystalframer_jax.files import open_regular, replacing
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -69,12 +71,11 @@ def build_parts(
     total: int | None,
     workers: int,
 ) -> list[Path]:
-    """Makes part files in `folder`, in the order of the chunks; those that are there already are not made again.
+    """Makes part files in `folder`, which is there, in the order of the chunks, but not those that are there already.
 
     `total` is the number of items in all chunks, None if it is not known. At most twice as many chunks as processes
     (see `in_parallel`) are in memory.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     numbered = ((folder / f"part-{number:06d}.npz", chunk) for number, chunk in enumerate(chunks))
     make = functools.partial(_make_part, work)
     made = in_parallel(make, numbered, title, total, workers, steps=lambda part: part[1], unit=" crystals")
@@ -93,9 +94,9 @@ def _make_part(work: Callable[[list[Item]], Columns], numbered: tuple[Path, list
 def _is_complete(file: Path) -> bool:
     """Tells whether a part file is there and undamaged."""
     try:
-        with zipfile.ZipFile(file) as archive:
+        with open_regular(file) as stream, zipfile.ZipFile(stream) as archive:
             return archive.testzip() is None
-    except (OSError, zipfile.BadZipFile):
+    except (OSError, EOFError, ValueError, RuntimeError, struct.error, zlib.error, zipfile.BadZipFile):
         return False
 
 

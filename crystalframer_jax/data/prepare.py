@@ -1,12 +1,14 @@
 """Preparation of a target set: crystals parsed and checked, splits made and verified, leaks between them found."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
 import itertools
 import json
 import math
-import shutil
+import os
+import re
 import time
 from pathlib import Path
 
@@ -14,14 +16,28 @@ import numpy as np
 from tqdm import tqdm
 
 from crystalframer_jax.batching.table import CRYSTAL_COLUMNS, crystal_columns
+from crystalframer_jax.config import TrainConfig
 from crystalframer_jax.data.build import Columns, build_parts, join_parts
 from crystalframer_jax.data.leakage import Leak, find_leaks
+from crystalframer_jax.data.owned import (
+    begin,
+    begun,
+    digest_of,
+    discard,
+    mapped_columns,
+    read_manifest,
+    remove,
+    remove_report,
+    require_place,
+    write_report,
+)
 from crystalframer_jax.data.records import BadRecord, DataError, Record, Source, Target
 from crystalframer_jax.data.registry import TargetSet
 from crystalframer_jax.data.splits import SPLITS, differences, given_split, random_split, split_by_group
-from crystalframer_jax.data.store import LABEL_COLUMNS, digest_of, mapped_columns, parts_folder, read_columns, writing
-from crystalframer_jax.files import locked, write_csv
+from crystalframer_jax.data.store import LABEL_COLUMNS, SET_COLUMNS, changing, parts_folder, read_set, writing
+from crystalframer_jax.files import FileError, write_csv
 from crystalframer_jax.structures.crystal import Crystal, CrystalError
+from crystalframer_jax.text import escaped, unsafe_character
 
 CRYSTALS_FORMAT = 1  # to be raised when crystals or their columns change
 LONGEST_ID = 200  # characters
@@ -59,29 +75,52 @@ def prepare(folder: Path, source: Source, known: TargetSet | None, options: Prep
             "unofficial": options.unofficial,
         }
     )
-    with locked(folder.parent / f".{folder.name}.lock"):
-        found = read_columns(folder / "crystals", CRYSTAL_COLUMNS)
+    _require_apart(folder, source)
+    with changing(folder):
+        found = read_set(folder)
         is_prepared = found is not None and found[0]["key"] == key
         if not is_prepared:
+            require_place(folder / "crystals", SET_COLUMNS)
             start = time.perf_counter()
-            for path in folder.glob(".crystals-*"):  # parts of another source; they would fill the disk
-                if key not in path.name:
-                    shutil.rmtree(path)
+            for path in begun(folder):  # parts of another source; they would fill the disk
+                if path.name.startswith(".crystals-") and key not in path.name:
+                    discard(path)
             _write(folder, source, known, options, key)
             tqdm.write(f"prepared in {time.perf_counter() - start:.0f} s, kept in {folder}")
-            (folder / "skipped.csv").unlink(missing_ok=True)  # of an attempt that failed
-            found = read_columns(folder / "crystals", CRYSTAL_COLUMNS)
-        stale = [*folder.glob(".crystals-*"), *(() if is_prepared else folder.glob(".rows-*"))]
-        rows = folder.glob("rows-*/manifest.json")
-        other = [file.parent for file in rows if found is None or found[0]["digest"] not in file.read_text()]
-        for path in stale + other:  # parts that were left, and rows of other crystals
-            shutil.rmtree(path)
+            found = read_set(folder)
+        remove_report(folder / "skipped.csv")  # of an attempt that failed
+        for path in begun(folder):  # what was left, but not what neighbor rows will go on from
+            rows = folder / path.name[1:].partition("-by-")[0]
+            if not (is_prepared and path.name.endswith(".parts") and rows.name.startswith("rows-")) or rows.exists():
+                discard(path)
+        for path in folder.glob("rows-*"):
+            if found and re.fullmatch("rows-[0-9a-f]{12}", path.name) and _are_rows_of_others(path, found[0]["digest"]):
+                remove(path)
     return not is_prepared
+
+
+def _require_apart(folder: Path, source: Source) -> None:
+    """Raises DataError if a source is inside the place where it is prepared, or the other way round."""
+    place = folder.resolve()
+    for path in source.paths:
+        path = path.resolve()
+        if place.is_relative_to(path) or path.is_relative_to(place):
+            raise DataError(
+                f"{path} and {place}, where it would be prepared, are one inside the other: choose another --data_dir "
+                "or --target_set"
+            )
+
+
+def _are_rows_of_others(folder: Path, digest: str) -> bool:
+    """Tells whether a folder has neighbor rows of other crystals than those with that digest, or nothing."""
+    with contextlib.suppress(OSError, FileError):
+        return not os.listdir(folder) or bool(read_manifest(folder).get("crystals", digest) != digest)
+    return False
 
 
 def is_current(folder: Path, source: Source) -> bool:
     """Tells whether what is prepared in a folder comes from this source, and was written by this version."""
-    found = read_columns(folder / "crystals", CRYSTAL_COLUMNS)
+    found = read_set(folder)
     return found is not None and (found[0]["source"], found[0]["format"]) == (source.sha256, CRYSTALS_FORMAT)
 
 
@@ -98,6 +137,7 @@ def _write(folder: Path, source: Source, known: TargetSet | None, options: Prepa
     stream = source.records()
     chunks = iter(lambda: list(itertools.islice(stream, CHUNK)), [])
     work, parts = functools.partial(_crystals_of, len(source.targets)), parts_folder(folder / f"crystals-{key}", CHUNK)
+    begin(parts)
     total = source.count or (known.num_records if known else None) or None
     files = build_parts(work, chunks, parts, f"crystals of {folder.name}", total, options.workers)
     if not files:
@@ -107,11 +147,12 @@ def _write(folder: Path, source: Source, known: TargetSet | None, options: Prepa
     records = np.flatnonzero(~is_bad)
     bad = list(map(BadRecord, *(listing[name][is_bad] for name in ("id", "where", "reason"))))
     if len(bad) > options.max_bad_share * count + 1e-9:
-        shutil.rmtree(parts)  # what could not be used may be readable next time
+        discard(parts)  # what could not be used may be readable next time
         file, share = folder / "skipped.csv", math.ceil(100 * len(bad) / count) / 100
-        _write_bad(file, bad)
+        is_listed = write_report(file, *_table(bad))
+        where = f"{file} lists them" if is_listed else f"not listed: another {file} is there"
         raise DataError(
-            f"{len(bad):,} of {count:,} records cannot be used ({file} lists them), first: "
+            f"{len(bad):,} of {count:,} records cannot be used ({where}), first: "
             f"{bad[0].where}: {bad[0].reason}. Correct them, or accept more by --max_bad_share={share:g}"
         )
     splits, remark = _splits(folder.name, listing, known, options)
@@ -127,7 +168,7 @@ def _write(folder: Path, source: Source, known: TargetSet | None, options: Prepa
         "targets": [dataclasses.asdict(target) for target in source.targets],
         "crystals": len(records),
     }
-    with writing(folder / "crystals", manifest) as temporary:
+    with writing(folder / "crystals", manifest, SET_COLUMNS) as temporary:
         join_parts(files, CRYSTAL_COLUMNS, temporary)
         columns = mapped_columns(temporary, CRYSTAL_COLUMNS)
         if len(columns["ids"]) != len(records):
@@ -137,7 +178,7 @@ def _write(folder: Path, source: Source, known: TargetSet | None, options: Prepa
         columns |= {"labels": listing["labels"][records], "leaked": np.array(leaked, dtype=np.int64), **rows}
         for name in LABEL_COLUMNS:
             np.save(temporary / f"{name}.npy", columns[name])
-        _write_bad(temporary / "skipped.csv", bad)
+        write_csv(temporary / "skipped.csv", *_table(bad))
         ids = columns["ids"]
         lines = [(leak.kind, leak.split, ids[leak.held], leak.other_split, ids[leak.other]) for leak in leaks]
         write_csv(temporary / "leakage.csv", ("kind", "split", "id", "is_also_in", "id_there"), lines)
@@ -176,19 +217,22 @@ def _crystals_of(num_targets: int, chunk: list[Record | BadRecord]) -> Columns:
     """Makes the crystals of records, and what is LISTED of all of them; those without a reason have a crystal."""
     crystals: list[Crystal] = []
     listed = []
+    cutoff = TrainConfig().cutoff  # the usual one; a larger may ask for too many neighbors later
     for record in chunk:
         id, where, labels, split, group, reason = record.id, record.where, (np.nan,) * num_targets, "", "", ""
         if len(id) > LONGEST_ID:
             id, reason = id[:LONGEST_ID], f"its id has {len(id):,} characters"
+        elif unsafe := unsafe_character(id):
+            reason = f"its id has the character {unsafe}; rename it"
         elif isinstance(record, BadRecord):
             reason = record.reason
         else:
             labels, split, group = record.labels, record.split, record.group
             try:
-                crystals.append(record.load())
+                crystals.append(record.crystal(cutoff))
             except CrystalError as error:
                 reason = " ".join(str(error).split())
-        listed.append((id, where, labels, split, group, reason))
+        listed.append((escaped(id) if reason else id, escaped(where), labels, split, group, escaped(reason)))
     return crystal_columns(crystals) | {"listing": np.frombuffer(json.dumps(listed).encode(), np.uint8)}
 
 
@@ -240,8 +284,9 @@ def _likely_change(number: int, expected: int) -> str:
     return f"{cause}; fetch the version that published numbers refer to, or accept this one with --unofficial"
 
 
-def _write_bad(file: Path, bad: list[BadRecord]) -> None:
-    write_csv(file, ("id", "where", "reason"), [(record.id, record.where, record.reason) for record in bad])
+def _table(bad: list[BadRecord]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Tabulates records that cannot be used: header and rows."""
+    return ("id", "where", "reason"), [(record.id, record.where, record.reason) for record in bad]
 
 
 def _report(name: str, targets: tuple[Target, ...], columns: Columns, leaks: list[Leak]) -> None:

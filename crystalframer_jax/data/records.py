@@ -3,10 +3,15 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from crystalframer_jax.errors import UserError
-from crystalframer_jax.structures.crystal import Crystal
+from crystalframer_jax.structures.crystal import Crystal, CrystalError
+from crystalframer_jax.structures.neighbors import LatticeBox, check_neighbors
+from crystalframer_jax.text import LONGEST, brief
 
 
 class DataError(UserError, ValueError):
@@ -23,6 +28,18 @@ class Record:
     labels: tuple[float, ...]  # one for each target of the source, NaN where unknown
     split: str = ""  # "train", "val" or "test" where the source says so
     group: str = ""  # crystals of a group stay in one split
+
+    def crystal(self, cutoff: float | LatticeBox) -> Crystal:
+        """Makes the crystal, with neighbors within `cutoff`; CrystalError, whatever is wrong with it."""
+        try:
+            crystal = self.load()
+            check_neighbors(crystal, cutoff)
+        except CrystalError:
+            raise
+        except Exception as error:  # also MemoryError and RecursionError: other records go on
+            reason = f"{type(error).__name__}: {error}"[:LONGEST]
+            raise CrystalError(f"{self.where}: cannot be used ({reason}); correct the record") from error
+        return crystal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +76,18 @@ class Source:
     sha256: str  # of everything that `records` reads
     records: Callable[[], Iterator[Record | BadRecord]]  # starts a new pass over all, in the order of the source
     count: int | None = None  # if it is known before they are read
+    paths: tuple[Path, ...] = ()  # files and folders of the user that are read
+
+
+def text_of(value: Any) -> str:
+    """Returns an id, split or group as text without blanks around; "" for what is none: None, NaN, endless digits."""
+    if isinstance(value, str):
+        return value.strip()
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, int) and value.bit_length() > 1000:
+        return ""
+    return str(value) if isinstance(value, float | np.generic) else brief(value)
 
 
 def parse_label(value: Any) -> float:
@@ -67,6 +96,6 @@ def parse_label(value: Any) -> float:
         return math.nan
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return math.nan
     return number if math.isfinite(number) else math.nan

@@ -2,12 +2,13 @@
 
 import dataclasses
 import importlib.resources
-import json
 
 from crystalframer_jax.config import ConfigError
+from crystalframer_jax.data.io.download import LARGEST_FILE
 from crystalframer_jax.data.records import Target
 from crystalframer_jax.data.sources import Bundled, FigsharePickles, JarvisArchive
 from crystalframer_jax.data.splits import SplitFacts
+from crystalframer_jax.files import parse_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,7 @@ class TargetSet:
     def official_splits(self) -> dict[str, SplitFacts]:
         """Returns what is known of the splits that published numbers refer to; empty if there are none."""
         file = importlib.resources.files("crystalframer_jax.data").joinpath("bundled", "official_splits.json")
-        official = json.loads(file.read_text()).get(self.name, {})
+        official = parse_json(file.read_bytes(), file).get(self.name, {})
         return {split: SplitFacts(**facts) for split, facts in official.items()}
 
 
@@ -53,7 +54,7 @@ def _dft_3d_2021(name: str, *targets: Target) -> TargetSet:
 
 
 def _oqmd(name: str, *targets: Target) -> TargetSet:
-    source = JarvisArchive("oqmd_3d_no_cfid", id_field="_oqmd_entry_id")
+    source = JarvisArchive("oqmd_3d_no_cfid", id_field="_oqmd_entry_id", largest=4 * LARGEST_FILE)
     return TargetSet(name, source, targets, OQMD_CREDIT, num_records=817_636)
 
 

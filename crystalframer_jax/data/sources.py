@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from crystalframer_jax.data.io.download import download, figshare_urls, jarvis_location
+from crystalframer_jax.data.io.download import LARGEST_FILE, download, figshare_urls, jarvis_location
 from crystalframer_jax.data.io.streams import check_zip, json_records
-from crystalframer_jax.data.records import BadRecord, DataError, Record, Source, Target
+from crystalframer_jax.data.records import BadRecord, DataError, Record, Source, Target, text_of
 from crystalframer_jax.data.structures import dict_loader
 from crystalframer_jax.files import sha256
 
@@ -44,11 +44,12 @@ class JarvisArchive:
 
     dataset: str
     id_field: str
+    largest: int = LARGEST_FILE  # bytes that the archive may have
 
     def fetch(self, folder: Path) -> list[Path]:
         """Downloads the archive into a folder, unless it is there."""
         member, urls = jarvis_location(self.dataset)
-        return [download(urls, folder / f"{member}.zip", check_zip(member))]
+        return [download(urls, folder / f"{member}.zip", check_zip(member), largest=self.largest)]
 
     def given(self, path: Path) -> list[Path]:
         """Finds the archive, fetched by hand: a file, or the folder it is in."""
@@ -65,7 +66,7 @@ class JarvisArchive:
             for number, content in json_records(file, member):
                 yield _record(content, self.id_field, f"{file.name} record {number}", targets)
 
-        return Source(targets, sha256(file), records)
+        return Source(targets, sha256(file), records, paths=(file,))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +116,7 @@ class FigsharePickles:
                     yield _record(content, "id", f"{file.name} record {number}", targets, split)
 
         checksum = hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
-        return Source(targets, checksum, records)
+        return Source(targets, checksum, records, paths=tuple(files))
 
     def _name(self, split: str) -> str:
         return f"{self.word}_megnet_{split}.pkl"
@@ -127,7 +128,7 @@ def _record(
     """Makes a record of JARVIS: its id, the crystal under "atoms", labels under their fields; a text is no label."""
     if not isinstance(content, Mapping):
         return BadRecord("", where, content if isinstance(content, str) else "is not a record")
-    id = str(content.get(id_field, ""))
+    id = text_of(content.get(id_field))
     if not isinstance(content.get("atoms"), Mapping):
         return BadRecord(id, where, 'no crystal under "atoms"')
     found = ((target, content.get(target.field)) for target in targets)

@@ -3,19 +3,28 @@
 Worker processes make the crystals, so all functions are found by their names and are given little.
 """
 
+import contextlib
 import dataclasses
 import functools
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from crystalframer_jax.structures.crystal import Crystal, CrystalError
+from crystalframer_jax.structures.crystal import (
+    MAX_ATOMIC_NUMBER,
+    Crystal,
+    CrystalError,
+    check_number,
+    crystal_from_amounts,
+)
 from crystalframer_jax.structures.files import cif_crystals, extxyz_crystals, read_crystals
+from crystalframer_jax.text import LONGEST, brief
 
 PYMATGEN = ("lattice", "sites", "charge")  # keys of Structure.as_dict()
+PARAMETERS = ("a", "b", "c", "alpha", "beta", "gamma")  # of a lattice without a matrix
 FLAT = ("lattice", "species", "frac_coords")
 JARVIS = ("lattice_mat", "elements", "coords", "cartesian")  # the last may be missing: false
 
@@ -29,40 +38,92 @@ def dict_loader(structure: Mapping[str, Any], id: str) -> Callable[[], Crystal]:
 def from_dict(structure: Mapping[str, Any], id: str) -> Crystal:
     """Makes the crystal of a pymatgen Structure.as_dict(), of JARVIS atoms, or of lattice, species and frac_coords.
 
-    Raises CrystalError.
+    Only numbers and symbols are read: nothing that a dict names is imported or called. Raises CrystalError.
     """
     if "sites" in structure:
-        return from_pymatgen(structure, id)
+        return _from_sites(structure, id)
     try:
         keys = JARVIS if "lattice_mat" in structure else FLAT
         lattice, symbols, coords = (structure[key] for key in keys[:3])
         cartesian = keys is JARVIS and structure.get("cartesian", False)
-        cell, positions = np.array(lattice, dtype=np.float64), np.array(coords, dtype=np.float64)
-        species = np.array([_atomic_number(symbol) for symbol in symbols])
+        cell, positions = _vectors(lattice, id), _vectors(coords, id)
+        species = np.array([_atomic_number(symbol) for symbol in _sequence(symbols, id)])
         if cell.shape != (3, 3) or positions.shape != (len(species), 3):
             raise ValueError(f"lattice {cell.shape} and coordinates {positions.shape} of {len(species)} atoms")
         if not isinstance(cartesian, bool | np.bool_):
-            raise ValueError(f"cartesian={cartesian!r} is neither true nor false")
-    except (KeyError, TypeError, ValueError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"cartesian={brief(cartesian)} is neither true nor false")
+    except CrystalError:
+        raise
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)[:LONGEST]
         raise CrystalError(f"{id}: not a structure with lattice, species and coordinates ({reason})") from error
-    return Crystal(species, positions if cartesian else positions @ cell, cell, id=id)
+    with np.errstate(invalid="ignore", over="ignore"):  # Crystal looks at what comes out
+        return Crystal(species, positions if cartesian else positions @ cell, cell, id=id)
+
+
+def _from_sites(structure: Mapping[str, Any], id: str) -> Crystal:
+    """Makes the crystal of a pymatgen Structure.as_dict() of what is said of lattice, elements and coordinates."""
+    from pymatgen.core import Lattice
+
+    with _not_pymatgen(id):
+        given = structure["lattice"]
+        if not all(given.get("pbc", (True,) * 3)):
+            raise CrystalError(f"{id}: not periodic in all three directions; give a periodic Structure")
+        if "matrix" in given:
+            lattice = _vectors(given["matrix"], id)
+        else:
+            lattice = Lattice.from_parameters(*(float(given[key]) for key in PARAMETERS)).matrix
+        sites = _sequence(structure["sites"], id)
+        amounts = np.zeros((len(sites), MAX_ATOMIC_NUMBER))
+        for number, site in enumerate(sites):
+            for part in _sequence(site["species"], id):
+                z = _atomic_number(part["element"])
+                if z > MAX_ATOMIC_NUMBER:
+                    raise CrystalError(
+                        f"{id}: site {number + 1}: element {part['element']} is not supported; use H to Cf"
+                    )
+                amounts[number, z - 1] += float(part["occu"])
+        coordinates = _vectors([site["abc"] for site in sites], id)
+        # site by site, as pymatgen does it: the bits of a product may depend on the number of rows
+        positions = np.reshape([np.dot(row, lattice) for row in coordinates], (-1, 3))
+        return crystal_from_amounts(amounts, positions, lattice, id)
 
 
 def from_pymatgen(structure: Any, id: str) -> Crystal:
-    """Makes the crystal of a pymatgen Structure, perhaps one that a pickle has put together wrongly, or of its dict.
+    """Makes the crystal of a pymatgen Structure, perhaps one that a pickle has put together wrongly.
 
     Raises CrystalError.
     """
-    from pymatgen.core import Structure
+    with _not_pymatgen(id):
+        return Crystal.from_pymatgen(structure, id)
 
+
+@contextlib.contextmanager
+def _not_pymatgen(id: str) -> Iterator[None]:
+    """Turns whatever a wrong Structure raises into CrystalError: the record is at fault."""
     try:
-        parsed = Structure.from_dict(dict(structure)) if isinstance(structure, Mapping) else structure
-        return Crystal.from_pymatgen(parsed, id)
+        yield
     except CrystalError:
         raise
-    except Exception as error:  # whatever the parser raises, the record is at fault
-        raise CrystalError(f"{id}: not a pymatgen Structure ({type(error).__name__}: {error})") from error
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"[:LONGEST]
+        raise CrystalError(f"{id}: not a pymatgen Structure ({reason})") from error
+
+
+def _sequence(value: Any, id: str) -> Any:
+    """Returns a list or array of an entry for each atom; ValueError for something else, CrystalError if longer."""
+    if not isinstance(value, list | tuple | np.ndarray):
+        raise ValueError(f"{type(value).__name__} instead of a list")
+    check_number(len(value), id)
+    return value
+
+
+def _vectors(value: Any, id: str) -> np.ndarray:
+    """Reads vectors [n, 3]; unlike np.array, it does not follow lists into each other."""
+    rows = _sequence(value, id)
+    if not all(isinstance(row, list | tuple | np.ndarray) for row in rows):
+        raise ValueError("a vector is not a list")
+    return np.array([(float(x), float(y), float(z)) for x, y, z in rows], dtype=np.float64).reshape(-1, 3)
 
 
 def from_file(path: Path, id: str) -> Crystal:
@@ -84,6 +145,15 @@ def _single(crystals: list[Crystal], where: str, id: str, remedy: str) -> Crysta
 
 def _atomic_number(symbol: Any) -> int:
     """Returns Z of an element symbol (blanks around it are ignored, D and T are hydrogen) or of an atomic number."""
+    if isinstance(symbol, str):
+        return _number_of(symbol)
+    if not isinstance(symbol, numbers.Integral):
+        raise ValueError(f"{type(symbol).__name__} instead of an element")
+    return int(symbol)
+
+
+@functools.lru_cache(maxsize=1000)
+def _number_of(symbol: str) -> int:
     from pymatgen.core import Element
 
-    return int(symbol) if isinstance(symbol, numbers.Integral) else int(Element(str(symbol).strip()).Z)
+    return int(Element(symbol.strip()).Z)

@@ -13,8 +13,10 @@ from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.inference.evaluation import Predictions
 from crystalframer_jax.inference.predictor import Predictor, crystals_of
 from crystalframer_jax.reporting import metrics
-from crystalframer_jax.reporting.predictions import plot_calibration, write_split
-from crystalframer_jax.runs.checkpoints import CheckpointError, read_json
+from crystalframer_jax.reporting.predictions import plot_calibration, reporting, write_split
+from crystalframer_jax.runs.checkpoints import CheckpointError
+from crystalframer_jax.runs.claims import MEMBER
+from crystalframer_jax.runs.run_directory import CONFIG_FILE, SUMMARY_FILE, read_config
 from crystalframer_jax.structures.neighbors import LatticeBox
 
 
@@ -54,7 +56,7 @@ class Ensemble:
         folder = Path(run_dir).expanduser()
         names = member_names(folder)
         for name in names:
-            if not (folder / name / "summary.json").is_file():
+            if not (folder / name / SUMMARY_FILE).is_file():
                 raise CheckpointError(
                     f"{folder / name} is not trained to its end; the training command of the ensemble continues it"
                 )
@@ -116,8 +118,8 @@ def is_ensemble(folder: Path) -> bool:
 
 def member_names(folder: Path) -> list[str]:
     """Returns member_0, member_1, ...: as many as config.json says, or up to the last that is there."""
-    found, file = _members(folder), folder / "config.json"
-    planned = read_json(file).get("ensemble_size", 1) if file.is_file() else 0
+    found = _members(folder)
+    planned = read_config(folder).ensemble_size if (folder / CONFIG_FILE).is_file() else 0
     if not found:
         raise CheckpointError(f"{folder} holds no member_0; is it the run directory of an ensemble?")
     return [f"member_{number}" for number in range(max(planned, max(found) + 1))]
@@ -125,7 +127,7 @@ def member_names(folder: Path) -> list[str]:
 
 def _members(folder: Path) -> list[int]:
     """Returns the numbers of the members in a folder."""
-    matches = [re.fullmatch(r"member_(\d+)", path.name) for path in folder.glob("member_*") if path.is_dir()]
+    matches = [re.fullmatch(MEMBER, path.name) for path in folder.glob("member_*") if path.is_dir()]
     return [int(match[1]) for match in matches if match]
 
 
@@ -142,7 +144,8 @@ def ensemble_summary(ensemble: Ensemble, dataset: Dataset, folder: str | Path) -
 
     Besides the errors (`regression_metrics`) it has the mean standard deviation and, on the test crystals, the area
     between the calibration curve and the diagonal. Writes predictions_test.csv (with the spread), parity_test.png and
-    calibration_test.png (with several targets calibration_test_TARGET.png) into `folder`, which must exist.
+    calibration_test.png (with several targets calibration_test_TARGET.png) into `folder`, which must exist; those that
+    could not be written are listed as "not_written".
     """
     targets, folder = ensemble.targets, Path(folder)
     train_labels = dataset.labels[dataset.splits["train"]]
@@ -150,6 +153,7 @@ def ensemble_summary(ensemble: Ensemble, dataset: Dataset, folder: str | Path) -
         {"run": name, "weights": member.weights} for name, member in zip(ensemble.names, ensemble.members, strict=True)
     ]
     summary: dict[str, Any] = {"ensemble_size": len(members), "members": members, "mean_predictor_mae": {}}
+    not_written: list[str] = []
     for split in ("val", "test"):
         indices = dataset.splits[split]
         labels = dataset.labels[indices]
@@ -160,12 +164,15 @@ def ensemble_summary(ensemble: Ensemble, dataset: Dataset, folder: str | Path) -
         for t, s in enumerate(targets):
             errors[s.name]["mean_std"] = float(spread[:, t].mean())
         if split == "test":
-            write_split(folder, dataset, split, mean, targets, spread)
-            _, found = plot_calibration(folder / "calibration_test.png", labels, mean, spread, targets)
-            for name, numbers in found.items():
-                errors[name]["miscalibration_area"] = numbers["miscalibration_area"]
+            write_split(folder, dataset, split, mean, targets, not_written, spread)
+            figure = folder / "calibration_test.png"
+            with reporting(figure, not_written):
+                _, found = plot_calibration(figure, labels, mean, spread, targets)
+                for name, numbers in found.items():
+                    errors[name]["miscalibration_area"] = numbers["miscalibration_area"]
         summary["mean_predictor_mae"][split] = baseline
         summary[split] = errors
         for member, sample in zip(members, samples, strict=True):
             member[split] = metrics.mean_absolute_errors(sample, labels, targets)
-    return summary | {"units": {s.name: s.unit for s in targets}}
+    summary["units"] = {s.name: s.unit for s in targets}
+    return summary | ({"not_written": not_written} if not_written else {})

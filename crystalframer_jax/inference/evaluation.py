@@ -14,6 +14,7 @@ from crystalframer_jax.batching.shapes import BatchShape, Shared, shared_out
 from crystalframer_jax.batching.table import CrystalTable
 from crystalframer_jax.batching.targets import TargetStatistics, to_label_units
 from crystalframer_jax.config import NO_PARTS, BatchParts, ConfigError, TrainConfig
+from crystalframer_jax.config.hyperparameters import KEYS
 from crystalframer_jax.inference.forward import Forward
 from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices
 
@@ -37,11 +38,14 @@ class Predictions(NamedTuple):
 def frame_draws(config: TrainConfig, num_frame_samples: int | None = None) -> int:
     """Tells how many draws among equally good frames a prediction averages: as asked for, or (None) as configured.
 
-    1 for models without frames. Raises ConfigError for less than 1.
+    1 for models without frames. Raises ConfigError for less than 1, and for more than anybody needs.
     """
     samples = config.num_frame_samples if num_frame_samples is None else num_frame_samples
+    most = KEYS["num_frame_samples"].metadata["most"]
     if samples < 1:
         raise ConfigError(f"num_frame_samples={samples} must be at least 1")
+    if samples > most:
+        raise ConfigError(f"num_frame_samples={samples} is out of bounds: {most:,} is the most that is taken")
     return samples if config.model.uses_frames else 1
 
 

@@ -9,6 +9,7 @@ from crystalframer_jax.batching.batch import Layout, pack, unpacked
 from crystalframer_jax.batching.shapes import shape_for
 from crystalframer_jax.batching.table import table_of
 from crystalframer_jax.config import BatchParts, ConfigError
+from crystalframer_jax.config.hyperparameters import LARGEST_CUTOFF
 from crystalframer_jax.model.frames import block_frames
 from crystalframer_jax.ops.frames import METHODS, Attention
 from crystalframer_jax.ops.random_bits import keys_by_place, row_seeds
@@ -50,8 +51,8 @@ def compute_frames(
     """
     if method not in METHODS:
         raise ConfigError(f"method={method!r} does not exist; allowed: {', '.join(METHODS)}")
-    if not (np.isfinite(cutoff_radius) and cutoff_radius > 0):
-        raise ConfigError(f"cutoff_radius={cutoff_radius!r} must be a positive number of Å")
+    if not 0 < cutoff_radius <= LARGEST_CUTOFF:
+        raise ConfigError(f"cutoff_radius={cutoff_radius!r} must be a positive number of Å, at most {LARGEST_CUTOFF:g}")
     if not tie_tolerance >= 0:
         raise ConfigError(f"tie_tolerance={tie_tolerance!r} must not be negative")
     crystals = as_crystals(structure)

@@ -1,7 +1,9 @@
 """Predictor: a trained model, ready to predict structures."""
 
+import dataclasses
 import functools
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,15 +22,9 @@ from crystalframer_jax.inference.evaluation import Predictions, frame_draws, gro
 from crystalframer_jax.inference.forward import Forward, make_forward, working_precision
 from crystalframer_jax.model.regressor import CrystalFramer
 from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices, Tree
-from crystalframer_jax.runs.checkpoints import (
-    FOLDER,
-    MODEL_FIELDS,
-    CheckpointError,
-    Checkpoints,
-    on_this_device,
-    read_json,
-)
-from crystalframer_jax.runs.run_directory import read_config
+from crystalframer_jax.runs.checkpoints import FOLDER, MODEL_FIELDS, CheckpointError, Checkpoints, on_this_device
+from crystalframer_jax.runs.metadata import checked
+from crystalframer_jax.runs.run_directory import CONFIG_FILE, read_config, read_summary, warn
 from crystalframer_jax.structures.crystal import Crystal
 from crystalframer_jax.structures.files import as_crystals
 
@@ -77,16 +73,19 @@ class Predictor:
             raise CheckpointError(
                 f"{run_dir} is one checkpoint: give weights 'last', 'swa' or 'ema', or its run directory"
             )
-        config = read_config(workdir)
-        checkpoints = Checkpoints(workdir)
-        weights = weights or (_selected(workdir) if step is None else "last")
+        checkpoints, summary = Checkpoints(workdir), read_summary(workdir)
+        weights = weights or ("last" if step is not None else summary.get("selected_weights", "best"))
         if weights not in WEIGHTS:
             raise CheckpointError(f"weights={weights!r} do not exist; allowed: {', '.join(WEIGHTS)}")
         if step is None:
             step = _step_with(weights, checkpoints)
+        meta = checked(checkpoints.meta(step), checkpoints.path(step), "targets")
+        config = _with_draws(read_config(workdir, meta), workdir, meta, summary)
+        targets = tuple(TargetStatistics(**target) for target in meta["targets"])
+        if tuple(target.name for target in targets) != config.targets:
+            raise CheckpointError(f"{checkpoints.path(step)} has no statistics of the targets {config.targets}")
         with working_precision(config):
             fields = checkpoints.restore_model(step, _abstract_model(config))
-        targets = tuple(TargetStatistics(**target) for target in checkpoints.meta(step)["targets"])
         _check_average(weights, fields, config, workdir, step)
         origin = f"{weights} weights of {workdir}, step {step}"
         return cls(config, variables_in(fields, weights), targets, weights, step, origin)
@@ -126,7 +125,7 @@ class Predictor:
         """Predicts rows of a data set with this predictor's cutoff, in batches as in training."""
         from crystalframer_jax.data.loader import batch_shapes  # imports Grain, which others do not need
 
-        size = self.config.batch_size
+        size = max(1, self.config.batch_size)
         shapes = batch_shapes(dataset, size, self.parts, self.devices.count)
         return self.predict_table(dataset.table, groups_of(rows, size), shapes, num_frame_samples)
 
@@ -180,7 +179,7 @@ def _forward_of(model: ModelConfig, devices: Devices) -> Forward:
 def run_and_step(path: str | Path) -> tuple[Path, int | None]:
     """Splits RUN/checkpoints/STEP into the run directory and the step; None if the path is that of a run."""
     path = Path(path).expanduser()
-    is_checkpoint = path.parent.name == FOLDER and path.name.isdigit()
+    is_checkpoint = path.parent.name == FOLDER and re.fullmatch("[0-9]{1,18}", path.name)
     return (path.parent.parent, int(path.name)) if is_checkpoint else (path, None)
 
 
@@ -190,10 +189,16 @@ def all_zero(tree: Tree) -> bool:
     return bool(leaves) and not any(np.any(leaf) for leaf in leaves)
 
 
-def _selected(workdir: Path) -> str:
-    """Returns the weights that a finished run selected; the best so far otherwise."""
-    file = workdir / "summary.json"
-    return read_json(file).get("selected_weights", "best") if file.exists() else "best"
+def _with_draws(config: TrainConfig, workdir: Path, meta: dict[str, Any], summary: dict[str, Any]) -> TrainConfig:
+    """Gives a configuration the draws of frames that the summary tells or, before there is one, the checkpoint.
+
+    They may change within a run, so config.json alone would not be noticed to be damaged.
+    """
+    told = meta.get("config", {}).get("num_frame_samples", config.num_frame_samples)
+    draws = summary.get("num_frame_samples", told)
+    if draws != config.num_frame_samples:
+        warn(f"{workdir / CONFIG_FILE} has num_frame_samples={config.num_frame_samples}; the run was made with {draws}")
+    return dataclasses.replace(config, num_frame_samples=draws)
 
 
 def _step_with(weights: str, checkpoints: Checkpoints) -> int:

@@ -14,12 +14,15 @@ import numpy as np
 
 from crystalframer_jax.errors import UserError
 from crystalframer_jax.files import replacing
+from crystalframer_jax.official.pickle_limits import check_pickle
 
 Arrays = dict[str, np.ndarray]
 
 MODEL, AVERAGE, AVERAGED_STEPS = "model.", "swa_model.module.", "swa_model.n_averaged"
 SCALING = ("target_mean", "target_std")
 MAX_COUNT = 2**53
+LARGEST_PICKLE = 16 * 1024**2  # bytes, without the tensors, which are beside it
+MOST_TIMES = 8  # so many times the size of its file all arrays may have: tensors may share memory
 
 # Classes that a file may hold beside tensors and plain Python values: they only store what they are given.
 HARMLESS = (argparse.Namespace, (pathlib.PurePosixPath, "pathlib.PosixPath"))
@@ -160,8 +163,23 @@ def _check_archive(path: Path) -> None:
         if sum(member.file_size for member in members) > path.stat().st_size:
             raise TorchFileError(f"{path} is damaged: the files inside claim to be larger than the archive")
         torn = archive.testzip()  # PyTorch does not look at the checksums
+        if torn is None:
+            for member in members:
+                if member.filename.lower().endswith(".pkl"):  # PyTorch does not tell cases apart
+                    _check_objects(path, archive, member)
     if torn:
         raise TorchFileError(f"{path} is damaged: the checksum of {torn:.200} inside is wrong; copy it again")
+
+
+def _check_objects(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
+    """Raises TorchFileError if the objects in a pickle are no such as a checkpoint has, before they are made."""
+    try:
+        if member.file_size > LARGEST_PICKLE:
+            raise ValueError(f"it has more than {LARGEST_PICKLE:,} bytes")
+        check_pickle(archive.read(member))
+    except (ValueError, KeyError, IndexError, OverflowError) as error:
+        reason = f"{member.filename:.200}: {str(error)[:200]}"
+        raise TorchFileError(f"{path} is damaged or not a PyTorch file ({reason})") from error
 
 
 def _arrays(path: Path, state: Any) -> Arrays:
@@ -169,16 +187,19 @@ def _arrays(path: Path, state: Any) -> Arrays:
     torch = _torch()
     if not isinstance(state, Mapping):
         raise TorchFileError(f"{path}: state_dict is a {type(state).__name__}, not a dictionary")
-    arrays = {}
+    arrays, room = {}, MOST_TIMES * path.stat().st_size
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            kind = type(value).__name__
-            raise TorchFileError(f"{path} holds {name!s:.200}, a {kind}; a state dict has tensors by name")
+            kind, shown = type(value).__name__, name if isinstance(name, str) else reprlib.repr(name)
+            raise TorchFileError(f"{path} holds {shown:.200}, a {kind}; a state dict has tensors by name")
         try:
+            room -= value.numel() * value.element_size()
             if value.numel() * value.element_size() > value.untyped_storage().nbytes():
                 raise TypeError("more values than are stored")
             if value.is_floating_point() and value.dtype not in (torch.float32, torch.float64):
                 value = value.float()
+            if room < 0:
+                raise TypeError(f"with those before it, more than {MOST_TIMES} times the size of the file")
             arrays[name] = value.detach().numpy()
         except (RuntimeError, TypeError) as error:  # sparse, quantized and other special tensors
             reason = f"{value.dtype}, {value.layout}: {str(error).split('.')[0][:100]}"

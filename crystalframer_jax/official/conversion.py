@@ -30,9 +30,10 @@ from crystalframer_jax.official.state import (
     variables_from_official,
 )
 from crystalframer_jax.runs.checkpoints import FOLDER, Checkpoints, on_this_device
-from crystalframer_jax.runs.run_directory import as_json
+from crystalframer_jax.runs.metadata import checked
+from crystalframer_jax.runs.run_directory import CONFIG_FILE, SUMMARY_FILE, as_json, sealed
 
-RUN_FILES = ("config.json", "summary.json", FOLDER)
+RUN_FILES = (CONFIG_FILE, SUMMARY_FILE, FOLDER)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,10 +104,11 @@ def _write_run(workdir: Path, run: Conversion, fields: dict[str, Tree], origin: 
     with tempfile.TemporaryDirectory(prefix=f".{workdir.name}.importing.", dir=workdir.parent) as temporary:
         folder = Path(temporary) / "run"
         folder.mkdir()
-        write_json(folder / "config.json", as_json(run.config))
+        write_json(folder / CONFIG_FILE, as_json(run.config))
         with contextlib.closing(Checkpoints(folder, writable=True)) as checkpoints:
             targets = [dataclasses.asdict(s) for s in run.targets]
             meta = {"epoch": run.epoch, "seconds": 0.0, "targets": targets, "val_mae": {}}
+            meta["config"] = as_json(run.config)
             checkpoints.save_weights(run.step, fields, meta)
         summary = {
             "selected_weights": run.weights,
@@ -114,7 +116,7 @@ def _write_run(workdir: Path, run: Conversion, fields: dict[str, Tree], origin: 
             "units": {s.name: s.unit for s in run.targets},
             "parameters": run.parameters,
         }
-        write_json(folder / "summary.json", summary)
+        write_json(folder / SUMMARY_FILE, sealed(summary))
         _check_free(workdir)
         os.replace(folder, workdir)  # an empty folder may be there
 
@@ -262,7 +264,7 @@ def _epoch_and_average(run: Path, predictor: Predictor) -> tuple[int, Tree | Non
     The average is that of the same checkpoint; the best weights go with that of the last one.
     """
     with contextlib.closing(Checkpoints(run_and_step(run)[0])) as checkpoints:
-        epoch = checkpoints.meta(predictor.step)["epoch"]
+        epoch = checked(checkpoints.meta(predictor.step), checkpoints.path(predictor.step), "epoch")["epoch"]
         if not predictor.config.swa_epochs:
             return epoch, None
         last = checkpoints.last() if predictor.weights == "best" else None

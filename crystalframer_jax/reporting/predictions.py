@@ -1,14 +1,19 @@
 """Files and figures of labels and predictions."""
 
-from collections.abc import Sequence
+import contextlib
+import re
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from crystalframer_jax.batching.targets import TargetStatistics
 from crystalframer_jax.data.store import Dataset
-from crystalframer_jax.files import write_csv
+from crystalframer_jax.files import is_disk_full, write_csv
 from crystalframer_jax.reporting.metrics import check_shapes
+from crystalframer_jax.text import escaped
 
 
 def write_predictions(
@@ -35,19 +40,43 @@ def write_predictions(
     write_csv(file, header, [[str(id), *row] for id, row in zip(ids, rows.tolist(), strict=True)])
 
 
+@contextlib.contextmanager
+def reporting(file: Path, not_written: list[str]) -> Iterator[None]:
+    """Makes any failure to write a file of a report a warning, and lists it: a training is worth more than its figures.
+
+    A full disk stays an error: what comes after this file would fail as well.
+    """
+    try:
+        yield
+    except Exception as error:  # of many libraries
+        if isinstance(error, OSError) and is_disk_full(error):
+            raise
+        not_written.append(file.name)
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        later = "the same command tries again, and scripts/evaluate.py with --output or --plot writes such files"
+        tqdm.write(f"warning: {file} could not be written ({escaped(reason)}); {later}", file=sys.stderr)
+
+
 def write_split(
     folder: Path,
     dataset: Dataset,
     split: str,
     predictions: np.ndarray,
     statistics: tuple[TargetStatistics, ...],
+    not_written: list[str],
     spread: np.ndarray | None = None,
 ) -> None:
-    """Writes predictions_SPLIT.csv and parity_SPLIT.png of a data set into a folder, which must exist."""
+    """Writes predictions_SPLIT.csv and parity_SPLIT.png of a data set into a folder, which must exist.
+
+    What cannot be written is added to `not_written`.
+    """
     rows = dataset.splits[split]
     ids, labels = dataset.table.ids[rows], dataset.labels[rows]
-    write_predictions(folder / f"predictions_{split}.csv", ids, labels, predictions, statistics, spread)
-    plot_parity(folder / f"parity_{split}.png", labels, predictions, statistics, split)
+    file, figure = folder / f"predictions_{split}.csv", folder / f"parity_{split}.png"
+    with reporting(file, not_written):
+        write_predictions(file, ids, labels, predictions, statistics, spread)
+    with reporting(figure, not_written):
+        plot_parity(figure, labels, predictions, statistics, split)
 
 
 def plot_parity(
@@ -60,6 +89,13 @@ def plot_parity(
     plots.write(plots.parity(labels, predictions, names, units, split), file)
 
 
+def figure_files(file: Path, statistics: tuple[TargetStatistics, ...]) -> list[Path]:
+    """Names the figures of one or several targets: FILE, or FILE_TARGET for each."""
+    if len(statistics) == 1:
+        return [file]
+    return [file.with_stem(f"{file.stem}_{re.sub('[^-+. 0-9A-Za-z_]', '_', s.name)}") for s in statistics]
+
+
 def plot_calibration(
     file: Path, labels: np.ndarray, mean: np.ndarray, spread: np.ndarray, statistics: tuple[TargetStatistics, ...]
 ) -> tuple[list[Path], dict[str, dict[str, float]]]:
@@ -69,9 +105,7 @@ def plot_calibration(
     """
     from crystalframer_jax.reporting import plots  # imports matplotlib
 
-    several = len(statistics) > 1
-    files = [file.with_stem(f"{file.stem}_{s.name}") if several else file for s in statistics]
-    found = {}
+    files, found = figure_files(file, statistics), {}
     for t, s in enumerate(statistics):
         figure, found[s.name] = plots.calibration(labels[:, t], mean[:, t], spread[:, t], s.name, s.unit)
         plots.write(figure, files[t])

@@ -23,9 +23,11 @@ import numpy as np
 from tqdm import tqdm
 
 from crystalframer_jax.errors import UserError
+from crystalframer_jax.files import FileError, read_json
 from crystalframer_jax.parallel.devices import Tree
 from crystalframer_jax.runs import checksums
 from crystalframer_jax.runs.arrays import read_arrays, write_arrays
+from crystalframer_jax.runs.metadata import checked
 
 FOLDER = "checkpoints"
 DAMAGED_FOLDER = "damaged_checkpoints"
@@ -93,7 +95,7 @@ class Checkpoints:
         loss = float(loss) if loss is not None and np.isfinite(loss) else None
         if self._is_stored(step, loss):
             return
-        texts = {META_FILE: json.dumps(meta), LOSS_FILE: json.dumps({"validation_loss": loss})}
+        texts = {META_FILE: json.dumps(meta), LOSS_FILE: json.dumps({"validation_loss": loss, "step": step})}
         copies = jax.tree.map(np.array, trees)  # the caller may change them; Orbax refuses those of several processes
         try:
             self._unfinished.mkdir(exist_ok=True)  # a disk that cannot be written is an error at once
@@ -137,7 +139,7 @@ class Checkpoints:
         """Tells whether a step is there with this loss; if it is damaged, it is set aside."""
         if not self.path(step).exists():
             return False
-        if wrong := checksums.problem(self.path(step)):
+        if wrong := self._problem(step):
             self._set_aside({step: wrong}, "it is written again")
             return False
         return loss is None or self._loss(step) == loss
@@ -227,7 +229,10 @@ class Checkpoints:
                     f"{folder} has weights only, no training state; train from them with pretrained_model"
                 )
             items = {name: read_arrays(folder / name, tree) for name, tree in _items(like).items()}
-            return type(like)(**items["model"], **items["training"]), json.loads((folder / META_FILE).read_text())
+            state = type(like)(**items["model"], **items["training"])
+            if int(state.step) != step:
+                raise CheckpointError(f"{folder} is damaged: its state is that of step {int(state.step)}")
+            return state, _meta(folder)
 
     def restore_model(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
         """Reads MODEL_FIELDS of a step; `like` gives their shapes."""
@@ -237,7 +242,7 @@ class Checkpoints:
     def meta(self, step: int) -> dict[str, Any]:
         """Reads epoch, target statistics and validation errors stored with a step."""
         with self._reading(step) as folder:
-            return json.loads((folder / META_FILE).read_text())
+            return _meta(folder)
 
     @contextlib.contextmanager
     def _reading(self, step: int) -> Iterator[Path]:
@@ -253,13 +258,15 @@ class Checkpoints:
             self._verify(step)  # a training may have replaced it since
             if isinstance(error, CheckpointError):
                 raise
+            if isinstance(error, FileError):
+                raise CheckpointError(str(error)) from error
             raise CheckpointError(
                 f"{self.path(step)} is of another model than config.json ({_reason(error)}); restore that file"
             ) from error
 
     def _verify(self, step: int) -> None:
         """Raises CheckpointError unless all files of a step are as they were written."""
-        wrong = checksums.problem(self.path(step))
+        wrong = self._problem(step)
         if not self.path(step).is_dir():
             steps = ", ".join(map(str, self._finished())) or "none"
             raise CheckpointError(
@@ -278,7 +285,7 @@ class Checkpoints:
         """Finds the first of the steps that is whole, and what is wrong with those before it."""
         damaged: dict[int, str] = {}
         for step in steps:
-            wrong = checksums.problem(self.path(step))
+            wrong = self._problem(step)
             if wrong is None:
                 return step, damaged
             damaged[step] = wrong
@@ -291,10 +298,10 @@ class Checkpoints:
         """
         losses, damaged = {}, {}
         for step in self._finished():
-            wrong = checksums.problem(self.path(step), LOSS_FILE)
+            wrong = self._problem(step, LOSS_FILE)
             try:
                 loss = None if wrong else self._loss(step)
-            except OSError as error:  # deleted since
+            except FileError as error:  # deleted since
                 loss, wrong = None, str(error)
             if wrong:
                 damaged[step] = wrong
@@ -302,8 +309,22 @@ class Checkpoints:
                 losses[step] = loss
         return dict(sorted(losses.items(), key=lambda item: (item[1], item[0]))), damaged
 
+    def _problem(self, step: int, under: str = "") -> str | None:
+        """Tells what is wrong with a step, as `checksums.problem` does; also if its folder had another name."""
+        if wrong := checksums.problem(self.path(step), under):
+            return wrong
+        try:
+            stored = self._scores(step).get("step", step)  # of old ones, the step is not known
+        except FileError as error:
+            return str(error)
+        return None if stored == step else f"it is the checkpoint of step {stored}; give it that name back"
+
+    def _scores(self, step: int) -> dict[str, Any]:
+        file = self.path(step) / LOSS_FILE
+        return checked(read_json(file), file, "validation_loss")
+
     def _loss(self, step: int) -> float | None:
-        return json.loads((self.path(step) / LOSS_FILE).read_text())["validation_loss"]
+        return self._scores(step)["validation_loss"]
 
     def _set_aside(self, damaged: dict[int, str], then: str) -> None:
         """Moves damaged steps out of the way, with a line each on stderr."""
@@ -330,12 +351,18 @@ def on_this_device(shapes: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Reads a JSON file of a run; CheckpointError if it is missing or damaged."""
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} is missing or damaged; is {file.parent} a run directory?") from error
+def newest_meta(workdir: Path) -> dict[str, Any]:
+    """Reads the meta data of the newest checkpoint that still has them as they were written; empty if none has."""
+    for step in reversed(steps_in(workdir / FOLDER)):
+        folder = workdir / FOLDER / str(step)
+        if checksums.problem(folder, META_FILE) is None:
+            with contextlib.suppress(FileError):
+                return checked(_meta(folder), folder)
+    return {}
+
+
+def _meta(folder: Path) -> dict[str, Any]:
+    return read_json(folder / META_FILE)
 
 
 def _items(state: Tree) -> dict[str, dict[str, Tree]]:

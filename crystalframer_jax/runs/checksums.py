@@ -3,12 +3,14 @@
 import errno
 import os
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from crystalframer_jax.files import sha256
+from crystalframer_jax.files import FileError, read_bytes, sha256
 
 NAME = "SHA256SUMS"  # check it in its folder with: sha256sum -c SHA256SUMS
+LARGEST = 64 * 1024**2  # bytes of it: hundreds of thousands of files
 
 
 def write(folder: Path) -> None:
@@ -25,14 +27,18 @@ def write(folder: Path) -> None:
 def problem(folder: Path, under: str = "") -> str | None:
     """Tells what is wrong with the files of a folder, naming one of them; None if they are those of its checksums.
 
-    `under`: look only at paths that begin so.
+    A link, a pipe or a device in it is wrong, and is not opened. `under`: look only at paths that begin so.
     """
     try:
-        content = (folder / NAME).read_bytes()
-        found = _digests(folder, under)
-    except OSError as error:
-        if isinstance(error, FileNotFoundError) and error.filename == str(folder / NAME):
+        if odd := _irregular(folder):
+            return f"{odd} is a link or no regular file"
+        if not (folder / NAME).exists():
             return f"it has no {NAME}, so it was not finished or comes from an old version"
+        content = read_bytes(folder / NAME, LARGEST)
+        found = _digests(folder, under)
+    except FileError as error:
+        return str(error)
+    except OSError as error:
         return f"{error.filename} cannot be read ({error.strerror})"
     lines = re.findall("([0-9a-f]{64})  (.+)\n", content.decode(errors="replace"))
     stored = {name: digest for digest, name in lines}
@@ -72,10 +78,23 @@ def _lines(digests: dict[str, str]) -> str:
     return "".join(f"{digests[name]}  {name}\n" for name in sorted(digests))
 
 
+def _irregular(folder: Path) -> Path | None:
+    """Finds what is neither a regular file nor a folder, the folder itself included."""
+    kinds = stat.S_ISREG, stat.S_ISDIR
+    return next((path for path in _paths(folder) if not any(kind(path.lstat().st_mode) for kind in kinds)), None)
+
+
 def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in _paths(folder) if not path.is_dir())
+
+
+def _paths(folder: Path) -> Iterator[Path]:
+    """Walks through a folder, itself first; links are not followed."""
+
     def fail(error: OSError) -> None:
         raise error
 
-    for parent, _, names in os.walk(folder, onerror=fail):
-        for name in names:
+    yield folder
+    for parent, folders, names in os.walk(folder, onerror=fail):
+        for name in (*folders, *names):
             yield Path(parent, name)

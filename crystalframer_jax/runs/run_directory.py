@@ -1,6 +1,8 @@
-"""The run directory: who may train in it, with which hyperparameters, data and software."""
+"""The run directory: who may train in it, with which hyperparameters, data and software; what its model was."""
 
 import datetime
+import functools
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -12,13 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from tqdm import tqdm
 
 from crystalframer_jax.config import ConfigError, TrainConfig, validate_model
-from crystalframer_jax.config.hyperparameters import KEYS, RESUMABLE_KEYS, UNIMPORTANT_KEYS
+from crystalframer_jax.config.hyperparameters import KEYS, NEVER, RESUMABLE_KEYS, UNIMPORTANT_KEYS
 from crystalframer_jax.data.store import Dataset
-from crystalframer_jax.files import write_json
-from crystalframer_jax.runs.checkpoints import FOLDER, CheckpointError, read_json, steps_in
+from crystalframer_jax.files import FileError, append_line, json_text, read_json, write_json
+from crystalframer_jax.runs.checkpoints import FOLDER, CheckpointError, newest_meta, steps_in
+from crystalframer_jax.runs.metadata import checked
+from crystalframer_jax.text import escaped
 
+CONFIG_FILE, DATA_FILE, SUMMARY_FILE = "config.json", "data.json", "summary.json"
+TIMES = ("seconds", "crystals_per_s")  # in a summary, that differ between runs which are equal to the bit
 REPORTED_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pymatgen")
 
 
@@ -33,8 +40,7 @@ def check_config(config: TrainConfig, workdir: Path, resume_with_changes: Sequen
         raise ConfigError(
             f"--resume_with_changes={','.join(resume_with_changes)}: there is no hyperparameter {unknown[0]}"
         )
-    summary = workdir / "summary.json"
-    if summary.exists() and "imported_from" in read_json(summary):
+    if "imported_from" in _summary_or_nothing(workdir):
         raise ConfigError(
             f"{workdir} holds imported weights; to train them further choose another --workdir and "
             f"--config.pretrained_model={workdir}"
@@ -59,10 +65,11 @@ def check_config(config: TrainConfig, workdir: Path, resume_with_changes: Sequen
 
 def check_data(dataset: Dataset, workdir: Path) -> None:
     """Raises ConfigError if a run was started with other data than these; data.json tells which they are."""
-    file = workdir / "data.json"
-    values = {"target_set": dataset.name, "digest": dataset.digest, "remark": dataset.remark}
-    before = read_json(file) if file.exists() and stored_config(workdir) else values
-    if before["digest"] != values["digest"]:
+    file, values = workdir / DATA_FILE, data_of(dataset)
+    before = newest_meta(workdir).get("data")  # checkpoints of old versions do not tell
+    if before is None and file.exists() and steps_in(workdir / FOLDER):
+        before = checked(read_json(file), file, "digest")
+    if before and before["digest"] != values["digest"]:
         raise ConfigError(
             f"{workdir} was started with other data under the name {dataset.name} ({before['digest']}, now "
             f"{values['digest']}): prepare those again, or choose another --workdir"
@@ -70,31 +77,99 @@ def check_data(dataset: Dataset, workdir: Path) -> None:
     write_json(file, values)
 
 
+def data_of(dataset: Dataset) -> dict[str, Any]:
+    """Tells which data a run is trained on, as data.json and its checkpoints have it."""
+    return {"target_set": dataset.name, "digest": dataset.digest, "remark": dataset.remark}
+
+
 def store_config(config: TrainConfig, workdir: Path) -> None:
     """Writes config.json; values that have changed since are kept in config_changes.jsonl."""
     before = stored_config(workdir)
     changes = _changes(before, config)
     if changes:
-        with (workdir / "config_changes.jsonl").open("a") as stream:
-            stream.write(json.dumps({"time": _now(), "changes": changes}) + "\n")
-    if changes or not before:
-        write_json(workdir / "config.json", as_json(config))
+        append_line(workdir / "config_changes.jsonl", json.dumps({"time": _now(), "changes": changes}))
+    if changes or not before or not (workdir / CONFIG_FILE).exists():
+        write_json(workdir / CONFIG_FILE, as_json(config))
 
 
-def read_config(workdir: Path) -> TrainConfig:
-    """Reads the configuration that a run was started with."""
-    file = workdir / "config.json"
-    values = TrainConfig().as_dict() | read_json(file)  # keys that are new since then had their defaults
+def read_config(workdir: Path, meta: dict[str, Any] | None = None) -> TrainConfig:
+    """Reads the configuration of a run: config.json, held to what a checkpoint tells, whose checksums protect it.
+
+    `meta`: what that checkpoint tells; None: the newest. Only hyperparameters that may change within a run may differ.
+    If config.json is missing, the checkpoint has it. With one of an old version, which does not tell, config.json is
+    taken as it is. A line on stderr says either. Raises CheckpointError, with the remedy, if it is damaged or another.
+    """
+    file, meta = workdir / CONFIG_FILE, newest_meta(workdir) if meta is None else meta
     try:
-        return validate_model(values)
+        told = _validated(meta["config"]) if "config" in meta else None
     except ConfigError as error:
-        raise CheckpointError(f"{file}: {error}") from error
+        raise CheckpointError(f"a checkpoint of {workdir} tells of an impossible configuration: {error}") from error
+    if told and not os.path.lexists(file):
+        warn(f"{file} is missing; the configuration is taken from the checkpoint")
+        return told
+    remedy = "remove it: the checkpoint tells the configuration" if told else "put back a copy of it"
+    try:
+        config = _validated(read_json(file))
+    except FileError as error:
+        raise CheckpointError(f"{error}; {remedy}") from error
+    except ConfigError as error:
+        raise CheckpointError(f"{file} is damaged: {error}; {remedy}") from error
+    if told is None:
+        if steps_in(workdir / FOLDER):
+            warn(
+                f"{workdir} is of an old version, whose checkpoints do not protect {CONFIG_FILE}; it is taken as it is"
+            )
+        return config
+    for key, row in KEYS.items():
+        here, there = getattr(config, key), getattr(told, key)
+        if row.metadata["change"] == NEVER and here != there:
+            raise CheckpointError(f"{file} is not that of the checkpoints: {key}={here!r}, there {there!r}; {remedy}")
+    return config
+
+
+def _validated(values: dict[str, Any]) -> TrainConfig:
+    return validate_model(TrainConfig().as_dict() | values)  # keys that are new since then had their defaults
 
 
 def stored_config(workdir: Path) -> dict[str, Any]:
-    """Reads config.json of a run as JSON; empty if nothing was trained there that could be lost."""
-    is_begun = (workdir / "config.json").exists() and steps_in(workdir / FOLDER)
-    return as_json(read_config(workdir)) if is_begun else {}
+    """Reads the configuration of a run as JSON; empty if nothing was trained there that could be lost."""
+    return as_json(read_config(workdir)) if steps_in(workdir / FOLDER) else {}
+
+
+def sealed(summary: dict[str, Any]) -> dict[str, Any]:
+    """Adds the SHA-256 of a summary to it, without the times: predictions depend on what it says."""
+    content = {key: value for key, value in summary.items() if key not in (*TIMES, "seal")}
+    return summary | {"seal": hashlib.sha256(json_text(content).encode()).hexdigest()}
+
+
+def read_summary(workdir: Path) -> dict[str, Any]:
+    """Reads the summary of a run; empty if there is none yet, CheckpointError if it is not as it was written."""
+    file = workdir / SUMMARY_FILE
+    try:
+        if not os.path.lexists(file):
+            return {}
+        summary = read_json(file)
+        steering = ("selected_weights", "num_frame_samples", *TIMES)
+        checked({key: summary[key] for key in steering if key in summary}, file)
+        is_old = bool(summary) and "seal" not in summary and "config" not in newest_meta(workdir)
+        if not is_old and sealed(summary) != summary:
+            raise FileError(f"{file} is damaged: its seal is not that of its content")
+    except FileError as error:
+        raise CheckpointError(f"{error}; remove it, and the command that made it makes it again") from error
+    return summary
+
+
+def _summary_or_nothing(workdir: Path) -> dict[str, Any]:
+    try:
+        return read_summary(workdir)
+    except CheckpointError:  # it is made again
+        return {}
+
+
+@functools.lru_cache(maxsize=256)
+def warn(text: str) -> None:
+    """Prints a line on stderr, once."""
+    tqdm.write(escaped(f"warning: {text}"), file=sys.stderr)
 
 
 def _changes(before: dict[str, Any], config: TrainConfig) -> dict[str, list[Any]]:
@@ -123,8 +198,7 @@ def record_environment(workdir: Path) -> None:
         "device": f"{jax.local_device_count()} x {device.device_kind} ({device.platform})",
         "cores": os.cpu_count(),
     }
-    with (workdir / "environment.jsonl").open("a") as stream:
-        stream.write(json.dumps(record) + "\n")
+    append_line(workdir / "environment.jsonl", json.dumps(record))
 
 
 def _now() -> str:

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from crystalframer_jax.errors import UserError
-from crystalframer_jax.structures.lattice import points_within
+from crystalframer_jax.structures.errors import CrystalError
+from crystalframer_jax.structures.lattice import volume_of
+from crystalframer_jax.structures.search import cheap_radius, pairs_within
+from crystalframer_jax.text import LONGEST
 
 if TYPE_CHECKING:  # both are slow to import, and ASE is optional
     from ase import Atoms
     from pymatgen.core import Composition, PeriodicSite, Structure
 
 MAX_ATOMIC_NUMBER = 98  # Cf
+MOST_ATOMS = 50_000  # of a cell
+LONGEST_VECTOR = 1e4  # Å, of a lattice
+FAR = 1e4  # Å, from which positions are looked at
+FARTHEST_CELL = 1e7  # cells that an atom may be away; beyond, its position has lost its decimals
 MIN_DISTANCE = 0.1  # Å; atoms closer than this coincide
 MIN_VOLUME = 0.1  # Å^3
 OCCUPANCY_TOLERANCE = 1e-3  # how far the total occupancy of a site may exceed 1
-
-
-class CrystalError(UserError, ValueError):
-    """A structure that cannot be used; the message is one line naming the file or record and the remedy."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,8 +34,9 @@ class Crystal:
     """A periodic crystal on the host; the arrays are copied, converted and checked on construction.
 
     Raises:
-      CrystalError: no atoms, wrong shapes, unsupported elements, numbers that are not finite, a cell without
-        volume, a site with occupancies that are negative or sum above 1, atoms closer than 0.1 Å.
+      CrystalError: no atoms or more than 50,000, wrong shapes, unsupported elements, numbers that are not finite, a
+        cell without volume or longer than 10,000 Å, a site with occupancies that are negative or sum above 1, atoms
+        closer than 0.1 Å, or 10 million cells away.
     """
 
     species: np.ndarray  # [n] int32, atomic numbers 1..98; on a disordered site the species of largest occupancy
@@ -82,6 +86,7 @@ class Crystal:
         lattice = getattr(structure, "lattice", None)
         if lattice is None or not all(lattice.pbc):
             raise CrystalError(f"{where}: not periodic in all three directions; pass a periodic Structure")
+        check_number(len(structure), where)
         return crystal_from_amounts(site_amounts(structure, where), structure.cart_coords, lattice.matrix, id)
 
     @classmethod
@@ -108,6 +113,7 @@ def _checked_species(species: Any, where: str) -> np.ndarray:
     species = np.asarray(species)
     if species.size == 0:
         raise CrystalError(f"{where}: no atoms; give a structure with at least one site")
+    check_number(species.size, where)
     if species.ndim != 1 or not np.issubdtype(species.dtype, np.integer):
         raise CrystalError(f"{where}: species are {species.dtype}{species.shape}; give atomic numbers [n]")
     for i in np.flatnonzero((species < 1) | (species > MAX_ATOMIC_NUMBER)):
@@ -116,7 +122,10 @@ def _checked_species(species: Any, where: str) -> np.ndarray:
 
 
 def _checked_array(value: Any, shape: tuple[int, ...], what: str) -> np.ndarray:
-    array = np.array(value, dtype=np.float64, order="C")
+    try:
+        array = np.array(value, dtype=np.float64, order="C")
+    except (TypeError, ValueError, OverflowError) as error:
+        raise CrystalError(f"{what}: not numbers ({str(error)[:LONGEST]}); give an array of numbers") from error
     if array.shape != shape:
         raise CrystalError(f"{what} must have shape {list(shape)}, got {list(array.shape)}")
     for i in np.flatnonzero(~np.isfinite(array).all(axis=1)):
@@ -133,23 +142,33 @@ def _check_occupancies(occupancies: np.ndarray, where: str) -> None:
         raise CrystalError(f"{where}: {problem}; make them positive and their sum at most 1")
 
 
+def check_number(atoms: int, where: str) -> None:
+    """Raises `CrystalError` for more atoms than a cell may have."""
+    if atoms > MOST_ATOMS:
+        raise CrystalError(f"{where}: {atoms:,} atoms, of at most {MOST_ATOMS:,} in a cell; give a smaller cell")
+
+
 def _check_volume(lattice: np.ndarray, where: str) -> None:
-    with np.errstate(over="ignore"):
-        volume = abs(np.linalg.det(lattice))
-    if not np.isfinite(volume):
-        raise CrystalError(f"{where}: the cell is infinitely large; give lattice vectors in Å")
-    if volume < MIN_VOLUME or volume < 1e-6 * np.linalg.norm(lattice, axis=1).prod():
+    lengths = [math.hypot(*vector) for vector in lattice.tolist()]
+    if max(lengths) > LONGEST_VECTOR:
+        raise CrystalError(
+            f"{where}: a lattice vector of {max(lengths):.3g} Å, over {LONGEST_VECTOR:,.0f}; give it in Å"
+        )
+    volume = volume_of(lattice)
+    if volume < MIN_VOLUME or volume < 1e-6 * math.prod(lengths):
         problem = f"the cell has no volume ({volume:.3g} Å^3)"
         raise CrystalError(f"{where}: {problem}; give three lattice vectors in Å that are not coplanar")
 
 
 def _check_distances(species: np.ndarray, positions: np.ndarray, lattice: np.ndarray, where: str) -> None:
     """Raises `CrystalError` for the closest pair of atoms, images included, below `MIN_DISTANCE`."""
-    wrapped = np.ascontiguousarray((positions @ np.linalg.inv(lattice) % 1.0) @ lattice)
+    if np.abs(positions).max() > FAR:
+        away = np.abs(positions / FAR @ np.linalg.inv(lattice)).max(axis=1) * FAR
+        for far in np.flatnonzero(~(away < FARTHEST_CELL)):
+            raise CrystalError(f"{where}: site {far + 1} is {away[far]:.3g} cells away; give coordinates near the cell")
     # The search grid is as fine as the radius: a radius near the atomic spacing keeps time and memory linear.
-    size = np.cbrt(abs(np.linalg.det(lattice)))
-    radius = max(MIN_DISTANCE, size / 200, min(size / np.cbrt(len(positions)), 5.0))
-    i, j, image, distance = points_within(wrapped, wrapped, lattice, radius)
+    radius = max(MIN_DISTANCE, min(math.cbrt(volume_of(lattice) / len(positions)), 5.0))
+    i, j, image, distance = pairs_within(positions, lattice, cheap_radius(lattice, radius), where)
     close = np.flatnonzero(((i != j) | image.any(axis=1)) & (distance < MIN_DISTANCE))
     if close.size:
         pair = close[distance[close].argmin()]

@@ -1,7 +1,8 @@
-"""Lattices: points within a radius, boxes of images, the reduced basis, and short vectors for lattice frames."""
+"""Lattices: boxes of images, the reduced basis, and short vectors for lattice frames."""
 
 import functools
 import itertools
+import math
 
 import numpy as np
 
@@ -11,16 +12,16 @@ COPLANAR = 1e-3  # |cosine| to the normal up to which a vector lies in the plane
 MOST_FRAMES = 144  # of a lattice: of fcc
 
 
-def points_within(
-    points: np.ndarray, centers: np.ndarray, lattice: np.ndarray, radius: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Finds the images of `points` [n, 3] within `radius` of `centers` [c, 3]: center, point, image [E, 3], distance.
+def volume_of(lattice: np.ndarray) -> float:
+    """Computes the volume of a cell in Å^3, in a fraction of the time of np.linalg.det."""
+    (a, b, c), (d, e, f), (g, h, i) = lattice.tolist()
+    return abs(a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g))
 
-    All in Å, the arrays float64 and contiguous.
-    """
-    from pymatgen.optimization.neighbors import find_points_in_spheres
 
-    return find_points_in_spheres(points, centers, float(radius), np.ones(3, dtype=np.int64), lattice, 1e-8)
+def geometry(lattice: np.ndarray) -> tuple[np.ndarray, list[float], float]:
+    """Returns the inverse of a lattice [3, 3] (rows, Å), one over the distances of its faces (1/Å), volume (Å^3)."""
+    inverse = np.linalg.inv(lattice)
+    return inverse, [math.hypot(*column) for column in inverse.T.tolist()], volume_of(lattice)
 
 
 def integer_box(reach: int) -> np.ndarray:

@@ -8,13 +8,16 @@ import dataclasses
 
 import numpy as np
 
-from crystalframer_jax.structures.crystal import Crystal, CrystalError
-from crystalframer_jax.structures.lattice import integer_box, points_within
+from crystalframer_jax.structures.crystal import Crystal
+from crystalframer_jax.structures.errors import CrystalError
+from crystalframer_jax.structures.lattice import integer_box, volume_of
+from crystalframer_jax.structures.search import CAUSE, MOST_NEIGHBORS, pairs_within
 
 SHELL_TOLERANCE = 1e-4  # Å; distances closer than this are one shell of neighbors
 COLLINEAR = 0.999  # |cos| from which two directions cannot span a frame
 SMALLEST_DISTANCE = 1e-3  # Å
 MOST_IN_BOX = 20_000_000  # neighbors; about 2 GB while they are sorted
+FEW_ATOMS, FEW_NEIGHBORS, MANY_NEIGHBORS = 500, 20, 5000  # an atom; usual cells need no check of their neighbors
 RADIUS_TOLERANCE = 1e-6  # Å; a shell at the cutoff is taken whole, whatever the rounding of its distances
 
 
@@ -27,6 +30,9 @@ class LatticeBox:
     """
 
     lattice_range: int
+
+    def __len__(self) -> int:
+        return (2 * self.lattice_range + 1) ** 3
 
     @property
     def images(self) -> np.ndarray:
@@ -56,13 +62,14 @@ def neighbor_rows(crystal: Crystal, cutoff: float | LatticeBox) -> NeighborRows:
     neighbors of an atom lie on one line, its row is enlarged (and the rows of its new neighbors with it) up to the
     nearest shell that spans a frame.
 
-    Raises ValueError if the cutoff is not a positive number, CrystalError if a box holds too many neighbors.
+    Raises ValueError if the cutoff is not a positive number, CrystalError if there are too many neighbors or too many
+    cells to look for them in.
     """
     if isinstance(cutoff, LatticeBox):
-        number = crystal.num_atoms**2 * len(cutoff.images)
+        number = crystal.num_atoms**2 * len(cutoff)
         if number > MOST_IN_BOX:
             raise CrystalError(
-                f"{crystal.id}: {number:,} neighbors of {crystal.num_atoms} atoms in {len(cutoff.images)} cells "
+                f"{crystal.id}: {number:,} neighbors of {crystal.num_atoms} atoms in {len(cutoff):,} cells "
                 f"(adaptive_cutoff_sigma=0) are more than {MOST_IN_BOX:,}; choose a radius"
             )
         atoms = np.arange(crystal.num_atoms)
@@ -72,6 +79,11 @@ def neighbor_rows(crystal: Crystal, cutoff: float | LatticeBox) -> NeighborRows:
         raise ValueError(f"the cutoff radius {cutoff} Å must be a positive number")
     i, j, n = _within(crystal, np.arange(crystal.num_atoms), cutoff)
     lonely = np.flatnonzero(~_spans_a_frame(crystal, i, j, n))
+    if len(lonely) * crystal.num_atoms > MOST_NEIGHBORS:  # each of them has a search of its own
+        raise CrystalError(
+            f"{crystal.id}: {len(lonely):,} of {crystal.num_atoms:,} atoms have no neighbors within {cutoff:.3g} Å, or "
+            f"all on a line; {CAUSE}"
+        )
     if len(lonely):
         parts = [np.column_stack([i, j, n])]
         for atom in lonely.tolist():
@@ -82,6 +94,17 @@ def neighbor_rows(crystal: Crystal, cutoff: float | LatticeBox) -> NeighborRows:
     return _canonical(crystal, i, j, n)
 
 
+def check_neighbors(crystal: Crystal, cutoff: float | LatticeBox) -> None:
+    """Raises the CrystalError that `neighbor_rows` would; in most crystals it need not look."""
+    if not isinstance(cutoff, LatticeBox) and crystal.num_atoms <= FEW_ATOMS:
+        expected = crystal.num_atoms * 4 / 3 * np.pi * cutoff**3 / volume_of(crystal.lattice)
+        if FEW_NEIGHBORS < expected < MANY_NEIGHBORS:
+            return
+    elif isinstance(cutoff, LatticeBox) and crystal.num_atoms**2 * len(cutoff) <= MOST_IN_BOX:
+        return
+    neighbor_rows(crystal, cutoff)
+
+
 def displacements(crystal: Crystal, rows: NeighborRows) -> np.ndarray:
     """Computes the vectors p_j + nL - p_i of all neighbors, [E, 3] Å; exactly zero for the atom itself."""
     p = crystal.positions
@@ -90,9 +113,8 @@ def displacements(crystal: Crystal, rows: NeighborRows) -> np.ndarray:
 
 def _within(crystal: Crystal, centers: np.ndarray, radius: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Finds all (i, j, n) with i among `centers` [c] and distance <= radius: i [E], j [E], n [E, 3]."""
-    p, wider = crystal.positions, radius + 2 * RADIUS_TOLERANCE  # the distances that decide are computed below
-    i, j, n, _ = points_within(p, p[centers], crystal.lattice, wider)
-    i, n = centers[i], np.rint(n).astype(np.int64)
+    wider = radius + 2 * RADIUS_TOLERANCE  # the distances that decide are computed below
+    i, j, n, _ = pairs_within(crystal.positions, crystal.lattice, wider, crystal.id or "crystal", centers)
     keep = _distance(crystal, i, j, n) <= radius + RADIUS_TOLERANCE  # alike for both directions of a pair
     return i[keep], j[keep], n[keep]
 

@@ -2,11 +2,9 @@
 
 import contextlib
 import functools
-import json
-import os
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,47 +13,75 @@ from tqdm import tqdm
 from crystalframer_jax.batching.targets import TargetStatistics
 from crystalframer_jax.data.loader import TrainingBatches
 from crystalframer_jax.errors import UserError
-from crystalframer_jax.files import json_text, replacing
+from crystalframer_jax.files import FileError, append_line, json_text, parse_json, read_bytes, replacing
 from crystalframer_jax.parallel.processes import is_first_process
+from crystalframer_jax.runs.metadata import checked
+from crystalframer_jax.runs.run_directory import warn
+from crystalframer_jax.text import escaped
+
+LARGEST_LOG = 2**30  # bytes of metrics.jsonl: millions of epochs
 
 
 class MetricsLog:
     """Writes a JSON line, TensorBoard scalars and, if asked for, a Weights & Biases record per epoch.
 
-    A resumed run continues after the epochs it keeps.
+    A resumed run continues after the epochs it keeps. TensorBoard and Weights & Biases show what metrics.jsonl has: if
+    they fail, the training goes on without them, with a line on stderr.
     """
 
     def __init__(self, workdir: Path, first_epoch: int, first_step: int, wandb_project: str = "", config: Any = None):
-        from tensorboardX import SummaryWriter  # imports PyTorch where that is installed
-
         self.file = workdir / "metrics.jsonl"
-        kept = [line for line in read_metrics(workdir) if line["epoch"] < first_epoch]
+        lines = _lines_of(self.file)
         if self.file.exists():
-            with replacing(self.file) as temporary:
-                temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self.writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1, write_to_disk=True)
+            with replacing(self.file) as temporary:  # a line that cannot be read is kept as it is
+                kept = [line for line, content in lines if content is None or content["epoch"] < first_epoch]
+                temporary.write_bytes(b"".join(line + b"\n" for line in kept))
         self.wandb = _start_wandb(workdir, wandb_project, config) if wandb_project else None
+        self.writer: Any = None
+        with self._optional("TensorBoard"):
+            from tensorboardX import SummaryWriter  # imports PyTorch where that is installed
+
+            folder = workdir / "tensorboard"  # a queue without limit: it does not wait for a thread that has failed
+            self.writer = SummaryWriter(str(folder), purge_step=first_step + 1, max_queue=0, write_to_disk=True)
 
     def write(self, metrics: dict[str, Any]) -> None:
         """Appends the metrics of an epoch: numbers, or dictionaries of numbers."""
-        with self.file.open("a") as stream:
-            stream.write(json_text(metrics))
-            stream.flush()
-            os.fsync(stream.fileno())  # as safe as the checkpoint that follows
+        append_line(self.file, json_text(metrics).rstrip("\n"), sync=True)  # as safe as the checkpoint that follows
         flat: dict[str, Any] = {}
         for name, value in metrics.items():
             flat |= {f"{name}/{part}": v for part, v in value.items()} if isinstance(value, dict) else {name: value}
-        for name, number in flat.items():
-            self.writer.add_scalar(name, number, metrics["step"])
-        self.writer.flush()
+        if self.writer:
+            with self._optional("TensorBoard"):
+                if not self.writer.file_writer.event_writer._worker.is_alive():
+                    raise OSError("its thread has ended")
+                for name, number in flat.items():
+                    self.writer.add_scalar(name, number, metrics["step"])
+                self.writer.flush()
         if self.wandb:
-            self.wandb.log(flat, step=metrics["step"])
+            with self._optional("Weights & Biases"):
+                self.wandb.log(flat, step=metrics["step"])
 
     def close(self) -> None:
         """Finishes writing."""
-        self.writer.close()
+        if self.writer:
+            with self._optional("TensorBoard"):
+                self.writer.close()
         if self.wandb:
-            self.wandb.finish(exit_code=1 if sys.exc_info()[0] else 0)
+            with self._optional("Weights & Biases"):
+                self.wandb.finish(exit_code=1 if sys.exc_info()[0] else 0)
+
+    @contextlib.contextmanager
+    def _optional(self, name: str) -> Iterator[None]:
+        """Makes a failure of what only shows the metrics a warning, and goes on without it."""
+        try:
+            yield
+        except Exception as error:  # of many kinds: disk, network
+            if name == "TensorBoard":
+                self.writer = None
+            else:
+                self.wandb = None
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            warn(f"{self.file.parent} is no longer shown by {name} ({reason}); metrics.jsonl has all epochs")
 
 
 def _start_wandb(workdir: Path, project: str, config: Any) -> Any:
@@ -68,23 +94,33 @@ def _start_wandb(workdir: Path, project: str, config: Any) -> Any:
         ) from error
     file = workdir / "wandb_id.txt"
     if not file.exists():
-        file.write_text(secrets.token_hex(6))
+        with replacing(file) as temporary:
+            temporary.write_text(secrets.token_hex(6))
     try:
-        return wandb.init(
-            project=project, name=str(workdir), id=file.read_text(), resume="allow", dir=str(workdir), config=config
-        )
+        id = read_bytes(file, 1000).decode()
+        return wandb.init(project=project, name=str(workdir), id=id, resume="allow", dir=str(workdir), config=config)
     except Exception as error:  # of many kinds: network, login, project
         raise UserError(f"--wandb={project}: {' '.join(str(error).split())}; leave it out to train without") from error
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """Reads the metrics of every epoch of a run; the torn last line of a killed one is dropped."""
-    file, lines = workdir / "metrics.jsonl", []
-    for line in file.read_text().splitlines() if file.exists() else []:
+    """Reads the metrics of every epoch of a run; the torn last line of a killed one is dropped.
+
+    A line on stderr tells of any other that is damaged and left out.
+    """
+    return [content for _, content in _lines_of(workdir / "metrics.jsonl") if content]
+
+
+def _lines_of(file: Path) -> list[tuple[bytes, dict[str, Any] | None]]:
+    """Reads the whole lines of metrics.jsonl, and what each says; None for one that is damaged."""
+    lines: list[tuple[bytes, dict[str, Any] | None]] = []
+    for number, line in enumerate(read_bytes(file, LARGEST_LOG).split(b"\n")[:-1] if file.exists() else [], 1):
+        content, what = None, f"{file}, line {number},"
         try:
-            lines.append(json.loads(line))
-        except ValueError:
-            break
+            content = checked(parse_json(line, what), what, "epoch")
+        except FileError as error:
+            warn(f"{error}; it is left out")
+        lines.append((line, content))
     return lines
 
 
@@ -137,7 +173,7 @@ class Logbook(contextlib.AbstractContextManager):
         number = f"{metrics['epoch'] + 1:>{len(str(self._n_epochs))}}/{self._n_epochs}"
         waited = f"  waited {metrics['waiting_share']:.0%} for data" if metrics["waiting_share"] >= 0.01 else ""
         say(
-            f"epoch {number}  loss {metrics['loss']:.4f}  val MAE {errors}  lr {metrics['lr']:.2e}  "
+            f"epoch {number}  loss {metrics['loss']:.4f}  val MAE {escaped(errors)}  lr {metrics['lr']:.2e}  "
             f"{metrics['crystals_per_s']:.0f} crystals/s{waited}"
         )
 

@@ -22,10 +22,22 @@ from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices, on_one_devic
 from crystalframer_jax.parallel.interruption import Interruption, TrainingInterrupted
 from crystalframer_jax.parallel.processes import is_first_process, json_from_first_process
 from crystalframer_jax.reporting import plots
+from crystalframer_jax.reporting.predictions import reporting
 from crystalframer_jax.reporting.summary import describe, score_history, summary_text
-from crystalframer_jax.runs.checkpoints import read_json
+from crystalframer_jax.runs.checkpoints import CheckpointError
+from crystalframer_jax.runs.metadata import checked
 from crystalframer_jax.runs.run_checkpoints import RunCheckpoints
-from crystalframer_jax.runs.run_directory import as_json, record_environment, store_config, stored_config
+from crystalframer_jax.runs.run_directory import (
+    SUMMARY_FILE,
+    as_json,
+    data_of,
+    read_summary,
+    record_environment,
+    sealed,
+    store_config,
+    stored_config,
+    warn,
+)
 from crystalframer_jax.training.averages import averages_in, ready_for_swa, weights_of, with_batch_statistics
 from crystalframer_jax.training.consensus import agreed_implementation
 from crystalframer_jax.training.errors import TrainingError
@@ -109,6 +121,8 @@ class Run:
             on_device=self.options.on_device,
             devices=devices,
         )
+        if len(self.batches) >= 2**31:  # steps are counted in int32
+            raise ConfigError(f"n_epochs={config.n_epochs} makes {len(self.batches):,} steps, which is out of bounds")
         labels = dataset.labels[self.batches.indices]
         self.statistics = tuple(
             TargetStatistics.of(target.name, target.unit, labels[:, t], config.normalize_targets)
@@ -149,9 +163,9 @@ class Run:
                     state, meta = self._epochs(state, meta)
             self.checkpoints.wait()
             if summary is None:
-                summary = self._summary(state, meta)
+                summary = sealed(self._summary(state, meta))
                 if is_first_process():
-                    write_json(self.workdir / "summary.json", summary)
+                    write_json(self.workdir / SUMMARY_FILE, summary)
         except TrainingInterrupted as request:
             with self._interruption.stepping():
                 self.checkpoints.wait()
@@ -232,9 +246,14 @@ class Run:
         self.requests.saved()
 
     def _meta(self, epoch: int, seconds: float, results: list, val_mae: dict[str, float]) -> dict[str, Any]:
-        """Makes what a checkpoint tells beside its arrays: the last finished epoch, results of the steps since then."""
+        """Makes what a checkpoint tells beside its arrays.
+
+        The last finished epoch and results of the steps since then, configuration and data.
+        """
         targets = [dataclasses.asdict(s) for s in self.statistics]
-        return {"epoch": epoch, "seconds": seconds, "results": results, "targets": targets, "val_mae": val_mae}
+        made_with = {"config": as_json(self.config), "data": data_of(self.dataset)}
+        done = {"epoch": epoch, "seconds": seconds, "results": results, "targets": targets, "val_mae": val_mae}
+        return done | made_with
 
     def _not_finite(self, result: StepResult, state: TrainState, epoch: int) -> TrainingError:
         """Writes a report of the batch of a step that was not finite; returns its error."""
@@ -265,7 +284,7 @@ class Run:
         found = self.checkpoints.restore_latest(like)
         if found is not None:
             state, meta = found
-            self._check_resumable(state)
+            self._check_resumable(state, meta)
             done = f"{int(state.step):,} of {len(self.batches):,} steps"
             say(f"{self.dataset.name}: {splits}; continuing {self.workdir} after {done}")
             return ready_for_swa(state, self.recipe.swa_first_step), meta
@@ -280,9 +299,17 @@ class Run:
         say(self.batches.describe())
         return state, {"epoch": -1, "seconds": 0.0, "results": []}
 
-    def _check_resumable(self, state: TrainState) -> None:
+    def _check_resumable(self, state: TrainState, meta: dict[str, Any]) -> None:
         """Raises UserError if this training cannot go on from a state, though its arrays fit."""
         step, skipped = int(state.step), int(state.skipped_steps)
+        what = f"the checkpoint of step {step:,} of {self.workdir}"
+        checked(meta, what, "epoch", "seconds", "results", "targets")
+        since = step - (meta["epoch"] + 1) * self.batches.steps_per_epoch
+        if not len(meta["results"]) <= since <= self.batches.steps_per_epoch:
+            raise TrainingError(
+                f"{what} is damaged: it tells of epoch {meta['epoch'] + 1:,} and {len(meta['results']):,} steps since "
+                "then; move it away to go on from the one before it"
+            )
         if step > len(self.batches):
             raise ConfigError(
                 f"n_epochs={self.config.n_epochs}: {self.workdir} has trained longer already, {step:,} steps; give at "
@@ -296,30 +323,40 @@ class Run:
 
     def _known_summary(self, meta: dict[str, Any]) -> dict[str, Any] | None:
         """Reads the summary of a finished run, unless values have changed; tells the directory what runs now."""
-        file, found = self.workdir / "summary.json", None
+        file, found = self.workdir / SUMMARY_FILE, None
         if is_first_process():
             if meta["epoch"] + 1 < self.config.n_epochs or stored_config(self.workdir) != as_json(self.config):
                 file.unlink(missing_ok=True)
             store_config(self.config, self.workdir)
             record_environment(self.workdir)
-            found = read_json(file) if file.exists() else None
-        return json_from_first_process(found)
+            try:
+                found = read_summary(self.workdir)
+            except CheckpointError as error:
+                warn(f"{error}; it is made again")
+        is_whole = found and "seal" in found and not found.get("not_written")
+        return json_from_first_process(found if is_whole else None)
 
     def _summary(self, state: TrainState, meta: dict[str, Any]) -> dict[str, Any]:
-        """Finds the errors of the last, best and averaged weights; writes the files and figures that go with them."""
+        """Finds the errors of the last, best and averaged weights; writes the files and figures that go with them.
+
+        Those that could not be written are listed as "not_written".
+        """
         epochs = read_metrics(self.workdir) if is_first_process() else []
+        epochs = [line for line in epochs if {"loss", "val_loss", "lr", "crystals_per_s"} <= line.keys()]
         if len(epochs) != self.config.n_epochs:
             say(f"warning: {self.workdir / 'metrics.jsonl'} tells of {len(epochs)} epochs only")
         first_swa_epoch = self.config.n_epochs - self.config.swa_epochs if self.config.swa_epochs else None
+        not_written: list[str] = []
         if epochs:
-            plots.write(plots.learning_curve(epochs, first_swa_epoch), self.workdir / "learning_curve.png")
+            with reporting(self.workdir / "learning_curve.png", not_written):
+                plots.write(plots.learning_curve(epochs, first_swa_epoch), self.workdir / "learning_curve.png")
 
         def stop_if_asked(split: str) -> None:
             if self.requests.now() == STOP:
                 raise self.requests.stopped(f"before the errors on {split} crystals")
 
         folder = self.workdir if is_first_process() else None
-        errors = self.evaluator.compare(self._candidates(state), stop_if_asked, folder)
+        errors = self.evaluator.compare(self._candidates(state), stop_if_asked, folder, not_written)
         return errors | {
             "score_history": score_history([line["val_loss"] for line in epochs]),
             "epochs": self.config.n_epochs,
@@ -328,6 +365,8 @@ class Run:
             "seconds": meta["seconds"],
             "crystals_per_s": float(np.median([line["crystals_per_s"] for line in epochs] or [0.0])),
             "parameters": count_parameters(state.params, self.config.frozen_layers),
+            "num_frame_samples": self.config.num_frame_samples,
+            **({"not_written": not_written} if not_written else {}),
         }
 
     def _candidates(self, state: TrainState) -> dict[str, Tree]:

@@ -1,6 +1,7 @@
 """The loss functions of the official recipe, on standardised targets."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ LOSSES: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def loss_per_crystal(name: str, predictions: jax.Array, targets: jax.Array, known: jax.Array) -> jax.Array:
+def loss_per_crystal(name: str, predictions: Any, targets: Any, known: Any) -> jax.Array:
     """Sums over the known targets of `name` (L1, MSE, Smooth_L1) of prediction - target, [B]; arguments [B, T]."""
     if not predictions.shape == targets.shape == known.shape:
         raise ValueError(f"shapes differ: {predictions.shape}, {targets.shape}, {known.shape}")

@@ -19,7 +19,8 @@ from crystalframer_jax.parallel.interruption import Interruption
 from crystalframer_jax.parallel.processes import is_first_process, json_from_first_process
 from crystalframer_jax.reporting.summary import ensemble_text
 from crystalframer_jax.runs.checkpoints import FOLDER
-from crystalframer_jax.runs.run_directory import as_json, check_config, check_data
+from crystalframer_jax.runs.claims import LOCK, check_workdir
+from crystalframer_jax.runs.run_directory import CONFIG_FILE, SUMMARY_FILE, as_json, check_config, check_data, sealed
 from crystalframer_jax.training.consensus import check_alike
 from crystalframer_jax.training.logging import say
 from crystalframer_jax.training.loop import Options, Run
@@ -51,6 +52,8 @@ def train(
             stack.enter_context(interruption.stepping())
         alike = ("skip_nonfinite", "implementation", "on_device", "steps_per_dispatch")
         check_alike(config, {name: getattr(options, name) for name in alike})
+        if is_first_process():
+            check_workdir(workdir)
         options.report("")  # preparing data may take its time
         if config.ensemble_size > 1:
             return _train_ensemble(config, workdir, options, interruption)
@@ -59,7 +62,7 @@ def train(
             say(f"{dataset.name}: {dataset.remark}")
         if is_first_process():
             busy = f"{workdir}: another process is training there; wait for it or choose another"
-            stack.enter_context(locked(workdir / "lock", busy))
+            stack.enter_context(locked(workdir / LOCK, busy))
             check_config(config, workdir, options.resume_with_changes)
             check_data(dataset, workdir)
         with working_precision(config):
@@ -75,12 +78,12 @@ def _train_ensemble(config: TrainConfig, workdir: Path, options: Options, interr
         member = dataclasses.replace(config, ensemble_size=1, seed=config.seed + number)
         train(member, workdir / f"member_{number}", options, interruption)
         if is_first_process():
-            write_json(workdir / "config.json", as_json(config))  # after the first, who checks it
+            write_json(workdir / CONFIG_FILE, as_json(config))  # after the first, who checks it
     options.report("")  # one process predicts with all members, and the others wait
     summary = None
     if is_first_process():
-        summary = ensemble_summary(Ensemble.load(workdir), _dataset(config), workdir)
-        write_json(workdir / "summary.json", summary)
+        summary = sealed(ensemble_summary(Ensemble.load(workdir), _dataset(config), workdir))
+        write_json(workdir / SUMMARY_FILE, summary)
         say("\n" + ensemble_text(summary))
     return json_from_first_process(summary)
 

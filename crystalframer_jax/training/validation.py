@@ -85,12 +85,13 @@ class Evaluator:
         return float(np.mean(loss_per_crystal(self.config.loss_func, standard, targets, np.isfinite(labels))))
 
     def compare(
-        self, candidates: Mapping[str, Tree], before: Callable[[str], None], folder: Path | None
+        self, candidates: Mapping[str, Tree], before: Callable[[str], None], folder: Path | None, not_written: list[str]
     ) -> dict[str, Any]:
         """Makes the part of summary.json about errors, in label units, of several weights of one model.
 
         Those weights with the smallest validation loss are selected: their test predictions become
-        predictions_test.csv and parity_test.png in `folder`, if given. Calls `before` the predictions of every split.
+        predictions_test.csv and parity_test.png in `folder`, if given; adds to `not_written` what cannot be written.
+        Calls `before` the predictions of every split.
         """
         dataset, statistics = self.dataset, self.statistics
         labels = {split: dataset.labels[dataset.splits[split]] for split in SPLITS}
@@ -109,7 +110,7 @@ class Evaluator:
         }
         baseline = {split: mean_predictor_errors(labels[split], statistics, labels["train"]) for split in SPLITS}
         if folder:
-            write_split(folder, dataset, "test", predictions[selected]["test"], statistics)
+            write_split(folder, dataset, "test", predictions[selected]["test"], statistics, not_written)
         by_metric = {
             metric: {
                 name: {split: {t: found[metric] for t, found in of.items()} for split, of in by_split.items()}

@@ -4,7 +4,6 @@ import contextlib
 import copy
 import dataclasses
 import io
-import json
 import tempfile
 import time
 from collections.abc import Iterable
@@ -23,7 +22,8 @@ from crystalframer_jax.data.datasets import folder_of, open_dataset
 from crystalframer_jax.data.loader import TrainingBatches
 from crystalframer_jax.data.prepare import Preparation, prepare
 from crystalframer_jax.data.registry import TARGET_SETS
-from crystalframer_jax.data.store import Dataset, load_dataset
+from crystalframer_jax.data.store import Dataset, load_dataset, read_set_manifest, targets_of
+from crystalframer_jax.files import FileError
 
 BATCH_SIZES = (64, 256)
 PASSES = 5
@@ -51,10 +51,10 @@ def any_target(name: str, data_dir: str) -> str:
     if name in TARGET_SETS:
         return TARGET_SETS[name].targets[0].name
     folder = folder_of(name, data_dir)
-    manifest = folder / "crystals" / "manifest.json"
-    if not manifest.is_file():
-        raise ConfigError(f"target_set={name!r} is not known, and not prepared in {folder.parent}")
-    return json.loads(manifest.read_text())["targets"][0]["name"]
+    try:
+        return targets_of(read_set_manifest(folder))[0].name
+    except FileError as error:
+        raise ConfigError(f"target_set={name!r} is not known, and not prepared in {folder.parent} ({error})") from error
 
 
 def preparation(folder: Path) -> dict[str, float]:

@@ -164,6 +164,8 @@ def test_other_hyperparameters_in_the_same_directory_are_refused(run, environmen
         (["--config.targets=gap"], ["'gap'", "e_form", "e_above_hull"]),
         (["--config=configs/nowhere.py"], ["configs/nowhere.py"]),
         (["--epochs=3"], ["epochs"]),
+        (["--config.num_layers=1000000000"], ["num_layers=1000000000", "256"]),
+        (["--max_minutes=nan"], ["max_minutes", "not a number"]),
     ],
     ids=lambda value: " ".join(value),
 )

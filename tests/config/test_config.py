@@ -13,6 +13,7 @@ from crystalframer_jax.config import BatchParts, ConfigError, check_overrides, v
 from crystalframer_jax.config.hyperparameters import ALLOWED_VALUES, KEYS, TRAINING_KEYS, WITHOUT_COUNTERPART
 from crystalframer_jax.configs import default
 from crystalframer_jax.data.registry import TARGET_SETS, target_set
+from crystalframer_jax.inference.evaluation import frame_draws
 from crystalframer_jax.runs.run_directory import as_json
 from crystalframer_jax.structures.neighbors import LatticeBox
 
@@ -470,3 +471,95 @@ def test_lattice_and_pca_frames_need_parts_of_their_own(method):
 def test_batches_have_the_type_of_the_lattice_sums(precision, dtype):
     model = validate_model(changed(precision=precision)).model
     assert model.parts.dtype == model.dtype.name == dtype
+
+
+# Bounds: what nobody needs would take all memory, or no end
+
+ABSURD = {
+    "num_layers": 10**9,
+    "model_dim": 2**31,
+    "ff_dim": 10**12,
+    "head_num": 10**6,
+    "k_dim": 10**7,
+    "embedding_dim": (128, 10**9),
+    "lattice_range": 10**5,
+    "cutoff_radius": 1000.0,
+    "num_frame_samples": 10**9,
+    "value_pe_dist_real": 10**8,
+    "value_pe_angle_real": 10**8,
+    "batch_size": 10**9,
+    "n_epochs": 10**12,
+    "ensemble_size": 10**6,
+    "seed": 10**5000,  # more digits than Python writes
+    "lr": 10**400,  # no float
+    "sch_params": (1.0,) * 10_000,
+    "targets": ",".join(f"t{number}" for number in range(2000)),
+    "data_dir": "x" * 10_000,
+    "target_set": "x" * 10_000,
+}
+
+
+@pytest.mark.parametrize("key", ABSURD)
+def test_absurd_values_are_refused_by_name(key):
+    for check in (validate, validate_model):  # of a user, of a run directory
+        with pytest.raises(ConfigError, match=key) as error:
+            check(changed().to_dict() | {key: ABSURD[key]})
+        assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_no_integer_is_without_bounds(key):
+    default = KEYS[key].default
+    first = default[0] if isinstance(default, tuple) else default
+    if isinstance(first, int) and not isinstance(first, bool):
+        value = (2**40,) if isinstance(default, tuple) else 2**40
+        with pytest.raises(ConfigError, match=key):
+            validate(changed().to_dict() | {key: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_layers": 200, "model_dim": 8192}, "parameters"),
+        ({"ff_dim": 1_000_000, "model_dim": 1024}, "parameters"),
+        ({"embedding_dim": (60_000, 60_000)}, "parameters"),
+        ({"value_pe_dist_real": 4000, "value_pe_angle_real": 4000, "v_dim": 60_000, "k_dim": 1}, "parameters"),
+        ({"scale_real": (30.0,)}, "a cutoff of 148.492 Å"),
+        ({"gauss_lb_real": 1e-300}, "make a cutoff of"),
+        ({"adaptive_cutoff_sigma": -1e9}, "make a cutoff of"),
+    ],
+)
+def test_absurd_combinations_are_refused(changes, words):
+    with pytest.raises(ConfigError, match=words) as error:
+        validate_model(changed().to_dict() | changes)
+    assert all(key in str(error.value) for key in changes if key[:8] != "value_pe")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_layers": 24, "model_dim": 1024, "ff_dim": 4096, "head_num": 16},  # 300 million parameters
+        {"cutoff_radius": 20.0},
+        {"num_frame_samples": 1024},
+        {"n_epochs": 100_000},
+        {"batch_size": 16_384},
+        {"lattice_range": 4, "domain": "reci", "value_pe_angle_real": 0},
+        {"ensemble_size": 100},
+        {"seed": 2**32 - 1},
+    ],
+    ids=str,
+)
+def test_what_somebody_may_want_is_within_the_bounds(changes):
+    validate(changed().to_dict() | changes)
+
+
+@pytest.mark.parametrize("targets", [3, None, [3], {"a": 1}, [["a"]]])
+def test_targets_of_another_type_are_refused(targets):
+    with pytest.raises(ConfigError, match="targets="):
+        validate_model(changed().to_dict() | {"targets": targets})
+
+
+@pytest.mark.parametrize("samples", [0, -1, 10**9, 10_001])
+def test_draws_of_frames_on_the_command_line_are_within_bounds(samples):
+    with pytest.raises(ConfigError, match=f"num_frame_samples={samples}"):
+        frame_draws(validate(changed()), samples)

@@ -541,6 +541,13 @@ def test_a_target_without_labels_in_a_split(tmp_path):
         load_dataset(tmp_path / "small", ("e_above_hull",), CUTOFF)
 
 
+def test_an_unknown_target_is_told_before_all_work(tmp_path):
+    prepare_small(tmp_path)
+    with pytest.raises(ConfigError, match="'gap' is not in target set small; it has e_form, e_above_hull"):
+        load_dataset(tmp_path / "small", ("gap",), CUTOFF)
+    assert left_in(tmp_path / "small") == ["crystals"]
+
+
 def test_a_full_disk_is_an_error(tmp_path, monkeypatch):
     """And not a crash, as it is when it shows while memory is written back to a mapped file."""
     written = []

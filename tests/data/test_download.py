@@ -354,11 +354,11 @@ def test_redirects_in_a_circle(server, tmp_path):
 
 
 @pytest.mark.parametrize("body", [CONTENT, b"x" * 10])
-def test_a_compressed_answer_is_unpacked(server, tmp_path, body):
+def test_a_compressed_answer_is_refused(server, tmp_path, body):
     url = server.url("/a", answer(body=gzip.compress(body), Content_Encoding="gzip"))
-    download([url], tmp_path / "a", anything)
-    assert (tmp_path / "a").read_bytes() == body
-    assert server.requests[0][1]["Accept-Encoding"] == "identity"
+    with pytest.raises(DataError, match=r"gave a compressed answer, which was not asked for; fetch .* --source=PATH"):
+        download([url], tmp_path / "a", anything, waits_s=())
+    assert names(tmp_path) == [] and server.requests[0][1]["Accept-Encoding"] == "identity"
 
 
 def test_the_old_file_stays_until_there_is_a_new_one(server, tmp_path):

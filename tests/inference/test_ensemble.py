@@ -381,6 +381,24 @@ def test_evaluating_one_model_draws_its_parity(run, capsys, tmp_path):
     assert cells(capsys.readouterr().out, "small, val") == [header] and figure(plot)
 
 
+@pytest.mark.parametrize("command", ["predict", "evaluate", "plot"])
+def test_results_replace_nothing_but_results(run, capsys, tmp_path, command):
+    run, file = str(run / "member_0"), tmp_path / "results.png"
+    main, *arguments = {
+        "predict": (predict_main, run, NACL, f"--output={file}"),
+        "evaluate": (evaluate_main, run, f"--output={file}"),
+        "plot": (evaluate_main, run, f"--plot={file}"),
+    }[command]
+    for theirs in ("data_NaCl", "id;target", "\n"):
+        file.write_text(theirs)
+        with pytest.raises(SystemExit, match=r"error: .*results\.png exists and is no such file"):
+            main(arguments)
+        assert file.read_text() == theirs
+    file.write_text("")
+    for _ in range(2):  # what is there the second time is ours
+        assert main(arguments) == 0 and file.stat().st_size > 50
+
+
 def test_figures_are_png(run, capsys):
     with pytest.raises(SystemExit) as error:
         evaluate_main([str(run), "--plot=figure.tiff"])

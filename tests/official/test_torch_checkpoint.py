@@ -13,6 +13,7 @@ from official_files import SCALING, lightning, saved, torch
 from official_states import assert_same
 
 from crystalframer_jax.errors import UserError
+from crystalframer_jax.official import pickle_limits
 from crystalframer_jax.official.checkpoint_file import (
     OfficialCheckpoint,
     TorchFileError,
@@ -174,3 +175,71 @@ def test_a_file_is_complete_or_not_there(tmp_path, states, official, monkeypatch
         write_checkpoint(tmp_path / "new" / "a.ckpt", checkpoint)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.ckpt"]
     assert (tmp_path / "new" / "a.ckpt").read_bytes() == before
+
+
+# Objects without end
+
+
+def pickled(folder: Path, objects: bytes, where: str) -> Path:
+    """A checkpoint whose pickle has the objects that these operations make: as a key, or as a value."""
+    file = saved(folder, {"model.a": torch.zeros(1), "callbacks": "HERE"})
+    with zipfile.ZipFile(file) as archive:
+        members = {member.filename: archive.read(member) for member in archive.infolist()}
+    (name,) = (name for name in members if name.endswith("data.pkl"))
+    text = b"X\x04\x00\x00\x00HERE"
+    assert text in members[name]
+    made = objects if where == "value" else b"}" + objects + b"Ns"  # a dictionary {objects: None}
+    content = members[name].replace(text, made)
+    with zipfile.ZipFile(file, "w") as archive:
+        for member, value in members.items():
+            archive.writestr(member, content if member == name else value)
+    return file
+
+
+def put(number: int) -> bytes:
+    return b"r" + (1000 + number).to_bytes(4, "little")
+
+
+def get(number: int) -> bytes:
+    return b"j" + (1000 + number).to_bytes(4, "little")
+
+
+# Operations of pickle: ")" and "]" make an empty tuple and list, \x85 and \x86 a tuple of the last one and two, "(...e"
+# extends a list, \x8b is a long integer, "0" drops what was made.
+ENDLESS = {
+    "tuples": (b")" + b"".join(put(n) + get(n) + b"\x86" for n in range(60)), "unfolds to more than"),
+    "lists": (
+        b"]" + put(0) + b"".join(b"]" + put(n + 1) + b"(" + 2 * get(n) + b"e" for n in range(60)),
+        "unfolds to more than",
+    ),
+    "deep": (b")" + b"\x85" * 100_000, "nested more than 100"),
+    "a little too deep": (b")" + b"\x85" * 101, "nested more than 100"),
+    "many": (b")0" * 30_000 + b")", "operations"),
+    "long number": (b"\x8b" + (10**6).to_bytes(4, "little") + b"\x01" * 10**6, "thousands of digits"),
+    "no stack": (b"0000000000", "stack"),
+}
+
+
+@pytest.mark.parametrize("where", ["key", "value"])
+@pytest.mark.parametrize("kind", ENDLESS)
+def test_objects_without_end_are_refused_before_they_are_made(tmp_path, monkeypatch, kind, where):
+    monkeypatch.setattr(torch, "load", None)
+    monkeypatch.setattr(pickle_limits, "MOST_OPERATIONS", 50_000 if kind == "many" else 2_000_000)
+    operations, words = ENDLESS[kind]
+    with pytest.raises(TorchFileError, match=words) as error:
+        read_checkpoint(pickled(tmp_path, operations, where))
+    message = str(error.value)
+    assert "data.pkl" in message and "\n" not in message and len(message) < 600
+
+
+def test_what_checkpoints_hold_is_within_the_limits(tmp_path, states, official):
+    nested = {"a": [{"b": [(1, 2.0, None, True, "c", {4: {5, 6}})]}]}
+    content = lightning(official, *states, averaged_steps=2, callbacks=nested, many=[list(range(50_000))] * 3)
+    assert read_checkpoint(saved(tmp_path, content)).step == 123
+
+
+def test_tensors_that_share_memory_take_no_more_than_their_file(tmp_path):
+    half = torch.zeros(10**6, dtype=torch.float16)  # each would be converted, 4 MB
+    content = {f"model.{number}": half.view(1000, 1000) for number in range(100)}
+    with pytest.raises(TorchFileError, match=r"more than 8 times the size of the file"):
+        read_checkpoint(saved(tmp_path, content))

@@ -567,3 +567,130 @@ def test_a_disk_that_fails_at_the_checksums(run, monkeypatch, number):
         assert kept_in(run) == ["3", "6", "9"] and checkpoints.best() == 3
         checkpoints.save(state_of(12), {}, 0.01)
     assert kept_in(run) == ["9", "12"]
+
+
+# Names, and what is no file
+
+
+def exchange(workdir: Path, one: int, other: int) -> None:
+    folder = workdir / FOLDER
+    (folder / str(one)).rename(folder / "aside")
+    (folder / str(other)).rename(folder / str(one))
+    (folder / "aside").rename(folder / str(other))
+
+
+def test_exchanged_folders_are_found(run):
+    exchange(run, 6, 9)
+    with reader(run) as checkpoints:
+        for step, other in ((6, 9), (9, 6)):
+            with pytest.raises(CheckpointError) as error:
+                checkpoints.meta(step)
+            assert f"it is the checkpoint of step {other}; give it that name back" in one_line(error)
+        assert checkpoints.meta(3) == {"step": 3}
+    with writer(run) as checkpoints:
+        assert checkpoints.restore_latest(like_of(state_of(1)))[1] == {"step": 3}
+        assert kept_in(run) == ["3"]
+    assert sorted(path.name for path in (run / DAMAGED_FOLDER).iterdir()) == ["6", "9"]  # nothing is lost
+
+
+def test_a_folder_of_another_number_is_no_checkpoint(run, capfd):
+    (run / FOLDER / "9").rename(run / FOLDER / "90")
+    with reader(run) as checkpoints, pytest.raises(CheckpointError, match="it is the checkpoint of step 9"):
+        checkpoints.restore_model(90, on_this_device(model_of(state_of(9))))
+    with writer(run) as checkpoints:
+        assert checkpoints.best() == 3
+        checkpoints.save(state_of(90), {}, 0.01)
+        checkpoints.wait()
+        assert checkpoints.best() == 90
+    assert "give it that name back; moved to" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["link to a file", "link to a folder", "pipe", "the step a link"])
+def test_what_is_no_file_is_not_read(run, tmp_path, kind):
+    path = run / FOLDER / "9"
+    if kind == "the step a link":
+        path.rename(tmp_path / "elsewhere")
+        path.symlink_to(tmp_path / "elsewhere")
+    elif kind == "pipe":
+        os.mkfifo(path / "model" / "pipe")
+    else:
+        (path / "model" / "link").symlink_to(path / "SHA256SUMS" if kind == "link to a file" else path / "meta")
+    with reader(run) as checkpoints:
+        for read in (lambda: checkpoints.restore_model(9, on_this_device(model_of(state_of(9)))), checkpoints.best):
+            with pytest.raises(CheckpointError, match="is a link or no regular file"):
+                read()
+
+
+@pytest.mark.parametrize("content", ["null", "[]", '{"validation_loss": "0.1"}', '{"validation_loss": NaN}', "{}"])
+def test_scores_that_somebody_made_anew(run, content):
+    folder = run / FOLDER / "3"
+    (folder / "metrics" / "metadata").write_text(content)
+    (folder / checksums.NAME).unlink()
+    checksums.write(folder)
+    with reader(run) as checkpoints, pytest.raises(CheckpointError) as error:
+        checkpoints.best()
+    assert "metrics/metadata is damaged" in one_line(error)
+
+
+# Death at every change of names
+
+DYING = ((os, "rename"), (os, "replace"), (shutil, "rmtree"))
+
+
+def die_at_every_call(folder: str) -> None:
+    """For a process of its own: save in children that die at the first, second, ... call that changes names.
+
+    A child that lives to its end is the last one. They are forked before JAX has started a thread.
+    """
+    for number in range(1, 1000):
+        child = os.fork()
+        if not child:
+            left = [number]
+            for module, name in DYING:
+                setattr(module, name, dying(getattr(module, name), left, folder))
+            try:
+                fill(Path(folder) / str(number), {3: 0.2, 6: 0.1}, keep_last=1)
+                with writer(Path(folder) / str(number), keep_last=1) as checkpoints:
+                    checkpoints.save(state_of(6), {"step": 6}, 0.05)  # replaces the one that is there
+            except BaseException:
+                os._exit(7)
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert status in (0, 9), status
+        if status == 0:
+            print(number, flush=True)
+            return
+
+
+def dying(function, left: list[int], folder: str):
+    def function_or_death(path, *args, **kwargs):
+        if folder in str(path) and Path(path).parent.name in (FOLDER, "unfinished"):  # not Orbax, inside of these
+            left[0] -= 1
+            if not left[0]:
+                os._exit(9)
+        return function(path, *args, **kwargs)
+
+    return function_or_death
+
+
+def test_death_at_any_change_of_names_leaves_a_whole_checkpoint(tmp_path, capfd):
+    call = f"from runs import test_checkpoint; test_checkpoint.die_at_every_call({str(tmp_path)!r})"
+    command = [sys.executable, "-c", call]
+    process = subprocess.run(command, cwd=ROOT / "tests", stdout=subprocess.PIPE, text=True, timeout=300)
+    assert process.returncode == 0
+    calls = int(process.stdout)
+    assert calls > 10
+    like, newest = like_of(state_of(1)), []
+    for number in range(1, calls + 1):
+        with writer(tmp_path / str(number)) as checkpoints:
+            found = checkpoints.restore_latest(like)
+            step = found[1]["step"] if found else 0
+            if found:
+                assert_equal_trees(found[0], state_of(step))
+            newest.append(step)
+            checkpoints.save(state_of(step + 1), {"step": step + 1}, 0.01)
+            checkpoints.wait()
+            assert checkpoints.best() == checkpoints.last() == step + 1
+            assert all(name.isdigit() for name in kept_in(tmp_path / str(number)))
+        assert not (tmp_path / str(number) / DAMAGED_FOLDER).exists()
+    assert newest == sorted(newest) and set(newest) == {0, 3, 6}  # it never goes back

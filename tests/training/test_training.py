@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import errno
 import json
 import re
 import shutil
@@ -24,6 +25,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tiny import assert_equal_trees, assert_same_run, nan_at, open_tiny, stored_state, tiny_config, tiny_runs
 
 from crystalframer_jax.batching.targets import TargetStatistics, standardise, to_label_units
+from crystalframer_jax.cli import train as cli
 from crystalframer_jax.config import ConfigError, validate
 from crystalframer_jax.data.loader import TrainingBatches
 from crystalframer_jax.data.records import Target
@@ -31,9 +33,11 @@ from crystalframer_jax.errors import UserError
 from crystalframer_jax.files import locked
 from crystalframer_jax.inference.predictor import Predictor
 from crystalframer_jax.parallel.interruption import TrainingInterrupted
+from crystalframer_jax.reporting import plots, predictions
 from crystalframer_jax.runs import checksums
 from crystalframer_jax.runs.checkpoints import CheckpointError, Checkpoints
-from crystalframer_jax.runs.run_directory import as_json
+from crystalframer_jax.runs.run_directory import as_json, warn
+from crystalframer_jax.training import start
 from crystalframer_jax.training.logging import MetricsLog, read_metrics
 from crystalframer_jax.training.loop import Options, Run, TrainingError
 from crystalframer_jax.training.start import train
@@ -497,3 +501,124 @@ def test_weights_and_biases_gets_every_epoch_and_continues_its_run(tmp_path, mon
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"pip install 'crystalframer-jax\[wandb\]'"):
         MetricsLog(tmp_path, 2, 6, "crystals", {})
+
+
+# What goes wrong beside the training
+
+
+@pytest.fixture
+def copy(finished, tmp_path) -> Path:
+    """A copy of a finished run, to be changed."""
+    warn.cache_clear()
+    return Path(shutil.copytree(finished[1], tmp_path / "run"))
+
+
+def broken(*_: object, **__: object) -> None:
+    raise UnicodeEncodeError("utf-8", "id\udc80", 2, 3, "surrogates\nnot allowed")
+
+
+def test_a_report_that_fails_costs_no_training(finished, copy, monkeypatch, capfd):
+    config, _, summary = finished
+    for file in ("summary.json", "predictions_test.csv", "parity_test.png", "learning_curve.png"):
+        (copy / file).unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(predictions, "write_csv", broken)
+        for draw in ("parity", "learning_curve"):
+            patch.setattr(plots, draw, broken)
+        found = train(config, copy)
+    names = ["learning_curve.png", "predictions_test.csv", "parity_test.png"]
+    assert found["not_written"] == names and found["mae"] == summary["mae"]
+    assert json.loads((copy / "summary.json").read_text()) == found
+    lines = [line for line in capfd.readouterr().err.splitlines() if "warning" in line]
+    assert len(lines) == 3 and all("the same command tries again" in line for line in lines)
+    assert train(config, copy) == summary
+    assert all((copy / name).is_file() for name in names)
+
+
+def test_a_full_disk_is_no_failing_report(finished, copy, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (copy / "summary.json").unlink()
+    monkeypatch.setattr(predictions, "write_csv", full)
+    with pytest.raises(TrainingError, match=r"the disk of .* is full"):
+        train(finished[0], copy)
+
+
+@pytest.mark.parametrize("content", ["null", "[" * 10**5, '{"selected_weights": 3}', '{"mae": {}}', "flipped"])
+def test_a_damaged_summary_of_a_finished_run_is_made_again(finished, copy, content):
+    config, _, summary = finished
+    file = copy / "summary.json"
+    file.write_text(file.read_text().replace('"r2"', '"s2"') if content == "flipped" else content)
+    assert train(config, copy) == json.loads(file.read_text()) == summary
+
+
+def test_without_its_configuration_a_run_goes_on_as_it_was(finished, copy):
+    config, workdir, summary = finished
+    (copy / "config.json").unlink()
+    with pytest.raises(ConfigError, match="head_num 2 -> 1"):
+        train(changed(config, head_num=1), copy)
+    with pytest.raises(ConfigError, match="n_epochs 3 -> 4"):
+        train(changed(config, n_epochs=4), copy)
+    assert train(config, copy) == summary
+    assert (copy / "config.json").read_bytes() == (workdir / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"epoch": 0}, {"epoch": 10**9}, {"epoch": -1}, {"results": [[1.0, 1.0]]}, {"seconds": "1"}, {"targets": []}],
+    ids=str,
+)
+def test_meta_data_that_do_not_fit_the_step_are_refused(finished, copy, changes):
+    folder = copy / "checkpoints" / "9"
+    file = folder / "meta" / "metadata"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    (folder / checksums.NAME).unlink()
+    checksums.write(folder)
+    with pytest.raises(UserError) as error:
+        train(finished[0], copy)
+    assert "step 9" in str(error.value) and "is damaged" in str(error.value) and "\n" not in str(error.value)
+
+
+DAMAGED = [b'{"epoch": 1, "loss": 0.\xb5}', b"null", b"[]", b'{"epoch": "1"}', b"[" * 10**5, b"", b'{"loss": 1}']
+
+
+def test_damaged_lines_of_metrics_are_left_out_and_kept(tmp_path, capfd):
+    lines = [json.dumps({"epoch": epoch, "step": epoch + 1, "loss": 0.5}).encode() for epoch in range(3)]
+    content = b"\n".join([lines[0], *DAMAGED, *lines[1:], b""])
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    assert [line["epoch"] for line in read_metrics(tmp_path)] == [0, 1, 2]
+    warnings = capfd.readouterr().err.splitlines()
+    assert len(warnings) == len(DAMAGED) and all("is damaged" in line and "left out" in line for line in warnings)
+    MetricsLog(tmp_path, first_epoch=2, first_step=2).close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == content.replace(lines[2] + b"\n", b"")
+
+
+@pytest.mark.parametrize("kind", ["no folder", "no disk", "no thread"])
+def test_tensorboard_that_fails_costs_no_training(tmp_path, capfd, monkeypatch, kind):
+    warn.cache_clear()
+    if kind == "no folder":
+        (tmp_path / "tensorboard").write_text("a file")
+    log = MetricsLog(tmp_path, 0, 0)
+    for epoch in range(2):
+        if kind == "no disk" and log.writer:
+            monkeypatch.setattr(log.writer, "flush", broken)
+        if kind == "no thread" and log.writer:
+            log.writer.file_writer.event_writer._worker.stop()
+        log.write({"epoch": epoch, "step": epoch + 1, "loss": 0.5, "val_mae": {"e_form": 0.25}})
+    log.close()
+    assert [line["epoch"] for line in read_metrics(tmp_path)] == [0, 1]
+    assert capfd.readouterr().err.count("is no longer shown by TensorBoard") == 1
+
+
+def test_results_that_could_not_be_written_make_the_status(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "WORKDIR", types.SimpleNamespace(value="run"))
+    flags = ("CONFIG", "RESUME_WITH_CHANGES", "SKIP_NONFINITE", "WANDB", "MAX_MINUTES", "COORDINATOR_ADDRESS")
+    for flag in (*flags, "NUM_PROCESSES", "PROCESS_ID", "DISTRIBUTED"):
+        monkeypatch.setattr(cli, flag, types.SimpleNamespace(value=None))
+    monkeypatch.setattr(cli, "IMPLEMENTATION", types.SimpleNamespace(value="auto"))
+    monkeypatch.setattr(cli, "WATCHDOG_MINUTES", types.SimpleNamespace(value=10.0))
+    for missing, status in ((["parity_test.png"], 1), ([], 0)):
+        monkeypatch.setattr(start, "train", lambda *_, missing=missing: {"not_written": missing} if missing else {})
+        assert cli.main(["train.py"]) == status
+    assert "weights and summary are complete in run; not written: parity_test.png" in capsys.readouterr().out

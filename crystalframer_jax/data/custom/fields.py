@@ -9,9 +9,12 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from crystalframer_jax.data.records import BadRecord, DataError, Record, parse_label
+from crystalframer_jax.data.records import BadRecord, DataError, Record, parse_label, text_of
 from crystalframer_jax.structures.crystal import Crystal
+from crystalframer_jax.text import brief, escaped, unsafe_character
 
+MOST_FIELDS = 10_000  # with those of nested objects
+LONGEST_NAME = 200  # characters, of a field
 SAMPLE = 1000  # items that are looked at to tell what their fields hold
 MISSING = ("", "-", "na", "n/a", "nan", "none", "null")  # what stands for an unknown label, in small letters
 ID_NAMES = ("id", "material_id", "mat_id", "jid", "mp_id", "mpid", "structure_id", "_id", "uid")
@@ -70,7 +73,7 @@ def target_fields(items: Items, options: CustomData) -> tuple[str, ...]:
     columns = {option: getattr(options, option) for option in ("id_column", "group_column", "split_column")}
     columns = {option: name for option, name in columns.items() if name not in ("", getattr(CustomData, option))}
     found = _survey(items, options.targets, columns.values())
-    known = ", ".join(list(found)[:30]) + (", ..." if len(found) > 30 else "") or "nothing but structures"
+    known = ", ".join(map(short, list(found)[:30])) + (", ..." if len(found) > 30 else "") or "nothing but structures"
     for name in options.targets:
         if not (name in found and found[name]["number"]):
             problem = "there are no numbers in" if name in found else "there is no"
@@ -86,6 +89,10 @@ def target_fields(items: Items, options: CustomData) -> tuple[str, ...]:
     )
     if not fields:
         raise DataError(f"{items.name}: no field holds numbers as labels ({known}); add one or name --targets")
+    for name in fields:
+        if unsafe := unsafe_character(name):
+            problem = f"the name of field {short(escaped(name))} has the character {unsafe}"
+            raise DataError(f"{items.name}: {problem}; rename it, or name --targets without it")
     return fields
 
 
@@ -116,6 +123,8 @@ def _look_at(values: Mapping[str, Any], found: dict[str, collections.Counter[str
     """Counts the kinds of the values of an item, and of those of nested objects, see `field`."""
     for key, value in values.items():
         name = f"{prefix}{key}"
+        if not isinstance(key, str) or len(name) > LONGEST_NAME or (len(found) >= MOST_FIELDS and name not in found):
+            continue  # which also ends what holds itself
         found.setdefault(name, collections.Counter(nested=bool(prefix)))[_kind(value)] += 1
         if isinstance(value, Mapping):
             _look_at(value, found, f"{name}.")
@@ -129,12 +138,12 @@ def record_of(item: Item | BadRecord, fields: tuple[str, ...], options: CustomDa
     for name in fields:
         value = field(item.values, name)
         if (label := number(value)) is None:
-            problem = f"{name} is {short(repr(value))}; write a number with a decimal point, or na if unknown"
+            problem = f"{name} is {short(brief(value))}; write a number with a decimal point, or na if unknown"
             return BadRecord(item.id, item.where, problem)
         labels.append(label)
     word = item.split or text(item.values, options.split_column).lower()
     if (split := SPLIT_NAMES.get(word)) is None:
-        problem = f"split is {short(repr(word))}; write train, val or test, or name another --split_column"
+        problem = f"split is {short(brief(word))}; write train, val or test, or name another --split_column"
         return BadRecord(item.id, item.where, problem)
     return Record(item.id, item.where, item.load, tuple(labels), split, text(item.values, options.group_column))
 
@@ -151,8 +160,7 @@ def field(values: Mapping[str, Any], name: str) -> Any:
 def text(values: Mapping[str, Any], *names: str) -> str:
     """Returns the first text (an id, a group) among the values of these names that is not blank, else ""."""
     found = (field(values, name) for name in names if name)
-    known = (value for value in found if value is not None and not (isinstance(value, float) and math.isnan(value)))
-    return next(filter(None, (str(value).strip() for value in known)), "")
+    return next(filter(None, map(text_of, found)), "")
 
 
 def short(text: str) -> str:

@@ -5,7 +5,6 @@ import hashlib
 import itertools
 import json
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,17 +19,20 @@ from crystalframer_jax.data.custom.fields import (
     target_fields,
     text,
 )
-from crystalframer_jax.data.custom.tables import folder_items, table_items
+from crystalframer_jax.data.custom.tables import folder_items, limited_lines, table_items
 from crystalframer_jax.data.io.pickles import load_pickle
 from crystalframer_jax.data.io.streams import json_lines, json_records
-from crystalframer_jax.data.records import BadRecord, DataError, Source, Target
+from crystalframer_jax.data.records import BadRecord, DataError, Record, Source, Target
 from crystalframer_jax.data.splits import SPLITS
 from crystalframer_jax.data.structures import FLAT, JARVIS, PYMATGEN, dict_loader, from_dict, from_pymatgen, from_text
 from crystalframer_jax.files import sha256
-from crystalframer_jax.structures.crystal import Crystal
+from crystalframer_jax.structures.crystal import MOST_ATOMS, Crystal
+from crystalframer_jax.structures.files import LONGEST_COMMENT
+from crystalframer_jax.text import LONGEST, escaped
 
 STRUCTURE_KEYS = ("structure", "atoms", "cif")
 MAY_LACK = ("charge", "cartesian")  # of the keys of a structure
+LONGEST_COUNT = 18  # digits, of a number of atoms
 NOT_IN_INFO = ("Lattice", "Properties", "pbc")  # what ASE takes out of the comment line for itself
 
 
@@ -50,7 +52,11 @@ def custom_source(path: Path, options: CustomData) -> Source:
     targets = tuple(Target(name.replace(",", " "), name, unit) for name, unit in zip(fields, units, strict=True))
     columns = (options.targets, options.id_column, options.structure_column, options.split_column, options.group_column)
     checksum = hashlib.sha256(json.dumps([items.sha256, columns]).encode()).hexdigest()  # with what changes records
-    return Source(targets, checksum, lambda: (record_of(item, fields, options) for item in items.read()), items.count)
+
+    def records() -> Iterator[Record | BadRecord]:
+        return (record_of(item, fields, options) for item in items.read())
+
+    return Source(targets, checksum, records, items.count, (path,))
 
 
 def _items(path: Path, options: CustomData) -> Items:
@@ -89,14 +95,16 @@ def _xyz_items(file: Path, options: CustomData) -> Items:
         raise DataError(f"{file}: reading extended XYZ needs ASE; pip install ase") from error
 
     def item(number: int, lines: list[str]) -> Item | BadRecord:
-        where, id, missing = f"{file}:{number}", f"{file.name}:{number}", int(lines[0]) + 2 - len(lines)
+        where, id, missing = f"{file}:{number}", f"{escaped(file.name)}:{number}", int(lines[0]) + 2 - len(lines)
+        if int(lines[0]) > MOST_ATOMS:
+            return BadRecord(id, where, f"{int(lines[0]):,} atoms, of at most {MOST_ATOMS:,}; give a smaller cell")
         if missing > 0:
             reason = f"the file ends after {max(0, len(lines) - 2)} of {int(lines[0])} atoms; complete the frame"
             return BadRecord(id, where, reason)
         try:
             found = key_val_str_to_dict(lines[1])
-        except ValueError as error:
-            return BadRecord(id, where, f"comment line not understood ({error}); correct it")
+        except Exception as error:  # whatever the parser raises
+            return BadRecord(id, where, f"comment line not understood ({str(error)[:LONGEST]}); correct it")
         values = {key: value for key, value in found.items() if key not in NOT_IN_INFO}
         id = _xyz_id(values, lines[1], options.id_names()) or id
         return Item(id, where, functools.partial(from_text, "".join(lines), where, False, id), values)
@@ -108,15 +116,18 @@ def _xyz_items(file: Path, options: CustomData) -> Items:
 def _frames(file: Path) -> Iterator[tuple[int, list[str]]]:
     """Yields number of the first line and lines of each frame; the last may be cut short."""
     with file.open(encoding="utf-8-sig", errors="replace") as stream:
-        lines = enumerate(stream, 1)
+        lines = enumerate(limited_lines(stream, file, LONGEST_COMMENT), 1)
         for number, first in lines:
-            if not first.strip():
+            count = first.strip()
+            if not count:
                 continue
-            if not first.strip().isdecimal():
-                found = f"no number of atoms but {short(first.strip())!r}"
+            if not count.isdecimal() or len(count) > LONGEST_COUNT:
+                found = f"no number of atoms but {short(count)!r}"
                 raise DataError(f"{file}:{number}: {found}; correct this line or the number of the frame before")
-            rest = itertools.islice(lines, min(int(first) + 1, sys.maxsize))
+            rest = itertools.islice(lines, min(int(count), MOST_ATOMS) + 1)
             yield number, [first, *(line for _, line in rest)]
+            for _ in itertools.islice(lines, max(int(count) - MOST_ATOMS, 0)):
+                pass
 
 
 def _xyz_id(values: Mapping[str, Any], comment: str, names: tuple[str, ...]) -> str:
@@ -135,7 +146,7 @@ def _json_items(file: Path, options: CustomData) -> Items:
         has_lines = file.name.lower().endswith((".jsonl", ".jsonl.gz"))
         for number, record in json_lines(file) if has_lines else json_records(file):
             place = f"{file}:{number}" if has_lines else f"{file} record {number}"
-            yield _item(record, place, f"{file.name}:{number}", options)
+            yield _item(record, place, f"{escaped(file.name)}:{number}", options)
 
     return Items(str(file), sha256(file), read)
 
@@ -158,7 +169,7 @@ def _pickle_items(path: Path, options: CustomData, files: Mapping[str, Path] | N
                 raise DataError(f"{file}: holds a {type(records).__name__}, not a list of records; pickle such a list")
             for number, record in enumerate(records, 1):
                 found = record if isinstance(record, dict) else f"is not a dict but of type {type(record).__name__}"
-                id = f"{split or file.name}:{number}"
+                id = f"{split or escaped(file.name)}:{number}"
                 yield _item(found, f"{file} record {number}", id, options, split)
 
     return Items(str(path), digest.hexdigest(), read)

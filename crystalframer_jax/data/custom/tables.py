@@ -1,5 +1,6 @@
 """Labels in CSV files, beside structure files or with the text of CIFs in a column."""
 
+import collections
 import csv
 import functools
 import hashlib
@@ -7,6 +8,7 @@ import itertools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from crystalframer_jax.data.custom.fields import (
     ID_NAMES,
@@ -23,7 +25,9 @@ from crystalframer_jax.data.custom.fields import (
 from crystalframer_jax.data.records import BadRecord, DataError
 from crystalframer_jax.data.structures import from_file, from_text
 from crystalframer_jax.files import sha256
+from crystalframer_jax.text import escaped
 
+LONGEST_CELL = 64 << 20  # characters
 SUFFIXES = (".cif", ".vasp", ".poscar", ".extxyz", ".xyz")
 POSCAR_PREFIXES = ("POSCAR", "CONTCAR")
 FILE_COLUMNS = ("structure", "structure_file", "file", "filename", "file_name", "path", "cif", "cif_file", "poscar")
@@ -71,7 +75,7 @@ def _items(file: Path, names: Sequence[str], has_header: bool, structure: int, i
         where = f"{file}:{line}"
         values = {name: cell for name, cell in zip(names, cells, strict=False) if name}
         cell = cells[structure] if structure < len(cells) else ""
-        id = text(values, *id_names) or _id_of_cell(cell) or f"{file.name}:{line}"
+        id = text(values, *id_names) or _id_of_cell(cell) or f"{escaped(file.name)}:{line}"
         if len(cells) != len(names):
             return BadRecord(id, where, f"{len(cells)} cells instead of {len(names)}; correct the line")
         if any("\n" in cell and not is_cif_text(cell) for cell in cells):
@@ -95,13 +99,14 @@ def _items(file: Path, names: Sequence[str], has_header: bool, structure: int, i
 
 def _rows(file: Path) -> Iterator[tuple[int, list[str]]]:
     """Yields number of the first line and cells of each row that is not blank."""
-    csv.field_size_limit(2**31 - 1)  # a CIF may be long
+    csv.field_size_limit(LONGEST_CELL)  # a CIF may be long
     line = 1
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
-            delimiter = _delimiter(next((text for text in stream if text.strip()), ""))
+            delimiter = _delimiter(next(filter(str.strip, limited_lines(stream, file, LONGEST_CELL)), ""))
             stream.seek(0)
-            reader = csv.reader(stream, delimiter=delimiter, skipinitialspace=True, strict=True)
+            lines = limited_lines(stream, file, LONGEST_CELL)
+            reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
             for row in reader:
                 cells = [cell.strip() for cell in row]
                 if any(cells):
@@ -111,6 +116,14 @@ def _rows(file: Path) -> Iterator[tuple[int, list[str]]]:
         raise DataError(f"{file} is not UTF-8 text; save it as CSV UTF-8") from error
     except csv.Error as error:
         raise DataError(f"{file}:{line}: {error}; correct the quotes") from error
+
+
+def limited_lines(stream: TextIO, file: Path, most: int) -> Iterator[str]:
+    """Reads the lines of a file, with their ends; DataError for one of more than `most` characters."""
+    for number, line in enumerate(iter(lambda: stream.readline(most + 1), ""), 1):
+        if len(line) > most:
+            raise DataError(f"{file}:{number}: a line of over {most:,} characters; is it the right kind of file?")
+        yield line
 
 
 def _delimiter(line: str) -> str:
@@ -136,24 +149,23 @@ def _label_names(file: Path, count: int, options: CustomData) -> list[str]:
 
 def _checked_names(file: Path, header: list[str]) -> list[str]:
     """Checks the names in a header; "" for columns that have none, as the index that pandas writes."""
-    named = [name for name in header if name]
-    for name in named:
-        if named.count(name) > 1:
-            raise DataError(f"{file}: two columns are named {name}; rename one of them")
+    for name, count in collections.Counter(filter(None, header)).items():
+        if count > 1:
+            raise DataError(f"{file}: two columns are named {short(name)}; rename one of them")
     return header if header[-1] else header[:-1]
 
 
 def _structure_column(file: Path, names: list[str], rows: Iterator[tuple[int, list[str]]], options: CustomData) -> int:
     """Finds the column of structures: as named, else the first of a usual name whose cells are such."""
-    known = ", ".join(name for name in names if name)
+    known = ", ".join(short(name) for name in names[:100] if name)
     if options.structure_column:
         if options.structure_column not in names:
             raise DataError(f"{file}: no column --structure_column={options.structure_column}; it has {known}")
         return names.index(options.structure_column)
     sample = list(itertools.islice(rows, SAMPLE))
     lower = [name.lower() for name in names]
-    for usual in (*FILE_COLUMNS, *ID_NAMES):
-        column = lower.index(usual) if usual in lower else len(names)
+    for usual in filter(lower.__contains__, (*FILE_COLUMNS, *ID_NAMES)):
+        column = lower.index(usual)
         found = (cells[column] for _, cells in sample if column < len(cells))
         if any(is_cif_text(cell) or _structure_file(file.parent, cell) for cell in found):
             return column

@@ -1,21 +1,35 @@
 """Downloads that survive broken connections, and are only taken for complete when they are."""
 
+import contextlib
 import datetime
-import json
 import os
 import re
 import time
 from collections.abc import Callable, Sequence
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
 import requests
 from tqdm import tqdm
 
+from crystalframer_jax.data.io.requesting import (
+    Bounds,
+    FailedError,
+    PassingError,
+    TimeOverError,
+    TooLargeError,
+    answer,
+    next_chunk,
+    reason,
+)
 from crystalframer_jax.data.records import DataError
-from crystalframer_jax.files import sha256, write_json
+from crystalframer_jax.files import FileError, open_to_append, read_json, sha256, write_json
 
-CHUNK_BYTES = 1 << 16
+LARGEST_FILE = 1 << 30  # bytes that are taken unless a source says otherwise
+LARGEST_RECORD = 1 << 16  # bytes of what is written down of a download
+LONGEST_S = 6 * 3600  # that one call may take; the next one goes on from there
+SETTLED = datetime.timedelta(minutes=1)  # after which a file modified then is no longer modified within that second
 BUSY = (408, 429)  # statuses below 500 after which another try may succeed
 
 
@@ -26,12 +40,16 @@ def download(
     *,
     waits_s: Sequence[float] = (1, 3, 9),
     timeout_s: float = 30,
+    longest_s: float = LONGEST_S,
+    largest: int = LARGEST_FILE,
 ) -> Path:
     """Fetches a file from the first of several URLs that gives it, unless it was fetched before and is unchanged.
 
     Beside `file` its record is kept: URL, size, SHA-256 and date. What has arrived of a file is kept in `.FILE.part`,
     also after an error or a kill, and continued where the server confirms that it is of the same version.
-    The caller sees to it that no other process downloads the same file.
+    The caller sees to it that no other process downloads the same file. Connections are by https (http to this machine
+    itself only), also where a server sends elsewhere, and nothing is unpacked on the way. A file of that name that was
+    not downloaded is not replaced.
 
     Args:
       urls: forms of the URL of the same content.
@@ -40,32 +58,46 @@ def download(
       waits_s: pauses in seconds before new tries at one URL, after which the next URL has its turn. A try that got
         further than all before it starts them anew.
       timeout_s: longest time in seconds without an answer or new data.
+      longest_s: longest time in seconds in all.
+      largest: bytes that the file may have.
 
     Returns:
       `file`.
 
     Raises:
-      DataError: no URL gave the file, or it cannot be written.
+      DataError: no URL gave the file, it cannot be written, or another file is in its place.
     """
     record = file.with_name(f"{file.name}.download.json")
-    if file.exists():
-        recorded = _json_object(record)
-        if recorded.get("size") == file.stat().st_size and recorded.get("sha256") == sha256(file):
-            return file
-        tqdm.write(f"{file} is not as {record.name} says; downloading it again")
+    recorded = _json_object(record)
+    is_recorded = all(isinstance(recorded.get(key), str) for key in ("url", "sha256", "date"))
+    before = ""
     try:
+        if os.path.lexists(file):
+            before = sha256(file)
+            if recorded.get("size") == file.stat().st_size and recorded.get("sha256") == before:
+                return file
+            if not is_recorded:
+                _require_wanted(file, check)
+            tqdm.write(f"{file} is not as {record.name} says; downloading it again")
+        elif os.path.lexists(record) and not is_recorded:
+            raise _in_the_way(record)
         file.parent.mkdir(parents=True, exist_ok=True)
         part = _Part(file)
-        url = _first_that_works(urls, part, check, waits_s, timeout_s)
+        bounds = Bounds(timeout_s, time.monotonic() + longest_s, largest)
+        url = _first_that_works(urls, part, check, waits_s, bounds)
         content = {
             "url": url,
             "size": part.size(),
             "sha256": sha256(part.content),
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
+        if before not in ("", content["sha256"]) and not is_recorded:
+            raise _in_the_way(file)
         os.replace(part.content, file)
         write_json(record, content)
         part.restart()
+    except FileError as error:
+        raise _in_the_way(file) from error
     except OSError as error:
         raise DataError(
             f"{file} cannot be written ({error.strerror or error}); make room or choose another folder, then run again"
@@ -101,21 +133,24 @@ def jarvis_location(name: str) -> tuple[str, tuple[str, ...]]:
     return member, tuple(dict.fromkeys((url, *others)))
 
 
-class _FailedError(Exception):
-    """A try that did not give the file; the text says what it gave."""
+def _require_wanted(file: Path, check: Callable[[Path], None]) -> None:
+    """Raises DataError if a file that was not downloaded is not what is wanted either: it is not replaced."""
+    try:
+        check(file)
+    except DataError as error:
+        raise _in_the_way(file) from error
 
 
-class _PassingError(_FailedError):
-    """One after which another try may succeed."""
+def _in_the_way(path: Path) -> DataError:
+    return DataError(f"{path} is not there by a download, so it is not replaced: move it away, then run again")
 
 
 def _json_object(file: Path) -> dict[str, Any]:
     """Reads a JSON object; an empty one if there is none that can be read."""
     try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError):
+        return read_json(file, LARGEST_RECORD)
+    except FileError:
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 class _Part:
@@ -130,7 +165,7 @@ class _Part:
 
     def size(self) -> int:
         """Counts the bytes that have arrived."""
-        return self.content.stat().st_size if self.content.exists() else 0
+        return self.content.stat().st_size if self.content.is_file() and not self.content.is_symlink() else 0
 
     def restart(self, url: str = "", version: str = "") -> None:
         """Forgets what has arrived, for content of that origin; without a version it cannot be continued later."""
@@ -142,7 +177,7 @@ class _Part:
 
 
 def _first_that_works(
-    urls: Sequence[str], part: _Part, check: Callable[[Path], None], waits_s: Sequence[float], timeout_s: float
+    urls: Sequence[str], part: _Part, check: Callable[[Path], None], waits_s: Sequence[float], bounds: Bounds
 ) -> str:
     """Fills the part and returns the URL that gave it; raises DataError if none does."""
     answers = []
@@ -150,55 +185,68 @@ def _first_that_works(
         furthest, waits = part.size(), list(waits_s)
         while True:  # as the Retry of urllib3 ends where content begins
             try:
-                _inspect(part, check, _receive(url, part, timeout_s))
+                _inspect(part, check, _receive(url, part, bounds))
                 return url
-            except _FailedError as error:
+            except FailedError as error:
                 if part.size() > furthest:
                     furthest, waits = part.size(), list(waits_s)
-                if not (isinstance(error, _PassingError) and waits):
+                if not (isinstance(error, PassingError) and waits):
                     answers.append(f"{url} gave {error}")
                     break
+            except TimeOverError as error:
+                answers.append(f"{url}: {error}")
+                raise _not_given(urls, part, answers) from error
             time.sleep(waits.pop(0))
-    raise DataError(
+    raise _not_given(urls, part, answers)
+
+
+def _not_given(urls: Sequence[str], part: _Part, answers: list[str]) -> DataError:
+    return DataError(
         f"{part.file} could not be downloaded: {'; '.join(answers)}; "
         f"fetch one of them with a browser, say {urls[0]}, and hand the file over with --source=PATH"
     )
 
 
-def _receive(url: str, part: _Part, timeout_s: float) -> bool:
-    """Adds what one request brings to the part; returns whether it was continued. Raises _FailedError."""
+def _receive(url: str, part: _Part, bounds: Bounds) -> bool:
+    """Adds what one request brings to the part; returns whether it was continued. Raises FailedError."""
     headers = {"Accept-Encoding": "identity"}  # so that sizes are those of the file
     start = part.size() if part.url == url and part.version else 0
     if start:
         headers |= {"Range": f"bytes={start}-", "If-Range": part.version}
     try:
-        with requests.get(url, headers=headers, stream=True, timeout=timeout_s) as response:
+        with answer(url, headers, bounds) as response:
             resumed = start > 0 and response.status_code == 206
             if (resumed and not _continues(response, part)) or (start and response.status_code == 416):
                 part.restart()
-                raise _PassingError("another part than was asked for")
+                raise PassingError("another part than was asked for")
             if not resumed:
                 _require_file(response)
                 part.restart(url, _version(response))
-            _write(response, part)
+            try:
+                _write(response, part, bounds)
+            except TooLargeError:
+                part.restart()
+                raise
     except requests.RequestException as error:
-        raise _PassingError(_reason(error, timeout_s)) from error
+        raise PassingError(reason(error, bounds.timeout_s)) from error
     return resumed
 
 
 def _continues(response: requests.Response, part: _Part) -> bool:
-    """Tells whether partial content begins where the part ends, and is of its version, which need not be repeated."""
+    """Tells whether partial content begins where the part ends, and is said to be of its version."""
     starts_there = response.headers.get("Content-Range", "").startswith(f"bytes {part.size()}-")
-    return starts_there and _version(response) in ("", part.version) and not _is_encoded(response)
+    return starts_there and _version(response) == part.version
 
 
 def _require_file(response: requests.Response) -> None:
     status = response.status_code
     if status != 200:
-        kind = _PassingError if status >= 500 or status in BUSY else _FailedError
+        kind = PassingError if status >= 500 or status in BUSY else FailedError
         raise kind(f"status {status}" + " without a file" * (status == 202))
     if response.headers.get("Content-Type", "").strip().lower().startswith("text/html"):
-        raise _FailedError("an HTML page")
+        raise FailedError("an HTML page")
+    if _is_encoded(response):
+        raise PassingError("a compressed answer, which was not asked for")
 
 
 def _is_encoded(response: requests.Response) -> bool:
@@ -207,32 +255,41 @@ def _is_encoded(response: requests.Response) -> bool:
 
 
 def _version(response: requests.Response) -> str:
-    """Gives what tells versions of the content apart; "" if nothing does."""
-    etag = response.headers.get("ETag", "")
+    """Gives what tells versions of the content apart, to the byte; "" if nothing does."""
+    etag, modified = response.headers.get("ETag", ""), response.headers.get("Last-Modified", "")
     if _is_encoded(response) or etag.startswith("W/"):  # a weak tag is shared by contents that differ in bytes
         return ""
-    return etag or response.headers.get("Last-Modified", "")
+    with contextlib.suppress(TypeError, ValueError):  # a date that is not one
+        age = parsedate_to_datetime(response.headers.get("Date", "")) - parsedate_to_datetime(modified)
+        if not etag and age >= SETTLED:
+            return modified
+    return etag
 
 
-def _write(response: requests.Response, part: _Part) -> None:
+def _write(response: requests.Response, part: _Part, bounds: Bounds) -> None:
     """Appends what arrives to the part; raises an error if that is less than the server said."""
     start, length = part.size(), response.headers.get("Content-Length", "")
-    total = start + int(length) if length.isdigit() and not _is_encoded(response) else None
-    if of_range := re.search(r"/(\d+)$", response.headers.get("Content-Range", "")):
+    total = start + int(length) if re.fullmatch(r"\d{1,18}", length) else None
+    if of_range := re.search(r"/(\d{1,18})$", response.headers.get("Content-Range", "")):
         total = int(of_range[1])
+    bounds.check_size(total or 0)
     bar = {"total": total, "initial": start, "desc": part.file.name, "dynamic_ncols": True, "disable": None}
-    with part.content.open("ab") as file, tqdm.wrapattr(file, "write", **bar) as stream:
-        for chunk in response.iter_content(CHUNK_BYTES):
+    size = start
+    with open_to_append(part.content) as file, tqdm.wrapattr(file, "write", **bar) as stream:
+        while chunk := next_chunk(response):
+            size += len(chunk)
+            bounds.check_size(size)
             stream.write(chunk)
+            bounds.left_s()
     if total is not None and part.size() != total:
-        raise _PassingError(f"{part.size():,} of {total:,} bytes")
+        raise PassingError(f"{part.size():,} of {total:,} bytes")
 
 
 def _inspect(part: _Part, check: Callable[[Path], None], resumed: bool) -> None:
-    """Removes the part and raises _FailedError if it is not the file wanted, which may be due to its pieces."""
+    """Removes the part and raises FailedError if it is not the file wanted, which may be due to its pieces."""
     with part.content.open("rb") as stream:
         start = stream.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    kind = _FailedError
+    kind = FailedError
     if part.size() == 0:
         what = "an empty file"
     elif start.startswith((b"<!doctype", b"<html")):
@@ -241,17 +298,6 @@ def _inspect(part: _Part, check: Callable[[Path], None], resumed: bool) -> None:
         try:
             return check(part.content)
         except DataError as error:
-            what, kind = f"another file than expected ({error})", _PassingError if resumed else _FailedError
+            what, kind = f"another file than expected ({error})", PassingError if resumed else FailedError
     part.restart()
     raise kind(what)
-
-
-def _reason(error: requests.RequestException, timeout_s: float) -> str:
-    reasons = {
-        requests.Timeout: f"no answer within {timeout_s:g} s",
-        requests.exceptions.SSLError: "no trusted connection (TLS)",
-        requests.exceptions.ProxyError: "no connection through the proxy",
-        requests.ConnectionError: "no connection",
-        requests.RequestException: f"a failure ({type(error).__name__})",
-    }
-    return next(reason for kind, reason in reasons.items() if isinstance(error, kind))

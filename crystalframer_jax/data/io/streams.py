@@ -12,14 +12,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, BinaryIO, NoReturn
 
+import numpy as np
+
 from crystalframer_jax.data.records import DataError
 
 CHUNK_BYTES = 1 << 20  # read at once
 MAX_RECORD_CHARS = 64 << 20  # of one record, far more than a crystal with descriptors takes
+DEEPEST = 64  # lists and objects in each other; what takes a record apart calls itself for each
 MIN_SIZE_LIMIT = 1 << 30  # bytes; up to here an archive may unpack to any size
 MAX_EXPANSION = 200  # beyond that, times the size of the archive; crystals in JSON shrink some 6 times
 
 _BLANKS = re.compile(r"[ \t\n\r]*")
+_STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}"]', re.DOTALL)
+_NO_CONTAINER = re.compile(r"[^,\]}\s]*")
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _LONGEST_TOKEN = 16  # characters after which a number, a literal or an escape that was cut off shows
 _DAMAGE = (OSError, EOFError, ValueError, RuntimeError, struct.error, zlib.error, zipfile.BadZipFile)
 
@@ -32,22 +38,27 @@ def json_records(file: Path, member: str = "") -> Iterator[tuple[int, dict[str, 
       member: the file inside a zip archive, "" for its only JSON file; nothing else in it is read.
 
     Yields:
-      The number with the element, or with the reason why it is no record if it is not an object.
+      The number with the element, or with the reason why it is no record: not an object, with a key twice or a number
+      of thousands of digits in it, or nested too deeply.
 
     Raises:
-      DataError: the file is missing, damaged, encrypted or unreasonably large, has no such member, or is not one
-        complete array.
+      DataError: the file is missing, damaged, encrypted or unreasonably large, has no such member, is not one complete
+        array, or no element of it can be read.
     """
     with _opened(file, member) as (stream, name):
         text = _JsonText(stream, name, file)
         if not text.take("["):
             text.fail("is not a list of records at its top level", "give a file that is one")
-        number = 0
+        number, unread = 0, []
         goes_on = text.peek() != "]"
         while goes_on:
             number += 1
-            yield number, _as_record(text.value(number))
+            value = text.value(number)
+            unread += [number] if isinstance(value, _Unreadable) else []
+            yield number, _as_record(value)
             goes_on = text.take(",")
+        if unread and len(unread) == number:
+            text.fail(f"is not JSON in record {unread[0]} ({value})")
         if not text.take("]"):
             text.fail(f"has no comma and no end of the list after record {number}")
         if text.peek():
@@ -72,7 +83,8 @@ def json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
             if not line.strip():
                 continue
             try:
-                record = _as_record(json.loads(line.decode()))
+                text = line.decode()
+                record = _as_record(_checked(_PARSER.decode(text), text))
             except (ValueError, RecursionError) as error:
                 record = f"is not JSON ({error})"
             yield number, record
@@ -94,8 +106,51 @@ def check_zip(member: str) -> Callable[[Path], None]:
     return check
 
 
+class _Unreadable(str):
+    """Stands for an element that cannot be read, and tells why."""
+
+
 def _as_record(value: Any) -> dict[str, Any] | str:
+    if isinstance(value, _Unreadable):
+        return f"is not JSON ({value})"
     return value if isinstance(value, dict) else f"is not a JSON object but of type {type(value).__name__}"
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Makes a JSON object; ValueError if a key is there twice, as nobody knows which value is meant."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice[:40]!r} is there twice")
+    return found
+
+
+_PARSER = json.JSONDecoder(object_pairs_hook=_object)
+
+
+def _checked(value: Any, text: str) -> Any:
+    """Returns the value that was read of a text, or why it cannot be used: it is nested too deeply."""
+    brackets = np.frombuffer(text.encode(errors="surrogatepass").translate(None, _NO_BRACKETS), np.uint8)
+    if len(brackets) <= DEEPEST:
+        return value
+    depth = np.cumsum(np.where((brackets == ord("[")) | (brackets == ord("{")), 1, -1)).max()
+    return value if depth <= DEEPEST else _Unreadable(f"nested {depth} deep, of at most {DEEPEST}")
+
+
+def _end(text: str, start: int) -> int | None:
+    """Finds where the JSON value ends that begins at `start`, by its brackets; None if the text ends before."""
+    if text[start] not in "[{":
+        end = _NO_CONTAINER.match(text, start).end()  # type: ignore[union-attr]
+        return end if end < len(text) else None
+    depth = 0
+    for found in _STRING_OR_BRACKET.finditer(text, start):
+        if found[0] == '"':  # of a string that is cut off
+            return None
+        depth += (found[0] in "[{") - (found[0] in "]}")
+        if depth == 0:
+            return found.end()
+    return None
 
 
 class _JsonText:
@@ -104,7 +159,7 @@ class _JsonText:
     def __init__(self, stream: BinaryIO, name: str, file: Path):
         self._stream, self._name, self._file = stream, name, file
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        self._parse = json.JSONDecoder().raw_decode
+        self._parse = json.JSONDecoder(object_pairs_hook=_object).raw_decode
         self._window, self._at, self._ended = "", 0, False
         self._dropped = 0  # characters before the window
 
@@ -127,7 +182,7 @@ class _JsonText:
         return found
 
     def value(self, number: int) -> Any:
-        """Parses the JSON value that begins here, which is record `number`."""
+        """Parses the JSON value that begins here, which is record `number`; passes over one that has its end."""
         if not self.peek():
             self.fail(f"ends before record {number}")
         while True:
@@ -136,13 +191,17 @@ class _JsonText:
                 value, end = self._parse(self._window, self._at)
                 reason, cut = "", isinstance(value, int | float) and end > near_end  # 1 of 1.5
                 if self._ended or not cut:
-                    self._at = end
-                    return value
+                    text, self._at = self._window[self._at : end], end
+                    return _checked(value, text)
             except json.JSONDecodeError as error:
                 reason = error.msg
                 cut = error.pos > near_end or reason.startswith("Unterminated string")
-            except (ValueError, RecursionError) as error:  # too many digits; nested too deeply
-                reason, cut = str(error), False
+            except (ValueError, RecursionError) as error:  # too many digits; a key twice; nested too deeply
+                reason, found = str(error), _end(self._window, self._at)
+                if found is not None:
+                    self._at = found
+                    return _Unreadable(reason)
+                cut = not self._ended
             if not cut or self._ended:
                 self.fail(f"{'ends within' if cut else 'is not JSON in'} record {number} ({reason})")
             if len(self._window) - self._at > MAX_RECORD_CHARS:

@@ -1,0 +1,79 @@
+"""What a checkpoint tells beside its arrays, held to what it can be: its checksums may have been made anew."""
+
+import reprlib
+from collections.abc import Callable
+from typing import Any
+
+from crystalframer_jax.files import FileError
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_finite(value: Any) -> bool:
+    return _is_number(value) and abs(value) <= 1e300  # also no integer that is no float
+
+
+def _is_count(value: Any, least: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**53
+
+
+def _is_target(value: Any) -> bool:
+    """Tells whether these are the fields of TargetStatistics."""
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"name", "unit", "mean", "std"}
+        and isinstance(value["name"], str)
+        and isinstance(value["unit"], str)
+        and _is_finite(value["mean"])
+        and _is_finite(value["std"])
+        and value["std"] > 0
+    )
+
+
+def _is_error(value: Any) -> bool:
+    return value is None or _is_number(value)  # NaN and null: no label is known
+
+
+def _is_list(value: Any, of: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and all(map(of, value))
+
+
+def _is_pair(value: Any) -> bool:
+    return _is_list(value, _is_number) and len(value) == 2
+
+
+# Fields of the meta data, of the scores of a checkpoint and of a line of metrics: what they must be, if they are there.
+FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "epoch": (lambda value: _is_count(value, -1), "the number of an epoch"),
+    "step": (_is_count, "the number of a step"),
+    "seconds": (lambda value: _is_finite(value) and value >= 0, "a time"),
+    "results": (lambda value: _is_list(value, _is_pair), "losses and gradient norms of steps"),
+    "targets": (
+        lambda value: _is_list(value, _is_target) and bool(value),
+        "targets with a name, a unit, a finite mean and a positive standard deviation",
+    ),
+    "val_mae": (lambda value: isinstance(value, dict) and all(map(_is_error, value.values())), "errors by target"),
+    "config": (lambda value: isinstance(value, dict), "hyperparameters by name"),
+    "data": (lambda value: isinstance(value, dict) and isinstance(value.get("digest"), str), "the digest of data"),
+    "validation_loss": (lambda value: value is None or _is_finite(value), "a loss"),
+    "loss": (_is_finite, "a loss"),
+    "val_loss": (_is_finite, "a loss"),
+    "lr": (_is_finite, "a learning rate"),
+    "crystals_per_s": (_is_finite, "a speed"),
+    "num_frame_samples": (lambda value: _is_count(value, 1), "a number of draws"),
+    "selected_weights": (lambda value: isinstance(value, str), "the name of weights"),
+}
+
+
+def checked(content: dict[str, Any], what: object, *required: str) -> dict[str, Any]:
+    """Returns `content`; FileError, naming `what` it is, if one of its fields is wrong or a required one is missing."""
+    for name in required:
+        if name not in content:
+            raise FileError(f"{what} is damaged: it has no {name}")
+    for name, value in content.items():
+        is_right, words = FIELDS.get(name, (None, ""))
+        if is_right and not is_right(value):
+            raise FileError(f"{what} is damaged: {name} is {reprlib.repr(value)}, not {words}")
+    return content
