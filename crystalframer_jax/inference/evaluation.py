@@ -65,7 +65,7 @@ def predict_rows(
     Every group is one batch, of the first of `shapes` that holds it, or of a shape of its own with the parts given; it
     is shared out among the `devices` that `forward` is compiled for.
     With `num_frame_samples` above 1 the mean is over as many draws among equally good frames, always the same draws
-    for the same crystal; otherwise the first of them in canonical order are taken. Given the same crystals in a
+    for the same crystal; otherwise the crystal chooses. Given the same crystals in a
     `device_table`, batches are gathered there; otherwise a thread packs them ahead.
     """
     samples = list(range(num_frame_samples)) if num_frame_samples > 1 else [None]

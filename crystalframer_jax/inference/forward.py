@@ -23,8 +23,8 @@ def working_precision(config: TrainConfig) -> contextlib.AbstractContextManager:
 def make_forward(model: CrystalFramer, devices: Devices = ONE_DEVICE) -> Forward:
     """Compiles forward(variables, batch, sample) -> standardised predictions [B, T]; [devices, B, T] of several.
 
-    Without `sample` the first of several equally good frames is taken; the number of a sample draws one, the same for
-    the same crystal wherever it stands in a batch.
+    Without `sample` the crystal chooses among equally good frames; the number of a sample draws one, the same for the
+    same crystal wherever it stands in a batch.
     """
 
     def forward(variables: Tree, batch: Batch, sample: int | None = None) -> Any:

@@ -97,7 +97,7 @@ class Predictor:
 
         `structures`: pymatgen Structures, ASE Atoms, Crystals or paths of structure files, one or a list; a file
         with several structures gives as many rows. `num_frame_samples`: how many draws among equally good frames are
-        averaged (1: the first ones in canonical order are taken; None: as configured). Raises CrystalError naming the
+        averaged (1: none is drawn, the crystal chooses; None: as configured). Raises CrystalError naming the
         first structure that cannot be used.
         """
         return self.predict_with_spread(structures, num_frame_samples, progress).mean

@@ -46,8 +46,8 @@ class CrystalFramer(nn.Module):
         """Standardised predictions [B, T]; 0-atom padding crystals get meaningless finite numbers.
 
         Args:
-          frame_keys: random keys [B] that draw one of several equally good frames (training); None takes the first
-            (evaluation).
+          frame_keys: random keys [B] that draw one of several equally good frames (training); None: the crystal
+            chooses (evaluation).
           calibrate: measure and store the calibration on this batch; needs `mutable=["calibration"]`.
           given_frames: frames [N, H, 3, 3] of every block, instead of computing them.
           train: dropout (needs an rng "dropout") and BatchNorm by this batch (needs `mutable=["batch_stats"]`).
