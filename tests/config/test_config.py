@@ -35,6 +35,7 @@ REFUSED = {
     "optimizer": "lion",
     "lr_sch": "linear",
     "loss_func": "huber",
+    "ties": "first",
     "normalize_targets": "min_max",
 }
 CRYSTALFORMER = {"value_pe_angle_real": 0}
