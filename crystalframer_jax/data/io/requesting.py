@@ -91,6 +91,7 @@ def _head_of(session: requests.Session, url: str, headers: dict[str, str], bound
     try:
         answer = found.get(timeout=min(bounds.left_s(), 2 * bounds.timeout_s))
     except Empty as error:
+        bounds.left_s()  # if that is what is over, it says so
         raise requests.Timeout from error
     if isinstance(answer, Exception):
         raise answer
