@@ -79,7 +79,7 @@ class ModelKeys:
     )
     frame_method: str = key("max", values=("max", "max_static", "weighted_pca", "pca", "lattice", "no"))
     # neighbors whose score is this close to the best are ties for a frame axis
-    tie_tolerance: float = key(3e-5, ">=0", official=False)
+    tie_tolerance: float = key(1e-4, ">=0", official=False)
     pooling: str = key("avr", values=("avr", "max"))
     pre_pooling_op: str = key("no", values=("no", "relu", "w+relu", "w+bn+relu"))
     norm_type: str = key("no", values=("no", "bn", "ln", "in"))  # of the output layers
@@ -120,7 +120,7 @@ class BatchParts:
     lattice_frames: bool = False
     scatter: bool = False  # for pca frames
     dtype: str = "float32"
-    tie_tolerance: float = 3e-5  # Å, of the lengths of lattice vectors
+    tie_tolerance: float = 1e-4  # Å, of the lengths of lattice vectors
 
 
 NO_PARTS = BatchParts()

@@ -239,8 +239,9 @@ def variables_in(fields: dict[str, Tree], weights: str) -> Tree:
     }
 
 
+@functools.lru_cache(maxsize=8)
 def _abstract_model(config: TrainConfig) -> dict[str, Tree]:
-    """Returns the shapes of the model's part of a checkpoint."""
+    """Returns the shapes of the model's part of a checkpoint; JAX would remember every trace of it for ever."""
     model = config.model
     padding = pack(table_of([], config.cutoff), np.arange(0), BatchShape(1, 1, 1, 1, model.parts))
     variables = jax.eval_shape(CrystalFramer(model).init, jax.random.key(0), padding)
