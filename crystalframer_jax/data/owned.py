@@ -177,8 +177,8 @@ def _aside(folder: Path, number: int) -> Path:
 
 def _in_the_way(path: Path) -> DataError:
     return DataError(
-        f"{path} is not there by this program (or damaged beyond recognition), so it is not replaced: move it away or "
-        "choose another --data_dir, then run again"
+        f"{path} was not put there by this program (or damaged beyond recognition), so it stays: move it away "
+        "or choose another --data_dir, then run again"
     )
 
 

@@ -221,9 +221,9 @@ def test_a_date_of_this_minute_is_no_version(server: Server, tmp_path):
 def test_a_file_that_was_not_downloaded_is_not_replaced(server: Server, tmp_path):
     url = server.url("/a", honest())
     (tmp_path / "a").write_bytes(MINE)
-    with pytest.raises(DataError, match="/a is not there by a download, so it is not replaced: move it away"):
+    with pytest.raises(DataError, match="/a was not put there by a download, so it is not replaced: move it away"):
         download([url], tmp_path / "a", is_content)
-    with pytest.raises(DataError, match="/a is not there by a download"):
+    with pytest.raises(DataError, match="/a was not put there by a download"):
         download([url], tmp_path / "a", anything)  # which would do as well, but is another one
     assert (tmp_path / "a").read_bytes() == MINE
     (tmp_path / "a").unlink()
@@ -234,7 +234,7 @@ def test_a_file_that_was_not_downloaded_is_not_replaced(server: Server, tmp_path
 @pytest.mark.parametrize("text", [MINE, b"[" * 100_000, b'{"url": 1}'])
 def test_a_record_of_another_is_not_replaced(server: Server, tmp_path, text):
     (tmp_path / "a.download.json").write_bytes(text)
-    with pytest.raises(DataError, match=r"a\.download\.json is not there by a download"):
+    with pytest.raises(DataError, match=r"a\.download\.json was not put there by a download"):
         download([server.url("/a", honest())], tmp_path / "a", is_content)
     assert (tmp_path / "a.download.json").read_bytes() == text
 
@@ -255,7 +255,7 @@ def test_links_and_pipes_in_the_folder_of_downloads(server: Server, tmp_path, na
         assert json.loads((folder / "a.download.json").read_text())["size"] == len(CONTENT)
     except DataError as error:
         assert name in ("a", "a.download.json")
-        assert f"{name} is not there by a download" in str(error)
+        assert f"{name} was not put there by a download" in str(error)
     assert outside.read_bytes() == MINE
 
 

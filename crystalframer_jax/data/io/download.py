@@ -142,7 +142,7 @@ def _require_wanted(file: Path, check: Callable[[Path], None]) -> None:
 
 
 def _in_the_way(path: Path) -> DataError:
-    return DataError(f"{path} is not there by a download, so it is not replaced: move it away, then run again")
+    return DataError(f"{path} was not put there by a download, so it is not replaced: move it away, then run again")
 
 
 def _json_object(file: Path) -> dict[str, Any]:
