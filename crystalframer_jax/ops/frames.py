@@ -76,7 +76,7 @@ def max_frames(
             if not is_own:
                 logits = jnp.where(is_other, attention_logits(of_rows[0], seeing.k, of_rows[1], rows), -jnp.inf)
             tied_here = tied & several[..., None]
-            return ties.choose(scores, tied_here, unit, _weights(logits), tie_tolerance, frames, final)
+            return ties.choose(scores, tied_here, unit, logits, tie_tolerance, frames, final)
 
         return jax.lax.cond(jnp.any(several), choose, lambda: frames)
 
@@ -95,7 +95,7 @@ def weighted_pca_axes(q: jax.Array, k: jax.Array, a: jax.Array, rows: Rows) -> t
     def block(rows: Rows, q: jax.Array, a: jax.Array) -> jax.Array:
         distance, unit = _directions(rows)
         logits = jnp.where((distance > 0)[:, None, :], attention_logits(q, k, a, rows), -jnp.inf)
-        return jnp.einsum("nhm,nmx,nmy->nhxy", _weights(logits), unit, unit, precision=EXACT)
+        return jnp.einsum("nhm,nmx,nmy->nhxy", ties.weights_of(logits), unit, unit, precision=EXACT)
 
     matrix = map_blocks(block, rows, q, a)
     trace = jnp.trace(matrix, axis1=-2, axis2=-1)
@@ -147,7 +147,9 @@ def lattice_frames(batch: Batch, seeds: jax.Array | None, seeing: Attention | No
         own, are_real = frames[crystal], shares[crystal] > 0
 
         def choose() -> jax.Array:
-            weights = _weights(jnp.where((distance > 0)[:, None], attention_logits(q, seeing.k, a, rows), -jnp.inf))
+            weights = ties.weights_of(
+                jnp.where((distance > 0)[:, None], attention_logits(q, seeing.k, a, rows), -jnp.inf)
+            )
             along = jnp.einsum("ncx,nmx->ncm", ties.marker_of(own), unit, precision=EXACT)
             seen = jnp.einsum("nhm,ncm->nhc", weights, jnp.exp(along), precision=EXACT)
             number = jnp.argmax(jnp.where(are_real[:, None], seen, -jnp.inf), axis=-1)
@@ -165,12 +167,6 @@ def _directions(rows: Rows) -> tuple[jax.Array, jax.Array]:
     """Distances [n, M] and unit vectors [n, M, 3] of the neighbors; zeros for the atom itself and padding."""
     distance = jnp.sqrt(jnp.sum(rows.vector**2, axis=-1))
     return distance, rows.vector / jnp.where(distance > 0, distance, 1)[..., None]
-
-
-def _weights(logits: jax.Array) -> jax.Array:
-    """What attention weights [..., M] are proportional to; the largest is 1. 0 for rows of -inf."""
-    largest = jnp.max(logits, axis=-1, keepdims=True)
-    return jnp.exp(logits - jnp.where(jnp.isfinite(largest), largest, 0))
 
 
 def _pick(tied: jax.Array, seeds: jax.Array | None) -> jax.Array:

@@ -12,8 +12,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from crystalframer_jax.ops.basis import EXACT
-
 MARKER = (1.0, 1.7, 2.9)
 PARALLEL = 0.9999  # |cos| from which a neighbor cannot give the second axis
 SMALLEST = 1e-5  # of 1 - |cos| inside the logarithm
@@ -49,14 +47,20 @@ def frame_of(e1: jax.Array, u2: jax.Array) -> jax.Array:
 
 def marker_of(frames: jax.Array) -> jax.Array:
     """The marker directions [..., 3] of frames [..., 3, 3]."""
-    return jnp.einsum("a,...ax->...x", jnp.asarray(MARKER, frames.dtype), frames, precision=EXACT)
+    return MARKER[0] * frames[..., 0, :] + MARKER[1] * frames[..., 1, :] + MARKER[2] * frames[..., 2, :]
+
+
+def weights_of(logits: jax.Array) -> jax.Array:
+    """What attention weights [..., M] are proportional to; the largest is 1. 0 for rows of -inf."""
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    return jnp.exp(logits - jnp.where(jnp.isfinite(largest), largest, 0))
 
 
 def choose(
     scores: jax.Array,
     tied: jax.Array,
     unit: jax.Array,
-    weights: jax.Array,
+    logits: jax.Array,
     tie_tolerance: float,
     frames: jax.Array,
     final: Callable[[jax.Array, jax.Array], jax.Array] = lambda frames, row: frames,
@@ -65,12 +69,12 @@ def choose(
 
     scores [n, H, M] are those for the first axis, `tied` [n, H, M] the columns that it may have; rows without any keep
     their `frames` [n, H, 3, 3]. unit [n, M, 3] are the directions of the neighbors (0 for the atom itself, in the first
-    column), weights [n, H, M] what F sums up; `final(candidates [C, 3, 3], row [C])` the frames that max frames of some
+    column), logits [n, H, M] those of the weights in F; `final(candidates [C, 3, 3], row [C])` the frames that max frames of some
     of the n * H rows stand for, if these only anchor others. The work is in the candidates that there are: each takes
     one pass along its row, each first axis another.
     """
     heads, columns = scores.shape[1:]
-    scores, weights = scores.reshape(-1, columns), weights.reshape(-1, columns)
+    scores, weights = scores.reshape(-1, columns), weights_of(logits.reshape(-1, columns))
     rows, planes = len(scores), jnp.moveaxis(unit, -1, 0)
     firsts = _words(tied.reshape(-1, columns))
 
