@@ -69,9 +69,9 @@ def choose(
 
     scores [n, H, M] are those for the first axis, `tied` [n, H, M] the columns that it may have; rows without any keep
     their `frames` [n, H, 3, 3]. unit [n, M, 3] are the directions of the neighbors (0 for the atom itself, in the first
-    column), logits [n, H, M] those of the weights in F; `final(candidates [C, 3, 3], row [C])` the frames that max frames of some
-    of the n * H rows stand for, if these only anchor others. The work is in the candidates that there are: each takes
-    one pass along its row, each first axis another.
+    column), logits [n, H, M] those of the weights in F; `final(candidates [C, 3, 3], row [C])` the frames that max
+    frames of some of the n * H rows stand for, if these only anchor others. The work is in the candidates that there
+    are: each takes one pass along its row, each first axis another.
     """
     heads, columns = scores.shape[1:]
     scores, weights = scores.reshape(-1, columns), weights_of(logits.reshape(-1, columns))
