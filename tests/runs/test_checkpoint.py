@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import gc
 import os
 import random
 import re
@@ -389,6 +390,26 @@ def test_arrays_keep_the_type_they_were_stored_in(tmp_path, x64):
 
 
 # Readers
+
+
+def test_reading_again_and_again_takes_no_more_memory(three):
+    """Python blocks: each array that is read by Orbax leaves more than a hundred behind."""
+    like = on_this_device(model_of(state_of(9)))
+    with reader(three) as checkpoints:
+        for _ in range(3):
+            checkpoints.restore_model(9, like)
+        gc.collect()
+        before = sys.getallocatedblocks()
+        for _ in range(20):
+            checkpoints.restore_model(9, like)
+        gc.collect()
+    assert sys.getallocatedblocks() - before < 10 * 20 * len(jax.tree.leaves(like))
+
+
+def test_reading_needs_no_orbax():
+    """Its import takes a part of the time to the first prediction."""
+    code = "import sys, crystalframer_jax.inference.predictor; sys.exit('orbax.checkpoint' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
 
 
 def test_a_checkpoint_that_vanishes_while_it_is_read(run, monkeypatch):
