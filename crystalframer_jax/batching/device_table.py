@@ -52,14 +52,21 @@ class DeviceTable:
     """Crystals and labels in the memory of every one of some devices (default: the default device).
 
     It serves models whose batches hold nothing but atoms, neighbors and labels, and crystals without shared sites;
-    `serves` tells. Raises ValueError for others.
+    `serves` tells. Raises ValueError for others. `columns`: those of `columns_of`, if they are made already.
     """
 
-    def __init__(self, table: CrystalTable, labels: np.ndarray, parts: BatchParts, devices: Devices = ONE_DEVICE):
+    def __init__(
+        self,
+        table: CrystalTable,
+        labels: np.ndarray,
+        parts: BatchParts,
+        devices: Devices = ONE_DEVICE,
+        columns: Columns | None = None,
+    ):
         if not serves(table, parts):
             raise ValueError(f"batches with {parts}, or of crystals with shared sites, are packed on the host")
         self.devices = devices
-        self.columns = devices.replicate(_columns(table, labels, parts.dtype))
+        self.columns = devices.replicate(columns or columns_of(table, labels, parts.dtype))
         self._one = devices.each(gather, split=(1,), splits_result=True, static=("shape",))
         self._several = devices.each(_gather_several, split=(1,), splits_result=True, static=("shape",))
 
@@ -103,10 +110,9 @@ def device_table_if_it_fits(
     Processes that train together find the same.
     """
     memory = min((device.memory_stats() or {}).get("bytes_limit", 0) for device in jax.local_devices())
-    lacks_room = not memory or sum(x.nbytes for x in _columns(table, labels, parts.dtype)) > FRACTION_OF_MEMORY * memory
-    if not serves(table, parts) or largest_of_processes(int(lacks_room)):
-        return None
-    return DeviceTable(table, labels, parts, devices)
+    columns = columns_of(table, labels, parts.dtype) if memory and serves(table, parts) else None
+    lacks_room = columns is None or sum(x.nbytes for x in columns) > FRACTION_OF_MEMORY * memory
+    return None if largest_of_processes(int(lacks_room)) else DeviceTable(table, labels, parts, devices, columns)
 
 
 def _gather_several(columns: Columns, chosen: Chosen, shape: BatchShape) -> Batch:
@@ -179,7 +185,7 @@ def _kept(values: jax.Array, is_real: jax.Array, fill: int = 0) -> jax.Array:
     return jnp.where(is_real.reshape(-1, *(1,) * (values.ndim - 1)), values, jnp.asarray(fill, values.dtype))
 
 
-def _columns(table: CrystalTable, labels: np.ndarray, dtype: str) -> Columns:
+def columns_of(table: CrystalTable, labels: np.ndarray, dtype: str) -> Columns:
     """Returns the columns as numpy arrays."""
     known = np.isfinite(labels)
     parts = []
