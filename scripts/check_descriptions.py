@@ -4,15 +4,16 @@ python scripts/check_descriptions.py RUN [--target_set=mp_flla_2015] [--data_dir
 """
 
 import argparse
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from scipy.spatial.transform import Rotation
 
-from crystalframer_jax.batching.table import CRYSTAL_COLUMNS
 from crystalframer_jax.cli.common import reporting_errors, use_compilation_cache
 from crystalframer_jax.data.datasets import folder_of
-from crystalframer_jax.data.store import crystal_at, read_columns
+from crystalframer_jax.data.store import crystal_at, read_set
 from crystalframer_jax.errors import UserError
 from crystalframer_jax.inference.ensemble import load_model
 from crystalframer_jax.structures.crystal import Crystal
@@ -22,23 +23,17 @@ Description = Callable[[Crystal, np.random.Generator], Crystal]
 SHEARS = np.eye(3) + np.array([np.eye(3, k=1) * [0, 1, 0], np.eye(3, k=1) * [0, 0, -1], np.eye(3, k=-2) * 2])
 
 
-def changed(crystal: Crystal, **values: np.ndarray) -> Crystal:
-    """Makes the crystal with other species, positions or lattice."""
-    given = {"species": crystal.species, "positions": crystal.positions, "lattice": crystal.lattice} | values
-    return Crystal(**given, id=crystal.id)
-
-
 def reordered(crystal: Crystal, rng: np.random.Generator) -> Crystal:
     """Lists the atoms in another order."""
     order = rng.permutation(crystal.num_atoms)
-    return changed(crystal, species=crystal.species[order], positions=crystal.positions[order])
+    return dataclasses.replace(crystal, species=crystal.species[order], positions=crystal.positions[order])
 
 
 def recelled(crystal: Crystal, rng: np.random.Generator) -> Crystal:
     """Takes another cell of the same volume, and atoms of other cells."""
     lattice = np.linalg.multi_dot([*rng.permutation(SHEARS), crystal.lattice])
     images = rng.integers(-2, 3, (crystal.num_atoms, 3))
-    return changed(crystal, positions=crystal.positions + images @ lattice, lattice=lattice)
+    return dataclasses.replace(crystal, positions=crystal.positions + images @ lattice, lattice=lattice)
 
 
 def niggli(crystal: Crystal, _: np.random.Generator) -> Crystal:
@@ -47,7 +42,7 @@ def niggli(crystal: Crystal, _: np.random.Generator) -> Crystal:
 
     given = Lattice(crystal.lattice)
     found = given.find_mapping(given.get_niggli_reduced_lattice())
-    return changed(crystal, lattice=np.rint(found[2]) @ crystal.lattice) if found else crystal
+    return dataclasses.replace(crystal, lattice=np.rint(found[2]) @ crystal.lattice) if found else crystal
 
 
 def doubled(crystal: Crystal, rng: np.random.Generator) -> Crystal:
@@ -56,20 +51,20 @@ def doubled(crystal: Crystal, rng: np.random.Generator) -> Crystal:
     lattice = crystal.lattice.copy()
     lattice[axis] *= 2
     positions = np.concatenate([crystal.positions, crystal.positions + crystal.lattice[axis]])
-    return changed(crystal, species=np.tile(crystal.species, 2), positions=positions, lattice=lattice)
+    return dataclasses.replace(crystal, species=np.tile(crystal.species, 2), positions=positions, lattice=lattice)
 
 
 def turned(crystal: Crystal, rng: np.random.Generator) -> Crystal:
     """Turns it as a whole and moves the origin."""
-    turn, upper = np.linalg.qr(rng.normal(size=(3, 3)))
-    turn *= np.sign(np.diag(upper)) * np.sign(np.prod(np.sign(np.diag(upper))) * np.linalg.det(turn))
-    turn *= np.sign(np.linalg.det(turn))
+    turn = Rotation.random(None, rng).as_matrix()
     origin = rng.uniform(size=3) @ crystal.lattice
-    return changed(crystal, positions=(crystal.positions + origin) @ turn.T, lattice=crystal.lattice @ turn.T)
+    return dataclasses.replace(
+        crystal, positions=(crystal.positions + origin) @ turn.T, lattice=crystal.lattice @ turn.T
+    )
 
 
-def all_of_it(crystal: Crystal, rng: np.random.Generator) -> Crystal:
-    """All of these together."""
+def all_but_niggli(crystal: Crystal, rng: np.random.Generator) -> Crystal:
+    """All of these together; the Niggli cell would undo another cell."""
     for describe in (recelled, doubled, reordered, turned):
         crystal = describe(crystal, rng)
     return crystal
@@ -81,7 +76,7 @@ DESCRIPTIONS: dict[str, Description] = {
     "Niggli cell": niggli,
     "supercell of two": doubled,
     "turned, origin moved": turned,
-    "all of these": all_of_it,
+    "all of these but the Niggli cell": all_but_niggli,
 }
 
 
@@ -99,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     use_compilation_cache()
     model = load_model(Path(arguments.run))
-    found = read_columns(folder_of(arguments.target_set, arguments.data_dir) / "crystals", CRYSTAL_COLUMNS)
+    found = read_set(folder_of(arguments.target_set, arguments.data_dir))
     if found is None:
         raise UserError(f"{arguments.target_set} is not prepared; run scripts/prepare_data.py")
     columns, rng = found[1], np.random.default_rng(0)
