@@ -51,7 +51,7 @@ def lattice_frames(lattice: np.ndarray, tolerance: float) -> tuple[np.ndarray, n
 def _frames_of_metric(metric: bytes, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
     """Finds the frames of a right-handed lattice with this metric: integer coefficients [C, 3, 3], and shares [C]."""
     lattice = np.linalg.cholesky(np.frombuffer(metric).reshape(3, 3))
-    coefficients = COMBINATIONS @ _reduction_of_metric(metric)
+    coefficients = COMBINATIONS @ reduction(lattice)
     length = np.linalg.norm(coefficients @ lattice, axis=1)
     unit = coefficients @ lattice / length[:, None]
 
@@ -74,11 +74,6 @@ def _frames_of_metric(metric: bytes, tolerance: float) -> tuple[np.ndarray, np.n
                 found[frame.tobytes()] = found.get(frame.tobytes(), 0.0) + share
     frames = np.frombuffer(b"".join(found), COMBINATIONS.dtype).reshape(-1, 3, 3)
     return frames, np.array(list(found.values()))
-
-
-@functools.lru_cache(maxsize=200_000)
-def _reduction_of_metric(metric: bytes) -> np.ndarray:
-    return reduction(np.linalg.cholesky(np.frombuffer(metric).reshape(3, 3)))
 
 
 def reduction(lattice: np.ndarray) -> np.ndarray:
