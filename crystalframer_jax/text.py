@@ -33,6 +33,7 @@ def brief(value: object) -> str:
 LONGEST = 200  # characters
 _BRIEF = reprlib.Repr()
 _BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = LONGEST
+_BRIEF.maxtuple = _BRIEF.maxlist = 20
 _BRIEF.maxlevel = 3
 
 

@@ -4,7 +4,6 @@ import difflib
 import itertools
 import math
 import re
-import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -22,6 +21,7 @@ from crystalframer_jax.config.hyperparameters import (
     TrainConfig,
 )
 from crystalframer_jax.errors import UserError
+from crystalframer_jax.text import brief
 
 
 class ConfigError(UserError, ValueError):
@@ -63,38 +63,27 @@ def _frozen_value(key: str, value: Any) -> Any:
     if isinstance(default, tuple) != isinstance(value, tuple | list) or not all(
         isinstance(v, kind) and isinstance(v, bool) == isinstance(expected, bool) for v in values
     ):
-        raise ConfigError(f"{key}={_shown(value)} is of the wrong type; the default is {default!r}")
+        raise ConfigError(f"{key}={brief(value)} is of the wrong type; the default is {default!r}")
     if any(isinstance(v, float) and not math.isfinite(v) for v in values):
-        raise ConfigError(f"{key}={_shown(value)} must be finite")
+        raise ConfigError(f"{key}={brief(value)} must be finite")
     if any(len(v) > MOST_CHARACTERS if isinstance(v, str) else abs(v) > most for v in values):
         largest = f"{MOST_CHARACTERS} characters are" if isinstance(expected, str) else f"{most:,.12g} is"
-        raise ConfigError(f"{key}={_shown(value)} is out of bounds: {largest} the most that is taken")
+        raise ConfigError(f"{key}={brief(value)} is out of bounds: {largest} the most that is taken")
     if len(values) > MOST_ELEMENTS:
         raise ConfigError(f"{key} has {len(values):,} values; at most {MOST_ELEMENTS:,} are taken")
     return tuple(value) if isinstance(default, tuple) else float(value) if isinstance(default, float) else value
-
-
-def _shown(value: Any) -> str:
-    """Writes a value as Python does, shortened if it is long or deep."""
-    short = reprlib.Repr()
-    short.maxstring = short.maxother = 200
-    short.maxtuple = short.maxlist = 20
-    try:
-        return short.repr(value)
-    except ValueError:  # an integer of more digits than Python writes
-        return "a number of thousands of digits"
 
 
 def _target_names(targets: Any) -> tuple[str, ...]:
     """Reads targets: 'a', 'a,b' or a list of names."""
     given = targets.split(",") if isinstance(targets, str) else targets
     if not isinstance(given, list | tuple) or not all(isinstance(name, str) for name in given):
-        raise ConfigError(f"targets={_shown(targets)} is neither a name nor a list of names")
+        raise ConfigError(f"targets={brief(targets)} is neither a name nor a list of names")
     names = tuple(name.strip() for name in given if name.strip())
     if not names or len(set(names)) != len(names):
-        raise ConfigError(f"targets={_shown(targets)}: name one or several different targets, separated by commas")
+        raise ConfigError(f"targets={brief(targets)}: name one or several different targets, separated by commas")
     if len(names) > MOST_ELEMENTS or max(map(len, names)) > MOST_CHARACTERS:
-        raise ConfigError(f"targets={_shown(targets)}: these are too many names, or too long ones")
+        raise ConfigError(f"targets={brief(targets)}: these are too many names, or too long ones")
     return names
 
 
@@ -160,13 +149,13 @@ def _check_model(config: TrainConfig) -> None:
         raise ConfigError(f"embedding_dim={config.embedding_dim}: every width must be at least 1")
     if isinstance(config.cutoff, float) and config.cutoff > LARGEST_CUTOFF:
         raise ConfigError(
-            f"adaptive_cutoff_sigma={config.adaptive_cutoff_sigma}, scale_real={_shown(config.scale_real)}, "
+            f"adaptive_cutoff_sigma={config.adaptive_cutoff_sigma}, scale_real={brief(config.scale_real)}, "
             f"gauss_lb_real={config.gauss_lb_real} make a cutoff of {config.cutoff:,.6g} Å; at most "
             f"{LARGEST_CUTOFF:g} Å are taken"
         )
     if (count := _rough_size(config)) > MOST_PARAMETERS:
         sizes = ("num_layers", "model_dim", "head_num", "k_dim", "v_dim", "ff_dim", "embedding_dim")
-        told = ", ".join(f"{key}={_shown(getattr(config, key))}" for key in sizes)
+        told = ", ".join(f"{key}={brief(getattr(config, key))}" for key in sizes)
         raise ConfigError(f"{told}: a model of about {count:,} parameters; at most {MOST_PARAMETERS:,} are taken")
 
 
