@@ -10,6 +10,7 @@ from crystalframer_jax.batching.targets import TargetStatistics
 from crystalframer_jax.cli.common import model_parser, reporting_errors, use_compilation_cache
 from crystalframer_jax.config import ConfigError
 from crystalframer_jax.data.datasets import open_dataset, open_dataset_of_run
+from crystalframer_jax.data.records import DataError
 from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.errors import UserError
 from crystalframer_jax.files import check_replaceable
@@ -18,6 +19,7 @@ from crystalframer_jax.inference.evaluation import Predictions
 from crystalframer_jax.inference.predictor import Predictor
 from crystalframer_jax.reporting.metrics import mean_predictor_errors, regression_metrics
 from crystalframer_jax.reporting.predictions import figure_files, plot_calibration, plot_parity, write_predictions
+from crystalframer_jax.runs.run_directory import warn
 from crystalframer_jax.text import table
 
 
@@ -58,6 +60,8 @@ def dataset_of(model: Predictor | Ensemble, run: str, data_dir: str = "") -> Dat
     """Opens the dataset that a model was trained on; ConfigError if it is not known here.
 
     What is missing is computed in `data_dir` or, without it, in the user's cache folder, never where the run says.
+    Other data under that name, whose test crystals may have been in training, are a warning if they are of `data_dir`,
+    a DataError otherwise.
     """
     config = model.config
     if not config.target_set:
@@ -66,8 +70,19 @@ def dataset_of(model: Predictor | Ensemble, run: str, data_dir: str = "") -> Dat
             "predict structure files, or import it again with --target_set and --targets"
         )
     if data_dir:
-        return open_dataset(config.target_set, config.targets, model.cutoff, data_dir)
-    return open_dataset_of_run(config.target_set, config.targets, model.cutoff, config.data_dir)
+        dataset = open_dataset(config.target_set, config.targets, model.cutoff, data_dir)
+    else:
+        dataset = open_dataset_of_run(config.target_set, config.targets, model.cutoff, config.data_dir)
+    members = model.members if isinstance(model, Ensemble) else (model,)
+    if others := {member.data_digest for member in members} - {"", dataset.digest}:
+        what = (
+            f"{run} was trained on other data under the name {dataset.name} ({', '.join(sorted(others))}, here "
+            f"{dataset.digest}), so crystals of a split may have been in its training"
+        )
+        if not data_dir:
+            raise DataError(f"{what}; name the folder of its data, or of those to evaluate it on anyway, by --data_dir")
+        warn(what)
+    return dataset
 
 
 def error_table(

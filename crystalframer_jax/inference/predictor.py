@@ -42,6 +42,7 @@ class Predictor:
       weights: which weights these are: "best", "last", "swa", "ema", or "given" as arrays.
       step: optimizer step of their checkpoint, 0 if given.
       origin: the same in words.
+      data_digest: of the data that it was trained on; empty if that is not told.
     """
 
     def __init__(
@@ -52,9 +53,10 @@ class Predictor:
         weights: str = "given",
         step: int = 0,
         origin: str = "given parameters",
+        data_digest: str = "",
     ):
         self.config, self.variables, self.targets = config, variables, targets
-        self.weights, self.step, self.origin = weights, step, origin
+        self.weights, self.step, self.origin, self.data_digest = weights, step, origin, data_digest
         self.cutoff = config.cutoff
         self.parts = config.model.parts
         self.devices = Devices.of_this_process()
@@ -88,7 +90,8 @@ class Predictor:
             fields = checkpoints.restore_model(step, _abstract_model(config))
         _check_average(weights, fields, config, workdir, step)
         origin = f"{weights} weights of {workdir}, step {step}"
-        return cls(config, variables_in(fields, weights), targets, weights, step, origin)
+        digest = meta.get("data", {}).get("digest", "")
+        return cls(config, variables_in(fields, weights), targets, weights, step, origin, digest)
 
     def predict(
         self, structures: Iterable[Any] | Any, num_frame_samples: int | None = None, progress: bool = False

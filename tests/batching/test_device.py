@@ -84,6 +84,8 @@ def test_only_what_fits_is_kept(table, labels, monkeypatch):
         def __init__(self, stats):
             self.memory_stats = lambda: stats
 
+    made: list[int] = []
+    monkeypatch.setattr(device, "columns_of", lambda *args, make=device.columns_of: made.append(1) or make(*args))
     for stats, fits in [
         (None, False),
         ({"bytes_limit": int(size / 0.4) + 1}, True),
@@ -91,6 +93,7 @@ def test_only_what_fits_is_kept(table, labels, monkeypatch):
     ]:
         monkeypatch.setattr(jax, "local_devices", lambda stats=stats: [Device(stats)])
         assert (device_table_if_it_fits(table, labels, BatchParts()) is not None) == fits
+    assert len(made) == 2  # once each time that there is a limit
 
 
 @pytest.mark.parametrize("part", ["cells", "lattice_frames", "scatter"])

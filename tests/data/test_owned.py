@@ -28,6 +28,7 @@ from crystalframer_jax.data.prepare import Preparation
 from crystalframer_jax.data.records import DataError
 from crystalframer_jax.data.registry import TARGET_SETS
 from crystalframer_jax.data.store import load_dataset, read_set
+from crystalframer_jax.inference.ensemble import Ensemble
 
 OTHER = small_set(count=20)  # than the one that is there
 MINE = b"my only copy"
@@ -314,9 +315,9 @@ def cache(tmp_path, monkeypatch) -> Path:
     return tmp_path / "cache" / "crystalframer_jax"
 
 
-def model_of(data_dir: Path, target_set: str = "small"):
+def model_of(data_dir: Path, target_set: str = "small", digest: str = ""):
     config = types.SimpleNamespace(target_set=target_set, targets=("e_form",), data_dir=str(data_dir))
-    return types.SimpleNamespace(config=config, cutoff=CUTOFF)
+    return types.SimpleNamespace(config=config, cutoff=CUTOFF, data_digest=digest, origin="")
 
 
 def foreign_tree(folder: Path) -> None:
@@ -367,6 +368,29 @@ def test_data_that_only_the_run_names_are_completed_where_the_user_says(tmp_path
     assert contents(tmp_path / "theirs") == before
     assert len(dataset_of(model_of(tmp_path / "nowhere", name), "run", str(tmp_path / "theirs")).table) == 60
     assert len(dataset_of(model_of(tmp_path / "theirs", name), "run").table) == 60
+
+
+@pytest.mark.parametrize("place", ["theirs", "nowhere"])
+def test_other_data_than_those_of_the_training_are_no_test_of_it(tmp_path, cache, capsys, place):
+    """Where the run says, or in the cache: refused, but with a warning if the user names them."""
+    digest = open_small(tmp_path / "theirs").digest
+    same, other = (model_of(tmp_path / place, digest=trained_on) for trained_on in (digest, "0123456789ab"))
+    assert len(dataset_of(same, "run").table) == 60
+    with pytest.raises(DataError, match=rf"trained on other data .*small \(0123456789ab, here {digest}\).*--data_dir"):
+        dataset_of(other, "run")
+    assert capsys.readouterr().err == ""
+    assert len(dataset_of(other, f"run {place}", str(tmp_path / "theirs")).table) == 60
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: run") and "0123456789ab" in line
+    assert len(dataset_of(same, "run", str(tmp_path / "theirs")).table) == 60 and capsys.readouterr().err == ""
+
+
+def test_members_of_an_ensemble_are_held_to_their_data_each(tmp_path, cache):
+    same, other = model_of(tmp_path, digest=open_small(tmp_path).digest), model_of(tmp_path, digest="0123456789ab")
+    ensemble = object.__new__(Ensemble)
+    ensemble.members, ensemble.names, ensemble.config = (same, other), "01", same.config
+    with pytest.raises(DataError, match=r"trained on other data .*0123456789ab"):
+        dataset_of(ensemble, "run")
 
 
 @pytest.mark.parametrize("data_dir", ["a\0b", "~nobody-of-this-name/data", "x" * 5_000, "/proc/self/mem", "/root/\x1b"])

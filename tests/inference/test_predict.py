@@ -96,6 +96,11 @@ def test_loaded_weights_make_the_errors_of_the_summary(run, weights):
     assert error == pytest.approx(summary["mae"][name]["test"]["e_form"], abs=1e-6)
 
 
+def test_a_predictor_tells_its_data(run, predictor):
+    told = json.loads((run[0] / "data.json").read_text())["digest"]
+    assert predictor.data_digest == told and len(told) == 12
+
+
 def test_last_best_and_averaged_weights_differ(run, crystals):
     last, best, swa = (Predictor.load(run[0], weights).predict(crystals) for weights in ("last", "best", "swa"))
     assert min(np.abs(a - b).max() for a, b in ((last, best), (best, swa), (swa, last))) > 1e-4
