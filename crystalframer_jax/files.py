@@ -37,7 +37,8 @@ def read_bytes(file: Path, most: int) -> bytes:
     """Reads a regular file (or a link to one) of at most `most` bytes; FileError for anything else."""
     try:
         with open_regular(file) as stream:
-            content = stream.read(most + 1)
+            size = os.fstat(stream.fileno()).st_size  # as much as is asked for is set aside, however small the file
+            content = stream.read(min(most, size) + 1)
     except FileNotFoundError as error:
         raise FileError(f"{file} is missing") from error
     except OSError as error:
