@@ -27,6 +27,7 @@ from crystalframer_jax.runs.metadata import checked
 from crystalframer_jax.runs.run_directory import CONFIG_FILE, read_config, read_summary, warn
 from crystalframer_jax.structures.crystal import Crystal
 from crystalframer_jax.structures.files import as_crystals
+from crystalframer_jax.text import brief
 
 AVERAGES = {"swa": "swa_epochs", "ema": "ema_decay"}  # averaged weights, and what switches them on
 WEIGHTS = ("best", "last", *AVERAGES)
@@ -78,7 +79,7 @@ class Predictor:
         checkpoints, summary = Checkpoints(workdir), read_summary(workdir)
         weights = weights or ("last" if step is not None else summary.get("selected_weights", "best"))
         if weights not in WEIGHTS:
-            raise CheckpointError(f"weights={weights!r} do not exist; allowed: {', '.join(WEIGHTS)}")
+            raise CheckpointError(f"weights={brief(weights)} do not exist; allowed: {', '.join(WEIGHTS)}")
         if step is None:
             step = _step_with(weights, checkpoints)
         meta = checked(checkpoints.meta(step), checkpoints.path(step), "targets")

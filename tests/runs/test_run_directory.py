@@ -179,6 +179,13 @@ def test_a_summary_of_wrong_types(run, changes, is_sealed):
     assert next(iter(changes)) in one_line(error)
 
 
+def test_endless_names_of_weights_are_cut(run):
+    write_json(run / "summary.json", sealed({"selected_weights": "x" * 100_000}))
+    with pytest.raises(CheckpointError, match=r"weights='xxx.*do not exist; allowed: best") as error:
+        Predictor.load(run)
+    one_line(error)
+
+
 @pytest.mark.parametrize("size", [3, 10**9, "many", [2]])
 def test_the_size_of_an_ensemble_is_within_bounds(run, tmp_path, size):
     shutil.copytree(run, tmp_path / "ensemble" / "member_0")
