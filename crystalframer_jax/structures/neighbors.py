@@ -119,8 +119,8 @@ def _within(crystal: Crystal, radius: float, centers: np.ndarray | None = None) 
 
 def _in_box(crystal: Crystal, images: np.ndarray) -> Pairs:
     """Lists the pairs of all atoms in a box of images [b, 3], one direction of each and no atom with itself."""
-    i, j = np.triu_indices(crystal.num_atoms, 1)
-    atoms, half = np.arange(crystal.num_atoms), images[len(images) // 2 + 1 :]  # the negatives come first
+    i, j = np.tril_indices(crystal.num_atoms, -1)
+    atoms, half = np.arange(crystal.num_atoms), images[: len(images) // 2]  # the others are their negatives, and 0
     n = np.concatenate([np.tile(images, (len(i), 1)), np.tile(half, (len(atoms), 1))])
     i = np.concatenate([np.repeat(i, len(images)), np.repeat(atoms, len(half))])
     j = np.concatenate([np.repeat(j, len(images)), np.repeat(atoms, len(half))])
@@ -168,8 +168,8 @@ def _joined(parts: list[Pairs]) -> Pairs:
     """Joins pairs of which each may be there several times, in both directions; those of an atom and itself go."""
     i, j, n, distance = map(np.concatenate, zip(*parts, strict=True))
     step = np.column_stack([j - i, n])
-    sign = np.sign(step[np.arange(len(step)), (step != 0).argmax(axis=1)])  # of the first that is not 0
-    edges = np.column_stack([np.minimum(i, j), np.maximum(i, j), sign[:, None] * n])
+    sign = -np.sign(step[np.arange(len(step)), (step != 0).argmax(axis=1)])  # of the first that is not 0
+    edges = np.column_stack([np.maximum(i, j), np.minimum(i, j), sign[:, None] * n])
     edges, place = np.unique(edges[sign != 0], axis=0, return_index=True)
     return edges[:, 0], edges[:, 1], edges[:, 2:], distance[sign != 0][place]
 

@@ -93,9 +93,9 @@ def _once(i: np.ndarray, j: np.ndarray, n: np.ndarray, number: int, images: list
     small that the numbers below are exact.
     """
     per_atom = float(math.prod(images))
-    forward = n @ np.array([images[1] * images[2], images[2], 1.0]) + (j - i) * per_atom  # 0 for an atom and itself
-    kept = np.flatnonzero(forward > 0)
-    return kept[np.argsort(i[kept] * (number * per_atom) + forward[kept])]
+    step = n @ np.array([images[1] * images[2], images[2], 1.0]) + (j - i) * per_atom  # 0 for an atom and itself
+    kept = np.flatnonzero(step < 0)
+    return kept[np.argsort(i[kept] * (number * per_atom) + step[kept])]
 
 
 def _check_size(
