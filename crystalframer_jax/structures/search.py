@@ -14,7 +14,6 @@ MANY_VISITED = 500_000  # images of atoms; to make them fewer is worth a change 
 MOST_VISITED = 50_000_000  # images of atoms that one search looks at
 MOST_CUBES = 1_000_000  # into which one search divides the space; 216 bytes each
 TOLERANCE = 1e-6  # Å; a search looks so much farther, so that its own tolerance does not matter
-MARGIN = math.pi * 1e-6  # of the cell, which is moved by it: atoms are rarely so near a face that rounding decides
 GRID = 1.0  # Å; the least edge of those cubes
 CAUSE = "are lengths in Å, is the cell right, are atoms doubled?"
 
@@ -27,8 +26,8 @@ def pairs_within(
     """Finds all pairs of an atom i and an image n of an atom j with |p_j + nL - p_i| <= radius.
 
     Atoms may be anywhere: they are wrapped into the cell for the search, and n is that of the `positions` given.
-    Of (i, j, n) and (j, i, -n) one is listed, and no atom with itself. They are ordered by i, j and the image as the
-    search counts it, which does not change when the crystal turns.
+    Of (i, j, n) and (j, i, -n) one is listed, and no atom with itself. They are ordered by i, j and the image, in the
+    basis of the search: that does not change when the crystal turns.
 
     Args:
       positions: [n, 3] Å. lattice: [3, 3] rows, Å. radius: Å.
@@ -51,7 +50,7 @@ def pairs_within(
     expected = searched * number * 4 / 3 * math.pi * wider**3 / volume
     if not expected <= MOST_NEIGHBORS:
         raise _too_many(where, number, expected, wider)
-    cell = np.floor(positions @ inverse + MARGIN)
+    cell = np.floor(positions @ inverse)
     wrapped = positions
     if cell.any():
         is_outside = cell.any(axis=1)  # atoms inside keep their bits
