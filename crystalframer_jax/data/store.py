@@ -44,7 +44,7 @@ from crystalframer_jax.structures.crystal import Crystal
 from crystalframer_jax.structures.neighbors import LatticeBox, neighbor_rows
 from crystalframer_jax.text import escaped
 
-ROWS_FORMAT = 3  # to be raised when neighbor rows or their columns change
+ROWS_FORMAT = 4  # to be raised when neighbor rows or their columns change
 CHUNK_ATOMS = 9_000  # atoms whose neighbors a worker process finds at a time; about 100 MB
 LABEL_COLUMNS = ("labels", "leaked", *SPLITS)
 SET_COLUMNS = (*CRYSTAL_COLUMNS, *LABEL_COLUMNS)

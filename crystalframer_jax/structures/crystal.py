@@ -168,8 +168,8 @@ def _check_distances(species: np.ndarray, positions: np.ndarray, lattice: np.nda
             raise CrystalError(f"{where}: site {far + 1} is {away[far]:.3g} cells away; give coordinates near the cell")
     # The search grid is as fine as the radius: a radius near the atomic spacing keeps time and memory linear.
     radius = max(MIN_DISTANCE, min(math.cbrt(volume_of(lattice) / len(positions)), 5.0))
-    i, j, image, distance = pairs_within(positions, lattice, cheap_radius(lattice, radius), where)
-    close = np.flatnonzero(((i != j) | image.any(axis=1)) & (distance < MIN_DISTANCE))
+    i, j, _, distance = pairs_within(positions, lattice, cheap_radius(lattice, radius), where)
+    close = np.flatnonzero(distance < MIN_DISTANCE)
     if close.size:
         pair = close[distance[close].argmin()]
         a, b = sorted((int(i[pair]), int(j[pair])))

@@ -1,7 +1,7 @@
 """Neighbor rows: for every atom the sorted list of periodic neighbors that the lattice sums run over.
 
-The row of atom i holds every (j, n) with |p_j + nL - p_i| <= r_c, the atom itself (distance 0) included. Rows are in
-canonical order and the relation is symmetric: (i, j, n) is present if and only if (j, i, -n) is. All in float64.
+The row of atom i holds every (j, n) with |p_j + nL - p_i| <= r_c, the atom itself (distance 0) included: it is the
+first. The relation is symmetric: (i, j, n) is present if and only if (j, i, -n) is. All in float64.
 """
 
 import dataclasses
@@ -11,11 +11,12 @@ import numpy as np
 from crystalframer_jax.structures.crystal import Crystal
 from crystalframer_jax.structures.errors import CrystalError
 from crystalframer_jax.structures.lattice import integer_box, volume_of
-from crystalframer_jax.structures.search import CAUSE, MOST_NEIGHBORS, pairs_within
+from crystalframer_jax.structures.search import CAUSE, MOST_NEIGHBORS, Pairs, pairs_within
 
 SHELL_TOLERANCE = 1e-4  # Å; distances closer than this are one shell of neighbors
 COLLINEAR = 0.999  # |cos| from which two directions cannot span a frame
-SMALLEST_DISTANCE = 1e-3  # Å
+NEAREST = 4  # neighbors that usually span a frame
+STEP = np.pi * 1e-5  # Å; distances in one step count as equal, and hardly any crystal has a distance between two
 MOST_IN_BOX = 20_000_000  # neighbors; about 2 GB while they are sorted
 FEW_ATOMS, FEW_NEIGHBORS, MANY_NEIGHBORS = 500, 20, 5000  # an atom; usual cells need no check of their neighbors
 RADIUS_TOLERANCE = 1e-6  # Å; a shell at the cutoff is taken whole, whatever the rounding of its distances
@@ -56,10 +57,10 @@ class NeighborRows:
 
 
 def neighbor_rows(crystal: Crystal, cutoff: float | LatticeBox) -> NeighborRows:
-    """Lists the neighbor rows of a crystal within `cutoff` (a radius in Å, or a box of images), in canonical order.
+    """Lists the neighbor rows of a crystal within `cutoff` (a radius in Å, or a box of images).
 
-    Canonical order is by distance and, within a shell (distances closer than 1e-4 Å), by (j, n1, n2, n3). If all
-    neighbors of an atom lie on one line, its row is enlarged (and the rows of its new neighbors with it) up to the
+    Rows are ordered by distance; among neighbors at one distance, the order does not change when the crystal turns. If
+    all neighbors of an atom lie on one line, its row is enlarged (and the rows of its new neighbors with it) up to the
     nearest shell that spans a frame.
 
     Raises ValueError if the cutoff is not a positive number, CrystalError if there are too many neighbors or too many
@@ -72,26 +73,21 @@ def neighbor_rows(crystal: Crystal, cutoff: float | LatticeBox) -> NeighborRows:
                 f"{crystal.id}: {number:,} neighbors of {crystal.num_atoms} atoms in {len(cutoff):,} cells "
                 f"(adaptive_cutoff_sigma=0) are more than {MOST_IN_BOX:,}; choose a radius"
             )
-        atoms = np.arange(crystal.num_atoms)
-        i, j, n = (x.ravel() for x in np.meshgrid(atoms, atoms, np.arange(len(cutoff.images)), indexing="ij"))
-        return _canonical(crystal, i, j, cutoff.images[n])
+        return _rows(crystal.num_atoms, _in_box(crystal, cutoff.images))
     if not (np.isfinite(cutoff) and cutoff > 0):
         raise ValueError(f"the cutoff radius {cutoff} Å must be a positive number")
-    i, j, n = _within(crystal, np.arange(crystal.num_atoms), cutoff)
-    lonely = np.flatnonzero(~_spans_a_frame(crystal, i, j, n))
+    pairs = _within(crystal, cutoff)
+    rows = _rows(crystal.num_atoms, pairs)
+    lonely = _without_frame(crystal, rows)
     if len(lonely) * crystal.num_atoms > MOST_NEIGHBORS:  # each of them has a search of its own
         raise CrystalError(
             f"{crystal.id}: {len(lonely):,} of {crystal.num_atoms:,} atoms have no neighbors within {cutoff:.3g} Å, or "
             f"all on a line; {CAUSE}"
         )
-    if len(lonely):
-        parts = [np.column_stack([i, j, n])]
-        for atom in lonely.tolist():
-            i, j, n = _up_to_a_frame(crystal, atom, cutoff)
-            parts += [np.column_stack([i, j, n]), np.column_stack([j, i, -n])]
-        edges = np.unique(np.concatenate(parts), axis=0)
-        i, j, n = edges[:, 0], edges[:, 1], edges[:, 2:]
-    return _canonical(crystal, i, j, n)
+    if lonely:
+        enlarged = [_up_to_a_frame(crystal, atom, cutoff) for atom in lonely]
+        rows = _rows(crystal.num_atoms, _joined([pairs, *enlarged]))
+    return rows
 
 
 def check_neighbors(crystal: Crystal, cutoff: float | LatticeBox) -> None:
@@ -107,77 +103,96 @@ def check_neighbors(crystal: Crystal, cutoff: float | LatticeBox) -> None:
 
 def displacements(crystal: Crystal, rows: NeighborRows) -> np.ndarray:
     """Computes the vectors p_j + nL - p_i of all neighbors, [E, 3] Å; exactly zero for the atom itself."""
-    p = crystal.positions
-    return p[rows.index] - p[rows.center] + rows.image @ crystal.lattice
+    return _vectors(crystal, rows.center, rows.index, rows.image)
 
 
-def _within(crystal: Crystal, centers: np.ndarray, radius: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Finds all (i, j, n) with i among `centers` [c] and distance <= radius: i [E], j [E], n [E, 3]."""
-    wider = radius + 2 * RADIUS_TOLERANCE  # the distances that decide are computed below
-    i, j, n, _ = pairs_within(crystal.positions, crystal.lattice, wider, crystal.id or "crystal", centers)
-    keep = _distance(crystal, i, j, n) <= radius + RADIUS_TOLERANCE  # alike for both directions of a pair
-    return i[keep], j[keep], n[keep]
+def _vectors(crystal: Crystal, i: int | np.ndarray, j: np.ndarray, n: np.ndarray) -> np.ndarray:
+    """Computes p_j + nL - p_i of arrays i [...], j [...] and n [..., 3]."""
+    return crystal.positions[j] - crystal.positions[i] + n @ crystal.lattice
 
 
-def _distance(crystal: Crystal, i: np.ndarray, j: np.ndarray, n: np.ndarray) -> np.ndarray:
-    """Computes distances [E] in Å from the metric of the lattice: the same bits for (i, j, n) and (j, i, -n)."""
-    metric = crystal.lattice @ crystal.lattice.T
-    fractional = crystal.positions @ np.linalg.inv(crystal.lattice)
-    x, y, z = ((fractional[j] - fractional[i]) + n).T
-    square = metric[0, 0] * x * x + metric[1, 1] * y * y + metric[2, 2] * z * z
-    square += 2 * (metric[0, 1] * x * y + metric[0, 2] * x * z + metric[1, 2] * y * z)
-    return np.sqrt(np.maximum(square, 0))
+def _within(crystal: Crystal, radius: float, centers: np.ndarray | None = None) -> Pairs:
+    """Finds pairs within the radius as `pairs_within` does; of a shell at the very radius all or none."""
+    where = crystal.id or "crystal"
+    return pairs_within(crystal.positions, crystal.lattice, radius + RADIUS_TOLERANCE, where, centers)
 
 
-def _spans_a_frame(crystal: Crystal, i: np.ndarray, j: np.ndarray, n: np.ndarray) -> np.ndarray:
-    """Tells whether the neighbors of each atom point along more than one line, [number of atoms] bool."""
-    vector = crystal.positions[j] - crystal.positions[i] + n @ crystal.lattice
-    distance = np.linalg.norm(vector, axis=1)
-    other = distance > SMALLEST_DISTANCE
-    i, unit = i[other], vector[other] / distance[other, None]
-    first = np.full((crystal.num_atoms, 3), np.nan)
-    first[i[::-1]] = unit[::-1]
-    spans = np.zeros(crystal.num_atoms, bool)
-    spans[i[np.abs(np.sum(first[i] * unit, axis=1)) < COLLINEAR]] = True
-    return spans
+def _in_box(crystal: Crystal, images: np.ndarray) -> Pairs:
+    """Lists the pairs of all atoms in a box of images [b, 3], one direction of each and no atom with itself."""
+    i, j = np.tril_indices(crystal.num_atoms, -1)
+    atoms, half = np.arange(crystal.num_atoms), images[: len(images) // 2]  # the others are their negatives, and 0
+    n = np.concatenate([np.tile(images, (len(i), 1)), np.tile(half, (len(atoms), 1))])
+    i = np.concatenate([np.repeat(i, len(images)), np.repeat(atoms, len(half))])
+    j = np.concatenate([np.repeat(j, len(images)), np.repeat(atoms, len(half))])
+    return i, j, n, np.linalg.norm(_vectors(crystal, i, j, n), axis=1)
 
 
-def _up_to_a_frame(crystal: Crystal, atom: int, cutoff: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _without_frame(crystal: Crystal, rows: NeighborRows) -> list[int]:
+    """Lists the atoms whose neighbors all lie on one line; the nearest few tell of most that they do not."""
+    end = np.cumsum(rows.count)
+    start = end - rows.count
+    near = np.minimum(start[:, None] + np.arange(1, NEAREST + 1), end[:, None] - 1)
+    vector = _vectors(crystal, np.arange(len(start))[:, None], rows.index[near], rows.image[near])
+    on_line = np.flatnonzero(~_off_line(vector).any(axis=1)).tolist()
+
+    def has_frame(atom: int) -> bool:
+        row = slice(start[atom] + 1, end[atom])
+        return bool(_off_line(_vectors(crystal, atom, rows.index[row], rows.image[row])).any())
+
+    return [atom for atom in on_line if not has_frame(atom)]
+
+
+def _off_line(vector: np.ndarray) -> np.ndarray:
+    """Tells which vectors [..., m, 3] do not lie on a line with the first of them, [..., m]."""
+    length = np.linalg.norm(vector, axis=-1)
+    product = np.sum(vector * vector[..., :1, :], axis=-1)
+    return np.abs(product) < COLLINEAR * length * length[..., :1]
+
+
+def _up_to_a_frame(crystal: Crystal, atom: int, cutoff: float) -> Pairs:
     """Finds all (i, j, n) of one atom i up to the shell with which its neighbors stop lying on one line."""
     center, off_line = np.array([atom]), np.empty(0)
     while not len(off_line):
         cutoff *= 1.5
-        i, j, n = _within(crystal, center, cutoff)
-        distance = _distance(crystal, i, j, n)
+        i, j, n, distance = _within(crystal, cutoff, center)
         order = np.argsort(distance, kind="stable")
-        order = order[distance[order] > SMALLEST_DISTANCE]
         i, j, n, distance = i[order], j[order], n[order], distance[order]
-        unit = (crystal.positions[j] - crystal.positions[i] + n @ crystal.lattice) / distance[:, None]
-        off_line = distance[(np.abs(unit @ unit[:1].T) < COLLINEAR).any(axis=1)]
+        off_line = distance[1:][_off_line(_vectors(crystal, atom, j[1:], n[1:]))]
     radius = off_line[0] + SHELL_TOLERANCE
-    i, j, n = _within(crystal, center, radius)
-    keep = _distance(crystal, i, j, n) <= radius
-    return i[keep], j[keep], n[keep]
+    i, j, n, distance = _within(crystal, radius, center)
+    keep = distance <= radius
+    return i[keep], j[keep], n[keep], distance[keep]
 
 
-def _canonical(crystal: Crystal, i: np.ndarray, j: np.ndarray, n: np.ndarray) -> NeighborRows:
-    """Sorts into canonical order and finds the reverse of every neighbor."""
-    distance = _distance(crystal, i, j, n)
-    itself = (i == j) & ~n.any(axis=1)
-    distance[itself] = 0.0
-    by_distance = np.lexsort((distance, i))
-    new_row = np.diff(i[by_distance], prepend=-1) != 0
-    new_shell = np.diff(distance[by_distance], prepend=0) > SHELL_TOLERANCE
-    shell = np.empty(len(i), dtype=np.int64)
-    shell[by_distance] = np.cumsum(new_row | new_shell)
-    order = np.lexsort((n[:, 2], n[:, 1], n[:, 0], j, shell))
-    i, j, n = i[order], j[order], n[order]
+def _joined(parts: list[Pairs]) -> Pairs:
+    """Joins pairs of which each may be there several times, in both directions; those of an atom and itself go."""
+    i, j, n, distance = map(np.concatenate, zip(*parts, strict=True))
+    step = np.column_stack([j - i, n])
+    sign = -np.sign(step[np.arange(len(step)), (step != 0).argmax(axis=1)])  # of the first that is not 0
+    edges = np.column_stack([np.maximum(i, j), np.minimum(i, j), sign[:, None] * n])
+    edges, place = np.unique(edges[sign != 0], axis=0, return_index=True)
+    return edges[:, 0], edges[:, 1], edges[:, 2:], distance[sign != 0][place]
 
-    forward = np.lexsort((n[:, 2], n[:, 1], n[:, 0], j, i))
-    backward = np.lexsort((-n[:, 2], -n[:, 1], -n[:, 0], i, j))
-    if not (np.array_equal(i[forward], j[backward]) and np.array_equal(n[forward], -n[backward])):
-        raise RuntimeError(f"{crystal.id}: the neighbor relation is not symmetric; please report this crystal")
-    reverse = np.empty(len(i), dtype=np.int32)
-    reverse[forward] = backward
-    count = np.bincount(i, minlength=crystal.num_atoms)
-    return NeighborRows(count.astype(np.int32), j.astype(np.int32), n.astype(np.int32), reverse)
+
+def _rows(number: int, pairs: Pairs) -> NeighborRows:
+    """Makes the rows of `number` atoms from pairs in one direction; neighbors at one distance stay in their order."""
+    i, j, n, distance = pairs
+    atoms, n = np.arange(number), n.astype(np.int32)
+    center = np.concatenate([atoms, i, j])  # of the atoms themselves, of the pairs, and of the other direction
+    index = np.concatenate([atoms, j, i]).astype(np.int32)
+    image = np.concatenate([np.zeros((number, 3), np.int32), n, -n])
+    places = np.arange(len(center))
+    # Atom, distance and place in one integer each: these are sorted many times faster than columns are.
+    place_bits = len(center).bit_length()
+    step_bits = 63 - place_bits - number.bit_length()
+    step = max(STEP, distance.max(initial=0) / (2**step_bits - 2))
+    steps = (distance / step).astype(np.int64) + 1
+    key = ((center << step_bits) + np.concatenate([np.zeros_like(atoms), steps, steps]) << place_bits) + places
+    key.sort()
+    order = key & (1 << place_bits) - 1
+    place = np.empty(len(order), np.int32)  # where each went
+    place[order] = places
+    myself, there, back = np.split(place, [number, number + len(i)])
+    reverse = np.concatenate([myself, back, there])[order]
+    count = np.bincount(center, minlength=number).astype(np.int32)
+    return NeighborRows(count, index[order], np.take(image, order, axis=0), reverse)

@@ -8,11 +8,12 @@ import numpy as np
 from crystalframer_jax.structures.errors import CrystalError
 from crystalframer_jax.structures.lattice import geometry, reduction
 
-MOST_NEIGHBORS = 5_000_000  # of all atoms of a crystal; over 1 GB while they are sorted
+MOST_NEIGHBORS = 5_000_000  # of all atoms of a crystal; over 0.5 GB while they are sorted
 MOST_AT_ONCE = 8_000_000  # neighbors that a search of several centers may find at most
 MANY_VISITED = 500_000  # images of atoms; to make them fewer is worth a change of basis
 MOST_VISITED = 50_000_000  # images of atoms that one search looks at
 MOST_CUBES = 1_000_000  # into which one search divides the space; 216 bytes each
+TOLERANCE = 1e-6  # Å; a search looks so much farther, so that its own tolerance does not matter
 GRID = 1.0  # Å; the least edge of those cubes
 CAUSE = "are lengths in Å, is the cell right, are atoms doubled?"
 
@@ -22,14 +23,16 @@ Pairs = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 def pairs_within(
     positions: np.ndarray, lattice: np.ndarray, radius: float, where: str, centers: np.ndarray | None = None
 ) -> Pairs:
-    """Finds all pairs of a center i and an image n of an atom j with |p_j + nL - p_i| <= radius.
+    """Finds all pairs of an atom i and an image n of an atom j with |p_j + nL - p_i| <= radius.
 
     Atoms may be anywhere: they are wrapped into the cell for the search, and n is that of the `positions` given.
+    Of (i, j, n) and (j, i, -n) one is listed, and no atom with itself. They are ordered by i, j and the image, in the
+    basis of the search: that does not change when the crystal turns.
 
     Args:
       positions: [n, 3] Å. lattice: [3, 3] rows, Å. radius: Å.
       where: what the crystal is called in messages.
-      centers: [c] numbers of the atoms that are centers; None: all.
+      centers: [c] numbers of atoms, all of whose neighbors are listed instead, themselves included, in any order.
 
     Returns:
       i [E], j [E], n [E, 3] int64, and the distance [E] in Å.
@@ -39,13 +42,14 @@ def pairs_within(
     """
     number, searched, change = len(positions), len(positions if centers is None else centers), None
     inverse, faces, volume = geometry(lattice)
-    if _visited(number, faces, radius) > MANY_VISITED:  # an oblique cell has a better basis
+    wider = radius + TOLERANCE
+    if _visited(number, faces, wider) > MANY_VISITED:  # an oblique cell has a better basis
         change = reduction(lattice)
         lattice = np.ascontiguousarray(change @ lattice)
         inverse, faces, volume = geometry(lattice)
-    expected = searched * number * 4 / 3 * math.pi * radius**3 / volume
+    expected = searched * number * 4 / 3 * math.pi * wider**3 / volume
     if not expected <= MOST_NEIGHBORS:
-        raise _too_many(where, number, expected, radius)
+        raise _too_many(where, number, expected, wider)
     cell = np.floor(positions @ inverse)
     wrapped = positions
     if cell.any():
@@ -53,19 +57,23 @@ def pairs_within(
         wrapped = positions.copy()
         wrapped[is_outside] -= cell[is_outside] @ lattice
     chunks: list[Any]
-    chunks, most = [centers], searched * number * math.prod(2 * radius * face + 1 for face in faces)
+    chunks, most = [centers], searched * number * math.prod(2 * wider * face + 1 for face in faces)
     if most > MOST_AT_ONCE:
-        chunks = _chunks(wrapped, np.arange(number) if centers is None else centers, inverse, faces, radius)
-    _check_size(wrapped if centers is None else wrapped[centers], lattice, faces, radius, len(chunks), number, where)
+        chunks = _chunks(wrapped, np.arange(number) if centers is None else centers, inverse, faces, wider)
+    _check_size(wrapped if centers is None else wrapped[centers], lattice, faces, wider, len(chunks), number, where)
+    images = [2 * math.ceil(wider * face) + 5 for face in faces]
     parts, found = [], 0
     for some in chunks:
-        i, j, n, distance = _search(wrapped, wrapped if some is None else wrapped[some], lattice, radius)
-        parts.append((i if some is None else some[i], j, n, distance))
+        i, j, n, distance = _search(wrapped, wrapped if some is None else wrapped[some], lattice, wider)
         found += len(i)
         if found > MOST_NEIGHBORS:
-            raise _too_many(where, number, found, radius)
+            raise _too_many(where, number, found, wider)
+        i, n = i if some is None else some[i], np.rint(n)
+        kept = _once(i, j, n, number, images) if centers is None else np.arange(len(i))
+        kept = kept[distance[kept] <= radius]
+        parts.append((i[kept], j[kept], n[kept], distance[kept]))
     i, j, n, distance = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
-    n = np.rint(n).astype(np.int64)
+    n = n.astype(np.int64)
     if wrapped is not positions:
         n += (cell[i] - cell[j]).astype(np.int64)
     return i, j, n if change is None else n @ change, distance
@@ -75,6 +83,18 @@ def _search(points: np.ndarray, centers: np.ndarray, lattice: np.ndarray, radius
     from pymatgen.optimization.neighbors import find_points_in_spheres
 
     return find_points_in_spheres(points, centers, float(radius), np.ones(3, dtype=np.int64), lattice, 1e-8)
+
+
+def _once(i: np.ndarray, j: np.ndarray, n: np.ndarray, number: int, images: list[int]) -> np.ndarray:
+    """Lists the places of one direction of each pair, in the order of i, j and n.
+
+    `number` is that of the atoms, `images` more than there are along each axis. By `_check_size` their product is so
+    small that the numbers below are exact.
+    """
+    per_atom = float(math.prod(images))
+    step = n @ np.array([images[1] * images[2], images[2], 1.0]) + (j - i) * per_atom  # 0 for an atom and itself
+    kept = np.flatnonzero(step < 0)
+    return kept[np.argsort(i[kept] * (number * per_atom) + step[kept])]
 
 
 def _check_size(

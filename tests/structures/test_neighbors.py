@@ -8,7 +8,7 @@ import pytest
 from support import SYMMETRIC, primitive, random_crystal, random_rotation, real_crystals, rotated
 
 from crystalframer_jax.structures.crystal import Crystal, CrystalError
-from crystalframer_jax.structures.neighbors import COLLINEAR, SHELL_TOLERANCE, LatticeBox, displacements, neighbor_rows
+from crystalframer_jax.structures.neighbors import COLLINEAR, STEP, LatticeBox, displacements, neighbor_rows
 
 RADIUS = 6.93  # Å, the default of the model
 
@@ -110,21 +110,29 @@ def assert_reverse_points_back(rows):
 
 
 @pytest.mark.parametrize("name", CRYSTALS)
-def test_rows_are_in_canonical_order(name):
+def test_rows_are_ordered_by_distance(name):
     crystal = CRYSTALS[name]
-    assert_canonical_order(neighbor_rows(crystal, RADIUS), brute_force_edges(crystal, RADIUS))
+    assert_order(neighbor_rows(crystal, RADIUS), brute_force_edges(crystal, RADIUS))
 
 
-def assert_canonical_order(rows, distances):
-    """The atom itself first, then shell after shell, and inside a shell by (j, n1, n2, n3)."""
+def assert_order(rows, distances):
+    """The atom itself first, then the nearest."""
     edges = edges_of(rows)
     for i in range(len(rows.count)):
         of_atom = [edges[e] for e in row(rows, i)]
         assert of_atom[0] == (i, i, 0, 0, 0)
-        by_distance = sorted(of_atom, key=lambda edge: distances[edge])
-        steps = np.diff([distances[edge] for edge in by_distance])
-        shell = dict(zip(by_distance, [0, *np.cumsum(steps > SHELL_TOLERANCE)], strict=True))
-        assert of_atom == sorted(of_atom, key=lambda edge: (shell[edge], edge))
+        assert np.diff([distances[edge] for edge in of_atom]).min() > -1.01 * STEP
+
+
+@pytest.mark.parametrize("name", CRYSTALS)
+def test_order_does_not_change_when_atoms_move_to_other_cells(name):
+    """Nor when, by rounding, they cross a face of the cell."""
+    crystal = CRYSTALS[name]
+    rows = neighbor_rows(crystal, RADIUS)
+    for moved in (with_atoms_outside(crystal), dataclasses.replace(crystal, positions=crystal.positions - 1e-12)):
+        other = neighbor_rows(moved, RADIUS)
+        np.testing.assert_allclose(displacements(moved, other), displacements(crystal, rows), rtol=0, atol=1e-9)
+        np.testing.assert_array_equal(other.index, rows.index)
 
 
 def assert_same_rows_when_turned(crystal, cutoff=RADIUS):
@@ -235,7 +243,7 @@ BOXED = {"1": ["left-handed", "atoms outside", "rock salt", "perovskite", "skewe
 
 
 @pytest.mark.parametrize(("lattice_range", "name"), [(int(r), name) for r, names in BOXED.items() for name in names])
-def test_rows_of_a_box_are_all_its_images_in_canonical_order(lattice_range, name):
+def test_rows_of_a_box_are_all_its_images_by_distance(lattice_range, name):
     """Of the positions as given, for every pair of atoms, however far apart."""
     crystal = CRYSTALS[name]
     rows = neighbor_rows(crystal, LatticeBox(lattice_range))
@@ -243,7 +251,7 @@ def test_rows_of_a_box_are_all_its_images_in_canonical_order(lattice_range, name
     assert len(edges) == crystal.num_atoms**2 * (2 * lattice_range + 1) ** 3 == len(expected)
     assert set(edges) == set(expected)
     np.testing.assert_array_equal(rows.count, crystal.num_atoms * (2 * lattice_range + 1) ** 3)
-    assert_canonical_order(rows, expected)
+    assert_order(rows, expected)
     assert_reverse_points_back(rows)
     lengths = np.linalg.norm(displacements(crystal, rows), axis=1)
     np.testing.assert_allclose(lengths, [expected[edge] for edge in edges], atol=1e-9)
