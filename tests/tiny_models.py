@@ -12,7 +12,7 @@ from crystalframer_jax.config import BatchParts
 from crystalframer_jax.config.hyperparameters import ALLOWED_VALUES
 from crystalframer_jax.model.regressor import CrystalFramer
 
-RADIUS = 5.0  # Å: rows below 48, the shortest length that is compiled
+RADIUS = 5.0  # Å: rows below 48
 SHAPE = BatchShape(16, 48, 4)
 LARGER = BatchShape(32, 48, 6)
 CRYSTALFORMER = {"value_pe_angle_real": 0, "frame_method": "no"}

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crystalframer_jax.batching.shapes import ATOM_BLOCK, BatchShape, lengths_of, ranges_of, shared_out
+from crystalframer_jax.batching.shapes import ATOM_BLOCK, COLUMN_BLOCK, BatchShape, lengths_of, ranges_of, shared_out
 from crystalframer_jax.batching.table import CrystalTable
 from crystalframer_jax.structures.lattice import MOST_FRAMES, lattice_frames
 
@@ -204,18 +204,10 @@ def fill_factors(batch: Batch) -> Fill:
     """Returns the fractions of the places of a packed batch that hold real data."""
     count, row_length = np.asarray(batch.rows.count), batch.rows.row_length
     blocks = np.maximum.reduceat(count, np.arange(0, len(count), ATOM_BLOCK))
-    levels = np.array([0, *row_levels(row_length)])
-    visited = levels[np.searchsorted(levels, blocks)].sum() * ATOM_BLOCK
+    width = COLUMN_BLOCK if row_length % COLUMN_BLOCK == 0 else row_length
+    visited = np.ceil(blocks / width).sum() * width * ATOM_BLOCK
     edges = count.sum()
     return Fill(float(np.mean(count > 0)), float(edges / len(batch.rows.center)), float(edges / max(visited, 1)))
-
-
-def row_levels(row_length: int) -> tuple[int, ...]:
-    """Returns the row lengths that lattice sums are compiled for; a block of atoms takes the first that holds it."""
-    levels = [48, 64, 80, 96, 128, 192, 384]
-    while levels[-1] < row_length:
-        levels.append(2 * levels[-1])
-    return (*(level for level in levels if level < row_length), row_length)
 
 
 def fractional_parts(

@@ -12,6 +12,7 @@ from crystalframer_jax.parallel.devices import share_out
 
 CELL_BLOCK = 8  # the length of cell rows is padded to a multiple of this
 ATOM_BLOCK = 32  # atoms are padded to multiples of this, the block size of the lattice sums
+COLUMN_BLOCK = 32  # the lattice sums take so many neighbors of each atom at once, if it divides the row length
 MOST_PLACES = 2**31 - 1  # of neighbors in a batch, which are counted in int32
 EDGE_BLOCK = 256  # neighbors are padded to multiples of this
 TRIALS = 500, 128_000  # at most so many random batches, and crystals in them, by which shapes for devices are planned

@@ -152,6 +152,16 @@ class ModelConfig(ModelKeys):
             return dataclasses.replace(parts, lattice_frames=True, tie_tolerance=self.tie_tolerance)
         return parts
 
+    @functools.cached_property
+    def period_of_blocks(self) -> int:
+        """Returns the smallest divisor of `num_layers` after which the settings of the blocks repeat."""
+        settings = [
+            (self.domain_of_block(block), self.scale_of_block(block), self.reciprocal_scale_of_block(block))
+            for block in range(self.num_layers)
+        ]
+        divisors = (n for n in range(1, len(settings) + 1) if len(settings) % n == 0)
+        return next(n for n in divisors if settings == settings[:n] * (len(settings) // n))
+
     def domain_of_block(self, block: int) -> str:
         """Returns real, reci, RECI or multihead; the domains of an interleaving take turns."""
         domains = self.domain.split("-")

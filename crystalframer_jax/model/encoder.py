@@ -14,7 +14,7 @@ from crystalframer_jax.model.frames import block_frames
 from crystalframer_jax.model.implementation import Implementation
 from crystalframer_jax.model.layers import ACTIVATIONS, Initializer, block_layer, layer_norm, t_fixup_gain
 from crystalframer_jax.ops.basis import EXACT, AngleBasis, Bases, DistanceBasis
-from crystalframer_jax.ops.random_bits import fold_in_all, keys_by_place, row_seeds, thinned
+from crystalframer_jax.ops.random_bits import keys_by_place, row_seeds, thinned
 from crystalframer_jax.ops.reciprocal import WaveVectors
 from crystalframer_jax.parallel.devices import sum_in_order
 
@@ -46,9 +46,9 @@ class SelfAttention(nn.Module):
         frame_keys: jax.Array | None = None,
         calibrate: bool = False,
         given_frames: jax.Array | None = None,
-        train: bool = False,
+        dropout_key: jax.Array | None = None,
     ) -> jax.Array:
-        """x [N, D] -> [N, D]; see CrystalFramer for the other arguments."""
+        """x [N, D] -> [N, D]; see EncoderBlock for the other arguments."""
         config = self.config
         heads, k_dim, v_dim = config.head_num, config.k_dim, config.v_dim
         gain = t_fixup_gain(config)
@@ -58,8 +58,8 @@ class SelfAttention(nn.Module):
         widths = self._width_logits(x, q, batch, calibrate)
 
         seeds = None
-        if train and config.dropout:
-            keys = keys_by_place(self.make_rng("dropout"), batch.crystal_place)
+        if dropout_key is not None:
+            keys = keys_by_place(dropout_key, batch.crystal_place)
             seeds = row_seeds(keys, batch.crystal_of_atom, batch.atom_in_crystal, heads)
         domain = config.domain_of_block(self.block)
         real_heads = {"real": heads, "multihead": heads // 2}.get(domain, 0)
@@ -94,8 +94,7 @@ class SelfAttention(nn.Module):
         if frames is None and bases.angle:
             draws = None
             if frame_keys is not None:
-                keys = fold_in_all(frame_keys, self.block)
-                draws = row_seeds(keys, batch.crystal_of_atom, batch.atom_in_crystal, q.shape[1])
+                draws = row_seeds(frame_keys, batch.crystal_of_atom, batch.atom_in_crystal, q.shape[1])
             frames = block_frames(config.frame_method, q, k, a, batch, config.tie_tolerance, draws, self.implementation)
         self.sow("intermediates", "frames", frames)
         shape = v.shape[1:]
@@ -176,21 +175,28 @@ class EncoderBlock(nn.Module):
     axis: str | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, batch: Batch, train: bool = False, **others: Any) -> jax.Array:
-        """x [N, D] -> [N, D]; `others` are arguments of SelfAttention."""
+    def __call__(self, x: jax.Array, batch: Batch, dropout_key: jax.Array | None = None, **others: Any) -> jax.Array:
+        """x [N, D] -> [N, D]; `others` are arguments of SelfAttention.
+
+        Args:
+          dropout_key: random key that draws what is dropped; None: nothing.
+          frame_keys: random keys [B] of this block, see CrystalFramer; `calibrate`, `given_frames` as there.
+        """
         config = self.config
 
         def normed(x: jax.Array, name: str) -> jax.Array:
             return x if config.t_fixup_init else layer_norm(config, x, name)
 
-        def dropped(x: jax.Array) -> jax.Array:
-            if not (train and config.dropout):
+        def dropped(x: jax.Array, number: int) -> jax.Array:
+            if dropout_key is None:
                 return x
-            keys = keys_by_place(self.make_rng("dropout"), batch.crystal_place)
+            keys = keys_by_place(jax.random.fold_in(dropout_key, number), batch.crystal_place)
             return thinned(x, row_seeds(keys, batch.crystal_of_atom, batch.atom_in_crystal, 1), config.dropout)
 
         gain = t_fixup_gain(config)
         attention = SelfAttention(config, self.block, self.implementation, self.axis, name="attention")
-        x = normed(x + dropped(attention(x, batch, train=train, **others)), "norm1")
+        x = normed(x + dropped(attention(x, batch, dropout_key=dropout_key, **others), 0), "norm1")
         hidden = ACTIVATIONS[config.t_activation](block_layer(config, x, config.ff_dim, "linear1", gain))
-        return normed(x + dropped(block_layer(config, dropped(hidden), config.model_dim, "linear2", gain)), "norm2")
+        return normed(
+            x + dropped(block_layer(config, dropped(hidden, 1), config.model_dim, "linear2", gain), 2), "norm2"
+        )

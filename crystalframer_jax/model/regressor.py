@@ -1,6 +1,8 @@
 """CrystalFramer: embedding of the elements, transformer blocks, pooling over atoms, output layers (Flax Linen)."""
 
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -12,6 +14,7 @@ from crystalframer_jax.model.encoder import EncoderBlock
 from crystalframer_jax.model.implementation import Implementation
 from crystalframer_jax.model.layers import head_layer, head_norm, layer_norm
 from crystalframer_jax.ops.basis import EXACT
+from crystalframer_jax.ops.random_bits import fold_in_all
 from crystalframer_jax.parallel.devices import psum
 
 NUM_ELEMENTS = 98
@@ -56,10 +59,7 @@ class CrystalFramer(nn.Module):
         batch = unpacked(batch)
         config, by_batch = self.config, train and not freeze_norm
         x = self._embed(batch, train)
-        for block in range(config.num_layers):
-            frames = None if given_frames is None else given_frames[block]
-            layer = EncoderBlock(config, block, self.implementation, self.axis, name=f"block_{block}")
-            x = layer(x, batch, train, frame_keys=frame_keys, calibrate=calibrate, given_frames=frames)
+        x = self._blocks(x, batch, frame_keys, calibrate, given_frames, train)
         if not config.t_fixup_init:
             x = layer_norm(config, x, "norm")
 
@@ -75,6 +75,62 @@ class CrystalFramer(nn.Module):
             x = head_layer(config, x, width, f"dense_{i}")
             x = nn.relu(head_norm(config, x, batch.crystal_sizes > 0, f"dense_{i}_norm", by_batch, self.axis))
         return head_layer(config, x, config.num_targets, "output")
+
+    def _blocks(
+        self,
+        x: jax.Array,
+        batch: Batch,
+        frame_keys: jax.Array | None,
+        calibrate: bool,
+        given_frames: Sequence[jax.Array] | None,
+        train: bool,
+    ) -> jax.Array:
+        """The transformer blocks, [N, D] -> [N, D]. Blocks of equal settings share one compiled body, in a loop.
+
+        Where `intermediates` are asked for, and for the initial weights, they come one after the other.
+        """
+        config, number_of_blocks, period = self.config, self.config.num_layers, self.config.period_of_blocks
+        names = [f"block_{number}" for number in range(number_of_blocks)]
+        dropout_key = self.make_rng("dropout") if train and config.dropout else None
+
+        def block(number: int, **others: Any) -> EncoderBlock:
+            return EncoderBlock(config, number, self.implementation, self.axis, **others)
+
+        def given(number: Any, frames: jax.Array | None) -> dict[str, Any]:
+            """The arguments of a block."""
+            keys = None if frame_keys is None else fold_in_all(frame_keys, number)
+            dropout = None if dropout_key is None else jax.random.fold_in(dropout_key, number)
+            return {"frame_keys": keys, "dropout_key": dropout, "given_frames": frames, "calibrate": calibrate}
+
+        asks_for_each = self.is_initializing() or self.is_mutable_collection("intermediates")
+        if asks_for_each or period == number_of_blocks:
+            for number, name in enumerate(names):
+                frames = None if given_frames is None else given_frames[number]
+                x = block(number, name=name)(x, batch, **given(number, frames))
+            return x
+
+        def one_turn(x: jax.Array, of_blocks: Any) -> tuple[jax.Array, list[Any]]:
+            updates = []
+            for place in range(period):
+                variables, number, frames = jax.tree.map(operator.itemgetter(place), of_blocks)
+                x, update = block(place, parent=None).apply(
+                    variables, x, batch, mutable=["calibration"] if calibrate else [], **given(number, frames)
+                )
+                updates.append(update)
+            return x, updates
+
+        variables = [{kind: found[name] for kind, found in self.variables.items() if name in found} for name in names]
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *variables)
+        frames = None if given_frames is None else jnp.stack(given_frames)
+        turns = jax.tree.map(
+            lambda x: x.reshape(-1, period, *x.shape[1:]), (stacked, jnp.arange(number_of_blocks), frames)
+        )
+        x, updates = jax.lax.scan(one_turn, x, turns)
+        for number, name in enumerate(names):
+            turn, place = divmod(number, period)
+            for kind, update in updates[place].items():
+                self.put_variable(kind, name, jax.tree.map(operator.itemgetter(turn), update))
+        return x
 
     def _embed(self, batch: Batch, train: bool) -> jax.Array:
         """Sum of the element embeddings weighted by occupancy, [N, D]."""

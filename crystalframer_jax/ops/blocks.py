@@ -1,53 +1,134 @@
-"""Evaluation of functions of neighbor rows in blocks of atoms, each block with no more columns than it needs."""
+"""Functions of neighbor rows, evaluated for blocks of atoms, and of these for some columns after the others."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 
-from crystalframer_jax.batching.batch import ATOM_BLOCK, CellRows, Rows, row_levels
+from crystalframer_jax.batching.batch import CellRows, Rows
+from crystalframer_jax.batching.shapes import ATOM_BLOCK, COLUMN_BLOCK
 from crystalframer_jax.ops.basis import EXACT
 from crystalframer_jax.ops.reciprocal import WaveVectors
 
 
-def map_blocks(function: Callable[..., Any], rows: Rows, *per_atom: Any) -> Any:
+def map_blocks(function: Callable[..., Any], rows: Rows, *per_atom: Any, stored: Any = None) -> Any:
     """`function(rows, *per_atom)` evaluated for one block of atoms after the other, results joined along atoms.
 
-    `rows` [N, M] are cut to the shortest of `row_levels(M)` that holds the rows of the block; blocks without any
-    neighbor give zeros. `per_atom` are pytrees of arrays [N, ...], and `function` returns one of arrays [n, ...]
-    whose shapes must not depend on the number of columns.
+    `per_atom` are pytrees of arrays [N, ...], and `function` returns one of arrays [n, ...]. Blocks without any
+    neighbor are left out and give zeros. Given `stored`, arrays [N, ...] that blocks write into, the call is
+    `function(rows, *per_atom, first_atom, stored)`, and it returns `stored` after the result, as this does.
     """
-    num_atoms, width = rows.index.shape
-    block = ATOM_BLOCK if jax.default_backend() == "cpu" else min(num_atoms, 32 * ATOM_BLOCK)
-    num_blocks = -(-num_atoms // block)
-    extra = num_blocks * block - num_atoms
-    levels = row_levels(width)
+    num_atoms = rows.index.shape[0]
+    block = min(num_atoms, ATOM_BLOCK if jax.default_backend() == "cpu" else 128 * ATOM_BLOCK)
+    extra = -num_atoms % block
 
-    def split(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, ((0, extra),) + ((0, 0),) * (x.ndim - 1)) if extra else x
-        return x.reshape(num_blocks, block, *x.shape[1:])
+    def padded(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, ((0, extra),) + ((0, 0),) * (x.ndim - 1)) if extra else x
 
-    def cut_to(level: int) -> Callable[..., Any]:
-        def of_columns(rows: Rows, *args: Any) -> Any:
-            columns = {name: getattr(rows, name)[:, :level] for name in ("index", "vector", "reverse")}
-            return function(dataclasses.replace(rows, **columns), *args)
+    data = jax.tree.map(padded, (rows, *per_atom))
+    longest = jnp.max(data[0].count.reshape(-1, block), axis=1)
+    last = jnp.max(jnp.where(longest > 0, jnp.arange(1, len(longest) + 1, dtype=jnp.int32), 0))
 
-        return of_columns
+    def evaluated(number: jax.Array, stored: Any) -> tuple[Any, Any]:
+        own = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, number * block, block), data)
+        return (function(*own), None) if stored is None else function(*own, number * block, stored)
 
-    def nothing(rows: Rows, *args: Any) -> Any:
-        shapes = jax.eval_shape(cut_to(levels[0]), rows, *args)
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    def one_block(number: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+        found, stored = evaluated(number, carry[1])
+        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=number * block, axis=0)
+        return jax.tree.map(put, carry[0], found), stored
 
-    branches = [nothing, *(cut_to(level) for level in levels)]
+    stored = jax.tree.map(padded, stored)
+    shapes, _ = jax.eval_shape(evaluated, jnp.int32(0), stored)
+    results = jax.tree.map(lambda x: jnp.zeros((num_atoms + extra, *x.shape[1:]), x.dtype), shapes)
+    results, stored = jax.lax.fori_loop(jnp.int32(0), last, one_block, (results, stored))
+    results, stored = jax.tree.map(lambda x: x[:num_atoms], (results, stored))
+    return results if stored is None else (results, stored)
 
-    def one_block(data: tuple) -> Any:
-        branch = jnp.searchsorted(jnp.array((0, *levels)), jnp.max(data[0].count))
-        return jax.lax.switch(branch, branches, *data)
 
-    results = jax.lax.map(one_block, jax.tree.map(split, (rows, *per_atom)))
-    return jax.tree.map(lambda x: x.reshape(num_blocks * block, *x.shape[2:])[:num_atoms], results)
+def over_columns(step: Callable[[Rows, jax.Array, Any], Any], rows: Rows, start: Any) -> Any:
+    """carry = step(some columns of the rows, number of the first, carry) until the longest row ends, nearest first.
+
+    `width_of` says how many columns at once; `count` of the columns is what remains of the rows.
+    """
+    width = width_of(rows)
+
+    def turn(number: jax.Array, carry: Any) -> Any:
+        first = number * width
+        columns = {
+            name: jax.lax.dynamic_slice_in_dim(getattr(rows, name), first, width, axis=1)
+            for name in ("index", "vector", "reverse")
+        }
+        return step(dataclasses.replace(rows, count=rows.count - first, **columns), first, carry)
+
+    return jax.lax.fori_loop(jnp.int32(0), -(-jnp.max(rows.count) // width), turn, start)
+
+
+def width_of(rows: Rows) -> int:
+    """How many columns of the rows are taken at once: all of rows that are no multiple of COLUMN_BLOCK."""
+    length = rows.index.shape[1]
+    return COLUMN_BLOCK if length % COLUMN_BLOCK == 0 else length
+
+
+def in_words(rows: Rows) -> Rows:
+    """The rows with as many columns as whole words have bits."""
+    extra = -rows.index.shape[1] % COLUMN_BLOCK
+    columns = {
+        name: jnp.pad(x, ((0, 0), (0, extra)) + ((0, 0),) * (x.ndim - 2))
+        for name in ("index", "vector", "reverse")
+        for x in [getattr(rows, name)]
+    }
+    return dataclasses.replace(rows, **columns) if extra else rows
+
+
+def directions(rows: Rows) -> jax.Array:
+    """Unit vectors [n, M, 3] of the neighbors; zeros for the atom itself and padding."""
+    distance = jnp.linalg.norm(rows.vector, axis=-1, keepdims=True)
+    return rows.vector / jnp.where(distance > 0, distance, 1)
+
+
+class WeightedSums(NamedTuple):
+    """sum_m exp(logit_m - largest) x_m of a block; `total` with x = 1. Rows without neighbors: zeros."""
+
+    largest: jax.Array  # [n, H] logit, -inf of rows without any
+    total: jax.Array  # [n, H]
+    sums: Any  # arrays [n, H, ...]
+
+
+def weighted_sums(
+    rows: Rows, logits: Callable[[Rows], jax.Array], sums: Callable[[Rows, jax.Array], Any]
+) -> WeightedSums:
+    """Adds `sums(columns, weights [n, H, m])` with weights exp(logits(columns)), which may be of any size."""
+
+    def add(columns: Rows, _: Any, so_far: WeightedSums) -> WeightedSums:
+        new = logits(columns)
+        largest = jnp.maximum(so_far.largest, jnp.max(new, axis=-1))
+        factor, weights = exp_relative(so_far.largest, largest), exp_relative(new, largest[..., None])
+        total = factor * so_far.total + jnp.sum(weights, axis=-1)
+        more = sums(columns, weights)
+        return WeightedSums(largest, total, jax.tree.map(lambda s, x: times(s, factor) + x, so_far.sums, more))
+
+    def of_any(rows: Rows) -> tuple[jax.Array, Any]:
+        weights = logits(rows)
+        return weights, sums(rows, weights)
+
+    weights, shapes = jax.eval_shape(of_any, rows)
+    zeros: Any = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    total = jnp.zeros(weights.shape[:2], weights.dtype)
+    return over_columns(add, rows, WeightedSums(jnp.full_like(total, -jnp.inf), total, zeros))
+
+
+def exp_relative(logits: jax.Array, reference: jax.Array) -> jax.Array:
+    """exp(logits - reference), which is their log-sum-exp or the largest; 0 in the padding and in empty rows."""
+    return jnp.exp(logits - jnp.where(jnp.isfinite(reference), reference, 0))
+
+
+def times(x: jax.Array, factor: jax.Array) -> jax.Array:
+    """x [n, H, ...] times factors [n, H]."""
+    return x * factor.reshape(*factor.shape, *(1,) * (x.ndim - factor.ndim))
 
 
 def is_neighbor(rows: Rows) -> jax.Array:

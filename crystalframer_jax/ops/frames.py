@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from crystalframer_jax.batching.batch import Batch, Rows
 from crystalframer_jax.ops import ties
 from crystalframer_jax.ops.basis import EXACT
-from crystalframer_jax.ops.blocks import attention_logits, map_blocks
+from crystalframer_jax.ops.blocks import attention_logits, directions, in_words, map_blocks, weighted_sums
 from crystalframer_jax.ops.eigen import eigh3, principal_frames
-from crystalframer_jax.ops.random_bits import draw, mix
+from crystalframer_jax.ops.random_bits import mix
 
 METHODS = ("max", "max_static", "weighted_pca", "pca", "lattice")
 
@@ -57,30 +57,33 @@ def max_frames(
             values, axes = (x[row // q.shape[1], 0] for x in anchored)
             return pca_frames(values, axes, frames, tie_tolerance, None)
 
-        distance, unit = _directions(rows)
-        is_other = (distance > 0)[:, None, :]
-        scores = jnp.where(is_other, attention_logits(q, k, a, rows), -jnp.inf)
-        tied = ties.tied_with_best(scores, tie_tolerance)
-        e1 = _take(unit, _pick(tied, seeds))  # [n, H, 3]
-        seconds = ties.tied_with_best(
-            ties.second_scores(scores, jnp.einsum("nhx,nmx->nhm", e1, unit, precision=EXACT)), tie_tolerance
+        scores = ties.scores_of(rows, a, lambda rows, _: _logits_of_others(q, k, a, rows))
+        first = ties.best_of(rows, scores, tie_tolerance, seeds)
+
+        def of_seconds(rows: Rows, number: jax.Array) -> jax.Array:
+            cosine = jnp.einsum("nhx,nmx->nhm", first.direction, directions(rows), precision=EXACT)
+            return ties.second_scores(scores.of[number], cosine)
+
+        second = ties.best_of(
+            rows, ties.scores_of(rows, a, of_seconds), tie_tolerance, None if seeds is None else mix(seeds)
         )
-        frames = ties.frame_of(e1, _take(unit, _pick(seconds, None if seeds is None else mix(seeds))))
+        frames = ties.frame_of(first.direction, second.direction)
         frames = final(frames.reshape(-1, 3, 3), jnp.arange(q.shape[0] * q.shape[1])).reshape(frames.shape)
         if seeing is None:
             return frames
-        several = (jnp.sum(tied, axis=-1) > 1) | (jnp.sum(seconds, axis=-1) > 1)
+        several = (first.number > 1) | (second.number > 1)
 
         def choose() -> jax.Array:
             logits = scores
             if not is_own:
-                logits = jnp.where(is_other, attention_logits(of_rows[0], seeing.k, of_rows[1], rows), -jnp.inf)
-            tied_here = tied & several[..., None]
-            return ties.choose(scores, tied_here, unit, logits, tie_tolerance, frames, final)
+                logits = ties.scores_of(
+                    rows, a, lambda rows, _: _logits_of_others(of_rows[0], seeing.k, of_rows[1], rows)
+                )
+            return ties.choose(rows, scores, jnp.where(several, first.tied, 0), logits, tie_tolerance, frames, final)
 
         return jax.lax.cond(jnp.any(several), choose, lambda: frames)
 
-    return map_blocks(block, rows, q, a, seeds, seeing and (seeing.q, seeing.a), anchored)
+    return map_blocks(block, in_words(rows), q, a, seeds, seeing and (seeing.q, seeing.a), anchored)
 
 
 def static_attention(a: jax.Array) -> Attention:
@@ -93,9 +96,11 @@ def weighted_pca_axes(q: jax.Array, k: jax.Array, a: jax.Array, rows: Rows) -> t
     """Eigenvalues [N, H, 3], axes [N, H, 3, 3] of sum p u u^T over the neighbors (d > 0), p the attention weights."""
 
     def block(rows: Rows, q: jax.Array, a: jax.Array) -> jax.Array:
-        distance, unit = _directions(rows)
-        logits = jnp.where((distance > 0)[:, None, :], attention_logits(q, k, a, rows), -jnp.inf)
-        return jnp.einsum("nhm,nmx,nmy->nhxy", ties.weights_of(logits), unit, unit, precision=EXACT)
+        def scatter(rows: Rows, weights: jax.Array) -> jax.Array:
+            unit = directions(rows)
+            return jnp.einsum("nhm,nmx,nmy->nhxy", weights, unit, unit, precision=EXACT)
+
+        return weighted_sums(rows, lambda rows: _logits_of_others(q, k, a, rows), scatter).sums
 
     matrix = map_blocks(block, rows, q, a)
     trace = jnp.trace(matrix, axis1=-2, axis2=-1)
@@ -143,15 +148,14 @@ def lattice_frames(batch: Batch, seeds: jax.Array | None, seeing: Attention | No
     assert seeing is not None
 
     def block(rows: Rows, q: jax.Array, a: jax.Array, crystal: jax.Array) -> jax.Array:
-        distance, unit = _directions(rows)
         own, are_real = frames[crystal], shares[crystal] > 0
 
         def choose() -> jax.Array:
-            weights = ties.weights_of(
-                jnp.where((distance > 0)[:, None], attention_logits(q, seeing.k, a, rows), -jnp.inf)
-            )
-            along = jnp.einsum("ncx,nmx->ncm", ties.marker_of(own), unit, precision=EXACT)
-            seen = jnp.einsum("nhm,ncm->nhc", weights, jnp.exp(along), precision=EXACT)
+            def marked(rows: Rows, weights: jax.Array) -> jax.Array:
+                along = jnp.einsum("ncx,nmx->ncm", ties.marker_of(own), directions(rows), precision=EXACT)
+                return jnp.einsum("nhm,ncm->nhc", weights, jnp.exp(along), precision=EXACT)
+
+            seen = weighted_sums(rows, lambda rows: _logits_of_others(q, seeing.k, a, rows), marked).sums
             number = jnp.argmax(jnp.where(are_real[:, None], seen, -jnp.inf), axis=-1)
             return jnp.take_along_axis(own, number[..., None, None], axis=1)
 
@@ -163,20 +167,7 @@ def lattice_frames(batch: Batch, seeds: jax.Array | None, seeing: Attention | No
     return map_blocks(block, batch.rows, seeing.q, seeing.a, batch.crystal_of_atom)
 
 
-def _directions(rows: Rows) -> tuple[jax.Array, jax.Array]:
-    """Distances [n, M] and unit vectors [n, M, 3] of the neighbors; zeros for the atom itself and padding."""
-    distance = jnp.sqrt(jnp.sum(rows.vector**2, axis=-1))
-    return distance, rows.vector / jnp.where(distance > 0, distance, 1)[..., None]
-
-
-def _pick(tied: jax.Array, seeds: jax.Array | None) -> jax.Array:
-    """A tied column of every row [n, H, M] -> [n, H]: the first, or a random one; 0 if there is none."""
-    if seeds is None:
-        return jnp.argmax(tied, axis=-1)
-    priority = draw(seeds[..., None], jnp.arange(tied.shape[-1], dtype=jnp.uint32))
-    return jnp.argmax(jnp.where(tied, priority | 1, 0), axis=-1)
-
-
-def _take(unit: jax.Array, column: jax.Array) -> jax.Array:
-    """unit [n, M, 3] at column [n, H]: [n, H, 3]."""
-    return jnp.take_along_axis(unit, column[..., None], axis=1)
+def _logits_of_others(q: jax.Array, k: jax.Array, a: jax.Array, rows: Rows) -> jax.Array:
+    """The logits of a block, [n, H, M]; -inf for the atom itself and padding."""
+    is_other = jnp.any(rows.vector != 0, axis=-1)
+    return jnp.where(is_other[:, None, :], attention_logits(q, k, a, rows), -jnp.inf)

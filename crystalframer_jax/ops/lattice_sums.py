@@ -15,11 +15,15 @@ from crystalframer_jax.batching.batch import Rows
 from crystalframer_jax.ops.basis import EXACT, AngleBasis, Bases
 from crystalframer_jax.ops.blocks import (
     attention_logits,
+    exp_relative,
     gathered_dots,
     gathered_sum,
     is_neighbor,
     map_blocks,
+    over_columns,
     spatial_logits,
+    times,
+    weighted_sums,
 )
 from crystalframer_jax.ops.random_bits import draw, kept
 from crystalframer_jax.ops.reciprocal import WaveVectors
@@ -64,22 +68,25 @@ def _forward(options, q, k, v, a, rows, frames, seeds):
     bases = options.bases
 
     def block(rows, q, a, frames, own_seeds):
-        logits = attention_logits(q, k, a, rows, options.waves)
-        log_sum = jax.nn.logsumexp(logits, axis=-1)
-        weights = _weights(logits, log_sum)
-        if seeds is not None:
-            weights *= _kept(rows, own_seeds, seeds, options.dropout, weights.dtype)
-        values = gathered_sum(weights, v, rows)
-        distance = jnp.sqrt(jnp.sum(rows.vector**2, axis=-1))
-        dist_sum = jnp.zeros((*values.shape[:2], 0), q.dtype)
-        if bases.distance:
-            dist_sum = jnp.einsum("nhm,nmt->nht", weights, bases.distance(distance), precision=EXACT)
-        angle_sum = jnp.zeros((*values.shape[:2], 3, 0), q.dtype)
-        if bases.angle:
-            cosine = _cosines(bases.angle, rows, distance, frames)
-            weights = jnp.broadcast_to(_without_self(weights, distance)[:, :, None], cosine.shape)
-            angle_sum = bases.angle.weighted_sum(cosine, weights)
-        return (values, dist_sum, angle_sum), log_sum
+        def sums(rows, weights):
+            """Sums over some columns of the rows: of values, distance and angle bases."""
+            if seeds is not None:
+                weights *= _kept(rows, own_seeds, seeds, options.dropout, weights.dtype)
+            distance = jnp.sqrt(jnp.sum(rows.vector**2, axis=-1))
+            dist_sum = jnp.zeros((*a.shape, 0), q.dtype)
+            if bases.distance:
+                dist_sum = jnp.einsum("nhm,nmt->nht", weights, bases.distance(distance), precision=EXACT)
+            angle_sum = jnp.zeros((*a.shape, 3, 0), q.dtype)
+            if bases.angle:
+                cosine = _cosines(bases.angle, rows, distance, frames)
+                of_others = jnp.broadcast_to(_without_self(weights, distance)[:, :, None], cosine.shape)
+                angle_sum = bases.angle.weighted_sum(cosine, of_others)
+            return gathered_sum(weights, v, rows), dist_sum, angle_sum
+
+        found = weighted_sums(rows, lambda rows: attention_logits(q, k, a, rows, options.waves), sums)
+        inverse = 1 / jnp.where(found.total > 0, found.total, 1)
+        log_sum = jnp.where(jnp.isfinite(found.largest), found.largest, 0) + jnp.log(found.total)
+        return tuple(times(x, inverse) for x in found.sums), log_sum
 
     sums, log_sum = map_blocks(block, rows, q, a, frames, seeds)
     return sums, (q, k, v, a, rows, frames, seeds, log_sum, sums)
@@ -87,58 +94,65 @@ def _forward(options, q, k, v, a, rows, frames, seeds):
 
 def _backward(options, residuals, gradients):
     q, k, v, a, rows, frames, seeds, log_sum, sums = residuals
-    bases, width = options.bases, rows.index.shape[1]
+    bases = options.bases
     scale = q.shape[-1] ** -0.5
     # sum_m p dL/dp, needed by the derivative of the softmax, equals <sums, gradients>, also with dropout.
     mean_gradient = sum(jnp.sum(s * g, axis=tuple(range(2, s.ndim))) for s, g in zip(sums, gradients, strict=True))
 
-    def rows_pass(rows, q, a, frames, own_seeds, log_sum, mean_gradient, gradients):
-        """dL/dq, dL/da, and for every neighbor dL/dlogit and the weight."""
+    def rows_pass(rows, q, a, frames, own_seeds, log_sum, mean_gradient, gradients, first_atom, stored):
+        """dL/dq and dL/da; dL/dlogit and the weight of every neighbor are stored."""
         value_grad, dist_grad, angle_grad = gradients
-        weights = _weights(attention_logits(q, k, a, rows, options.waves), log_sum)
-        distance = jnp.sqrt(jnp.sum(rows.vector**2, axis=-1))
-        weight_grad = gathered_dots(value_grad, v, rows)
-        if bases.distance:
-            basis = bases.distance(distance)
-            weight_grad += jnp.einsum("nht,nmt->nhm", dist_grad, basis, precision=EXACT)
-        if bases.angle:
-            from_angles = bases.angle.combination(_cosines(bases.angle, rows, distance, frames), angle_grad)
-            weight_grad += _without_self(from_angles, distance)
-        summed_weights = weights
-        if seeds is not None:
-            kept = _kept(rows, own_seeds, seeds, options.dropout, weights.dtype)
-            weight_grad, summed_weights = weight_grad * kept, weights * kept
-        logit_grad = weights * (weight_grad - mean_gradient[..., None])
-        q_grad = gathered_sum(logit_grad, k, rows) * scale
-        _, to_a = jax.vjp(lambda a: spatial_logits(a, rows, options.waves), a)
-        (a_grad,) = to_a(logit_grad)
-        padding = ((0, 0), (0, width - rows.index.shape[1]), (0, 0))
-        per_neighbor = [jnp.pad(x.swapaxes(1, 2), padding) for x in (logit_grad, summed_weights)]
-        return q_grad, a_grad, *per_neighbor
 
-    q_grad, a_grad, logit_grad, weights = map_blocks(
-        rows_pass, rows, q, a, frames, seeds, log_sum, mean_gradient, gradients
+        def add(rows, first_column, carry):
+            (q_grad, a_grad), stored = carry
+            weights = exp_relative(attention_logits(q, k, a, rows, options.waves), log_sum[..., None])
+            distance = jnp.sqrt(jnp.sum(rows.vector**2, axis=-1))
+            weight_grad = gathered_dots(value_grad, v, rows)
+            if bases.distance:
+                basis = bases.distance(distance)
+                weight_grad += jnp.einsum("nht,nmt->nhm", dist_grad, basis, precision=EXACT)
+            if bases.angle:
+                from_angles = bases.angle.combination(_cosines(bases.angle, rows, distance, frames), angle_grad)
+                weight_grad += _without_self(from_angles, distance)
+            summed_weights = weights
+            if seeds is not None:
+                kept = _kept(rows, own_seeds, seeds, options.dropout, weights.dtype)
+                weight_grad, summed_weights = weight_grad * kept, weights * kept
+            logit_grad = weights * (weight_grad - mean_gradient[..., None])
+            _, to_a = jax.vjp(lambda a: spatial_logits(a, rows, options.waves), a)
+            gradients = q_grad + gathered_sum(logit_grad, k, rows) * scale, a_grad + to_a(logit_grad)[0]
+            per_neighbor = [x.swapaxes(1, 2) for x in (logit_grad, summed_weights)]
+            return gradients, [
+                jax.lax.dynamic_update_slice(all, x, (first_atom, first_column, jnp.int32(0)))
+                for all, x in zip(stored, per_neighbor, strict=True)
+            ]
+
+        return over_columns(add, rows, ((jnp.zeros_like(q), jnp.zeros_like(a)), stored))
+
+    stored = [jnp.zeros((*rows.index.shape, q.shape[1]), q.dtype)] * 2
+    (q_grad, a_grad), stored = map_blocks(
+        rows_pass, rows, q, a, frames, seeds, log_sum, mean_gradient, gradients, stored=stored
     )
-    logit_grad, weights = (x.reshape(-1, x.shape[-1]) for x in (logit_grad, weights))
+    logit_grad, weights = (x.reshape(-1, x.shape[-1]) for x in stored)
 
     def reverse_pass(rows):
         """dL/dk_j and dL/dv_j: the rows that contain atom j are those of its own neighbors."""
 
-        def back(x):
-            return jnp.where(is_neighbor(rows)[..., None], x[rows.reverse], 0).swapaxes(1, 2)
+        def add(rows, _, carry):
+            def back(x):
+                return jnp.where(is_neighbor(rows)[..., None], x[rows.reverse], 0).swapaxes(1, 2)
 
-        return gathered_sum(back(logit_grad), q, rows) * scale, gathered_sum(back(weights), gradients[0], rows)
+            k_grad, v_grad = carry
+            k_grad += gathered_sum(back(logit_grad), q, rows) * scale
+            return k_grad, v_grad + gathered_sum(back(weights), gradients[0], rows)
+
+        return over_columns(add, rows, tuple(jnp.zeros((len(rows.count), *x.shape[1:]), x.dtype) for x in (k, v)))
 
     k_grad, v_grad = map_blocks(reverse_pass, rows)
     return q_grad, k_grad, v_grad, a_grad, None, None, None
 
 
 lattice_sums.defvjp(_forward, _backward)
-
-
-def _weights(logits: jax.Array, log_sum: jax.Array) -> jax.Array:
-    """softmax from logits [n, H, M] and their log-sum-exp [n, H]; 0 in the padding and in empty rows."""
-    return jnp.exp(logits - jnp.where(jnp.isfinite(log_sum), log_sum, 0)[..., None])
 
 
 def _kept(rows: Rows, own_seeds: jax.Array, seeds: jax.Array, dropout: float, dtype: jnp.dtype) -> jax.Array:

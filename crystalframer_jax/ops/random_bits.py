@@ -9,11 +9,9 @@ def row_seeds(keys: jax.Array, crystal_of_atom: jax.Array, atom_in_crystal: jax.
 
     keys: [B] random keys. How the batch is padded does not matter.
     """
-
-    def of_atom(key: jax.Array, atom: jax.Array) -> jax.Array:
-        return jax.random.bits(jax.random.fold_in(key, atom), (heads,), jnp.uint32)
-
-    return jax.vmap(of_atom)(keys[crystal_of_atom], atom_in_crystal)
+    of_crystal = jax.vmap(lambda key: jax.random.bits(key, (), jnp.uint32))(keys)
+    of_atom = draw(of_crystal[crystal_of_atom], atom_in_crystal)
+    return draw(of_atom[:, None], jnp.arange(1, heads + 1))
 
 
 def keys_by_place(key: jax.Array, places: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from support import atom_places, batch_of, primitive, random_crystal, random_variables, real_crystals, small_config
 
-from crystalframer_jax.batching.batch import fill_factors, pack, row_levels, unpacked
+from crystalframer_jax.batching.batch import fill_factors, pack, unpacked
 from crystalframer_jax.batching.shapes import (
     ATOM_BLOCK,
     CELL_BLOCK,
@@ -27,7 +27,7 @@ from crystalframer_jax.structures.crystal import MAX_ATOMIC_NUMBER, Crystal
 from crystalframer_jax.structures.lattice import lattice_frames
 from crystalframer_jax.structures.neighbors import displacements, neighbor_rows
 
-RADIUS = 5.0  # Å: rows below 48, the shortest length that is compiled
+RADIUS = 5.0  # Å: rows below 48
 CONFIG = small_config(value_pe_angle_real=16, value_pe_angle_wscale=1.0)
 SMALL = BatchShape(64, 48, 4)
 SHAPES = {"more atoms and crystals": BatchShape(128, 48, 9), "longer rows": BatchShape(64, 64, 4)}
@@ -629,26 +629,17 @@ def test_planned_shapes_hold_every_batch():
                 assert np.mean(np.array(drawn) > padded[0]) < 0.05
 
 
-def test_row_levels_end_with_the_row_length():
-    for length in (1, 32, 48, 49, 96, 128, 384, 500, 768, 769, 5000):
-        levels = row_levels(length)
-        assert levels[-1] == length
-        assert (np.diff(levels) > 0).all()
-        assert (np.divide(levels[1:], levels[:-1]) <= 2).all()  # no block visits many more columns than it needs
-
-
 def test_fill_factors():
     """By hand: 34 of 64 atoms, in blocks of 32 whose longest rows decide how many columns are visited."""
     batch = packed_of(crystals(), BatchShape(64, 96, 4, num_edges=2048))
     fill, edges = fill_factors(batch), batch.rows.count.sum()
     assert (fill.atoms, fill.edges) == pytest.approx((34 / 64, edges / 2048))
-    assert batch.rows.count.max() <= 48
-    assert fill.columns == pytest.approx(edges / (2 * 32 * 48))
+    assert 32 < batch.rows.count[0] <= 64 and 0 < batch.rows.count[32] <= 32
+    assert fill.columns == pytest.approx(edges / (32 * 64 + 32 * 32))
 
-    longer = packed_of(crystals(), BatchShape(64, 96, 4), 5.7)
-    assert 48 < longer.rows.count[0] <= 64
-    assert longer.rows.count[32] <= 48
-    assert fill_factors(longer).columns == pytest.approx(longer.rows.count.sum() / (32 * 64 + 32 * 48))
+    longer = packed_of(crystals(), BatchShape(64, 96, 4), 6.4)
+    assert 64 < longer.rows.count[0] <= 96 and 32 < longer.rows.count[32] <= 64
+    assert fill_factors(longer).columns == pytest.approx(longer.rows.count.sum() / (32 * 96 + 32 * 64))
 
 
 def test_fill_factors_of_a_shape_with_half_a_block():

@@ -119,9 +119,11 @@ def kernel_calls(text):
 
 
 def expected_calls(config, program="training"):
-    """One of each kind in every block, in one without frames no search for them."""
+    """One of each kind in every block that is compiled, in one without frames no search for them."""
     kernels = ("forward_kernel", *(("rows_kernel", "reverse_kernel") if program == "training" else ()))
-    return dict.fromkeys(kernels + ("frames_kernel",) * (config.value_pe_angle_real > 0), config.num_layers)
+    return dict.fromkeys(
+        kernels + ("frames_kernel",) * (config.value_pe_angle_real > 0), validate_model(config).model.period_of_blocks
+    )
 
 
 def test_every_configuration_is_among_them():

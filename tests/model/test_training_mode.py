@@ -29,7 +29,7 @@ def draw(layer, variables, x, batch):
     """Results [DRAWS, N, D] of a layer in training mode."""
 
     def once(key):
-        return layer.apply(variables, x, batch, train=True, rngs={"dropout": key})
+        return layer.apply(variables, x, batch, dropout_key=key)
 
     return jax.lax.map(once, jax.random.split(jax.random.key(6), DRAWS))
 
@@ -62,7 +62,7 @@ def attention_draws(shape):
 def test_dropout_of_the_attention_preserves_the_mean():
     """The result of the layer is linear in what is dropped."""
     layer, variables = attention_layer()
-    undropped = jax.jit(lambda v, x, b: layer.apply(v, x, b, None, False, None, False))
+    undropped = jax.jit(lambda v, x, b: layer.apply(v, x, b))
     expected = undropped(variables, random_input(), batch())[atom_places(batch())]
     results = attention_draws(SHAPE)
     spread = results.std(axis=0)
