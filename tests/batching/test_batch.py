@@ -29,8 +29,8 @@ from crystalframer_jax.structures.neighbors import displacements, neighbor_rows
 
 RADIUS = 5.0  # Å: rows below 48
 CONFIG = small_config(value_pe_angle_real=16, value_pe_angle_wscale=1.0)
-SMALL = BatchShape(64, 48, 4)
-SHAPES = {"more atoms and crystals": BatchShape(128, 48, 9), "longer rows": BatchShape(64, 64, 4)}
+SMALL = BatchShape(64, 64, 4)
+SHAPES = {"more atoms and crystals": BatchShape(128, 64, 9), "longer rows": BatchShape(64, 96, 4)}
 
 
 @functools.cache

@@ -45,6 +45,11 @@ class Trajectory:
 
 @pytest.fixture(scope="module")
 def trajectory() -> Trajectory:
+    return followed("float32")
+
+
+def followed(precision: str) -> Trajectory:
+    """The trajectory from the official initial weights on."""
     golden = dict(np.load(Path(__file__).parents[1] / "golden" / "training_trajectory.npz"))
     official = json.loads(golden["config_json"].tobytes()) | {"cutoff_radius": 12.0}
     init = {name.removeprefix("init/"): value for name, value in golden.items() if name.startswith("init/")}
@@ -56,7 +61,7 @@ def trajectory() -> Trajectory:
     changes = {key: official[key] for key in ("lr", "weight_decay", "clip_norm")}
     changes |= {key: tuple(official[key]) for key in ("sch_params", "adam_betas")}
     changes |= {"n_epochs": 30, "swa_epochs": 30 - swa_first_step}  # epochs of one step, so that both count the same
-    config = dataclasses.replace(config, **changes)
+    config = dataclasses.replace(config, precision=precision, **changes)
 
     ends = np.cumsum(golden["sizes"])
     atoms = [slice(end - size, end) for end, size in zip(ends, golden["sizes"], strict=True)]
@@ -66,13 +71,14 @@ def trajectory() -> Trajectory:
     ]
     table = make_table(crystals, [neighbor_rows(crystal, config.cutoff) for crystal in crystals])
     order, labels = golden["batch_order"], golden["targets"][:, None]
-    shape = max((shape_for(table, chosen) for chosen in order), key=lambda shape: shape.num_atoms)
+    shape = max((shape_for(table, chosen, config.model.parts) for chosen in order), key=lambda shape: shape.num_atoms)
     batches = [pack(table, chosen, shape, labels[chosen]) for chosen in order]
 
     model, recipe = CrystalFramer(config.model), make_recipe(config, steps_per_epoch=1)
     calibrate = jax.jit(lambda v, batch: model.apply(v, batch, calibrate=True, mutable=["calibration"])[1])
-    calibration = jax.tree.map(np.asarray, calibrate(predictor.variables, batches[0])["calibration"])
-    params = jax.tree.map(jnp.asarray, predictor.variables["params"])
+    variables = jax.tree.map(lambda x: jnp.asarray(x, config.model.dtype), predictor.variables)
+    calibration = jax.tree.map(np.asarray, calibrate(variables, batches[0])["calibration"])
+    params = variables["params"]
     state = new_state(recipe, params, jax.tree.map(jnp.asarray, calibration), {})
     step = make_train_step(recipe, make_loss(model, recipe, predictor.targets, jax.random.key(0)))
     results, after = [], []
@@ -117,13 +123,20 @@ def test_official_learning_rates_decay_and_then_stand_still(trajectory, x64):
 
 
 def test_official_losses_and_gradient_norms(trajectory):
-    """The first five steps agree to rounding. Then rounding grows with every step: the gradient norms of the same ten
-    steps in float32 and in float64 differ from each other by 2e-4, as either does from the official ones.
+    """The first steps agree to rounding. Then that of the official code, in float32, grows with every step: evaluated in
+    float64 its losses of step 8 and of the last are off by 1.1e-4 and 5.3e-4, its gradient norms of steps 2 and 9 by 1.2e-4 and 2.3e-4.
     """
-    np.testing.assert_allclose(trajectory.loss[:10], trajectory.golden["loss"][:10], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(trajectory.loss[:8], trajectory.golden["loss"][:8], rtol=0, atol=2e-5)
     np.testing.assert_allclose(trajectory.loss, trajectory.golden["loss"], rtol=0, atol=1e-3)
-    np.testing.assert_allclose(trajectory.grad_norm[:5], trajectory.golden["grad_norm"][:5], rtol=1e-4)
+    np.testing.assert_allclose(trajectory.grad_norm[:2], trajectory.golden["grad_norm"][:2], rtol=5e-5)
     np.testing.assert_allclose(trajectory.grad_norm[:10], trajectory.golden["grad_norm"][:10], rtol=3e-4)
+
+
+def test_float32_follows_float64(trajectory, x64):
+    """Over all 30 steps, much closer than the official code in float32."""
+    exact = followed("float64")
+    np.testing.assert_allclose(trajectory.loss, exact.loss, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(trajectory.grad_norm, exact.grad_norm, rtol=2e-5)
 
 
 def test_weights_are_averaged_equally_from_the_official_step_on(trajectory):
