@@ -1,11 +1,14 @@
 """The few shapes that crystals are packed into: each is one compiled program."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
+from crystalframer_jax.batching.planning import best_sizes, exceeded_once, random_needs
 from crystalframer_jax.batching.table import CrystalTable
 from crystalframer_jax.config import NO_PARTS, BatchParts, ConfigError
 from crystalframer_jax.parallel.devices import share_out
@@ -13,8 +16,12 @@ from crystalframer_jax.parallel.devices import share_out
 CELL_BLOCK = 8  # the length of cell rows is padded to a multiple of this
 ATOM_BLOCK = 32  # atoms are padded to multiples of this, the block size of the lattice sums
 MOST_PLACES = 2**31 - 1  # of neighbors in a batch, which are counted in int32
-EDGE_BLOCK = 256  # neighbors are padded to multiples of this
-TRIALS = 500, 128_000  # at most so many random batches, and crystals in them, by which shapes for devices are planned
+EDGE_BLOCK = 128  # neighbors are padded to multiples of this
+TRIALS = 20, 1000, 256_000  # random batches for a plan: at least, at most, and crystals in them if more than the least
+MOST_SHAPES = 4  # for the usual batches of a plan
+LEAST_SAVING = 0.03  # of the places that are needed
+# Atoms that a step is trained on in the time in which its program is compiled: by estimate, of the default model.
+ATOMS_PER_COMPILATION = {"cpu": 30_000, "gpu": 3_000_000}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,37 +65,33 @@ def plan_shapes(
     longest_row: int,
     parts: BatchParts = NO_PARTS,
     devices: int = 1,
+    batches: int = 1,
 ) -> list[BatchShape]:
-    """Plans at most two shapes for the shares of devices in random batches among crystals `indices` [C] of the table.
+    """Plans few shapes for the shares of devices in random batches among crystals `indices` [C] of the table.
 
-    The first holds all but about one in five hundred random batches of `batch_size` (mean + 3 standard deviations of
-    the numbers of atoms and of neighbors; for several devices, the largest of 500 or less), the second the largest
-    share that can occur.
+    They are those that are filled best, ascending in atoms and neighbors; the last but one holds practically all of so
+    many random `batches`, the last the largest share that can occur at all. One is added as long as it saves a
+    LEAST_SAVING of all places, and more in all batches together than it costs to compile its program.
     """
-    sizes, edges = table.num_atoms[indices], table.num_edges[indices]
-    row_length = round_up(longest_row, ATOM_BLOCK)
-    cell_length = round_up(int(sizes.max(initial=1)), CELL_BLOCK) if parts.cells else 0
+    numbers = np.stack([table.num_atoms[indices], table.num_edges[indices]], axis=1)
     crystals = -(-batch_size // devices)
-    largest = [int(np.sort(x)[::-1][:crystals].sum()) for x in (sizes, edges)]
-    if devices == 1:
-        usual = [x.mean() * batch_size + 3 * x.std() * np.sqrt(batch_size) for x in (sizes, edges)]
-    else:
-        usual = _usual_shares(sizes, edges, batch_size, devices)
-    shapes = [
-        BatchShape(_blocks(n, ATOM_BLOCK), row_length, crystals, cell_length, parts, _blocks(max(e, 1), EDGE_BLOCK))
-        for n, e in (np.minimum(usual, largest), largest)
+    largest = np.sort(numbers, axis=0)[::-1][:crystals].sum(axis=0)
+    blocks = np.array([ATOM_BLOCK, EDGE_BLOCK])
+    drawn, trials = min(batch_size, len(numbers)), max(TRIALS[0], min(TRIALS[1], TRIALS[2] // batch_size))
+    needs = random_needs(numbers, drawn, trials, devices, share_out) if drawn else np.ones((1, 2))
+    usual = np.minimum(exceeded_once(needs, batches), largest)
+    last, largest = (blocks * np.ceil(np.maximum(x, 1) / blocks) for x in (usual, largest))
+    found = best_sizes(np.minimum(needs, last), last, blocks, MOST_SHAPES)
+    compiling = ATOMS_PER_COMPILATION.get(jax.default_backend(), ATOMS_PER_COMPILATION["gpu"])
+    least = max(LEAST_SAVING, compiling / (batches * needs[:, 0].mean()))
+    savings = [cost - better for (cost, _), (better, _) in itertools.pairwise(found)]
+    sizes = found[next((k for k, saving in enumerate(savings) if saving < least), len(savings))][1]
+    row_length = round_up(longest_row, ATOM_BLOCK)
+    cell_length = round_up(int(numbers[:, 0].max(initial=1)), CELL_BLOCK) if parts.cells else 0
+    return [
+        BatchShape(int(atoms), row_length, crystals, cell_length, parts, int(edges))
+        for atoms, edges in np.unique([*sizes, largest], axis=0)
     ]
-    return list(dict.fromkeys(shapes))
-
-
-def _usual_shares(sizes: np.ndarray, edges: np.ndarray, batch_size: int, devices: int) -> list[float]:
-    """Returns the most atoms and neighbors that a device gets in some random batches."""
-    rng, most = np.random.default_rng(0), np.zeros(2)
-    for _ in range(max(20, min(TRIALS[0], TRIALS[1] // batch_size))):
-        batch = rng.integers(len(sizes), size=batch_size)
-        shares = share_out(edges[batch], devices)
-        most = np.maximum(most, [max(x[batch[share]].sum() for share in shares) for x in (sizes, edges)])
-    return most.tolist()
 
 
 class Shared(NamedTuple):
@@ -167,7 +170,3 @@ def ranges_of(offset: np.ndarray, indices: np.ndarray) -> np.ndarray:
     """Returns all places of the segments `indices` of a flat column, one segment after the other."""
     starts, lengths = np.asarray(offset[indices]), lengths_of(offset, indices)
     return np.repeat(starts - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
-
-
-def _blocks(number: float, block: int) -> int:
-    return block * int(np.ceil(number / block))
