@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from crystalframer_jax.batching.table import CRYSTAL_COLUMNS
-from crystalframer_jax.cli.common import reporting_errors, use_compilation_cache
+from crystalframer_jax.cli.common import reporting_errors
 from crystalframer_jax.data.datasets import folder_of
 from crystalframer_jax.data.store import crystal_at, read_columns
 from crystalframer_jax.errors import UserError
@@ -97,7 +97,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--crystals", type=int, default=400, metavar="N", help="how many, drawn at random")
     parser.add_argument("--most_atoms", type=int, default=25, metavar="N", help="of a crystal")
     arguments = parser.parse_args(argv)
-    use_compilation_cache()
     model = load_model(Path(arguments.run))
     found = read_columns(folder_of(arguments.target_set, arguments.data_dir) / "crystals", CRYSTAL_COLUMNS)
     if found is None:

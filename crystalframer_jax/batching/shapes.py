@@ -20,6 +20,8 @@ EDGE_BLOCK = 128  # neighbors are padded to multiples of this
 TRIALS = 20, 1000, 256_000  # random batches for a plan: at least, at most, and crystals in them if more than the least
 MOST_SHAPES = 4  # for the usual batches of a plan
 LEAST_SAVING = 0.03  # of the places that are needed
+REQUEST_ATOMS = 64, 256, 1024, 1536  # padded numbers of atoms for requests that are not larger
+REQUEST_ROW, REQUEST_CRYSTALS, REQUEST_CELL = 256, 128, 64  # and of other things; twice as many if they are more
 # Atoms that a step is trained on in the time in which its program is compiled: by estimate, of the default model.
 ATOMS_PER_COMPILATION = {"cpu": 30_000, "gpu": 3_000_000}
 
@@ -103,14 +105,29 @@ class Shared(NamedTuple):
 
 
 def shared_out(
-    table: CrystalTable, rows: np.ndarray, shapes: Sequence[BatchShape] | BatchParts, devices: int = 1
+    table: CrystalTable,
+    rows: np.ndarray,
+    shapes: Sequence[BatchShape] | BatchParts,
+    devices: int = 1,
+    longest_row: int | None = None,
 ) -> Shared:
     """Shares crystals out by their neighbors; the shape is the first of `shapes` that fits, or one with these parts.
 
+    With the `longest_row` of the table, which such shapes hold, the rows need not be looked at, one for each atom.
     Raises ValueError if none of the shapes fits.
     """
+    shares, needed = _shares(table, rows, devices, longest_row)
+    shape = _rounded(needed, shapes) if isinstance(shapes, BatchParts) else fitting_shape(needed, shapes)
+    return Shared(rows, shares, shape)
+
+
+def _shares(
+    table: CrystalTable, rows: np.ndarray, devices: int, longest_row: int | None = None
+) -> tuple[list[np.ndarray], BatchShape]:
+    """Shares crystals out; the shape holds the largest share and no more."""
     sizes, edges = lengths_of(table.atom_offset, rows), lengths_of(table.edge_offset, rows)
-    counts = np.asarray(table.count)[ranges_of(table.atom_offset, rows)]
+    if longest_row is None:
+        longest_row = int(np.asarray(table.count)[ranges_of(table.atom_offset, rows)].max(initial=1))
     shares = share_out(edges, devices)
     placed, owner = np.concatenate(shares), np.repeat(np.arange(devices), [len(share) for share in shares])
 
@@ -118,15 +135,60 @@ def shared_out(
         """Returns the largest sum over a share."""
         return int(np.bincount(owner, numbers[placed], minlength=devices).max())
 
-    needed = BatchShape(
+    return shares, BatchShape(
         num_atoms=most(sizes),
-        row_length=int(counts.max(initial=1)),
+        row_length=longest_row,
         num_crystals=max(len(share) for share in shares),
         cell_length=int(sizes.max(initial=0)),
         num_edges=most(edges),
     )
-    shape = _rounded(needed, shapes) if isinstance(shapes, BatchParts) else fitting_shape(needed, shapes)
-    return Shared(rows, shares, shape)
+
+
+def request_shapes(
+    table: CrystalTable, groups: Sequence[np.ndarray], parts: BatchParts, devices: int = 1
+) -> list[BatchShape]:
+    """Returns shapes for the shares of groups of crystals that somebody asks for, the same for nearly all requests.
+
+    They are far too large for most: a program takes seconds to compile, padding milliseconds. All groups up to
+    REQUEST_ATOMS have one shape; those of larger crystals have shapes that fit better.
+    """
+    needed = [_shares(table, group, devices)[1] for group in groups]
+    small = [shape for shape in needed if shape.num_atoms <= REQUEST_ATOMS[-1]]
+    large = [shape for shape in needed if shape.num_atoms > REQUEST_ATOMS[-1]]
+    shapes = {_standard([shape], parts) for shape in large} | ({_standard(small, parts)} if small else set())
+    return sorted(shapes, key=lambda shape: (shape.num_atoms, shape.edges))
+
+
+def _standard(needed: Sequence[BatchShape], parts: BatchParts) -> BatchShape:
+    """Returns one of very few shapes that holds some others."""
+
+    def most(name: str) -> int:
+        return max(getattr(shape, name) for shape in needed)
+
+    row_length, num_crystals = (
+        _doubled(REQUEST_ROW, most("row_length")),
+        _doubled(REQUEST_CRYSTALS, most("num_crystals")),
+    )
+    cell_length = _doubled(REQUEST_CELL, most("cell_length")) if parts.cells else 0
+    num_atoms, num_edges = next((size for size in REQUEST_ATOMS if size >= most("num_atoms")), 0), 0
+    if not num_atoms:
+        num_atoms = round_up(most("num_atoms"), ATOM_BLOCK)
+        num_edges = _halved(num_atoms * row_length, most("num_edges"))
+    return BatchShape(num_atoms, row_length, num_crystals, cell_length, parts, num_edges)
+
+
+def _doubled(number: int, least: int) -> int:
+    """Doubles a number until it is at least `least`."""
+    while number < least:
+        number *= 2
+    return number
+
+
+def _halved(number: int, least: int) -> int:
+    """Halves a number as long as it is even and remains at least `least`."""
+    while number % 2 == 0 and number // 2 >= least:
+        number //= 2
+    return number
 
 
 def shape_for(table: CrystalTable, indices: np.ndarray, parts: BatchParts = NO_PARTS) -> BatchShape:
@@ -137,9 +199,7 @@ def shape_for(table: CrystalTable, indices: np.ndarray, parts: BatchParts = NO_P
 def _rounded(needed: BatchShape, parts: BatchParts) -> BatchShape:
     """Returns one of few shapes that hold a batch with these numbers."""
     num_atoms, row_length = round_up(needed.num_atoms, ATOM_BLOCK), round_up(needed.row_length, ATOM_BLOCK)
-    num_edges = num_atoms * row_length
-    while num_edges % 2 == 0 and num_edges // 2 >= needed.num_edges:
-        num_edges //= 2
+    num_edges = _halved(num_atoms * row_length, needed.num_edges)
     cell_length = round_up(needed.cell_length, CELL_BLOCK) if parts.cells else 0
     return BatchShape(num_atoms, row_length, round_up(needed.num_crystals, 1), cell_length, parts, num_edges)
 

@@ -44,6 +44,7 @@ class TrainingBatches:
         self.batch_size = min(self.batch_size, len(self.indices))
         self.steps_per_epoch = max(1, int(self.fraction * (len(self.indices) // self.batch_size)))
         self.shapes = _planned(self.dataset, self.indices, self.batch_size, self.parts, self.devices.count, len(self))
+        self._longest_row = self.dataset.table.longest_row
         self._order = -1, self.indices  # the last epoch asked for, and its order
 
     def __len__(self) -> int:
@@ -62,7 +63,7 @@ class TrainingBatches:
 
     def shared(self, step: int) -> Shared:
         """Returns the crystals of a step and what every device gets of them."""
-        return shared_out(self.dataset.table, self.rows(step), self.shapes, self.devices.count)
+        return shared_out(self.dataset.table, self.rows(step), self.shapes, self.devices.count, self._longest_row)
 
     def __getitem__(self, step: int) -> Batch:
         """Returns the batch of a step (numpy arrays), as `Devices.put` takes it."""
