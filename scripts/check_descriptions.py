@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from crystalframer_jax.cli.common import reporting_errors, use_compilation_cache
+from crystalframer_jax.cli.common import reporting_errors
 from crystalframer_jax.data.datasets import folder_of
 from crystalframer_jax.data.store import crystal_at, read_set
 from crystalframer_jax.errors import UserError
@@ -92,7 +92,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--crystals", type=int, default=400, metavar="N", help="how many, drawn at random")
     parser.add_argument("--most_atoms", type=int, default=25, metavar="N", help="of a crystal")
     arguments = parser.parse_args(argv)
-    use_compilation_cache()
     model = load_model(Path(arguments.run))
     found = read_set(folder_of(arguments.target_set, arguments.data_dir))
     if found is None:

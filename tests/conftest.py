@@ -1,11 +1,14 @@
 """Fixtures shared by the tests. Helper functions are in support.py, the float64 reference in brute_force.py."""
 
 import importlib.util
+import os
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+
+os.environ.setdefault("CRYSTALFRAMER_COMPILATION_CACHE", "off")  # tests leave the user's folder alone
 
 
 @pytest.fixture(params=[np.float32, np.float64], ids=["float32", "float64"])

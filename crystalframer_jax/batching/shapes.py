@@ -1,11 +1,14 @@
 """The few shapes that crystals are packed into: each is one compiled program."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
+from crystalframer_jax.batching.planning import best_sizes, exceeded_once, random_needs
 from crystalframer_jax.batching.table import CrystalTable
 from crystalframer_jax.config import NO_PARTS, BatchParts, ConfigError
 from crystalframer_jax.parallel.devices import share_out
@@ -14,8 +17,14 @@ CELL_BLOCK = 8  # the length of cell rows is padded to a multiple of this
 ATOM_BLOCK = 32  # atoms are padded to multiples of this, the block size of the lattice sums
 COLUMN_BLOCK = 32  # the lattice sums take so many neighbors of each atom at once, if it divides the row length
 MOST_PLACES = 2**31 - 1  # of neighbors in a batch, which are counted in int32
-EDGE_BLOCK = 256  # neighbors are padded to multiples of this
-TRIALS = 500, 128_000  # at most so many random batches, and crystals in them, by which shapes for devices are planned
+EDGE_BLOCK = 128  # neighbors are padded to multiples of this
+TRIALS = 20, 1000, 256_000  # random batches for a plan: at least, at most, and crystals in them if more than the least
+MOST_SHAPES = 4  # for the usual batches of a plan
+LEAST_SAVING = 0.03  # of the places that are needed
+REQUEST_ATOMS = 64, 256, 1024, 1536  # padded numbers of atoms for requests that are not larger
+REQUEST_ROW, REQUEST_CRYSTALS, REQUEST_CELL = 256, 128, 64  # and of other things; twice as many if they are more
+# Atoms that a step is trained on in the time in which its program is compiled: by estimate, of the default model.
+ATOMS_PER_COMPILATION = {"cpu": 30_000, "gpu": 3_000_000}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,37 +68,33 @@ def plan_shapes(
     longest_row: int,
     parts: BatchParts = NO_PARTS,
     devices: int = 1,
+    batches: int = 1,
 ) -> list[BatchShape]:
-    """Plans at most two shapes for the shares of devices in random batches among crystals `indices` [C] of the table.
+    """Plans few shapes for the shares of devices in random batches among crystals `indices` [C] of the table.
 
-    The first holds all but about one in five hundred random batches of `batch_size` (mean + 3 standard deviations of
-    the numbers of atoms and of neighbors; for several devices, the largest of 500 or less), the second the largest
-    share that can occur.
+    They are those that are filled best, ascending in atoms and neighbors; the last but one holds practically all of so
+    many random `batches`, the last the largest share that can occur at all. One is added as long as it saves a
+    LEAST_SAVING of all places, and more in all batches together than it costs to compile its program.
     """
-    sizes, edges = table.num_atoms[indices], table.num_edges[indices]
-    row_length = round_up(longest_row, ATOM_BLOCK)
-    cell_length = round_up(int(sizes.max(initial=1)), CELL_BLOCK) if parts.cells else 0
+    numbers = np.stack([table.num_atoms[indices], table.num_edges[indices]], axis=1)
     crystals = -(-batch_size // devices)
-    largest = [int(np.sort(x)[::-1][:crystals].sum()) for x in (sizes, edges)]
-    if devices == 1:
-        usual = [x.mean() * batch_size + 3 * x.std() * np.sqrt(batch_size) for x in (sizes, edges)]
-    else:
-        usual = _usual_shares(sizes, edges, batch_size, devices)
-    shapes = [
-        BatchShape(_blocks(n, ATOM_BLOCK), row_length, crystals, cell_length, parts, _blocks(max(e, 1), EDGE_BLOCK))
-        for n, e in (np.minimum(usual, largest), largest)
+    largest = np.sort(numbers, axis=0)[::-1][:crystals].sum(axis=0)
+    blocks = np.array([ATOM_BLOCK, EDGE_BLOCK])
+    drawn, trials = min(batch_size, len(numbers)), max(TRIALS[0], min(TRIALS[1], TRIALS[2] // batch_size))
+    needs = random_needs(numbers, drawn, trials, devices, share_out) if drawn else np.ones((1, 2))
+    usual = np.minimum(exceeded_once(needs, batches), largest)
+    last, largest = (blocks * np.ceil(np.maximum(x, 1) / blocks) for x in (usual, largest))
+    found = best_sizes(np.minimum(needs, last), last, blocks, MOST_SHAPES)
+    compiling = ATOMS_PER_COMPILATION.get(jax.default_backend(), ATOMS_PER_COMPILATION["gpu"])
+    least = max(LEAST_SAVING, compiling / (batches * needs[:, 0].mean()))
+    savings = [cost - better for (cost, _), (better, _) in itertools.pairwise(found)]
+    sizes = found[next((k for k, saving in enumerate(savings) if saving < least), len(savings))][1]
+    row_length = round_up(longest_row, ATOM_BLOCK)
+    cell_length = round_up(int(numbers[:, 0].max(initial=1)), CELL_BLOCK) if parts.cells else 0
+    return [
+        BatchShape(int(atoms), row_length, crystals, cell_length, parts, int(edges))
+        for atoms, edges in np.unique([*sizes, largest], axis=0)
     ]
-    return list(dict.fromkeys(shapes))
-
-
-def _usual_shares(sizes: np.ndarray, edges: np.ndarray, batch_size: int, devices: int) -> list[float]:
-    """Returns the most atoms and neighbors that a device gets in some random batches."""
-    rng, most = np.random.default_rng(0), np.zeros(2)
-    for _ in range(max(20, min(TRIALS[0], TRIALS[1] // batch_size))):
-        batch = rng.integers(len(sizes), size=batch_size)
-        shares = share_out(edges[batch], devices)
-        most = np.maximum(most, [max(x[batch[share]].sum() for share in shares) for x in (sizes, edges)])
-    return most.tolist()
 
 
 class Shared(NamedTuple):
@@ -101,14 +106,29 @@ class Shared(NamedTuple):
 
 
 def shared_out(
-    table: CrystalTable, rows: np.ndarray, shapes: Sequence[BatchShape] | BatchParts, devices: int = 1
+    table: CrystalTable,
+    rows: np.ndarray,
+    shapes: Sequence[BatchShape] | BatchParts,
+    devices: int = 1,
+    longest_row: int | None = None,
 ) -> Shared:
     """Shares crystals out by their neighbors; the shape is the first of `shapes` that fits, or one with these parts.
 
+    With the `longest_row` of the table, which such shapes hold, the rows need not be looked at, one for each atom.
     Raises ValueError if none of the shapes fits.
     """
+    shares, needed = _shares(table, rows, devices, longest_row)
+    shape = _rounded(needed, shapes) if isinstance(shapes, BatchParts) else fitting_shape(needed, shapes)
+    return Shared(rows, shares, shape)
+
+
+def _shares(
+    table: CrystalTable, rows: np.ndarray, devices: int, longest_row: int | None = None
+) -> tuple[list[np.ndarray], BatchShape]:
+    """Shares crystals out; the shape holds the largest share and no more."""
     sizes, edges = lengths_of(table.atom_offset, rows), lengths_of(table.edge_offset, rows)
-    counts = np.asarray(table.count)[ranges_of(table.atom_offset, rows)]
+    if longest_row is None:
+        longest_row = int(np.asarray(table.count)[ranges_of(table.atom_offset, rows)].max(initial=1))
     shares = share_out(edges, devices)
     placed, owner = np.concatenate(shares), np.repeat(np.arange(devices), [len(share) for share in shares])
 
@@ -116,15 +136,60 @@ def shared_out(
         """Returns the largest sum over a share."""
         return int(np.bincount(owner, numbers[placed], minlength=devices).max())
 
-    needed = BatchShape(
+    return shares, BatchShape(
         num_atoms=most(sizes),
-        row_length=int(counts.max(initial=1)),
+        row_length=longest_row,
         num_crystals=max(len(share) for share in shares),
         cell_length=int(sizes.max(initial=0)),
         num_edges=most(edges),
     )
-    shape = _rounded(needed, shapes) if isinstance(shapes, BatchParts) else fitting_shape(needed, shapes)
-    return Shared(rows, shares, shape)
+
+
+def request_shapes(
+    table: CrystalTable, groups: Sequence[np.ndarray], parts: BatchParts, devices: int = 1
+) -> list[BatchShape]:
+    """Returns shapes for the shares of groups of crystals that somebody asks for, the same for nearly all requests.
+
+    They are far too large for most: a program takes seconds to compile, padding milliseconds. All groups up to
+    REQUEST_ATOMS have one shape; those of larger crystals have shapes that fit better.
+    """
+    needed = [_shares(table, group, devices)[1] for group in groups]
+    small = [shape for shape in needed if shape.num_atoms <= REQUEST_ATOMS[-1]]
+    large = [shape for shape in needed if shape.num_atoms > REQUEST_ATOMS[-1]]
+    shapes = {_standard([shape], parts) for shape in large} | ({_standard(small, parts)} if small else set())
+    return sorted(shapes, key=lambda shape: (shape.num_atoms, shape.edges))
+
+
+def _standard(needed: Sequence[BatchShape], parts: BatchParts) -> BatchShape:
+    """Returns one of very few shapes that holds some others."""
+
+    def most(name: str) -> int:
+        return max(getattr(shape, name) for shape in needed)
+
+    row_length, num_crystals = (
+        _doubled(REQUEST_ROW, most("row_length")),
+        _doubled(REQUEST_CRYSTALS, most("num_crystals")),
+    )
+    cell_length = _doubled(REQUEST_CELL, most("cell_length")) if parts.cells else 0
+    num_atoms, num_edges = next((size for size in REQUEST_ATOMS if size >= most("num_atoms")), 0), 0
+    if not num_atoms:
+        num_atoms = round_up(most("num_atoms"), ATOM_BLOCK)
+        num_edges = _halved(num_atoms * row_length, most("num_edges"))
+    return BatchShape(num_atoms, row_length, num_crystals, cell_length, parts, num_edges)
+
+
+def _doubled(number: int, least: int) -> int:
+    """Doubles a number until it is at least `least`."""
+    while number < least:
+        number *= 2
+    return number
+
+
+def _halved(number: int, least: int) -> int:
+    """Halves a number as long as it is even and remains at least `least`."""
+    while number % 2 == 0 and number // 2 >= least:
+        number //= 2
+    return number
 
 
 def shape_for(table: CrystalTable, indices: np.ndarray, parts: BatchParts = NO_PARTS) -> BatchShape:
@@ -135,9 +200,7 @@ def shape_for(table: CrystalTable, indices: np.ndarray, parts: BatchParts = NO_P
 def _rounded(needed: BatchShape, parts: BatchParts) -> BatchShape:
     """Returns one of few shapes that hold a batch with these numbers."""
     num_atoms, row_length = round_up(needed.num_atoms, ATOM_BLOCK), round_up(needed.row_length, ATOM_BLOCK)
-    num_edges = num_atoms * row_length
-    while num_edges % 2 == 0 and num_edges // 2 >= needed.num_edges:
-        num_edges //= 2
+    num_edges = _halved(num_atoms * row_length, needed.num_edges)
     cell_length = round_up(needed.cell_length, CELL_BLOCK) if parts.cells else 0
     return BatchShape(num_atoms, row_length, round_up(needed.num_crystals, 1), cell_length, parts, num_edges)
 
@@ -168,7 +231,3 @@ def ranges_of(offset: np.ndarray, indices: np.ndarray) -> np.ndarray:
     """Returns all places of the segments `indices` of a flat column, one segment after the other."""
     starts, lengths = np.asarray(offset[indices]), lengths_of(offset, indices)
     return np.repeat(starts - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
-
-
-def _blocks(number: float, block: int) -> int:
-    return block * int(np.ceil(number / block))

@@ -7,9 +7,6 @@ import os
 import sys
 from collections.abc import Iterator
 
-import jax
-import platformdirs
-
 from crystalframer_jax.errors import UserError
 from crystalframer_jax.inference.predictor import WEIGHTS
 from crystalframer_jax.text import escaped
@@ -33,13 +30,6 @@ def reporting_errors(if_interrupted: str = "", leave_at_once: bool = True) -> It
     except KeyboardInterrupt:
         print(f"\ninterrupted{if_interrupted}", file=sys.stderr, flush=True)
         os._exit(130) if leave_at_once else sys.exit(130)
-
-
-def use_compilation_cache() -> None:
-    """Keeps compiled programs in the user's cache folder, so that only the first run waits for the compiler."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(platformdirs.user_cache_path("crystalframer_jax") / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def model_parser(prog: str, description: str) -> argparse.ArgumentParser:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from crystalframer_jax.batching.targets import TargetStatistics
-from crystalframer_jax.cli.common import model_parser, reporting_errors, use_compilation_cache
+from crystalframer_jax.cli.common import model_parser, reporting_errors
 from crystalframer_jax.config import ConfigError
 from crystalframer_jax.data.datasets import open_dataset, open_dataset_of_run
 from crystalframer_jax.data.records import DataError
@@ -35,7 +35,6 @@ def evaluate_main(argv: Sequence[str] | None = None) -> int:
         each target, its name added to FILE)"""
     parser.add_argument("--plot", type=_png, metavar="FILE.png", help=plot_help)
     arguments = parser.parse_args(argv)
-    use_compilation_cache()
     if arguments.output:
         check_replaceable(arguments.output.expanduser(), b"id,target")
     model = load_model(arguments.run, arguments.weights)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from crystalframer_jax.cli.common import model_parser, reporting_errors, use_compilation_cache
+from crystalframer_jax.cli.common import model_parser, reporting_errors
 from crystalframer_jax.files import check_replaceable, write_csv
 from crystalframer_jax.inference.ensemble import load_model
 from crystalframer_jax.structures.crystal import Crystal, CrystalError
@@ -23,7 +23,6 @@ def predict_main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("files", metavar="FILE", nargs="+", help="CIF, POSCAR/CONTCAR or extended XYZ")
     parser.add_argument("--output", type=Path, help="write the predictions to this CSV file")
     arguments = parser.parse_args(argv)
-    use_compilation_cache()
     if arguments.output:
         check_replaceable(arguments.output.expanduser(), b"structure,formula,atoms")
     model = load_model(arguments.run, arguments.weights)

@@ -7,7 +7,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from crystalframer_jax.cli.common import reporting_errors, use_compilation_cache
+from crystalframer_jax.cli.common import reporting_errors
 from crystalframer_jax.config import ConfigError, check_overrides
 
 START = time.monotonic()
@@ -61,7 +61,6 @@ def main(argv: list[str]) -> int:
     if argv[1:]:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a checkpoint otherwise
-    use_compilation_cache()
     # Slow, and after START: a misspelt flag is told at once, and --max_minutes count this as well.
     from crystalframer_jax.parallel.interruption import Interruption, TrainingInterrupted
     from crystalframer_jax.parallel.processes import failing_together, start

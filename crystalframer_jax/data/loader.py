@@ -43,7 +43,8 @@ class TrainingBatches:
         self.indices = _of_size(self.dataset, self.dataset.splits["train"], *self.atoms)
         self.batch_size = min(self.batch_size, len(self.indices))
         self.steps_per_epoch = max(1, int(self.fraction * (len(self.indices) // self.batch_size)))
-        self.shapes = batch_shapes(self.dataset, self.batch_size, self.parts, self.devices.count)
+        self.shapes = _planned(self.dataset, self.indices, self.batch_size, self.parts, self.devices.count, len(self))
+        self._longest_row = self.dataset.table.longest_row
         self._order = -1, self.indices  # the last epoch asked for, and its order
 
     def __len__(self) -> int:
@@ -62,7 +63,7 @@ class TrainingBatches:
 
     def shared(self, step: int) -> Shared:
         """Returns the crystals of a step and what every device gets of them."""
-        return shared_out(self.dataset.table, self.rows(step), self.shapes, self.devices.count)
+        return shared_out(self.dataset.table, self.rows(step), self.shapes, self.devices.count, self._longest_row)
 
     def __getitem__(self, step: int) -> Batch:
         """Returns the batch of a step (numpy arrays), as `Devices.put` takes it."""
@@ -80,24 +81,26 @@ class TrainingBatches:
         loads = [[edges[work.rows[share]].sum() for share in work.shares] for work in works]
         return float(np.mean(np.max(loads, axis=1) / np.mean(loads, axis=1)))
 
-    def fill_factors(self, batches: int = 8) -> Fill:
+    def fill_factors(self, batches: int = 32) -> Fill:
         """Returns the fractions of the places that hold real data, means over the first batches."""
         factors = [fill_factors(part) for step in range(min(batches, len(self))) for part in self.parts_of(step)]
         return Fill(*np.mean(factors, axis=0).tolist())
 
     def describe(self) -> str:
         """Tells how the crystals are packed, and shared by the devices, in one line."""
-        shape, fill = self.shapes[0], self.fill_factors()
+        fill, usual = self.fill_factors(), self.shapes[:-1] or self.shapes
+        atoms = " or ".join(f"{n:,}" for n in dict.fromkeys(shape.num_atoms for shape in usual))
+        edges = " or ".join(f"{n:,}" for n in dict.fromkeys(shape.edges for shape in usual))
         packed = (
-            f"{shape.num_atoms} atom slots ({fill.atoms:.0%} filled) with up to {shape.row_length} neighbors "
-            f"({fill.columns:.0%} filled){', gathered on the device' if self.device_table else ''}"
+            f"{atoms} atom slots ({fill.atoms:.0%} filled) with {edges} for neighbors ({fill.edges:.0%} filled)"
+            f"{', gathered on the device' if self.device_table else ''}"
         )
         if self.devices.count == 1:
-            return f"batches of {shape.num_crystals} crystals in {packed}"
+            return f"batches of {self.batch_size} crystals in {packed}"
         processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
         return (
             f"batches of {self.batch_size} crystals, shared by {self.devices.count} devices{processes}: "
-            f"{shape.num_crystals} crystals each in {packed}; the busiest has {self.imbalance():.3f} times the mean "
+            f"{usual[0].num_crystals} crystals each in {packed}; the busiest has {self.imbalance():.3f} times the mean "
             "number of neighbors"
         )
 
@@ -122,8 +125,11 @@ class TrainingBatches:
         return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
     def dispatches(self, first_step: int, steps_each: int) -> Iterator[Batch | Chunk]:
-        """The batches from a step on as they are dispatched: in chunks if the crystals are on the devices."""
-        chunked = self.device_table is not None and steps_each > 1
+        """The batches from a step on as they are dispatched: in chunks if the crystals are on the devices.
+
+        One by one if there are several usual shapes, which change from batch to batch: chunks would be rare.
+        """
+        chunked = self.device_table is not None and steps_each > 1 and len(self.shapes) <= 2
         return self.chunks(first_step, steps_each) if chunked else self.iterate(first_step)
 
     def chunks(self, first_step: int, steps_each: int) -> Iterator[Chunk | Batch]:
@@ -158,6 +164,12 @@ def _of_size(dataset: Dataset, rows: np.ndarray, fewest: int, most: int) -> np.n
 
 
 def batch_shapes(dataset: Dataset, batch_size: int, parts: BatchParts = NO_PARTS, devices: int = 1) -> list[BatchShape]:
-    """Plans the shapes of all batches of a dataset, training and evaluation alike, shared out among some devices."""
+    """Plans the shapes of batches for predicting the crystals of a dataset, shared out among some devices."""
     everything = np.concatenate(list(dataset.splits.values()))
-    return plan_shapes(dataset.table, everything, batch_size, dataset.table.longest_row, parts, devices)
+    return _planned(dataset, everything, batch_size, parts, devices, -(-len(everything) // batch_size))
+
+
+def _planned(
+    dataset: Dataset, rows: np.ndarray, batch_size: int, parts: BatchParts, devices: int, batches: int
+) -> list[BatchShape]:
+    return plan_shapes(dataset.table, rows, batch_size, dataset.table.longest_row, parts, devices, batches)

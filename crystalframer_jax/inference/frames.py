@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from crystalframer_jax.batching.batch import Layout, pack, unpacked
-from crystalframer_jax.batching.shapes import shape_for
+from crystalframer_jax.batching.shapes import request_shapes
 from crystalframer_jax.batching.table import table_of
 from crystalframer_jax.config import BatchParts, ConfigError
 from crystalframer_jax.config.hyperparameters import LARGEST_CUTOFF
@@ -68,7 +68,7 @@ def compute_frames(
             lattice_frames=method == "lattice", scatter=method == "pca", dtype="float64", tie_tolerance=tie_tolerance
         )
         first = np.array([0])
-        shape = shape_for(table, first, parts)
+        (shape,) = request_shapes(table, [first], parts)
         batch, layout = pack(table, first, shape), Layout(table, first, shape)
         scores: Any = [layout.per_atom(x, np.float64) for x in (q, k, a)]
         seen_q, seen_k = (np.ones_like(scores[0]), layout.per_atom(seen_k, np.float64)) if tells_species else scores[:2]

@@ -13,11 +13,12 @@ import numpy as np
 from tqdm import tqdm
 
 from crystalframer_jax.batching.batch import pack
-from crystalframer_jax.batching.shapes import BatchShape
+from crystalframer_jax.batching.shapes import BatchShape, request_shapes
 from crystalframer_jax.batching.table import CrystalTable, table_of
 from crystalframer_jax.batching.targets import TargetStatistics
 from crystalframer_jax.config import BatchParts, ModelConfig, TrainConfig
 from crystalframer_jax.data.store import Dataset
+from crystalframer_jax.inference.compilation import keep_compiled_programs
 from crystalframer_jax.inference.evaluation import Predictions, frame_draws, groups_by_atoms, groups_of, predict_rows
 from crystalframer_jax.inference.forward import Forward, make_forward, working_precision
 from crystalframer_jax.model.regressor import CrystalFramer
@@ -61,6 +62,7 @@ class Predictor:
         self.cutoff = config.cutoff
         self.parts = config.model.parts
         self.devices = Devices.of_this_process()
+        keep_compiled_programs()
 
     @classmethod
     def load(cls, run_dir: str | Path, weights: str | None = None) -> "Predictor":
@@ -122,8 +124,9 @@ class Predictor:
         groups, devices = groups_by_atoms(table), ONE_DEVICE
         if len(groups) > 1:
             groups, devices = groups_by_atoms(table, self.devices.count), self.devices
+        shapes = request_shapes(table, groups, self.parts, devices.count)
         shown = tqdm(groups, desc=title, unit=" batches", disable=not progress)
-        return self.predict_table(table, shown, self.parts, num_frame_samples, devices)
+        return self.predict_table(table, shown, shapes, num_frame_samples, devices)
 
     def predict_dataset(self, dataset: Dataset, rows: np.ndarray, num_frame_samples: int | None = None) -> Predictions:
         """Predicts rows of a data set with this predictor's cutoff, in batches as in training."""

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from crystalframer_jax.config import ConfigError
 
 AXIS = "devices"
+ROUNDS = 16  # of sharing out, that are dealt one by one
 Tree = Any
 
 
@@ -152,15 +153,23 @@ def psum(x: jax.Array, axis: str | None) -> jax.Array:
 def share_out(work: np.ndarray, number: int) -> list[np.ndarray]:
     """Shares out the places in `work` [n]: nearly equal work, as equal as possible in number too; each ascending.
 
-    Round by round, the most laborious pieces that are left go to the shares with the least work so far.
+    Round by round, the most laborious pieces that are left go to the shares with the least work so far. Of very many
+    rounds all but the last ROUNDS are dealt several at a time, there and back, which leaves hardly less equal sums.
     """
     if number == 1:
         return [np.arange(len(work))]
-    order, load = np.argsort(-work, kind="stable"), np.zeros(number)
-    owner = np.empty(len(work), np.int64)
-    for start in range(0, len(work), number):
-        pieces = order[start : start + number]
-        shares = np.argsort(load, kind="stable")[: len(pieces)]
-        owner[pieces] = shares
-        load[shares] += work[pieces]
-    return [np.flatnonzero(owner == share) for share in range(number)]
+    rounds = -(-len(work) // number)
+    scale = 65535 / max(work.max(initial=0), 1e-300)
+    keys = (65535 - np.rint(work * scale)).astype(np.uint16)  # sorted ten times as fast as wider ones
+    order = np.argsort(keys, kind="stable").astype(np.int32)
+    places, amounts = np.full((rounds, number), len(work), np.int32), np.zeros((rounds, number))
+    places.flat[: len(work)], amounts.flat[: len(work)] = order, work[order]
+    many = max(0, rounds - ROUNDS)
+    starts, load = [*range(0, many, max(1, -(-many // ROUNDS))), *range(many, rounds)], np.zeros(number)
+    for start, end in zip(starts, [*starts[1:], rounds], strict=True):
+        for dealt in (places, amounts):
+            dealt[start + 1 : end : 2] = dealt[start + 1 : end : 2, ::-1]
+        sums, chosen = amounts[start:end].sum(axis=0), np.empty(number, np.int64)
+        chosen[np.argsort(load, kind="stable")] = np.argsort(-sums, kind="stable")
+        places[start:end], load = places[start:end, chosen], load + sums[chosen]
+    return [share[: np.searchsorted(share, len(work))] for share in np.sort(places, axis=0).T.astype(np.int64)]

@@ -4,12 +4,14 @@ import contextlib
 import functools
 import secrets
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from crystalframer_jax.batching.batch import Batch
+from crystalframer_jax.batching.device_table import Chunk
 from crystalframer_jax.batching.targets import TargetStatistics
 from crystalframer_jax.data.loader import TrainingBatches
 from crystalframer_jax.errors import UserError
@@ -183,3 +185,20 @@ def say(text: str) -> None:
     if is_first_process():
         tqdm.write(text)
         sys.stdout.flush()
+
+
+def announced(what: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a compiled function of (weights or state, batch or chunk, ...) which says when it needs a new program."""
+    known: set[Any] = set()
+
+    def call(first: Any, work: Batch | Chunk, *rest: Any, **options: Any) -> Any:
+        batch, several = (work.batches, "chunks of ") if isinstance(work, Chunk) else (work, "")
+        shape = batch.species.shape, batch.rows.center.shape
+        kind = shape, tuple(x is None for x in rest), tuple(options.items())
+        if kind not in known:
+            known.add(kind)
+            atoms, edges = shape[0][-1], shape[1][-1]
+            say(f"compiling {what} for {several}batches of up to {atoms:,} atoms and {edges:,} neighbors ...")
+        return function(first, work, *rest, **options)
+
+    return call

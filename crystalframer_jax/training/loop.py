@@ -43,7 +43,7 @@ from crystalframer_jax.training.consensus import agreed_implementation
 from crystalframer_jax.training.errors import TrainingError
 from crystalframer_jax.training.layer_names import count_parameters, layer_mask
 from crystalframer_jax.training.ledger import Ledger, StepResult
-from crystalframer_jax.training.logging import Logbook, read_metrics, say
+from crystalframer_jax.training.logging import Logbook, announced, read_metrics, say
 from crystalframer_jax.training.nonfinite import batch_report
 from crystalframer_jax.training.pretrained import start_from
 from crystalframer_jax.training.requests import SAVE, STOP, Requests
@@ -131,7 +131,8 @@ class Run:
         self.recipe = make_recipe(config, self.batches.steps_per_epoch)
         self.model = CrystalFramer(config.model, agreed_implementation(self.options.implementation, self._trace))
         self.evaluator = Evaluator(config, self.model, self.batches, self.statistics, self.options.report)
-        self.step = make_train_step(self.recipe, self.loss(devices.axis), self.options.skip_nonfinite, devices)
+        step = make_train_step(self.recipe, self.loss(devices.axis), self.options.skip_nonfinite, devices)
+        self.step = announced("the training step", step)
         self.requests = Requests(self._interruption, config.checkpoint_minutes, devices)
         self.checkpoints = RunCheckpoints(
             workdir, devices, config.model_checkpoint_save_top_k, config.keep_last_checkpoints

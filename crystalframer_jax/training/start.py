@@ -12,6 +12,7 @@ from crystalframer_jax.config import ConfigError, TrainConfig, validate
 from crystalframer_jax.data.datasets import open_dataset
 from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.files import locked, write_json
+from crystalframer_jax.inference.compilation import keep_compiled_programs
 from crystalframer_jax.inference.ensemble import Ensemble, ensemble_summary, is_ensemble, member_names
 from crystalframer_jax.inference.forward import working_precision
 from crystalframer_jax.parallel.devices import Devices
@@ -47,6 +48,7 @@ def train(
         raise ConfigError("the workdir is empty; name the directory of the run")
     workdir, options, interruption = Path(workdir), options or Options(), interruption or Interruption()
     devices = Devices.of_all_processes(config.num_devices)
+    keep_compiled_programs()
     with interruption.listening(), contextlib.ExitStack() as stack:
         if jax.process_count() > 1:  # a request to stop waits until all processes can follow it
             stack.enter_context(interruption.stepping())

@@ -9,7 +9,7 @@ import numpy as np
 
 from crystalframer_jax.batching.targets import TargetStatistics, standardise
 from crystalframer_jax.config import TrainConfig
-from crystalframer_jax.data.loader import TrainingBatches
+from crystalframer_jax.data.loader import TrainingBatches, batch_shapes
 from crystalframer_jax.data.splits import SPLITS
 from crystalframer_jax.inference.evaluation import frame_draws, groups_of, predict_rows
 from crystalframer_jax.inference.forward import make_forward
@@ -22,12 +22,13 @@ from crystalframer_jax.reporting.metrics import (
 )
 from crystalframer_jax.reporting.predictions import write_split
 from crystalframer_jax.training.errors import TrainingError
+from crystalframer_jax.training.logging import announced
 from crystalframer_jax.training.loss import loss_per_crystal
 from crystalframer_jax.training.state import Tree
 
 
 class Evaluator:
-    """Predicts crystals of the data set of a training, in batches like those of the training."""
+    """Predicts crystals of the data set of a training, in batches as large as those of the training."""
 
     def __init__(
         self,
@@ -39,7 +40,8 @@ class Evaluator:
     ):
         self.config, self.batches, self.statistics, self.report = config, batches, statistics, report
         self.dataset = batches.dataset
-        self.forward = make_forward(model, batches.devices)
+        self.shapes = batch_shapes(self.dataset, batches.batch_size, batches.parts, batches.devices.count)
+        self.forward = announced("the prediction", make_forward(model, batches.devices))
 
     def predict(self, weights: Tree, rows: np.ndarray, num_frame_samples: int = 1) -> np.ndarray:
         """Predicts rows of the table, [C, T] in label units."""
@@ -49,7 +51,7 @@ class Evaluator:
             self.dataset.table,
             self._groups(rows),
             self.statistics,
-            self.batches.shapes,
+            self.shapes,
             num_frame_samples,
             self.batches.device_table,
             self.batches.devices,
