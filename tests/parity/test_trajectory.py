@@ -123,8 +123,9 @@ def test_official_learning_rates_decay_and_then_stand_still(trajectory, x64):
 
 
 def test_official_losses_and_gradient_norms(trajectory):
-    """The first steps agree to rounding. Then that of the official code, in float32, grows with every step: evaluated in
-    float64 its losses of step 8 and of the last are off by 1.1e-4 and 5.3e-4, its gradient norms of steps 2 and 9 by 1.2e-4 and 2.3e-4.
+    """The first steps agree to rounding. That of the official code, in float32, grows with every step: its losses of
+    step 8 and of the last are 1.1e-4 and 5.3e-4 from those in float64, its gradient norms of steps 2 and 9 1.2e-4 and
+    2.3e-4.
     """
     np.testing.assert_allclose(trajectory.loss[:8], trajectory.golden["loss"][:8], rtol=0, atol=2e-5)
     np.testing.assert_allclose(trajectory.loss, trajectory.golden["loss"], rtol=0, atol=1e-3)
