@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crystalframer_jax.batching.shapes import ATOM_BLOCK, COLUMN_BLOCK, BatchShape, lengths_of, ranges_of, shared_out
+from crystalframer_jax.batching.shapes import ATOM_BLOCK, BatchShape, lengths_of, ranges_of, shared_out, width_of
 from crystalframer_jax.batching.table import CrystalTable
 from crystalframer_jax.structures.lattice import MOST_FRAMES, lattice_frames
 
@@ -204,7 +204,7 @@ def fill_factors(batch: Batch) -> Fill:
     """Returns the fractions of the places of a packed batch that hold real data."""
     count, row_length = np.asarray(batch.rows.count), batch.rows.row_length
     blocks = np.maximum.reduceat(count, np.arange(0, len(count), ATOM_BLOCK))
-    width = COLUMN_BLOCK if row_length % COLUMN_BLOCK == 0 else row_length
+    width = width_of(row_length)
     visited = np.ceil(blocks / width).sum() * width * ATOM_BLOCK
     edges = count.sum()
     return Fill(float(np.mean(count > 0)), float(edges / len(batch.rows.center)), float(edges / max(visited, 1)))

@@ -15,7 +15,7 @@ from crystalframer_jax.parallel.devices import share_out
 
 CELL_BLOCK = 8  # the length of cell rows is padded to a multiple of this
 ATOM_BLOCK = 32  # atoms are padded to multiples of this, the block size of the lattice sums
-COLUMN_BLOCK = 32  # the lattice sums take so many neighbors of each atom at once, if it divides the row length
+COLUMN_BLOCKS = 64, 32  # so many neighbors of each atom are taken at once, by the first that divides the row length
 MOST_PLACES = 2**31 - 1  # of neighbors in a batch, which are counted in int32
 EDGE_BLOCK = 128  # neighbors are padded to multiples of this
 TRIALS = 20, 1000, 256_000  # random batches for a plan: at least, at most, and crystals in them if more than the least
@@ -220,6 +220,11 @@ def fitting_shape(needed: BatchShape, shapes: Sequence[BatchShape]) -> BatchShap
         f"{needed.num_crystals} crystals with {needed.num_atoms} atoms, {needed.num_edges} neighbors and rows up to "
         f"{needed.row_length} fit none of {shapes}"
     )
+
+
+def width_of(row_length: int) -> int:
+    """Returns how many columns of rows of this length the lattice sums take at once; all, if no block divides it."""
+    return next((block for block in COLUMN_BLOCKS if row_length % block == 0), row_length)
 
 
 def lengths_of(offset: np.ndarray, indices: np.ndarray) -> np.ndarray:

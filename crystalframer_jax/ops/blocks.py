@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from crystalframer_jax.batching.batch import CellRows, Rows
-from crystalframer_jax.batching.shapes import ATOM_BLOCK, COLUMN_BLOCK
+from crystalframer_jax.batching.shapes import ATOM_BLOCK, width_of
 from crystalframer_jax.ops.basis import EXACT
 from crystalframer_jax.ops.reciprocal import WaveVectors
+
+WORD = 32  # bits of a word, and neighbors in a word of them
 
 
 def map_blocks(function: Callable[..., Any], rows: Rows, *per_atom: Any, stored: Any = None) -> Any:
@@ -49,12 +51,14 @@ def map_blocks(function: Callable[..., Any], rows: Rows, *per_atom: Any, stored:
     return results if stored is None else (results, stored)
 
 
-def over_columns(step: Callable[[Rows, jax.Array, Any], Any], rows: Rows, start: Any) -> Any:
+def over_columns(
+    step: Callable[[Rows, jax.Array, Any], Any], rows: Rows, start: Any, width: int | None = None
+) -> Any:
     """carry = step(some columns of the rows, number of the first, carry) until the longest row ends, nearest first.
 
-    `width_of` says how many columns at once; `count` of the columns is what remains of the rows.
+    `width` is how many columns at once, see `width_of`; `count` of the columns is what remains of the rows.
     """
-    width = width_of(rows)
+    width = width or width_of(rows.index.shape[1])
 
     def turn(number: jax.Array, carry: Any) -> Any:
         first = number * width
@@ -67,15 +71,9 @@ def over_columns(step: Callable[[Rows, jax.Array, Any], Any], rows: Rows, start:
     return jax.lax.fori_loop(jnp.int32(0), -(-jnp.max(rows.count) // width), turn, start)
 
 
-def width_of(rows: Rows) -> int:
-    """How many columns of the rows are taken at once: all of rows that are no multiple of COLUMN_BLOCK."""
-    length = rows.index.shape[1]
-    return COLUMN_BLOCK if length % COLUMN_BLOCK == 0 else length
-
-
 def in_words(rows: Rows) -> Rows:
     """The rows with as many columns as whole words have bits."""
-    extra = -rows.index.shape[1] % COLUMN_BLOCK
+    extra = -rows.index.shape[1] % WORD
     columns = {
         name: jnp.pad(x, ((0, 0), (0, extra)) + ((0, 0),) * (x.ndim - 2))
         for name in ("index", "vector", "reverse")

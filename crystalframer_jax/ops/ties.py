@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from crystalframer_jax.batching.batch import Rows
-from crystalframer_jax.batching.shapes import COLUMN_BLOCK
-from crystalframer_jax.ops.blocks import directions, exp_relative, over_columns
+from crystalframer_jax.ops.blocks import WORD, directions, exp_relative, over_columns
 from crystalframer_jax.ops.random_bits import draw
 
 MARKER = (1.0, 1.7, 2.9)
@@ -25,9 +24,9 @@ AT_ONCE, AT_ONCE_ON_GPU = 64, 4096  # candidates that are compared at once
 
 
 class Scores(NamedTuple):
-    """What neighbors of a block score, -inf where there is none; C words of COLUMN_BLOCK neighbors."""
+    """What neighbors of a block score, -inf where there is none; C words of WORD neighbors."""
 
-    of: jax.Array  # [C, n, H, COLUMN_BLOCK]
+    of: jax.Array  # [C, n, H, WORD]
     highest: jax.Array  # [n, H]
 
 
@@ -35,7 +34,7 @@ class First(NamedTuple):
     """The best neighbor of every row of a block, and its ties."""
 
     direction: jax.Array  # [n, H, 3] of the one that was drawn, or the first; 0 if there is none
-    tied: jax.Array  # [C, n, H] uint32, the bits of the ties in words of COLUMN_BLOCK neighbors
+    tied: jax.Array  # [C, n, H] uint32, the bits of the ties in words of WORD neighbors
     number: jax.Array  # [n, H] how many there are
 
 
@@ -47,17 +46,17 @@ class Best(NamedTuple):
 
 
 def scores_of(rows: Rows, like: jax.Array, scores: Callable[[Rows, jax.Array], jax.Array]) -> Scores:
-    """Collects `scores(columns, number of their word)` [n, H, COLUMN_BLOCK], of the type of `like` [n, H]."""
+    """Collects `scores(columns, number of their word)` [n, H, WORD], of the type of `like` [n, H]."""
 
     def put(columns: Rows, first: jax.Array, found: Scores) -> Scores:
-        word = first // COLUMN_BLOCK
+        word = first // WORD
         new = scores(columns, word)
         highest = jnp.maximum(found.highest, jnp.max(new, axis=-1))
         return Scores(jax.lax.dynamic_update_index_in_dim(found.of, new, word, 0), highest)
 
     lowest = jnp.full_like(like, -jnp.inf)
-    empty = jnp.full((rows.index.shape[1] // COLUMN_BLOCK, *like.shape, COLUMN_BLOCK), -jnp.inf, like.dtype)
-    return over_columns(put, rows, Scores(empty, lowest))
+    empty = jnp.full((rows.index.shape[1] // WORD, *like.shape, WORD), -jnp.inf, like.dtype)
+    return over_columns(put, rows, Scores(empty, lowest), WORD)
 
 
 def best_of(rows: Rows, scores: Scores, tie_tolerance: float, seeds: jax.Array | None) -> First:
@@ -65,12 +64,12 @@ def best_of(rows: Rows, scores: Scores, tie_tolerance: float, seeds: jax.Array |
 
     def look(columns: Rows, first: jax.Array, so_far: tuple) -> tuple:
         direction, priority, tied, number = so_far
-        word = first // COLUMN_BLOCK
+        word = first // WORD
         are_tied = _are_tied(scores.of[word], scores.highest, tie_tolerance)
         bits = picked = _words(are_tied)
         highest = bits  # of those that are not drawn, the first word with any is as good as others
         if seeds is not None:
-            drawn = draw(seeds[..., None], (first + jnp.arange(COLUMN_BLOCK)).astype(jnp.uint32))
+            drawn = draw(seeds[..., None], (first + jnp.arange(WORD)).astype(jnp.uint32))
             drawn = jnp.where(are_tied, drawn | 1, 0)
             highest = jnp.max(drawn, axis=-1)
             picked = _words(are_tied & (drawn == highest[..., None]))
@@ -83,7 +82,7 @@ def best_of(rows: Rows, scores: Scores, tie_tolerance: float, seeds: jax.Array |
     shape = scores.highest.shape
     start: tuple = jnp.zeros((*shape, 3), scores.of.dtype), jnp.zeros(shape, jnp.uint32)
     start += jnp.zeros((len(scores.of), *shape), jnp.uint32), jnp.zeros(shape, jnp.int32)
-    direction, _, tied, number = over_columns(look, rows, start)
+    direction, _, tied, number = over_columns(look, rows, start, WORD)
     return First(direction, tied, number)
 
 
@@ -128,11 +127,11 @@ def choose(
     candidates that there are: each takes one pass along its row, each first axis another.
     """
     words, atoms, heads, _ = scores.of.shape
-    used = -(-jnp.max(rows.count) // COLUMN_BLOCK)
+    used = -(-jnp.max(rows.count) // WORD)
     over_words = functools.partial(jax.lax.fori_loop, 0, used)
-    by_row = scores.of.reshape(words, atoms * heads, COLUMN_BLOCK)
+    by_row = scores.of.reshape(words, atoms * heads, WORD)
     unit = directions(rows)
-    planes = jnp.moveaxis(unit.reshape(atoms, words, COLUMN_BLOCK, 3), (1, 3), (0, 1))  # [C, 3, n, COLUMN_BLOCK]
+    planes = jnp.moveaxis(unit.reshape(atoms, words, WORD, 3), (1, 3), (0, 1))  # [C, 3, n, WORD]
     firsts = tied.reshape(words, atoms * heads).T
     weights = over_words(
         lambda word, found: found.at[word].set(exp_relative(logits.of[word], logits.highest[..., None])),
@@ -140,7 +139,7 @@ def choose(
     ).reshape(by_row.shape)
 
     def cosines(e: jax.Array, row: jax.Array, word: jax.Array) -> jax.Array:
-        """e . u of vectors [R, 3] and the columns of a word of rows, [R, COLUMN_BLOCK]."""
+        """e . u of vectors [R, 3] and the columns of a word of rows, [R, WORD]."""
         x, y, z = planes[word][:, row // heads]
         return e[:, :1] * x + e[:, 1:2] * y + e[:, 2:] * z
 
@@ -156,7 +155,7 @@ def choose(
         def tie(word: jax.Array, found: jax.Array) -> jax.Array:
             return found.at[:, word].set(_words(_are_tied(second[word], highest, tie_tolerance) & is_real[:, None]))
 
-        nothing = jnp.full((words, len(row), COLUMN_BLOCK), -jnp.inf, by_row.dtype)
+        nothing = jnp.full((words, len(row), WORD), -jnp.inf, by_row.dtype)
         second, highest = over_words(score, (nothing, nothing[0, :, 0]))
         seconds = over_words(tie, jnp.zeros((len(row), words), jnp.uint32))
         # Where there is none, e2 = 0 is a candidate: the direction of the atom itself.
@@ -182,8 +181,8 @@ def choose(
 
 
 def _words(mask: jax.Array) -> jax.Array:
-    """The bits of a mask [..., COLUMN_BLOCK] in a word each: finding the k-th takes no time then."""
-    return jnp.sum(mask.astype(jnp.uint32) << jnp.arange(COLUMN_BLOCK, dtype=jnp.uint32), axis=-1, dtype=jnp.uint32)
+    """The bits of a mask [..., WORD] in a word each: finding the k-th takes no time then."""
+    return jnp.sum(mask.astype(jnp.uint32) << jnp.arange(WORD, dtype=jnp.uint32), axis=-1, dtype=jnp.uint32)
 
 
 def _ones(words: jax.Array) -> jax.Array:
@@ -215,7 +214,7 @@ def _listed(words: jax.Array, chunk: jax.Array) -> tuple[jax.Array, jax.Array, j
     rank = number - (ends - of_row)[row]
     before = jnp.cumsum(counts[row], axis=1) - counts[row]  # in the words to the left
     place = jnp.sum(before <= rank[:, None], axis=1) - 1
-    word, column = words[row, place], COLUMN_BLOCK * place
+    word, column = words[row, place], WORD * place
     rank -= jnp.take_along_axis(before, place[:, None], axis=1)[:, 0]
     for half in (16, 8, 4, 2, 1):  # the bit of this rank in its word
         below = _ones(word & jnp.uint32(2**half - 1))
