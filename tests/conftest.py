@@ -1,11 +1,29 @@
 """Fixtures shared by the tests. Helper functions are in support.py, the float64 reference in brute_force.py."""
 
 import importlib.util
+import os
+import shutil
 from pathlib import Path
 
-import jax
-import numpy as np
-import pytest
+# Most of the time is spent compiling. Programs are compiled in haste, but for those that tests want as users compile
+# them, and kept for all processes and the next run. As users compile all of them:
+# JAX_DISABLE_MOST_OPTIMIZATIONS=0 XLA_FLAGS= scripts/test.sh
+PROGRAMS = Path(__file__).parents[1] / ".pytest_cache" / "programs"
+MOST_BYTES = 2 * 10**9
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(PROGRAMS))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+
+def pytest_configure(config):
+    """Empties the folder of compiled programs when it has grown too large; before other processes start."""
+    if not hasattr(config, "workerinput") and sum(file.stat().st_size for file in PROGRAMS.glob("*")) > MOST_BYTES:
+        shutil.rmtree(PROGRAMS)
 
 
 @pytest.fixture(params=[np.float32, np.float64], ids=["float32", "float64"])
@@ -37,11 +55,3 @@ def script():
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module
-
-
-LONG_FILES = ("test_distributed", "test_interruptions", "test_training", "test_cli", "test_golden", "test_chunks")
-
-
-def pytest_collection_modifyitems(items):
-    """The files that take longest come first, so that the two processes of scripts/test.sh end together."""
-    items.sort(key=lambda item: not item.path.stem.startswith(LONG_FILES))

@@ -49,10 +49,8 @@ BAD_FILES = {
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory) -> dict[str, str]:
-    """Caches of these tests instead of the user's."""
-    folder = tmp_path_factory.mktemp("cli-caches")
-    compiled = tmp_path_factory.getbasetemp() / "compiled"
-    changes = {"XDG_CACHE_HOME": str(folder), "JAX_COMPILATION_CACHE_DIR": str(compiled)}
+    """A cache of these tests instead of the user's."""
+    changes = {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cli-caches"))}
     return {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | changes
 
 

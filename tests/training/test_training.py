@@ -48,7 +48,7 @@ from crystalframer_jax.training.validation import Evaluator
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Iterator[Path]:
     """Where the runs of this file are, with the setting that they need."""
-    with tiny_runs(tmp_path_factory.getbasetemp() / "compiled"):
+    with tiny_runs():
         yield tmp_path_factory.mktemp("training")
 
 
