@@ -151,22 +151,22 @@ def run_case(name, dtype):
 NEEDS_FOLDER = pytest.mark.skipif(
     not os.environ.get(EXTRA_FOLDER), reason=f"{EXTRA_FOLDER} is unset: it names a folder with more golden files"
 )
-# Variations of "max" that take long to compile: in float64 among the slow tests.
-LONG = (
-    "lightweight_forward_only",
-    "max_cos_abs",
-    "max_full_size",
-    "max_gelu",
-    "max_pool_max",
-    "max_prepool_relu_two_targets",
-    "max_scales_per_block",
+# In float64 too; the other variations in float64 are among the slow tests. The first four are one program.
+IN_FLOAT64 = (
+    "max",
+    "max_large_cell",
+    "max_single_atom_cells",
+    "max_official_truncation",
+    "crystalformer_real_reci",
+    "lattice",
+    "pca_given_frames",
 )
 
 
 def marks_of(name, dtype):
     """The marks of a golden file in one precision."""
     marks = [NEEDS_FOLDER] if name in EXTRA_CASES else []
-    return [*marks, pytest.mark.slow] if name in LONG and dtype == np.float64 else marks
+    return [*marks, pytest.mark.slow] if name not in IN_FLOAT64 and dtype == np.float64 else marks
 
 
 PARAMETERS = [
