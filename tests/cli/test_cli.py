@@ -50,8 +50,9 @@ BAD_FILES = {
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory) -> dict[str, str]:
-    """A cache of these tests instead of the user's."""
+    """A cache of these tests instead of the user's, and programs as users compile them: they take hundreds of steps."""
     changes = {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cli-caches"))}
+    changes |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
     return {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | changes
 
 

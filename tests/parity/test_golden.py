@@ -108,8 +108,17 @@ def evaluate(config, variables, batch, loss_weights, frames):
     return output, blocks, gradients
 
 
-# Some are compiled as users do; the others without optimisation, in half the time.
-OPTIMISED_CASES = ("max", "max_full_size", "lightweight_forward_only", "crystalformer_real", "crystalformer_real_reci")
+# Some are compiled as users do; the others without optimisation, in half the time. Those named max to
+# max_official_truncation are one program.
+OPTIMISED_CASES = (
+    "max",
+    "max_large_cell",
+    "max_single_atom_cells",
+    "max_official_truncation",
+    "max_full_size",
+    "crystalformer_real",
+    "crystalformer_real_reci",
+)
 OPTIMISED = jax.jit(evaluate, static_argnums=0, compiler_options=AS_USERS_DO)
 PLAIN = jax.jit(evaluate, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
 
@@ -151,7 +160,7 @@ def run_case(name, dtype):
 NEEDS_FOLDER = pytest.mark.skipif(
     not os.environ.get(EXTRA_FOLDER), reason=f"{EXTRA_FOLDER} is unset: it names a folder with more golden files"
 )
-# In float64 too; the other variations in float64 are among the slow tests. The first four are one program.
+# In float64 too; the other variations in float64 are among the slow tests.
 IN_FLOAT64 = (
     "max",
     "max_large_cell",
