@@ -10,7 +10,4 @@ source scripts/environment.sh
 ruff check .
 ruff format --check .
 mypy
-# Most of the time is spent compiling, on one core: all but the programs that tests want optimized are compiled in haste.
-# As users compile them: JAX_DISABLE_MOST_OPTIMIZATIONS=0 scripts/test.sh
-export JAX_DISABLE_MOST_OPTIMIZATIONS=${JAX_DISABLE_MOST_OPTIMIZATIONS-1}
-python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+python -m pytest -n 2 --dist worksteal "$@"

@@ -1,14 +1,37 @@
 """Fixtures shared by the tests. Helper functions are in support.py, the float64 reference in brute_force.py."""
 
+import gc
 import importlib.util
 import os
+import shutil
 from pathlib import Path
 
-import jax
-import numpy as np
-import pytest
+# Most of the time is spent compiling. Programs are compiled in haste, but for those that tests want as users compile
+# them, and kept for all processes and the next run. As users compile all of them:
+# JAX_DISABLE_MOST_OPTIMIZATIONS=0 XLA_FLAGS= scripts/test.sh
+PROGRAMS = Path(__file__).parents[1] / ".pytest_cache" / "programs"
+MOST_BYTES = 2 * 10**9
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(PROGRAMS))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("CRYSTALFRAMER_COMPILATION_CACHE", "off")  # the user's folder is left alone
 
-os.environ.setdefault("CRYSTALFRAMER_COMPILATION_CACHE", "off")  # tests leave the user's folder alone
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+
+def pytest_configure(config):
+    """Empties the folder of compiled programs when it has grown too large; before other processes start."""
+    if not hasattr(config, "workerinput") and sum(file.stat().st_size for file in PROGRAMS.glob("*")) > MOST_BYTES:
+        shutil.rmtree(PROGRAMS)
+
+
+def pytest_collection_finish():
+    """Looks for garbage less often, and not among what was imported: that took an eighth of the time."""
+    gc.freeze()
+    gc.set_threshold(10_000)
 
 
 @pytest.fixture(params=[np.float32, np.float64], ids=["float32", "float64"])
@@ -30,6 +53,7 @@ def _programs_of_one_file_only():
     """Drops compiled programs after each file: a process with thousands of them runs out of memory maps and crashes."""
     yield
     jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
@@ -40,11 +64,3 @@ def script():
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module
-
-
-LONG_FILES = ("test_distributed", "test_interruptions", "test_training", "test_cli", "test_golden", "test_chunks")
-
-
-def pytest_collection_modifyitems(items):
-    """The files that take longest come first, so that the two processes of scripts/test.sh end together."""
-    items.sort(key=lambda item: not item.path.stem.startswith(LONG_FILES))

@@ -26,6 +26,15 @@ EXAMPLES = ROOT / "examples"
 GOLDEN = ROOT / "tests" / "golden"
 BUNDLED = Path(crystalframer_jax.__file__).parent / "data" / "bundled" / "mp_flla_2015.jsonl.gz"
 
+# Programs
+
+AS_USERS_DO = {  # options of jax.jit that undo the haste of conftest.py
+    "xla_backend_optimization_level": 3,
+    "xla_llvm_disable_expensive_passes": False,
+    "xla_backend_extra_options": "",
+}
+
+
 # Configurations
 
 

@@ -1,6 +1,7 @@
 """Tiny training runs, for the tests of training and of prediction."""
 
 import contextlib
+import functools
 import json
 import subprocess
 import sys
@@ -11,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 from small_sets import small_set
+from support import AS_USERS_DO
 
 from crystalframer_jax.config import TrainConfig, validate, validate_model
 from crystalframer_jax.configs import default
@@ -28,29 +29,20 @@ from crystalframer_jax.training.state import TrainState
 
 
 @contextlib.contextmanager
-def tiny_runs(compiled: Path, optimized: bool = False) -> Iterator[None]:
-    """Register the target set "small" (60 crystals), and keep compiled programs in a folder: runs share them.
+def tiny_runs(as_users_do: bool = False) -> Iterator[None]:
+    """Register the target set "small" (60 crystals). Training steps are compiled in haste, or as users compile them."""
+    make = loop.make_train_step
 
-    Programs are compiled in half the time if they need not be `optimized`.
-    """
+    def make_as_users_do(*args):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=AS_USERS_DO))
+            return make(*args)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(TARGET_SETS, "small", small_set())
-        changes = {
-            "jax_compilation_cache_dir": str(compiled),
-            "jax_persistent_cache_min_compile_time_secs": 0.0,
-            "jax_persistent_cache_min_entry_size_bytes": 0,
-        }
-        before = {name: getattr(jax.config, name) for name in changes}
-        for name, value in changes.items():
-            jax.config.update(name, value)
-        in_haste = jax.config.read("jax_disable_most_optimizations")
-        jax.config.update("jax_disable_most_optimizations", not optimized)
-        compilation_cache.reset_cache()
+        if as_users_do:
+            patch.setattr(loop, "make_train_step", make_as_users_do)
         yield
-        jax.config.update("jax_disable_most_optimizations", in_haste)
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
 
 
 def tiny_config(data_dir: Path, **changes) -> ConfigDict:
@@ -81,14 +73,13 @@ def assert_equal_trees(a, b) -> None:
 
 
 def start_training(config: ConfigDict, workdir: Path, *flags: str, seconds_per_step: float = 0.0) -> subprocess.Popen:
-    """scripts/train.py in a process of its own; compiled programs are kept beside `config.data_dir`."""
-    folder = Path(config.data_dir).parent
-    file = folder / f"{workdir.name}_config.py"
+    """scripts/train.py in a process of its own; its configuration is written beside `config.data_dir`."""
+    file = Path(config.data_dir).parent / f"{workdir.name}_config.py"
     file.write_text(
         "from ml_collections import ConfigDict\n\n\n"
         f"def get_config():\n    return ConfigDict({config.to_dict()!r}, convert_dict=False)\n"
     )
-    arguments = [str(folder.parent / "compiled"), str(seconds_per_step), f"--config={file}", f"--workdir={workdir}"]
+    arguments = [str(seconds_per_step), f"--config={file}", f"--workdir={workdir}"]
     return subprocess.Popen(
         [sys.executable, Path(__file__).parent / "train_tiny.py", *arguments, *flags],
         stdout=subprocess.PIPE,

@@ -1,9 +1,8 @@
 """scripts/train.py on the target set "small", in a process of its own, for tests that interrupt it.
 
-Arguments: a folder for compiled programs, the seconds by which every step is delayed, and those of scripts/train.py.
+Arguments: the seconds by which every step is delayed, and those of scripts/train.py.
 """
 
-import os
 import runpy
 import sys
 import time
@@ -30,10 +29,9 @@ def delayed(make, seconds: float):
 
 
 if __name__ == "__main__":
-    _, compiled, seconds, *arguments = sys.argv
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled
+    _, seconds, *arguments = sys.argv
     loop.make_train_step = delayed(loop.make_train_step, float(seconds))
     script = Path(__file__).parent.parent / "scripts" / "train.py"
     sys.argv = [str(script), *arguments]
-    with tiny_runs(Path(compiled)):
+    with tiny_runs():
         runpy.run_path(str(script), run_name="__main__")

@@ -51,9 +51,7 @@ def map_blocks(function: Callable[..., Any], rows: Rows, *per_atom: Any, stored:
     return results if stored is None else (results, stored)
 
 
-def over_columns(
-    step: Callable[[Rows, jax.Array, Any], Any], rows: Rows, start: Any, width: int | None = None
-) -> Any:
+def over_columns(step: Callable[[Rows, jax.Array, Any], Any], rows: Rows, start: Any, width: int | None = None) -> Any:
     """carry = step(some columns of the rows, number of the first, carry) until the longest row ends, nearest first.
 
     `width` is how many columns at once, see `width_of`; `count` of the columns is what remains of the rows.

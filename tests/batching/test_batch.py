@@ -7,7 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import atom_places, batch_of, primitive, random_crystal, random_variables, real_crystals, small_config
+from support import (
+    AS_USERS_DO,
+    atom_places,
+    batch_of,
+    primitive,
+    random_crystal,
+    random_variables,
+    real_crystals,
+    small_config,
+)
 
 from crystalframer_jax.batching.batch import fill_factors, pack, unpacked
 from crystalframer_jax.batching.shapes import (
@@ -57,7 +66,7 @@ def evaluate(variables, batch, weights):
     return predictions, gradients
 
 
-@jax.jit
+@functools.partial(jax.jit, compiler_options=AS_USERS_DO)  # unpacked inside or outside: the same bits
 def predict(variables, batch):
     return CrystalFramer(CONFIG).apply(variables, batch)[:, 0]
 

@@ -154,7 +154,7 @@ def test_chunks_hold_the_batches_in_order_and_are_cut_at_changes_of_shape_and_en
 @pytest.mark.slow
 def test_training_on_the_device_changes_no_bit(tmp_path):
     """Nor do validation, averaged weights and predictions."""
-    with tiny_runs(tmp_path / "compiled", optimized=True):
+    with tiny_runs(as_users_do=True):
         config = tiny_config(tmp_path / "data", norm_type="bn")
         for name, on_device in ("host", False), ("device", True):
             options = Options(on_device=on_device, steps_per_dispatch=2)

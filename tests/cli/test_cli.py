@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from forked_commands import run_commands
 from small_sets import literal_split, raw_records
 from support import ROOT
 
@@ -49,10 +50,9 @@ BAD_FILES = {
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory) -> dict[str, str]:
-    """Caches of these tests instead of the user's."""
-    folder = tmp_path_factory.mktemp("cli-caches")
-    compiled = tmp_path_factory.getbasetemp() / "compiled"
-    changes = {"XDG_CACHE_HOME": str(folder), "JAX_COMPILATION_CACHE_DIR": str(compiled)}
+    """A cache of these tests instead of the user's, and programs as users compile them: they take hundreds of steps."""
+    changes = {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cli-caches"))}
+    changes |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
     return {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | changes
 
 
@@ -154,25 +154,33 @@ def test_other_hyperparameters_in_the_same_directory_are_refused(run, environmen
     assert_one_error(process, "lr 0.0005 -> 0.1", str(run.workdir))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--config.n_epoch=3"], ["'n_epoch'", "'n_epochs'"]),
-        (["--config.n_epochs", "three"], ["n_epochs", "three"]),
-        (["--config.lr=fast"], ["lr", "fast"]),
-        (["--config.frame_method=maximal"], ["frame_method='maximal'", "'max'"]),
-        (["--config.targets=gap"], ["'gap'", "e_form", "e_above_hull"]),
-        (["--config=configs/nowhere.py"], ["configs/nowhere.py"]),
-        (["--epochs=3"], ["epochs"]),
-        (["--config.num_layers=1000000000"], ["num_layers=1000000000", "256"]),
-        (["--max_minutes=nan"], ["max_minutes", "not a number"]),
-    ],
-    ids=lambda value: " ".join(value),
-)
-def test_wrong_command_lines_of_training_are_told_in_one_line(environment, tmp_path, arguments, words):
-    workdir = tmp_path / "run"
-    process = script(environment, "train", "--config=configs/quickstart.py", f"--workdir={workdir}", *arguments)
-    assert_one_error(process, *words)
+WRONG = {  # what the error names by the arguments
+    "--config.n_epoch=3": ["'n_epoch'", "'n_epochs'"],
+    "--config.n_epochs three": ["n_epochs", "three"],
+    "--config.lr=fast": ["lr", "fast"],
+    "--config.frame_method=maximal": ["frame_method='maximal'", "'max'"],
+    "--config.targets=gap": ["'gap'", "e_form", "e_above_hull"],
+    "--config=configs/nowhere.py": ["configs/nowhere.py"],
+    "--epochs=3": ["epochs"],
+    "--config.num_layers=1000000000": ["num_layers=1000000000", "256"],
+    "--max_minutes=nan": ["max_minutes", "not a number"],
+}
+
+
+@pytest.fixture(scope="module")
+def wrong(run, environment, tmp_path_factory) -> dict[str, tuple[subprocess.CompletedProcess, Path]]:
+    """Results and run directories of the WRONG command lines; the fixture `run` has prepared the data."""
+    folder = tmp_path_factory.mktemp("wrong")
+    workdirs = [folder / f"run-{number}" for number in range(len(WRONG))]
+    lines = [(f"--workdir={workdir}", *words.split()) for words, workdir in zip(WRONG, workdirs, strict=True)]
+    commands = [("train", "--config=configs/quickstart.py", *line) for line in lines]
+    return dict(zip(WRONG, zip(run_commands(folder, environment, commands), workdirs, strict=True), strict=True))
+
+
+@pytest.mark.parametrize("arguments", WRONG)
+def test_wrong_command_lines_of_training_are_told_in_one_line(wrong, arguments):
+    process, workdir = wrong[arguments]
+    assert_one_error(process, *WRONG[arguments])
     assert not (workdir / "config.json").exists()
 
 

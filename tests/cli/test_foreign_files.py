@@ -69,7 +69,7 @@ CASES: dict[str, Callable[[Setting], object]] = {  # all take the folder `small`
 def run(tmp_path_factory):
     """A run directory and the checkpoint that it was imported from."""
     folder = tmp_path_factory.mktemp("imported")
-    with tiny_runs(tmp_path_factory.getbasetemp() / "compiled"), pytest.MonkeyPatch.context() as patch:
+    with tiny_runs(), pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         patch.setattr(prepare_cli, "TrainConfig", lambda: TrainConfig(cutoff_radius=4.0))
         file = tiny_file(folder)

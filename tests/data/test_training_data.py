@@ -16,7 +16,7 @@ from crystalframer_jax.training.start import train
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled(tmp_path_factory):
-    with tiny_runs(tmp_path_factory.mktemp("compiled")), pytest.MonkeyPatch.context() as patch:
+    with tiny_runs(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare_cli, "TrainConfig", lambda: TrainConfig(cutoff_radius=4.0))
         yield
 

@@ -40,9 +40,7 @@ BOTH = {"targets": "e_form,e_above_hull"}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Iterator[Path]:
-    compiled = tmp_path_factory.getbasetemp() / "compiled"
-    with tiny_runs(compiled), pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(compiled))  # the command lines use it instead of the user's
+    with tiny_runs():
         yield tmp_path_factory.mktemp("ensemble")
 
 

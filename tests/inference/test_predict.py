@@ -27,7 +27,7 @@ from crystalframer_jax.training.start import train
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Iterator[Path]:
-    with tiny_runs(tmp_path_factory.getbasetemp() / "compiled"):
+    with tiny_runs():
         yield tmp_path_factory.mktemp("predict")
 
 

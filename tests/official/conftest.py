@@ -10,7 +10,7 @@ from tiny import tiny_runs
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory) -> Iterator[None]:
     """Keeps compiled programs of runs on the target set "small"."""
-    with tiny_runs(tmp_path_factory.getbasetemp() / "compiled"):
+    with tiny_runs():
         yield
 
 

@@ -1,7 +1,4 @@
-"""Several processes of a training on this machine: how they start, and how all end when one fails or is lost.
-
-With arguments this file is one of the processes: CASE, its number, the port of process 0.
-"""
+"""Several processes of a training on this machine: how they start, and how all end when one fails or is lost."""
 
 import contextlib
 import os
@@ -14,71 +11,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
+from distributed_process import SECONDS
 from process_helpers import environment, free_port
 
 from crystalframer_jax.config import ConfigError, TrainConfig
-from crystalframer_jax.errors import UserError
 from crystalframer_jax.model.implementation import ImplementationError
-from crystalframer_jax.parallel.interruption import TrainingInterrupted
 from crystalframer_jax.parallel.processes import DistributedError, failing_together, start
 from crystalframer_jax.training import consensus
 from crystalframer_jax.training.consensus import agreed_implementation, check_alike
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 5
+PROCESS = ROOT / "tests" / "distributed_process.py"
 HOST = socket.gethostname()
 CONTINUES = "; the same command continues from the last checkpoint"
-# One of the processes
-
-
-def work(case: str, process: int, port: str) -> None:
-    """Take 10 steps together with the other process; CASE is what happens at the fifth, and to which process."""
-    start(f"127.0.0.1:{port}", 2, process)
-    with failing_together(SECONDS) as watchdog:
-        if case == f"early {process}":
-            raise UserError("too early; wait")
-        mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-        split, same = jax.P("data"), jax.P()
-        total = jax.jit(jax.shard_map(lambda x: jax.lax.psum(x, "data"), mesh=mesh, in_specs=split, out_specs=same))
-        ones = np.ones(2, np.float32)
-        x = jax.make_array_from_callback((2,), jax.NamedSharding(mesh, split), lambda index: ones[index])
-        for step in range(10):
-            if step == 5:
-                print("step 5", flush=True)
-                happen(case, process)
-            watchdog.report(f"step {step}")
-            assert float(total(x)[0]) == 2
-            time.sleep(0.2)  # for a heartbeat to tell of a step, not of the start
-        time.sleep(2 * (process == 0))
-    print("end", flush=True)
-
-
-def happen(case: str, process: int) -> None:
-    what, _, whom = case.partition(" ")
-    if whom and int(whom) != process:
-        return
-    match what:
-        case "error":
-            raise UserError("the fifth step is wrong; mend it")
-        case "bug":
-            raise ZeroDivisionError("a bug")
-        case "exit":
-            sys.exit("error: left")
-        case "ctrl-c":
-            raise KeyboardInterrupt
-        case "killed":
-            os.kill(os.getpid(), signal.SIGKILL)
-        case "halted":
-            os.kill(os.getpid(), signal.SIGSTOP)
-        case "stuck":
-            time.sleep(600)
-        case "suspended":
-            time.sleep(2)
-        case "interrupted":
-            raise TrainingInterrupted("stopped by SIGTERM")
-
 
 # Starting them
 
@@ -91,7 +37,7 @@ def pairs(*cases: str) -> Iterator[dict[str, list[subprocess.Popen]]]:
     try:
         for case in cases:
             port = str(free_port())
-            commands = [[sys.executable, __file__, case, str(process), port] for process in range(2)]
+            commands = [[sys.executable, PROCESS, case, str(process), port] for process in range(2)]
             running[case] = [
                 subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=pipe, stderr=pipe, text=True)
                 for command in commands
@@ -273,7 +219,3 @@ def test_distributed_job_for_slurm_starts_the_processes(tmp_path):
     run = subprocess.run(script, env=variables | {"SLURM_SUBMIT_DIR": str(ROOT)}, capture_output=True, text=True)
     arguments = f"{ROOT} --kill-on-bad-exit=1 python scripts/train.py --distributed --config=a b.py --workdir=w\n"
     assert (run.returncode, run.stdout) == (0, arguments), run.stderr
-
-
-if __name__ == "__main__":
-    work(sys.argv[1], int(sys.argv[2]), sys.argv[3])

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import atom_places, batch_of, config_from_official
+from support import AS_USERS_DO, atom_places, batch_of, config_from_official
 
 from crystalframer_jax.batching.shapes import BatchShape
 from crystalframer_jax.model.regressor import CrystalFramer
@@ -108,10 +108,18 @@ def evaluate(config, variables, batch, loss_weights, frames):
     return output, blocks, gradients
 
 
-# Some are compiled as users do; the others without optimisation, in half the time.
-AS_USERS_DO = ("max", "max_full_size", "lightweight_forward_only", "crystalformer_real", "crystalformer_real_reci")
-FULLY = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
-OPTIMISED = jax.jit(evaluate, static_argnums=0, compiler_options=FULLY)
+# Some are compiled as users do; the others without optimisation, in half the time. Those named max to
+# max_official_truncation are one program.
+OPTIMISED_CASES = (
+    "max",
+    "max_large_cell",
+    "max_single_atom_cells",
+    "max_official_truncation",
+    "max_full_size",
+    "crystalformer_real",
+    "crystalformer_real_reci",
+)
+OPTIMISED = jax.jit(evaluate, static_argnums=0, compiler_options=AS_USERS_DO)
 PLAIN = jax.jit(evaluate, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
 
 
@@ -130,7 +138,7 @@ def run_case(name, dtype):
     weights[: len(golden["sizes"])] = golden.get("loss_weights", 1)
     with jax.enable_x64(dtype == np.float64):
         variables = jax.tree.map(lambda x: np.asarray(x, dtype), variables_from_official(state, config))
-        compiled = OPTIMISED if dtype == np.float32 and name in AS_USERS_DO else PLAIN
+        compiled = OPTIMISED if dtype == np.float32 and name in OPTIMISED_CASES else PLAIN
         results = compiled(config, variables, batch, weights, frames)
         output, blocks, gradients = jax.tree.map(np.asarray, results)
     attention = [blocks[f"block_{block}"]["attention"] for block in range(config.num_layers)]
@@ -152,22 +160,22 @@ def run_case(name, dtype):
 NEEDS_FOLDER = pytest.mark.skipif(
     not os.environ.get(EXTRA_FOLDER), reason=f"{EXTRA_FOLDER} is unset: it names a folder with more golden files"
 )
-# Variations of "max" that take long to compile: in float64 among the slow tests.
-LONG = (
-    "lightweight_forward_only",
-    "max_cos_abs",
-    "max_full_size",
-    "max_gelu",
-    "max_pool_max",
-    "max_prepool_relu_two_targets",
-    "max_scales_per_block",
+# In float64 too; the other variations in float64 are among the slow tests.
+IN_FLOAT64 = (
+    "max",
+    "max_large_cell",
+    "max_single_atom_cells",
+    "max_official_truncation",
+    "crystalformer_real_reci",
+    "lattice",
+    "pca_given_frames",
 )
 
 
 def marks_of(name, dtype):
     """The marks of a golden file in one precision."""
     marks = [NEEDS_FOLDER] if name in EXTRA_CASES else []
-    return [*marks, pytest.mark.slow] if name in LONG and dtype == np.float64 else marks
+    return [*marks, pytest.mark.slow] if name not in IN_FLOAT64 and dtype == np.float64 else marks
 
 
 PARAMETERS = [

@@ -25,7 +25,7 @@ SINGLE, FOUR = Options(on_device=True, steps_per_dispatch=1), Options(on_device=
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Iterator[Path]:
     """Where the runs of this file are, with the setting that they need."""
-    with tiny_runs(tmp_path_factory.getbasetemp() / "compiled", optimized=True):  # as users do: to the bit
+    with tiny_runs(as_users_do=True):
         yield tmp_path_factory.mktemp("chunks")
 
 

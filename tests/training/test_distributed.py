@@ -40,7 +40,7 @@ def eight_devices(tmp_path_factory):
     before = jax.config.jax_num_cpu_devices
     with_new_devices(8)
     assert len(jax.devices()) == 8
-    with tiny_runs(tmp_path_factory.mktemp("compiled")):
+    with tiny_runs():
         yield
     with_new_devices(before)
 

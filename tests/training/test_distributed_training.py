@@ -20,10 +20,8 @@ SECONDS = 20
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Compiled programs are kept in a folder beside this one."""
-    folder = tmp_path_factory.mktemp("distributed")
-    with tiny_runs(folder.parent / "compiled"):
-        yield folder
+    with tiny_runs():
+        yield tmp_path_factory.mktemp("distributed")
 
 
 @pytest.fixture
@@ -38,7 +36,7 @@ class Processes:
     def __init__(self, monkeypatch, config, workdir: Path, number: int, devices: int, seconds_per_step: float = 0.0):
         for name in set(os.environ) - set(environment()):
             monkeypatch.delenv(name)
-        monkeypatch.setenv("XLA_FLAGS", f"--xla_force_host_platform_device_count={devices}")
+        monkeypatch.setenv("XLA_FLAGS", environment(devices)["XLA_FLAGS"])
         together = [f"--coordinator_address=127.0.0.1:{free_port()}", f"--num_processes={number}"]
         self.all = [
             start_training(

@@ -54,7 +54,7 @@ NAMES = [pytest.param(name, marks=pytest.mark.slow) if "BatchNorm" not in name e
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Iterator[Path]:
     """Where the runs of this file are, with the setting that they need."""
-    with tiny_runs(tmp_path_factory.getbasetemp() / "compiled"):
+    with tiny_runs():
         yield tmp_path_factory.mktemp("options")
 
 
