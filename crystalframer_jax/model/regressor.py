@@ -92,6 +92,7 @@ class CrystalFramer(nn.Module):
         config, number_of_blocks, period = self.config, self.config.num_layers, self.config.period_of_blocks
         names = [f"block_{number}" for number in range(number_of_blocks)]
         dropout_key = self.make_rng("dropout") if train and config.dropout else None
+        frames_of_blocks = [None] * number_of_blocks if given_frames is None else given_frames
 
         def block(number: int, **others: Any) -> EncoderBlock:
             return EncoderBlock(config, number, self.implementation, self.axis, **others)
@@ -104,27 +105,25 @@ class CrystalFramer(nn.Module):
 
         asks_for_each = self.is_initializing() or self.is_mutable_collection("intermediates")
         if asks_for_each or period == number_of_blocks:
-            for number, name in enumerate(names):
-                frames = None if given_frames is None else given_frames[number]
+            for number, (name, frames) in enumerate(zip(names, frames_of_blocks, strict=True)):
                 x = block(number, name=name)(x, batch, **given(number, frames))
             return x
 
-        def one_turn(x: jax.Array, of_blocks: Any) -> tuple[jax.Array, list[Any]]:
+        def one_turn(x: jax.Array, of_turn: tuple) -> tuple[jax.Array, list[Any]]:
             updates = []
-            for place in range(period):
-                variables, number, frames = jax.tree.map(operator.itemgetter(place), of_blocks)
+            for place, (variables, number, frames) in enumerate(zip(*of_turn, strict=True)):
                 x, update = block(place, parent=None).apply(
                     variables, x, batch, mutable=["calibration"] if calibrate else [], **given(number, frames)
                 )
                 updates.append(update)
             return x, updates
 
+        def by_place(values: Sequence[Any]) -> list[Any]:
+            """Stacks what belongs to the blocks of the same place in every turn."""
+            return [jax.tree.map(lambda *x: jnp.stack(x), *values[place::period]) for place in range(period)]
+
         variables = [{kind: found[name] for kind, found in self.variables.items() if name in found} for name in names]
-        stacked = jax.tree.map(lambda *x: jnp.stack(x), *variables)
-        frames = None if given_frames is None else jnp.stack(given_frames)
-        turns = jax.tree.map(
-            lambda x: x.reshape(-1, period, *x.shape[1:]), (stacked, jnp.arange(number_of_blocks), frames)
-        )
+        turns = by_place(variables), by_place(range(number_of_blocks)), by_place(frames_of_blocks)
         x, updates = jax.lax.scan(one_turn, x, turns)
         for number, name in enumerate(names):
             turn, place = divmod(number, period)
