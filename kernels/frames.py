@@ -49,20 +49,14 @@ class Found(NamedTuple):
 
 
 def max_frames(
-    q: jax.Array,
-    k: jax.Array,
-    a: jax.Array,
-    rows: Rows,
-    tie_tolerance: float,
-    seeds: jax.Array | None,
-    seeing: Attention | None,
+    scores: Attention, rows: Rows, tie_tolerance: float, seeds: jax.Array | None, seeing: Attention | None
 ) -> jax.Array:
     """What crystalframer_jax.ops.frames.max_frames returns, by a kernel: [N, H, 3, 3]."""
-    is_own = seeing is not None and all(x is y for x, y in zip(seeing, (q, k, a), strict=True))
+    q, k, a = scores
     seeds = None if seeing is not None else seeds
     kernel = functools.partial(frames_kernel, tie_tolerance, seeing is not None)
     shape = jax.ShapeDtypeStruct((*a.shape, 3, 3), q.dtype)
-    return run(kernel, a.size, shape, Inputs(q, k, None, a, rows, None, seeds), None if is_own else seeing)
+    return run(kernel, a.size, shape, Inputs(q, k, None, a, rows, None, seeds), None if seeing is scores else seeing)
 
 
 def frames_kernel(

@@ -33,6 +33,7 @@ def block_frames(
     max_static frames, see `framed_attention` for `implementation`.
     """
     own = Attention(*jax.lax.stop_gradient((q, k, a)))
+    static = frames.static_attention(own.a)
     chosen_by = own if attention is None else jax.lax.stop_gradient(attention)
     seeing = None if seeds is not None else chosen_by
 
@@ -40,21 +41,17 @@ def block_frames(
         shapes = scores.q.shape[1:], None if seeing is None else seeing.q.shape[1:]
         check = functools.partial(_check_kernels, tie_tolerance, *shapes, q.dtype)
         taken = kernels if uses_kernels(implementation, "frames", check) else frames
-        return taken.max_frames(*scores, batch.rows, tie_tolerance, seeds, seeing)
+        return taken.max_frames(scores, batch.rows, tie_tolerance, seeds, seeing)
 
     if method == "max":
         found = max_frames(own)
     elif method == "max_static":
-        found = max_frames(frames.static_attention(own.a))
-    elif method == "weighted_pca":
-        axes = frames.weighted_pca_axes(*own, batch.rows)
-        found = frames.pca_frames(*axes, max_frames(frames.static_attention(own.a)), tie_tolerance, seeds)
-    elif method == "pca" and seeds is not None:
-        anchors = max_frames(frames.static_attention(own.a))
-        found = frames.pca_frames(*frames.pca_axes(batch), anchors, tie_tolerance, seeds)
-    elif method == "pca":  # whose axes do not turn with a site: what counts is what the final frames see
-        static, axes = frames.static_attention(own.a), frames.pca_axes(batch)
-        found = frames.max_frames(*static, batch.rows, tie_tolerance, None, seeing, axes)
+        found = max_frames(static)
+    elif method == "pca" and seeds is None:  # whose axes do not turn with a site: what counts is what the frames see
+        found = frames.max_frames(static, batch.rows, tie_tolerance, None, seeing, frames.pca_axes(batch))
+    elif method in ("weighted_pca", "pca"):
+        axes = frames.pca_axes(batch) if method == "pca" else frames.weighted_pca_axes(*own, batch.rows)
+        found = frames.pca_frames(*axes, max_frames(static), tie_tolerance, seeds)
     elif method == "lattice":
         found = frames.lattice_frames(batch, seeds, seeing)
     else:
@@ -70,17 +67,21 @@ def _check_kernels(
 
     Ties are drawn, or chosen by the attention of the scores and by another of queries [N, *seen_shape].
     """
-    q, k, a, *other = check_arrays(dtype, q_shape, q_shape, q_shape[:1], *[seen_shape or q_shape] * 2)
+    q, k, a, seen_q, seen_k = check_arrays(dtype, q_shape, q_shape, q_shape[:1], *[seen_shape or q_shape] * 2)
     a = -np.abs(a)
-    alike = (np.ones_like(q), np.ones_like(k), np.full_like(a, -0.25)), check_rows(dtype, on_grid=True)
-    inputs: tuple = ((q, k, a), check_rows(dtype), None), (*alike, None), (*alike, (*other, a))
+    alike = Attention(np.ones_like(q), np.ones_like(k), np.full_like(a, -0.25)), check_rows(dtype, on_grid=True)
+    inputs: tuple = (
+        (Attention(q, k, a), check_rows(dtype), None),
+        (*alike, None),
+        (*alike, Attention(seen_q, seen_k, a)),
+    )
     seeds: Any = np.arange(a.size, dtype=np.uint32).reshape(a.shape) if seen_shape is None else None
 
     def found(max_frames: Callable[..., jax.Array], *inputs: Any) -> list[jax.Array]:
         results = []
         for scores, rows, other in inputs:
-            seeing = Attention(*(other or scores)) if seeds is None else None
-            results.append(max_frames(*scores, rows, tie_tolerance, seeds, seeing))
+            seeing = None if seeds is not None else other or scores
+            results.append(max_frames(scores, rows, tie_tolerance, seeds, seeing))
         return results
 
     return difference(found, kernels.max_frames, frames.max_frames, inputs[: 2 if seen_shape is None else 3], dtype)

@@ -28,9 +28,7 @@ class Attention(NamedTuple):
 
 
 def max_frames(
-    q: jax.Array,
-    k: jax.Array,
-    a: jax.Array,
+    scores: Attention,
     rows: Rows,
     tie_tolerance: float,
     seeds: jax.Array | None,
@@ -41,11 +39,11 @@ def max_frames(
 
     e1 points to the neighbor with the largest attention logit; e2 to the one with the largest
     logit + log(1 - |e1 . u|), made orthogonal to e1; e3 = e1 x e2. Neighbors within `tie_tolerance` of the best score
-    are ties: drawn by `seeds` [N, H] or, without, chosen by the weights of the attention `seeing`, see ops/ties.py.
-    q, k [N, H, d_k]; a [N, H] in 1/Å^2. Given eigenvalues [N, 1, 3] and axes [N, 1, 3, 3], the frames of these that
+    are ties: drawn by `seeds` [N, H] or, without, chosen by the weights of the attention `seeing`, see ops/ties.py;
+    it may be the object `scores` itself. Given eigenvalues [N, 1, 3] and axes [N, 1, 3, 3], the frames of these that
     max frames settle are chosen and returned, see `pca_frames`.
     """
-    is_own = seeing is not None and all(mine is seen for mine, seen in zip((q, k, a), seeing, strict=True))
+    k, is_own = scores.k, seeing is scores
 
     def block(
         rows: Rows, q: jax.Array, a: jax.Array, seeds: jax.Array | None, of_rows: Any, anchored: Any
@@ -57,12 +55,12 @@ def max_frames(
             values, axes = (x[row // q.shape[1], 0] for x in anchored)
             return pca_frames(values, axes, frames, tie_tolerance, None)
 
-        scores = ties.scores_of(rows, a, lambda rows, _: _logits_of_others(q, k, a, rows))
-        first = ties.best_of(rows, scores, tie_tolerance, seeds)
+        found = ties.scores_of(rows, a, lambda rows, _: _logits_of_others(q, k, a, rows))
+        first = ties.best_of(rows, found, tie_tolerance, seeds)
 
         def of_seconds(rows: Rows, number: jax.Array) -> jax.Array:
             cosine = jnp.einsum("nhx,nmx->nhm", first.direction, directions(rows), precision=EXACT)
-            return ties.second_scores(scores.of[number], cosine)
+            return ties.second_scores(found.of[number], cosine)
 
         second = ties.best_of(
             rows, ties.scores_of(rows, a, of_seconds), tie_tolerance, None if seeds is None else mix(seeds)
@@ -74,16 +72,16 @@ def max_frames(
         several = (first.number > 1) | (second.number > 1)
 
         def choose() -> jax.Array:
-            logits = scores
+            logits = found
             if not is_own:
                 logits = ties.scores_of(
                     rows, a, lambda rows, _: _logits_of_others(of_rows[0], seeing.k, of_rows[1], rows)
                 )
-            return ties.choose(rows, scores, jnp.where(several, first.tied, 0), logits, tie_tolerance, frames, final)
+            return ties.choose(rows, found, jnp.where(several, first.tied, 0), logits, tie_tolerance, frames, final)
 
         return jax.lax.cond(jnp.any(several), choose, lambda: frames)
 
-    return map_blocks(block, in_words(rows), q, a, seeds, seeing and (seeing.q, seeing.a), anchored)
+    return map_blocks(block, in_words(rows), scores.q, scores.a, seeds, seeing and (seeing.q, seeing.a), anchored)
 
 
 def static_attention(a: jax.Array) -> Attention:

@@ -110,7 +110,8 @@ def assert_choice(found, scores, seeing, rows, tolerance=TIE_TOLERANCE, dtype=np
 @functools.cache
 def compiled(kind, is_own):
     def frames(q, k, a, rows, tolerance, seeing):
-        return MAX_FRAMES[kind](q, k, a, rows, tolerance, None, Attention(q, k, a) if is_own else Attention(*seeing))
+        scores = Attention(q, k, a)
+        return MAX_FRAMES[kind](scores, rows, tolerance, None, scores if is_own else Attention(*seeing))
 
     return jax.jit(frames, static_argnums=4)
 

@@ -27,7 +27,6 @@ from crystalframer_jax.model.frames import block_frames
 from crystalframer_jax.model.implementation import KernelWarning
 from crystalframer_jax.model.regressor import CrystalFramer
 from crystalframer_jax.ops.basis import AngleBasis, Bases, DistanceBasis
-from crystalframer_jax.ops.frames import Attention
 
 IMPLEMENTATIONS = ("xla", "pallas")
 TOLERANCE = {np.float32: 1e-5, np.float64: 1e-11}  # of sums and gradients, relative to the largest
@@ -408,16 +407,16 @@ def test_the_check_in_float64_with_dropout(monkeypatch):
     assert "differ" in attention._check.__wrapped__(*options)
 
 
-def other_ties(by_kernel, q, k, a, rows, tie_tolerance, seeds, seeing):
-    return by_kernel(q, k, a, rows, 0.3, seeds, seeing)
+def other_ties(by_kernel, scores, rows, tie_tolerance, seeds, seeing):
+    return by_kernel(scores, rows, 0.3, seeds, seeing)
 
 
-def no_choice(by_kernel, q, k, a, rows, tie_tolerance, seeds, seeing):
-    return by_kernel(q, k, a, rows, tie_tolerance, seeds, None)
+def no_choice(by_kernel, scores, rows, tie_tolerance, seeds, seeing):
+    return by_kernel(scores, rows, tie_tolerance, seeds, None)
 
 
-def own_attention(by_kernel, q, k, a, rows, tie_tolerance, seeds, seeing):
-    return by_kernel(q, k, a, rows, tie_tolerance, seeds, seeing and Attention(q, k, a))
+def own_attention(by_kernel, scores, rows, tie_tolerance, seeds, seeing):
+    return by_kernel(scores, rows, tie_tolerance, seeds, seeing and scores)
 
 
 @pytest.mark.parametrize(("seen_shape", "defects"), [(None, [other_ties]), ((2, 5), [no_choice, own_attention])])

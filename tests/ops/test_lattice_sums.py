@@ -393,7 +393,7 @@ def test_what_is_dropped_does_not_depend_on_the_places_in_a_batch(dtype):
         values = lattice_sums(SumOptions(BASES["neither"], dropout=0.4), q, k, v, a, batch.rows, None, seeds)[0]
         order = np.lexsort((batch.atom_in_crystal, np.array([*places, 99, 99])[batch.crystal_of_atom]))[:14]
         shares.append(np.asarray(values)[order])
-        dropped = np.asarray(thinned(np.ones((len(batch.species), 64), dtype), seeds[:, :1], 0.4))
+        dropped = np.asarray(thinned(np.ones((len(batch.species), 64), dtype), seeds[:, :1], 0.4))[order]
         assert np.mean(dropped == 0) == pytest.approx(0.4, abs=0.05) and dropped.mean() == pytest.approx(1, abs=0.1)
     np.testing.assert_allclose(*shares, rtol=1e-5)
     assert shares[0].std() > 0.01
