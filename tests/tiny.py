@@ -29,13 +29,20 @@ from crystalframer_jax.training.state import TrainState
 
 
 @contextlib.contextmanager
+def jit_as_users_do() -> Iterator[None]:
+    """Functions that are jitted meanwhile are compiled as users compile them; none may be called by another."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=AS_USERS_DO))
+        yield
+
+
+@contextlib.contextmanager
 def tiny_runs(as_users_do: bool = False) -> Iterator[None]:
     """Register the target set "small" (60 crystals). Training steps are compiled in haste, or as users compile them."""
     make = loop.make_train_step
 
     def make_as_users_do(*args):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=AS_USERS_DO))
+        with jit_as_users_do():
             return make(*args)
 
     with pytest.MonkeyPatch.context() as patch:

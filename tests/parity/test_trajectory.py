@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import assert_equal_trees
+from tiny import assert_equal_trees, jit_as_users_do
 
 from crystalframer_jax.batching.batch import pack
 from crystalframer_jax.batching.shapes import shape_for
@@ -80,7 +80,8 @@ def followed(precision: str) -> Trajectory:
     calibration = jax.tree.map(np.asarray, calibrate(variables, batches[0])["calibration"])
     params = variables["params"]
     state = new_state(recipe, params, jax.tree.map(jnp.asarray, calibration), {})
-    step = make_train_step(recipe, make_loss(model, recipe, predictor.targets, jax.random.key(0)))
+    with jit_as_users_do():  # compiled in haste, thirty steps would take longer than this compilation
+        step = make_train_step(recipe, make_loss(model, recipe, predictor.targets, jax.random.key(0)))
     results, after = [], []
     for batch in batches:
         state, result = step(state, batch)
