@@ -12,6 +12,7 @@ COLUMNS: dict[str, tuple[str, str, float]] = {
     "crystals_per_s": ("crystals/s", ",.1f", 1),
     "atoms_per_s": ("atoms/s", ",.0f", 1),
     "compile_s": ("compile s", ".1f", 1),
+    "compile_per_run": ("compile/run", ".0f", 1),
     "memory_bytes": ("MB", ",.0f", 1e6),
     "memory_bytes_per_crystal": ("MB/crystal", ",.2f", 1e6),
     "memory_bytes_per_atom": ("kB/atom", ",.1f", 1e3),
@@ -22,7 +23,15 @@ SHARES_OF_ONE = ("filled", "share_of_floor", "efficiency", "efficiency_of_cores"
 
 # The entries that tables show.
 NAMES = ("case", "variant", "implementation")
-SPEED = ("rounds", "median_s", "crystals_per_s", "atoms_per_s", "ratio_to_crystalformer", "compile_s")
+SPEED = (
+    "rounds",
+    "median_s",
+    "crystals_per_s",
+    "atoms_per_s",
+    "ratio_to_crystalformer",
+    "compile_s",
+    "compile_per_run",
+)
 COST = ("memory_bytes", "memory_bytes_per_crystal", "memory_bytes_per_atom", "floor_s", "share_of_floor")
 CASES = ("case", "crystals", "atoms", "neighbors_per_atom", "atoms_filled", "neighbors_filled", "columns_filled")
 SLOPES = ("measure", "variant", "implementation", "atoms", "slope")
@@ -73,7 +82,7 @@ def print_models(results: Record) -> None:
         chosen = [record for record in results["measurements"] if record["measure"] == measure]
         if chosen:
             to_xla = ["ratio_to_xla"] * any(record["implementation"] != "xla" for record in chosen)
-            show(measure, [*NAMES, *SPEED, *COST, *to_xla], chosen, "{case} {variant} {implementation}")
+            show(measure, [*NAMES, *SPEED, *COMPILING, *COST, *to_xla], chosen, "{case} {variant} {implementation}")
     if results["atoms"]:
         show("growth with the number of atoms: time ~ atoms^p", SLOPES, results["atoms"])
 

@@ -52,6 +52,7 @@ class Timing:
             "median_s": self.median,
             "crystals_per_s": quotient(crystals, self.median),
             "compile_s": self.compile_seconds,
+            "compile_per_run": quotient(self.compile_seconds, self.median),
             "memory_bytes": self.memory_bytes,
             "failure": self.failure,
         }
