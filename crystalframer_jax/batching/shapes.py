@@ -166,10 +166,8 @@ def _standard(needed: Sequence[BatchShape], parts: BatchParts) -> BatchShape:
     def most(name: str) -> int:
         return max(getattr(shape, name) for shape in needed)
 
-    row_length, num_crystals = (
-        _doubled(REQUEST_ROW, most("row_length")),
-        _doubled(REQUEST_CRYSTALS, most("num_crystals")),
-    )
+    row_length = _doubled(REQUEST_ROW, most("row_length"))
+    num_crystals = _doubled(REQUEST_CRYSTALS, most("num_crystals"))
     cell_length = _doubled(REQUEST_CELL, most("cell_length")) if parts.cells else 0
     num_atoms, num_edges = next((size for size in REQUEST_ATOMS if size >= most("num_atoms")), 0), 0
     if not num_atoms:

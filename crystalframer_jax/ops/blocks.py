@@ -60,11 +60,8 @@ def over_columns(step: Callable[[Rows, jax.Array, Any], Any], rows: Rows, start:
 
     def turn(number: jax.Array, carry: Any) -> Any:
         first = number * width
-        columns = {
-            name: jax.lax.dynamic_slice_in_dim(getattr(rows, name), first, width, axis=1)
-            for name in ("index", "vector", "reverse")
-        }
-        return step(dataclasses.replace(rows, count=rows.count - first, **columns), first, carry)
+        columns = _with_columns(rows, lambda x: jax.lax.dynamic_slice_in_dim(x, first, width, axis=1))
+        return step(dataclasses.replace(columns, count=rows.count - first), first, carry)
 
     return jax.lax.fori_loop(jnp.int32(0), -(-jnp.max(rows.count) // width), turn, start)
 
@@ -72,12 +69,13 @@ def over_columns(step: Callable[[Rows, jax.Array, Any], Any], rows: Rows, start:
 def in_words(rows: Rows) -> Rows:
     """The rows with as many columns as whole words have bits."""
     extra = -rows.index.shape[1] % WORD
-    columns = {
-        name: jnp.pad(x, ((0, 0), (0, extra)) + ((0, 0),) * (x.ndim - 2))
-        for name in ("index", "vector", "reverse")
-        for x in [getattr(rows, name)]
-    }
-    return dataclasses.replace(rows, **columns) if extra else rows
+    return _with_columns(rows, lambda x: jnp.pad(x, ((0, 0), (0, extra), *((0, 0),) * (x.ndim - 2)))) if extra else rows
+
+
+def _with_columns(rows: Rows, change: Callable[[jax.Array], jax.Array]) -> Rows:
+    """The rows with their columns changed by a function of arrays [n, M, ...]."""
+    changed = {name: change(getattr(rows, name)) for name in ("index", "vector", "reverse")}
+    return dataclasses.replace(rows, **changed)
 
 
 def directions(rows: Rows) -> jax.Array:

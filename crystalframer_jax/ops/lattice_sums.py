@@ -15,6 +15,7 @@ from crystalframer_jax.batching.batch import Rows
 from crystalframer_jax.ops.basis import EXACT, AngleBasis, Bases
 from crystalframer_jax.ops.blocks import (
     attention_logits,
+    directions,
     exp_relative,
     gathered_dots,
     gathered_sum,
@@ -78,7 +79,7 @@ def _forward(options, q, k, v, a, rows, frames, seeds):
                 dist_sum = jnp.einsum("nhm,nmt->nht", weights, bases.distance(distance), precision=EXACT)
             angle_sum = jnp.zeros((*a.shape, 3, 0), q.dtype)
             if bases.angle:
-                cosine = _cosines(bases.angle, rows, distance, frames)
+                cosine = _cosines(bases.angle, rows, frames)
                 of_others = jnp.broadcast_to(_without_self(weights, distance)[:, :, None], cosine.shape)
                 angle_sum = bases.angle.weighted_sum(cosine, of_others)
             return gathered_sum(weights, v, rows), dist_sum, angle_sum
@@ -112,7 +113,7 @@ def _backward(options, residuals, gradients):
                 basis = bases.distance(distance)
                 weight_grad += jnp.einsum("nht,nmt->nhm", dist_grad, basis, precision=EXACT)
             if bases.angle:
-                from_angles = bases.angle.combination(_cosines(bases.angle, rows, distance, frames), angle_grad)
+                from_angles = bases.angle.combination(_cosines(bases.angle, rows, frames), angle_grad)
                 weight_grad += _without_self(from_angles, distance)
             summed_weights = weights
             if seeds is not None:
@@ -168,7 +169,6 @@ def _without_self(x: jax.Array, distance: jax.Array) -> jax.Array:
     return jnp.where((distance > 0)[:, None, :], x, 0)
 
 
-def _cosines(angle: AngleBasis, rows: Rows, distance: jax.Array, frames: jax.Array) -> jax.Array:
+def _cosines(angle: AngleBasis, rows: Rows, frames: jax.Array) -> jax.Array:
     """Argument of the angle basis: e . u (or its modulus) for each frame axis, [n, H, 3, M]."""
-    unit = rows.vector / jnp.where(distance > 0, distance, 1)[..., None]
-    return angle.argument(jnp.einsum("nhed,nmd->nhem", frames, unit, precision=EXACT))
+    return angle.argument(jnp.einsum("nhed,nmd->nhem", frames, directions(rows), precision=EXACT))
