@@ -79,7 +79,9 @@ class SelfAttention(nn.Module):
                 rho = 1 / rho if domain == "RECI" else rho
                 a = -rho * config.reciprocal_scale_of_block(self.block) ** 2 / 2  # Å^2
                 waves = WaveVectors(config.lattice_range)
-                outputs.append(reciprocal_attention(*qkv, a, batch.cells, waves, **drops))
+                outputs.append(
+                    qkv[2] if self.is_initializing() else reciprocal_attention(*qkv, a, batch.cells, waves, **drops)
+                )
             exponents.append(a)
         self.sow("intermediates", "a", jnp.concatenate(exponents, axis=1))
         output = jnp.concatenate(outputs, axis=1).reshape(-1, heads * v_dim)
@@ -91,7 +93,7 @@ class SelfAttention(nn.Module):
         """Attention in real space, with frames if there is an angle basis: [N, H, d_v]; a in 1/Å^2."""
         q, k, v, a = qkva
         config, bases = self.config, value_bases(self.config, self.block)
-        if frames is None and bases.angle:
+        if frames is None and bases.angle and not self.is_initializing():
             draws = None
             if frame_keys is not None:
                 draws = row_seeds(frame_keys, batch.crystal_of_atom, batch.atom_in_crystal, q.shape[1])
@@ -105,6 +107,8 @@ class SelfAttention(nn.Module):
             dist_coef=config.value_pe_dist_coef,
             angle_coef=config.value_pe_angle_coef,
         )
+        if self.is_initializing():  # no weight depends on the sums, which take long to trace and to compile
+            return v
         return framed_attention(q, k, v, a, batch.rows, frames, encoding, self.implementation, **drops)
 
     def _width_logits(self, x: jax.Array, q: jax.Array, batch: Batch, calibrate: bool) -> jax.Array:
