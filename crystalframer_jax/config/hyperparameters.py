@@ -198,8 +198,10 @@ class TrainConfig(ModelKeys, PredictionKeys):
     frozen_layers: str = key("", change=IF_ASKED, official=False)  # layers that are not trained: "embedding,block_0"
 
     # Optimizer
-    optimizer: str = key("adamw", values=("adamw", "adam", "sgd"))
+    optimizer: str = key("adamw", values=("adamw", "adam", "sgd", "muon"))
     lr: float = key(5e-4, ">0", change=IF_ASKED)
+    # batch_size that lr is for: with another, lr is multiplied by the root of their quotient; 0: it is taken as it is
+    lr_batch_size: int = key(0, ">=0", most=100_000, change=IF_ASKED, official=False)
     lr_sch: str = key(
         "inverse_sqrt_nowarmup",
         values=(
@@ -210,10 +212,11 @@ class TrainConfig(ModelKeys, PredictionKeys):
             "inverse_sqrt_warmup_lrmax",
             "multistep",
             "cosine",
+            "linear",
         ),
         change=IF_ASKED,
     )
-    # steps: of the decay, of the warm-up, or of each drop (multistep)
+    # steps: of the decay, of the warm-up (cosine, linear: below 1 a share of all steps), or of each drop (multistep)
     sch_params: tuple[float, ...] = key((4000.0,), change=IF_ASKED)
     adam_betas: tuple[float, ...] = key((0.9, 0.98), change=IF_ASKED)
     momentum: float = key(0.9, ">=0", "<1", change=IF_ASKED)  # of sgd

@@ -57,7 +57,7 @@ def summary_text(summary: dict[str, Any]) -> str:
     text = table(["MAE", *SPLITS, "test RMSE", "test R2"], rows)
     skipped = summary["skipped_steps"]
     return (
-        f"{text}\n* selected: smallest validation loss\n"
+        f"{text}\n* selected by validation loss\n"
         f"{summary['epochs']} epochs in {duration(summary['seconds'])}, {summary['crystals_per_s']:.0f} crystals/s, "
         f"{summary['parameters']:,} trainable parameters"
         + (f"; {skipped} steps that were not finite were skipped" if skipped else "")

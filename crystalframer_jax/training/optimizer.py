@@ -1,4 +1,4 @@
-"""The official optimizers and learning rate schedules."""
+"""The official optimizers and learning rate schedules; Muon, and schedules that end at zero."""
 
 import math
 from collections.abc import Callable
@@ -10,6 +10,7 @@ import optax
 
 from crystalframer_jax.config import ConfigError, TrainConfig
 
+TO_ZERO = ("cosine", "linear")  # schedules
 Schedule = Callable[[Any], jax.Array]  # learning rate of an optimizer step 0, 1, ...
 
 
@@ -25,16 +26,26 @@ def learning_rate(config: TrainConfig, total_steps: int, hold_from: int | None =
         inverse_sqrt_warmup_lrmax     lr sqrt(T) min(1 / sqrt(t + 1), (t + 1) / T^1.5)
         multistep                     lr 0.1^n at and after n of the steps sch_params
 
-    and beside them `cosine`: T steps of linear warm-up, then lr (1 + cos(pi x)) / 2 with x from 0 to 1 at
-    `total_steps`. Raises ConfigError if the warm-up of `cosine` is longer than the training.
+    and beside them, after a linear warm-up of T steps, or of the share T < 1 of all steps, with x from 0 to 1 at
+    `total_steps`,
+
+        cosine                        lr (1 + cos(pi x)) / 2
+        linear                        lr (1 - x)
+
+    With `lr_batch_size`, lr is that of batches of this size, and multiplied by sqrt(batch_size / lr_batch_size).
+    Raises ConfigError if the warm-up of `cosine` or `linear` is longer than the training.
     """
     lr, name, width = config.lr, config.lr_sch, config.model_dim
+    if config.lr_batch_size:
+        lr *= math.sqrt(config.batch_size / config.lr_batch_size)
     first = config.sch_params[0] if config.sch_params else 0
-    if name == "cosine" and first >= total_steps:
-        raise ConfigError(
-            f"sch_params={config.sch_params}: the warm-up of lr_sch='cosine' must be shorter than the training, "
-            f"{total_steps:,} steps"
-        )
+    if name in TO_ZERO:
+        first = round(first * total_steps) if first < 1 else first
+        if first >= total_steps:
+            raise ConfigError(
+                f"sch_params={config.sch_params}: the warm-up of lr_sch={name!r} must be shorter than the training, "
+                f"{total_steps:,} steps"
+            )
 
     def schedule(step: Any) -> jax.Array:
         held = step if hold_from is None else jnp.minimum(step, hold_from)
@@ -53,17 +64,19 @@ def learning_rate(config: TrainConfig, total_steps: int, hold_from: int | None =
             case "multistep":
                 return lr * 0.1 ** jnp.searchsorted(jnp.array(sorted(config.sch_params)), t, side="right")
         share = jnp.clip((t - first) / (total_steps - first), 0, 1)
-        return lr * jnp.where(t < first, (t + 1) / (first + 1), (1 + jnp.cos(jnp.pi * share)) / 2)
+        falling = 1 - share if name == "linear" else (1 + jnp.cos(jnp.pi * share)) / 2
+        return lr * jnp.where(t < first, (t + 1) / (first + 1), falling)
 
     return schedule
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Makes directions of the updates, to be multiplied by -lr: clipping, weight decay, and adamw, adam or sgd.
+    """Makes directions of the updates, to be multiplied by -lr: clipping, weight decay, and adamw, muon, adam or sgd.
 
     Weight decay is decoupled from the gradient in adamw, which decays biases and the parameters of normalisations by
     a rate of their own, and added to the gradient in adam and sgd, which leave those alone. That is what PyTorch makes
-    of the official settings.
+    of the official settings. muon is adamw but for the matrices in the blocks: their momentum is made orthogonal, and
+    as long as updates of adamw are (0.2 for each number, arXiv:2502.16982).
     """
     clip = [
         clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
@@ -73,6 +86,9 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     if config.optimizer == "sgd":
         return optax.chain(*clip, decay, optax.trace(config.momentum))
     adam = optax.scale_by_adam(b1=config.adam_betas[0], b2=config.adam_betas[1], eps=1e-8)
+    if config.optimizer == "muon":  # -1 makes directions, whose sign is turned later, of its updates
+        muon = optax.contrib.muon(-1.0, consistent_rms=0.2, muon_weight_dimension_numbers=_axes_of_matrices)
+        adam = optax.partition({True: muon, False: adam}, _is_matrix_of_block)
     if config.optimizer == "adam":
         return optax.chain(*clip, decay, adam)
     return optax.chain(*clip, adam, decay, _decay(config.bias_weight_decay, of_biases=True))
@@ -86,6 +102,16 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
         return jax.tree.map(lambda g: g * factor, updates)
 
     return optax.stateless(clipped)
+
+
+def _is_matrix_of_block(params: Any) -> Any:
+    """Tells which parameters are matrices of the blocks, or several."""
+    return jax.tree_util.tree_map_with_path(lambda path, x: x.ndim >= 2 and path[0].key.startswith("block_"), params)
+
+
+def _axes_of_matrices(params: Any) -> Any:
+    """The last two axes are a matrix each."""
+    return jax.tree.map(lambda x: optax.contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1), params)
 
 
 def _decay(rate: float, of_biases: bool) -> optax.GradientTransformation:

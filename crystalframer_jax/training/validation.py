@@ -26,6 +26,24 @@ from crystalframer_jax.training.logging import announced
 from crystalframer_jax.training.loss import loss_per_crystal
 from crystalframer_jax.training.state import Tree
 
+PREFERRED = ("swa", "ema", "last", "best")  # weights, by how little chance has to do with which they are
+
+
+def selected(losses: Mapping[str, np.ndarray]) -> str:
+    """Chooses among weights by their losses on the validation crystals [C]: averaged ones unless others are better.
+
+    Among the weights in the order PREFERRED, later ones take the place of earlier ones only if their mean loss is
+    smaller by more than two standard errors of the difference, crystal by crystal: with few crystals, which of several
+    nearly equal weights has the smallest is chance, and the best epoch was picked by this loss. Weights whose loss is
+    not finite are not chosen, if there are others.
+    """
+    first, *others = sorted(losses, key=lambda name: (not np.isfinite(losses[name]).all(), PREFERRED.index(name)))
+    for name in others:
+        gain = losses[first] - losses[name]
+        if len(gain) > 1 and np.mean(gain) > 2 * np.std(gain, ddof=1) / math.sqrt(len(gain)):
+            first = name
+    return first
+
 
 class Evaluator:
     """Predicts crystals of the data set of a training, in batches as large as those of the training."""
@@ -71,7 +89,7 @@ class Evaluator:
         rows = rows[: size * max(1, int(fraction * -(-len(rows) // size)))]
         predictions = self.predict(weights, rows)
         labels = self.dataset.labels[rows]
-        loss = self._mean_loss(predictions, labels)
+        loss = float(np.mean(self._losses(predictions, labels)))
         if not np.isfinite(loss):
             bad = self.dataset.table.ids[rows[~np.isfinite(predictions).all(axis=1)]]
             raise TrainingError(
@@ -81,19 +99,18 @@ class Evaluator:
             )
         return loss, mean_absolute_errors(predictions, labels, self.statistics)
 
-    def _mean_loss(self, predictions: np.ndarray, labels: np.ndarray) -> float:
-        """Returns the loss of predictions [C, T] in label units: mean over the crystals, of standardised targets."""
+    def _losses(self, predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Returns the loss of predictions [C, T] in label units, that of standardised targets, of each crystal [C]."""
         standard, targets = standardise(predictions, self.statistics), standardise(labels, self.statistics)
-        return float(np.mean(loss_per_crystal(self.config.loss_func, standard, targets, np.isfinite(labels))))
+        return np.asarray(loss_per_crystal(self.config.loss_func, standard, targets, np.isfinite(labels)))
 
     def compare(
         self, candidates: Mapping[str, Tree], before: Callable[[str], None], folder: Path | None, not_written: list[str]
     ) -> dict[str, Any]:
         """Makes the part of summary.json about errors, in label units, of several weights of one model.
 
-        Those weights with the smallest validation loss are selected: their test predictions become
-        predictions_test.csv and parity_test.png in `folder`, if given; adds to `not_written` what cannot be written.
-        Calls `before` the predictions of every split.
+        The test predictions of those weights that are `selected` become predictions_test.csv and parity_test.png in
+        `folder`, if given; adds to `not_written` what cannot be written. Calls `before` the predictions of every split.
         """
         dataset, statistics = self.dataset, self.statistics
         labels = {split: dataset.labels[dataset.splits[split]] for split in SPLITS}
@@ -103,16 +120,16 @@ class Evaluator:
             return self.predict(candidates[name], dataset.splits[split], frame_draws(self.config))
 
         predictions = {name: {split: predict(name, split) for split in ("val", "test")} for name in candidates}
-        val_loss = {name: self._mean_loss(found["val"], labels["val"]) for name, found in predictions.items()}
-        selected = min(val_loss, key=lambda name: (math.isnan(val_loss[name]), val_loss[name]))
-        predictions[selected] = {"train": predict(selected, "train"), **predictions[selected]}
+        losses = {name: self._losses(found["val"], labels["val"]) for name, found in predictions.items()}
+        chosen = selected(losses)
+        predictions[chosen] = {"train": predict(chosen, "train"), **predictions[chosen]}
         errors = {
             name: {split: regression_metrics(values, labels[split], statistics) for split, values in by_split.items()}
             for name, by_split in predictions.items()
         }
         baseline = {split: mean_predictor_errors(labels[split], statistics, labels["train"]) for split in SPLITS}
         if folder:
-            write_split(folder, dataset, "test", predictions[selected]["test"], statistics, not_written)
+            write_split(folder, dataset, "test", predictions[chosen]["test"], statistics, not_written)
         by_metric = {
             metric: {
                 name: {split: {t: found[metric] for t, found in of.items()} for split, of in by_split.items()}
@@ -121,9 +138,9 @@ class Evaluator:
             for metric in ("mae", "rmse", "r2")
         }
         return {
-            "test": with_baseline(errors[selected]["test"], baseline["test"], statistics),
-            "selected_weights": selected,
-            "val_loss": val_loss,
+            "test": with_baseline(errors[chosen]["test"], baseline["test"], statistics),
+            "selected_weights": chosen,
+            "val_loss": {name: float(np.mean(found)) for name, found in losses.items()},
             **by_metric,
             "mean_predictor_mae": baseline,
             "units": {s.name: s.unit for s in statistics},

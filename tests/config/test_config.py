@@ -33,7 +33,7 @@ REFUSED = {
     "cos_abs": 2,
     "precision": "float16",
     "optimizer": "lion",
-    "lr_sch": "linear",
+    "lr_sch": "polynomial",
     "loss_func": "huber",
     "ties": "first",
     "normalize_targets": "min_max",

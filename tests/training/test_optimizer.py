@@ -14,7 +14,7 @@ from crystalframer_jax.config.hyperparameters import ALLOWED_VALUES
 from crystalframer_jax.configs import default
 from crystalframer_jax.official.state import load_official
 from crystalframer_jax.training.loss import LOSSES, loss_per_crystal
-from crystalframer_jax.training.optimizer import clip_by_global_norm, learning_rate, make_optimizer
+from crystalframer_jax.training.optimizer import TO_ZERO, clip_by_global_norm, learning_rate, make_optimizer
 
 
 def changed(**changes) -> ConfigDict:
@@ -30,7 +30,7 @@ LR, WIDTH, TOTAL = 3e-3, 96, 9000
 STEPS = np.arange(TOTAL + 100)
 ONE_NUMBER = [name for name in ALLOWED_VALUES["lr_sch"] if name not in ("const", "multistep")]
 SCHEDULES = [(name, (steps,)) for name in ONE_NUMBER for steps in (1.0, 37.5, 4000.0)]
-SCHEDULES += [("const", ()), ("const", (4000.0,)), ("cosine", (0.0,))]
+SCHEDULES += [("const", ()), ("const", (4000.0,)), ("cosine", (0.0,)), ("cosine", (0.02,)), ("linear", (0.3,))]
 SCHEDULES += [("multistep", steps) for steps in ((1.0,), (100.0, 2500.0, 2501.0), (7000, 500), (300.0, 300.0))]
 
 
@@ -41,8 +41,10 @@ def rate_by_formula(name: str, params: tuple, t: np.ndarray) -> np.ndarray:
         return np.full(t.shape, LR)
     if name == "multistep":
         return LR * np.prod([np.where(t >= step, 0.1, 1.0) for step in params], axis=0)
-    if name == "cosine":
-        rising, falling = t + 1, np.cos(np.pi / 2 * np.clip((t - first) / (TOTAL - first), 0, 1)) ** 2
+    if name in TO_ZERO:
+        first = {0.02: 180, 0.3: 2700}.get(first, first)  # shares of TOTAL
+        rising, left = t + 1, 1 - np.clip((t - first) / (TOTAL - first), 0, 1)
+        falling = left if name == "linear" else np.sin(np.pi / 2 * left) ** 2
         return LR * np.where(t < first, rising / (first + 1), falling)
     if name.startswith("inverse_sqrt_nowarmup"):
         return LR / np.sqrt(1 + t / first) / (np.sqrt(WIDTH) if name.endswith("dmodel") else 1)
@@ -62,7 +64,17 @@ def test_learning_rates_follow_their_formulas(dtype, name, params):
         rates = learning_rate(schedule_config(name, params), TOTAL, hold_from)(jnp.asarray(STEPS, jnp.int32))
         assert rates.dtype == dtype
         expected = rate_by_formula(name, params, STEPS if hold_from is None else np.minimum(STEPS, hold_from))
-        np.testing.assert_allclose(rates, expected, rtol=accuracy, atol=accuracy * LR if name == "cosine" else 0)
+        np.testing.assert_allclose(
+            rates, expected, rtol=accuracy, atol=accuracy * LR if name in ("cosine", "linear") else 0
+        )
+
+
+def test_rates_for_another_batch_size_grow_with_its_root():
+    rates = [
+        learning_rate(changed(lr=LR, batch_size=size, lr_batch_size=given), TOTAL)(7)
+        for size, given in ((64, 0), (64, 64), (256, 64), (16, 64))
+    ]
+    np.testing.assert_allclose(np.divide(rates, rates[0]), [1, 1, 2, 0.5], rtol=1e-6)
 
 
 @pytest.mark.parametrize(("name", "params"), SCHEDULES, ids=str)
@@ -103,7 +115,7 @@ def test_a_warmup_longer_than_the_training_is_refused():
         learning_rate(schedule_config("cosine", (100.0,)), 100)
 
 
-@pytest.mark.parametrize(("name", "params"), [case for case in SCHEDULES if case[0] != "cosine"], ids=str)
+@pytest.mark.parametrize(("name", "params"), [case for case in SCHEDULES if case[0] not in TO_ZERO], ids=str)
 def test_learning_rates_are_those_of_torch(x64, name, params):
     torch = pytest.importorskip("torch")
     schedulers = torch.optim.lr_scheduler
@@ -140,7 +152,8 @@ SETTINGS = {
     "both": {"clip_norm": 0.7, "clip_grad": 0.2, "weight_decay": 0.03},
     "default": {},
 }
-CASES = [(name, settings) for name in ALLOWED_VALUES["optimizer"] for settings in SETTINGS.values()]
+OFFICIAL = ("adamw", "adam", "sgd")
+CASES = [(name, settings) for name in OFFICIAL for settings in SETTINGS.values()]
 CASES += [("adamw", {"bias_weight_decay": rate, "weight_decay": 0.3}) for rate in (0.0, 0.2)]
 CASES += [("adam", {"bias_weight_decay": 0.2}), ("sgd", {"bias_weight_decay": 0.2})]  # of no effect
 CASES += [(name, {"adam_betas": (0.5, 0.7)}) for name in ("adamw", "adam")]
@@ -264,7 +277,7 @@ def test_optimizers_are_those_of_torch(x64, name, settings):
 
 def test_every_setting_of_an_optimizer_makes_a_difference(x64):
     """Otherwise the two tests above would compare less than they seem to."""
-    for name in ALLOWED_VALUES["optimizer"]:
+    for name in OFFICIAL:
         ends = [descend(changed(optimizer=name, **settings))[-1]["dense/kernel"] for settings in SETTINGS.values()]
         for a, end in enumerate(ends):
             assert all(np.abs(end - other).max() > 1e-4 for other in ends[:a])
@@ -378,3 +391,34 @@ def test_losses_are_those_of_torch(x64, name):
 def test_losses_refuse_to_broadcast(name, targets, known):
     with pytest.raises(ValueError, match="shapes differ"):
         loss_per_crystal(name, jnp.zeros((3, 1)), jnp.zeros(targets), jnp.ones(known, bool))
+
+
+# Muon
+
+
+def test_muon_makes_the_updates_of_block_matrices_orthogonal_and_leaves_the_rest_to_adamw():
+    config = changed(optimizer="muon", weight_decay=0.0, bias_weight_decay=0.0, clip_norm=0.0)
+    shapes = {
+        "block_0": {"q": {"kernel": (12, 24), "bias": (24,)}, "w_angle": (3, 2, 8, 16)},
+        "output": {"kernel": (12, 12)},
+    }
+    keys = iter(jax.random.split(jax.random.key(0), 4))
+    params = jax.tree.map(lambda shape: jnp.ones(shape), shapes, is_leaf=lambda x: isinstance(x, tuple))
+    gradient = jax.tree.map(lambda x: jax.random.normal(next(keys), x.shape), params)
+    optimizer = make_optimizer(config)
+    updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+    block, of_block = updates["block_0"], gradient["block_0"]
+    for name, update, given in (
+        ("q", block["q"]["kernel"], of_block["q"]["kernel"]),
+        ("w", block["w_angle"], of_block["w_angle"]),
+    ):
+        update, given = (np.asarray(x, np.float64).reshape(-1, *x.shape[-2:]) for x in (update, given))
+        values = np.linalg.svd(update, compute_uv=False) / (0.2 * np.sqrt(max(update.shape[-2:])))
+        assert (values > 0.6).all() and (values < 1.3).all(), name  # five steps of Newton and Schulz go as far
+        assert (np.sum(update * given, axis=(-2, -1)) > 0).all(), name  # the direction of the gradient, not against it
+    for update, given in (
+        (block["q"]["bias"], of_block["q"]["bias"]),
+        (updates["output"]["kernel"], gradient["output"]["kernel"]),
+    ):
+        np.testing.assert_array_equal(np.sign(update), np.sign(given))
+        assert np.ptp(np.abs(update)) < 1e-4 * np.abs(update).max()  # Adam's first step has one size
