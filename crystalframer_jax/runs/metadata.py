@@ -4,6 +4,7 @@ import reprlib
 from collections.abc import Callable
 from typing import Any
 
+from crystalframer_jax.config.hyperparameters import TRANSFORMS
 from crystalframer_jax.files import FileError
 
 
@@ -23,7 +24,8 @@ def _is_target(value: Any) -> bool:
     """Tells whether these are the fields of TargetStatistics."""
     return (
         isinstance(value, dict)
-        and value.keys() == {"name", "unit", "mean", "std"}
+        and value.keys() | {"transform"} == {"name", "unit", "mean", "std", "transform"}  # old runs have none
+        and value.get("transform", "none") in TRANSFORMS
         and isinstance(value["name"], str)
         and isinstance(value["unit"], str)
         and _is_finite(value["mean"])

@@ -10,7 +10,7 @@ import numpy as np
 
 from crystalframer_jax.batching.batch import Batch
 from crystalframer_jax.batching.device_table import Chunk
-from crystalframer_jax.batching.targets import TargetStatistics
+from crystalframer_jax.batching.targets import TargetStatistics, check_transform
 from crystalframer_jax.config import ConfigError, TrainConfig
 from crystalframer_jax.data.loader import TrainingBatches
 from crystalframer_jax.data.splits import SPLITS
@@ -124,9 +124,12 @@ class Run:
         if len(self.batches) >= 2**31:  # steps are counted in int32
             raise ConfigError(f"n_epochs={config.n_epochs} makes {len(self.batches):,} steps, which is out of bounds")
         labels = dataset.labels[self.batches.indices]
+        used = np.concatenate(list(dataset.splits.values()))
+        for t, (name, transform) in enumerate(zip(config.targets, config.transforms, strict=True)):
+            check_transform(name, transform, dataset.table.ids[used], dataset.labels[used, t])
         self.statistics = tuple(
-            TargetStatistics.of(target.name, target.unit, labels[:, t], config.normalize_targets)
-            for t, target in enumerate(dataset.targets)
+            TargetStatistics.of(target.name, target.unit, labels[:, t], config.normalize_targets, transform)
+            for t, (target, transform) in enumerate(zip(dataset.targets, config.transforms, strict=True))
         )
         self.recipe = make_recipe(config, self.batches.steps_per_epoch)
         self.model = CrystalFramer(config.model, agreed_implementation(self.options.implementation, self._trace))
