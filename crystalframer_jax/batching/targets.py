@@ -25,12 +25,7 @@ class TargetStatistics:
 
     @classmethod
     def of(
-        cls,
-        name: str,
-        unit: str,
-        labels: np.ndarray,
-        normalize_targets: str = "scale_bias",
-        transform: str = "none",
+        cls, name: str, unit: str, labels: np.ndarray, normalize_targets: str = "scale_bias", transform: str = "none"
     ) -> "TargetStatistics":
         """Computes the statistics of the known training labels [C]; ConfigError if they do not vary.
 

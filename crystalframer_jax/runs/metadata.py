@@ -6,6 +6,7 @@ from typing import Any
 
 from crystalframer_jax.config.hyperparameters import TRANSFORMS
 from crystalframer_jax.files import FileError
+from crystalframer_jax.structures.crystal import MAX_ATOMIC_NUMBER
 
 
 def _is_number(value: Any) -> bool:
@@ -34,6 +35,21 @@ def _is_target(value: Any) -> bool:
     )
 
 
+def _is_range(value: Any, is_kind: Callable[[Any], bool]) -> bool:
+    return _is_list(value, is_kind) and len(value) == 2 and 0 < value[0] <= value[1]
+
+
+def _is_coverage(value: Any) -> bool:
+    """Tells whether these are the fields of Coverage."""
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"elements", "volume_per_atom", "num_atoms"}
+        and _is_list(value["elements"], lambda number: _is_count(number, 1) and number <= MAX_ATOMIC_NUMBER)
+        and _is_range(value["volume_per_atom"], _is_finite)
+        and _is_range(value["num_atoms"], _is_count)
+    )
+
+
 def _is_error(value: Any) -> bool:
     return value is None or _is_number(value)  # NaN and null: no label is known
 
@@ -56,6 +72,7 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: _is_list(value, _is_target) and bool(value),
         "targets with a name, a unit, a finite mean and a positive standard deviation",
     ),
+    "training_set": (_is_coverage, "elements, volumes per atom and numbers of atoms of a training set"),
     "val_mae": (lambda value: isinstance(value, dict) and all(map(_is_error, value.values())), "errors by target"),
     "config": (lambda value: isinstance(value, dict), "hyperparameters by name"),
     "data": (lambda value: isinstance(value, dict) and isinstance(value.get("digest"), str), "the digest of data"),
