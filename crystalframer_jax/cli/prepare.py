@@ -18,7 +18,7 @@ from crystalframer_jax.data.prepare import Preparation, prepare
 from crystalframer_jax.data.records import DataError, Source
 from crystalframer_jax.data.registry import TARGET_SETS, TargetSet
 from crystalframer_jax.data.sources import Bundled
-from crystalframer_jax.data.store import data_folder, load_dataset, read_set_manifest, targets_of
+from crystalframer_jax.data.store import ANOTHER_FOLDER, data_folder, load_dataset, read_set_manifest, targets_of
 from crystalframer_jax.files import FileError, is_disk_full, locked
 from crystalframer_jax.text import escaped, table, with_unit
 
@@ -123,7 +123,7 @@ def _known_source(known: TargetSet, arguments: argparse.Namespace) -> Source:
         downloads = data_folder(arguments.data_dir) / "downloads"
         if downloads.is_symlink():
             raise DataError(f"{downloads} is a link, through which nothing is written; name another --data_dir")
-        with locked(downloads / ".lock"):
+        with locked(downloads / ".lock", remedy=ANOTHER_FOLDER):
             files = known.source.fetch(downloads)
     return known.source.open(files, known.targets)
 
