@@ -118,7 +118,7 @@ def _config_file(value: str) -> str:
 def parse(argv: list[str]) -> list[str]:
     """Parses the command line; a misspelt hyperparameter is an error in one line."""
     check_overrides(argv)
-    ARGUMENTS[:] = argv = with_config_files(argv)
+    ARGUMENTS[:] = argv = with_config_files(["--help" if argument == "-h" else argument for argument in argv])
     try:
         return flags.FLAGS(argv)
     except SystemExit:  # of --help, with the status of an error

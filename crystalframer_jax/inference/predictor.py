@@ -31,7 +31,7 @@ from crystalframer_jax.runs.metadata import checked
 from crystalframer_jax.runs.run_directory import CONFIG_FILE, read_config, read_summary, warn
 from crystalframer_jax.structures.crystal import Crystal, CrystalError
 from crystalframer_jax.structures.files import as_crystals, structures_in
-from crystalframer_jax.text import brief
+from crystalframer_jax.text import brief, escaped
 
 AVERAGES = {"swa": "swa_epochs", "ema": "ema_decay"}  # averaged weights, and what switches them on
 WEIGHTS = ("best", "last", *AVERAGES)
@@ -188,9 +188,9 @@ def predict_usable(
     for error in found:
         if isinstance(error, CrystalError):
             warnings.warn(f"{error}; its predictions are NaN", stacklevel=4)
-    names = [crystal.id or f"#{number}" for number, crystal in enumerate(crystals, 1)]
+    names = [escaped(crystal.id) or f"#{number}" for number, crystal in enumerate(crystals, 1)]
     if told := summary([(name, doubts(model, crystal)) for name, crystal in zip(names, crystals, strict=True)]):
-        name = f"{crystals[0].id or 'the structure'}: " if len(crystals) == 1 else ""
+        name = f"{escaped(crystals[0].id)}: " if len(crystals) == 1 and crystals[0].id else ""
         warnings.warn(name + told, PredictionWarning, stacklevel=4)
     predictions = predict(crystals)
     if is_usable.all():
