@@ -23,14 +23,19 @@ def doubts(model: Any, crystal: Crystal) -> list[str]:
     members = getattr(model, "members", (model,))
     coverages = dict.fromkeys(getattr(member, "coverage", None) for member in members)
     found = [text for coverage in coverages if coverage for text in coverage.doubts(crystal)]
-    for cutoff in dict.fromkeys(member.cutoff for member in members):
-        number = 0 if isinstance(cutoff, LatticeBox) else atoms_without_neighbors(crystal, cutoff)
-        if number:
+    for cutoff in dict.fromkeys(member.cutoff for member in members if _sees_by_radius(member)):
+        if number := atoms_without_neighbors(crystal, cutoff):
             atoms = (
                 "no atom has a" if number == crystal.num_atoms else f"{number:,} of {crystal.num_atoms:,} atoms have no"
             )
             found.append(f"{atoms} neighbor within the cutoff of {cutoff:.3g} Å")
     return list(dict.fromkeys(found))
+
+
+def _sees_by_radius(member: Any) -> bool:
+    """Tells whether a model sees nothing but neighbors within a radius: others see all atoms of the cell."""
+    config = getattr(member, "config", None)
+    return not isinstance(member.cutoff, LatticeBox) and (config is None or config.domain == "real")
 
 
 def summary(found: Sequence[tuple[str, Sequence[str]]]) -> str:

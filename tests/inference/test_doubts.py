@@ -127,6 +127,8 @@ def test_doubts_of_models(predictor):
     assert [text[-2:] for text in found] == ["Po", "Si"]
     other.cutoff, other.coverage = LatticeBox(1), None
     assert doubts(other, cube(30.0, 84, 11)) == []
+    config = dataclasses.replace(predictor.config, domain="reci", value_pe_angle_real=0)
+    assert doubts(Predictor(config, {}, predictor.targets), cube(30.0, 84, 11)) == []  # sees the atoms of the cell
 
 
 def test_warnings_of_a_file_are_summed_up_by_kind():
