@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import io
 import logging
 import os
@@ -38,10 +39,18 @@ def reporting_errors(if_interrupted: str = "", leave_at_once: bool = True) -> It
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         sys.exit(PIPE_CLOSED)
     except (UserError, OSError) as error:
-        sys.exit("error: " + escaped(" ".join(str(error).split())))
+        sys.exit("error: " + escaped(" ".join(_told(error).split())))
     except KeyboardInterrupt:
         print(f"\ninterrupted{if_interrupted}", file=sys.stderr, flush=True)
         os._exit(130) if leave_at_once else sys.exit(130)
+
+
+def _told(error: Exception) -> str:
+    """Tells an error of the operating system by the name of its file, without its number."""
+    if not isinstance(error, OSError) or error.filename is None:
+        return str(error)
+    is_forbidden = error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
+    return f"{error.filename}: {error.strerror}{'; name a place that you may use' if is_forbidden else ''}"
 
 
 def model_parser(prog: str, description: str) -> argparse.ArgumentParser:

@@ -48,7 +48,7 @@ ROWS_FORMAT = 4  # to be raised when neighbor rows or their columns change
 CHUNK_ATOMS = 9_000  # atoms whose neighbors a worker process finds at a time; about 100 MB
 LABEL_COLUMNS = ("labels", "leaked", *SPLITS)
 SET_COLUMNS = (*CRYSTAL_COLUMNS, *LABEL_COLUMNS)
-ANOTHER_FOLDER = "name another by --data_dir, or to train.py by --config.data_dir"
+ANOTHER_FOLDER = "name another folder by --data_dir, or to train.py by --config.data_dir"
 MANIFEST_KEYS = {"format": int, "source": str, "key": str, "remark": str, "targets": list, "crystals": int}
 
 
