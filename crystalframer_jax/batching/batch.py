@@ -98,7 +98,7 @@ class Batch:
     scatter: Scatter | None  # if the model has pca frames
     crystal_sizes: jax.Array  # [B] int32 number of atoms, 0 for padding
     crystal_place: jax.Array  # [B] int32 place of the crystal in the batch that several devices share, 0 for padding
-    targets: jax.Array  # [B, T] label units
+    targets: jax.Array  # [B, T] what is learned of the labels, see targets.to_learn
     target_mask: jax.Array  # [B, T] bool
 
 
@@ -119,8 +119,8 @@ def pack(
 ) -> Batch:
     """Packs crystals `indices` of the table into a shape (numpy arrays); ValueError if it is not large enough.
 
-    `targets` [len(indices), T] are labels in label units, not finite where unknown; without them there is one, unknown.
-    `places` are those of the crystals in a batch of which this is a part.
+    `targets` [len(indices), T] are what is learned of the labels, not finite where unknown; without them there is one,
+    unknown. `places` are those of the crystals in a batch of which this is a part.
     """
     layout = Layout(table, indices, shape)
     labels = np.full((len(indices), 1), np.nan) if targets is None else targets

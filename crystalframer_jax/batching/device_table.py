@@ -31,7 +31,7 @@ class Columns(NamedTuple):
     count: Any  # [A] unsigned
     image: Any  # [E, 3] signed
     reverse: Any  # [E] unsigned
-    targets: Any  # [C, T] label units, 0 where unknown
+    targets: Any  # [C, T] what is learned of the labels, 0 where unknown
     target_mask: Any  # [C, T] bool
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from crystalframer_jax.structures.crystal import Crystal
+from crystalframer_jax.structures.crystal import MAX_ATOMIC_NUMBER, Crystal
 from crystalframer_jax.structures.lattice import reduction
 from crystalframer_jax.structures.neighbors import LatticeBox, NeighborRows, neighbor_rows
 
@@ -99,6 +99,18 @@ def row_columns(crystals: Sequence[Crystal], rows: Sequence[NeighborRows]) -> di
         "image": _narrow("image", _join(images, np.int64, (3,))),
         "reverse": _narrow("reverse", _join([row.reverse for row in rows], np.int64)),
     }
+
+
+def compositions_of(table: CrystalTable, rows: np.ndarray) -> np.ndarray:
+    """Returns the shares of the elements in the atoms of rows of a table, [C, 98] in the order of atomic numbers."""
+    crystal = np.repeat(np.arange(len(table)), table.num_atoms)
+    amounts = np.zeros((len(table), MAX_ATOMIC_NUMBER))
+    is_whole = np.ones(len(crystal), bool)
+    is_whole[table.shared_site] = False
+    np.add.at(amounts, (crystal[is_whole], table.species[is_whole].astype(np.int64) - 1), 1)
+    np.add.at(amounts, crystal[table.shared_site], table.shared_occupancy)
+    chosen = amounts[rows]
+    return chosen / chosen.sum(axis=1, keepdims=True)
 
 
 def narrowest(column: str, lowest: int, highest: int) -> np.dtype:

@@ -1,20 +1,26 @@
-"""The targets of a model: what standardises their labels, and the way back to label units."""
+"""The targets of a model: what it learns of their labels, and the way back to label units.
+
+A label is transformed, loses the part that the composition explains (element references), and is standardised.
+"""
 
 import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from crystalframer_jax.batching.table import CrystalTable, compositions_of
 from crystalframer_jax.config import ConfigError
+from crystalframer_jax.structures.crystal import MAX_ATOMIC_NUMBER
+
+RIDGE = 0.5  # of the element references: as if half a crystal of each pure element had the mean label
 
 
 @dataclasses.dataclass(frozen=True)
 class TargetStatistics:
-    """A target with what standardises its labels: a transform, then mean and population standard deviation.
+    """A target with what a model learns of its labels: (transform(label) - references . composition - mean) / std.
 
-    Mean and standard deviation are those of the transformed labels: in label units without a transform.
+    Mean and population standard deviation are those of what is left of the labels, in label units without a transform.
     """
 
     name: str
@@ -22,23 +28,48 @@ class TargetStatistics:
     mean: float
     std: float
     transform: str = "none"  # or "log10"
+    references: tuple[float, ...] = ()  # of the elements 1 to 98, for a crystal of that element; empty: none
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "references", tuple(self.references))  # JSON has lists
 
     @classmethod
     def of(
-        cls, name: str, unit: str, labels: np.ndarray, normalize_targets: str = "scale_bias", transform: str = "none"
+        cls,
+        name: str,
+        unit: str,
+        labels: np.ndarray,
+        normalize_targets: str = "scale_bias",
+        transform: str = "none",
+        compositions: np.ndarray | None = None,
     ) -> "TargetStatistics":
         """Computes the statistics of the known training labels [C]; ConfigError if they do not vary.
 
-        As `normalize_targets` says, mean and standard deviation ("scale_bias"), the mean alone with 1 ("bias"), 0 with
-        the root mean square ("scale"), or 0 and 1 ("no").
+        Given the `compositions` [C, 98] of the crystals, with element references: those of elements that are in none
+        are 0. As `normalize_targets` says, mean and standard deviation ("scale_bias"), the mean alone with 1 ("bias"),
+        0 with the root mean square ("scale"), or 0 and 1 ("no").
         """
         known = labels[np.isfinite(labels)]
         if not known.size or known.std() == 0:
             raise ConfigError(f"targets={name!r}: {known.size} training labels that do not vary")
         known = np.log10(known) if transform == "log10" else known
+        references: tuple[float, ...] = ()
+        if compositions is not None:
+            composition = compositions[np.isfinite(labels)]
+            found = element_references(known, composition)
+            known, references = known - composition @ found, tuple(found.tolist())
         mean = known.mean() if "bias" in normalize_targets else 0.0
         std = np.sqrt(np.mean((known - mean) ** 2)) if "scale" in normalize_targets else 1.0
-        return cls(name, unit, float(mean), float(std), transform)
+        return cls(name, unit, float(mean), float(std), transform, references)
+
+
+def element_references(labels: np.ndarray, compositions: np.ndarray) -> np.ndarray:
+    """Fits labels [C] by their mean and what the elements add to it, for crystals of these elements alone: [98].
+
+    Ridge regression: those w with the least sum of (label - mean - w . composition)^2 + RIDGE |w|^2.
+    """
+    square = compositions.T @ compositions + RIDGE * np.eye(compositions.shape[1])
+    return np.linalg.solve(square, compositions.T @ (labels - labels.mean()))
 
 
 def check_transform(name: str, transform: str, ids: np.ndarray, labels: np.ndarray) -> None:
@@ -52,24 +83,43 @@ def check_transform(name: str, transform: str, ids: np.ndarray, labels: np.ndarr
         )
 
 
-def standardise(labels: jax.Array | np.ndarray, statistics: tuple[TargetStatistics, ...]) -> Any:
-    """Returns (transformed labels - mean) / std [..., T], in the type of the labels."""
-    mean, std = _mean_and_std(statistics, labels.dtype)
-    if (is_log := _is_log(statistics)).any():
-        xp: Any = jnp if isinstance(labels, jax.Array) else np
-        # An unknown label is 0 in a batch; a prediction that is not finite stays so.
-        labels = xp.where(is_log, xp.log10(xp.where(labels <= 0, xp.ones_like(labels), labels)), labels)
-    return (labels - mean) / std
+def to_learn(
+    labels: np.ndarray, statistics: tuple[TargetStatistics, ...], compositions: np.ndarray | None
+) -> np.ndarray:
+    """Returns the transform of labels [C, T] less what the composition [C, 98] explains; NaN stays NaN.
+
+    `compositions` are those of `compositions_for`.
+    """
+    values, is_log = np.array(labels, np.float64), _is_log(statistics)
+    values[..., is_log] = np.log10(values[..., is_log])
+    return values if compositions is None else values - compositions @ _references(statistics)
 
 
-def to_label_units(predictions: np.ndarray, statistics: tuple[TargetStatistics, ...]) -> np.ndarray:
-    """Returns model output [..., T] times std plus mean, its transform undone, float64."""
+def standardise(values: jax.Array | np.ndarray, statistics: tuple[TargetStatistics, ...]) -> Any:
+    """Returns (values - mean) / std [..., T] of what `to_learn` leaves, in their type."""
+    mean, std = _mean_and_std(statistics, values.dtype)
+    return (values - mean) / std
+
+
+def to_label_units(
+    outputs: np.ndarray, statistics: tuple[TargetStatistics, ...], compositions: np.ndarray | None = None
+) -> np.ndarray:
+    """Returns labels, float64, for model outputs [..., C, T]: the way back from `to_learn` and `standardise`."""
     mean, std = _mean_and_std(statistics, np.float64)
-    values = np.asarray(predictions, np.float64) * std + mean
+    values = np.asarray(outputs, np.float64) * std + mean
+    if compositions is not None:
+        values += compositions @ _references(statistics)
     is_log = _is_log(statistics)
     with np.errstate(over="ignore"):  # a prediction that is not finite is reported as such
         values[..., is_log] = 10 ** values[..., is_log]
     return values
+
+
+def compositions_for(
+    statistics: tuple[TargetStatistics, ...], table: CrystalTable, rows: np.ndarray
+) -> np.ndarray | None:
+    """Returns the compositions [C, 98] of rows of a table if a target has element references."""
+    return compositions_of(table, rows) if any(s.references for s in statistics) else None
 
 
 def _mean_and_std(statistics: tuple[TargetStatistics, ...], dtype: Any) -> np.ndarray:
@@ -79,3 +129,8 @@ def _mean_and_std(statistics: tuple[TargetStatistics, ...], dtype: Any) -> np.nd
 
 def _is_log(statistics: tuple[TargetStatistics, ...]) -> np.ndarray:
     return np.array([s.transform == "log10" for s in statistics], bool)
+
+
+def _references(statistics: tuple[TargetStatistics, ...]) -> np.ndarray:
+    """Returns the references of all targets, 0 without any, [98, T]."""
+    return np.array([s.references or (0.0,) * MAX_ATOMIC_NUMBER for s in statistics]).T

@@ -53,6 +53,8 @@ class PredictionKeys:
     targets: tuple[str, ...] = key(("e_form",))  # given as "e_form,e_above_hull" or as a list of names
     # what the model learns of a target; one, or one for each of the targets: "log10,none"
     target_transform: str = key("none", official=False)
+    # learn what is left of a target when the composition has explained what it can, by least squares
+    element_references: bool = key(False, official=False)
     # where prepared data are cached; empty: the user's cache folder
     data_dir: str = key("", change=ALWAYS, official=False)
     # Å; 0: |adaptive_cutoff_sigma| * max(scale_real) / sqrt(gauss_lb_real)

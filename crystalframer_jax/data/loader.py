@@ -24,6 +24,7 @@ class TrainingBatches:
     `atoms` are the fewest and most atoms (0: no limit) of a crystal to train on, `fraction` is that of the batches of
     an epoch which are used. Every batch is shared out among `devices` by its neighbors. `on_device` says whether the
     crystals are kept on the devices and gathered there; None: if they fit. Neither changes what the batches hold.
+    `learned` [C, T] is what is learned of the labels of all crystals of the dataset; None: the labels themselves.
 
     Raises ConfigError if no crystal is left.
     """
@@ -37,10 +38,11 @@ class TrainingBatches:
     fraction: float = 1.0
     on_device: bool | None = None
     devices: Devices = ONE_DEVICE
+    learned: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         """Chooses the crystals, and plans epochs and shapes."""
-        self.indices = _of_size(self.dataset, self.dataset.splits["train"], *self.atoms)
+        self.indices = rows_to_train_on(self.dataset, *self.atoms)
         self.batch_size = min(self.batch_size, len(self.indices))
         self.steps_per_epoch = max(1, int(self.fraction * (len(self.indices) // self.batch_size)))
         self.shapes = _planned(self.dataset, self.indices, self.batch_size, self.parts, self.devices.count, len(self))
@@ -49,6 +51,11 @@ class TrainingBatches:
 
     def __len__(self) -> int:
         return self.steps_per_epoch * self.n_epochs
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The targets of the batches, for all crystals of the dataset, [C, T]."""
+        return self.dataset.labels if self.learned is None else self.learned
 
     def order(self, epoch: int) -> np.ndarray:
         """Returns the crystals of an epoch in the order of training, rows of the table."""
@@ -71,7 +78,7 @@ class TrainingBatches:
 
     def parts_of(self, step: int) -> list[Batch]:
         """Returns the shares that the devices of this process have in the batch of a step (numpy arrays)."""
-        table, labels, work = self.dataset.table, self.dataset.labels, self.shared(step)
+        table, labels, work = self.dataset.table, self.labels, self.shared(step)
         of_process = [work.shares[device] for device in self.devices.of_process]
         return [pack(table, work.rows[share], work.shape, labels[work.rows[share]], share) for share in of_process]
 
@@ -107,7 +114,7 @@ class TrainingBatches:
     @functools.cached_property
     def device_table(self) -> DeviceTable | None:
         """The crystals on the devices, if they are kept there."""
-        crystals = self.dataset.table, self.dataset.labels, self.parts, self.devices
+        crystals = self.dataset.table, self.labels, self.parts, self.devices
         if self.on_device is None:
             return device_table_if_it_fits(*crystals)
         return DeviceTable(*crystals) if self.on_device else None
@@ -151,8 +158,9 @@ class TrainingBatches:
                         yield from map(table.gather, piece)
 
 
-def _of_size(dataset: Dataset, rows: np.ndarray, fewest: int, most: int) -> np.ndarray:
-    """Returns those rows of the table whose crystals have from `fewest` to `most` atoms."""
+def rows_to_train_on(dataset: Dataset, fewest: int, most: int) -> np.ndarray:
+    """Returns the rows of the training crystals that have from `fewest` to `most` atoms; ConfigError if none has."""
+    rows = dataset.splits["train"]
     sizes = dataset.table.num_atoms[rows]
     chosen = rows[(sizes >= fewest) & ((sizes <= most) | (most <= 0))]
     if not len(chosen):

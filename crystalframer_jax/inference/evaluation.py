@@ -12,7 +12,7 @@ from crystalframer_jax.batching.batch import Batch, pack
 from crystalframer_jax.batching.device_table import DeviceTable
 from crystalframer_jax.batching.shapes import BatchShape, Shared, shared_out
 from crystalframer_jax.batching.table import CrystalTable
-from crystalframer_jax.batching.targets import TargetStatistics, to_label_units
+from crystalframer_jax.batching.targets import TargetStatistics, compositions_for, to_label_units
 from crystalframer_jax.config import NO_PARTS, BatchParts, ConfigError, TrainConfig
 from crystalframer_jax.config.hyperparameters import KEYS
 from crystalframer_jax.inference.forward import Forward
@@ -86,7 +86,9 @@ def predict_rows(
         jax.block_until_ready([draws for _, draws in found[-2:-1]])  # so the devices have one batch to go on with
     results = [np.stack([_in_order(np.asarray(draw), work) for draw in draws]) for work, draws in found]
     empty = np.zeros((len(samples), 0, len(statistics)))
-    return Predictions.over(to_label_units(np.concatenate([empty, *results], axis=1), statistics))
+    rows = np.concatenate([np.arange(0), *(work.rows for work, _ in found)])
+    outputs = np.concatenate([empty, *results], axis=1)
+    return Predictions.over(to_label_units(outputs, statistics, compositions_for(statistics, table, rows)))
 
 
 def _in_order(predictions: np.ndarray, work: Shared) -> np.ndarray:

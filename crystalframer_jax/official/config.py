@@ -139,6 +139,11 @@ def _check_official_limits(config: TrainConfig) -> None:
             f"target_transform={config.target_transform!r} has no official counterpart: the official code would report "
             "the logarithms as labels"
         )
+    if config.element_references:
+        raise ConfigError(
+            "element_references=True has no official counterpart: the official code would report what is left of the "
+            "labels without the part of the composition"
+        )
     hidden = len(config.embedding_dim) - config.pre_pooling_op.startswith("w")
     if hidden < 1:
         raise ConfigError(

@@ -25,8 +25,10 @@ def _is_target(value: Any) -> bool:
     """Tells whether these are the fields of TargetStatistics."""
     return (
         isinstance(value, dict)
-        and value.keys() | {"transform"} == {"name", "unit", "mean", "std", "transform"}  # old runs have none
-        and value.get("transform", "none") in TRANSFORMS
+        and value.keys() | {"transform", "references"} == {"name", "unit", "mean", "std", "transform", "references"}
+        and value.get("transform", "none") in TRANSFORMS  # old runs have neither
+        and _is_list(references := value.get("references", []), _is_finite)
+        and len(references) in (0, MAX_ATOMIC_NUMBER)
         and isinstance(value["name"], str)
         and isinstance(value["unit"], str)
         and _is_finite(value["mean"])

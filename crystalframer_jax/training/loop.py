@@ -11,9 +11,8 @@ import numpy as np
 from crystalframer_jax.batching.batch import Batch
 from crystalframer_jax.batching.coverage import Coverage
 from crystalframer_jax.batching.device_table import Chunk
-from crystalframer_jax.batching.targets import TargetStatistics, check_transform
 from crystalframer_jax.config import ConfigError, TrainConfig
-from crystalframer_jax.data.loader import TrainingBatches
+from crystalframer_jax.data.loader import TrainingBatches, rows_to_train_on
 from crystalframer_jax.data.splits import SPLITS
 from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.files import is_disk_full, write_json
@@ -50,6 +49,7 @@ from crystalframer_jax.training.pretrained import start_from
 from crystalframer_jax.training.requests import SAVE, STOP, Requests
 from crystalframer_jax.training.state import TrainState, Tree
 from crystalframer_jax.training.step import LossFunction, initial_state, make_loss, make_recipe, make_train_step
+from crystalframer_jax.training.targets import labels_to_learn, statistics_of
 from crystalframer_jax.training.validation import Evaluator
 
 
@@ -112,27 +112,22 @@ class Run:
         self.config, self.workdir, self.dataset = config, workdir, dataset
         self.options = options or Options()
         self._interruption = interruption or Interruption()
+        atoms = config.train_filter_min, config.train_filter_max
+        self.statistics = statistics_of(config, dataset, rows_to_train_on(dataset, *atoms))
         self.batches = TrainingBatches(
             dataset,
             config.batch_size,
             config.n_epochs,
             config.seed,
             config.model.parts,
-            (config.train_filter_min, config.train_filter_max),
+            atoms,
             config.train_percent_check,
             on_device=self.options.on_device,
             devices=devices,
+            learned=labels_to_learn(self.statistics, dataset),
         )
         if len(self.batches) >= 2**31:  # steps are counted in int32
             raise ConfigError(f"n_epochs={config.n_epochs} makes {len(self.batches):,} steps, which is out of bounds")
-        labels = dataset.labels[self.batches.indices]
-        used = np.sort(np.concatenate(list(dataset.splits.values())))
-        for t, (name, transform) in enumerate(zip(config.targets, config.transforms, strict=True)):
-            check_transform(name, transform, dataset.table.ids[used], dataset.labels[used, t])
-        self.statistics = tuple(
-            TargetStatistics.of(target.name, target.unit, labels[:, t], config.normalize_targets, transform)
-            for t, (target, transform) in enumerate(zip(dataset.targets, config.transforms, strict=True))
-        )
         self.coverage = Coverage.of(dataset.table, self.batches.indices)
         self.recipe = make_recipe(config, self.batches.steps_per_epoch)
         self.model = CrystalFramer(config.model, agreed_implementation(self.options.implementation, self._trace))

@@ -33,7 +33,7 @@ def batch_report(
     rows, dataset = batches.rows(result.step), batches.dataset
     ids, labels = dataset.table.ids[rows].tolist(), dataset.labels[rows]
     report = {"step": result.step, "loss": str(result.loss), "grad_norm": str(result.grad_norm)}
-    batch = pack(dataset.table, rows, shape_for(dataset.table, rows, batches.parts), labels)
+    batch = pack(dataset.table, rows, shape_for(dataset.table, rows, batches.parts), batches.labels[rows])
     at_step = dataclasses.replace(state, step=jnp.array(result.step, state.step.dtype))
     value_and_grad = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=3)
     try:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from crystalframer_jax.batching.targets import TargetStatistics, standardise
+from crystalframer_jax.batching.targets import TargetStatistics, compositions_for, standardise, to_learn
 from crystalframer_jax.config import TrainConfig
 from crystalframer_jax.data.loader import TrainingBatches, batch_shapes
 from crystalframer_jax.data.splits import SPLITS
@@ -88,8 +88,7 @@ class Evaluator:
         rows = self.dataset.splits["val"]
         rows = rows[: size * max(1, int(fraction * -(-len(rows) // size)))]
         predictions = self.predict(weights, rows)
-        labels = self.dataset.labels[rows]
-        loss = float(np.mean(self._losses(predictions, labels)))
+        loss = float(np.mean(self._losses(predictions, rows)))
         if not np.isfinite(loss):
             bad = self.dataset.table.ids[rows[~np.isfinite(predictions).all(axis=1)]]
             raise TrainingError(
@@ -97,11 +96,15 @@ class Evaluator:
                 f"not, {', '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}); the checkpoint before it is kept, try a "
                 "smaller lr"
             )
-        return loss, mean_absolute_errors(predictions, labels, self.statistics)
+        return loss, mean_absolute_errors(predictions, self.dataset.labels[rows], self.statistics)
 
-    def _losses(self, predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    def _losses(self, predictions: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Returns the loss of predictions [C, T] in label units, that of standardised targets, of each crystal [C]."""
-        standard, targets = standardise(predictions, self.statistics), standardise(labels, self.statistics)
+        labels, compositions = self.dataset.labels[rows], compositions_for(self.statistics, self.dataset.table, rows)
+        standard, targets = (
+            standardise(to_learn(values, self.statistics, compositions), self.statistics)
+            for values in (predictions, labels)
+        )
         return np.asarray(loss_per_crystal(self.config.loss_func, standard, targets, np.isfinite(labels)))
 
     def compare(
@@ -120,7 +123,7 @@ class Evaluator:
             return self.predict(candidates[name], dataset.splits[split], frame_draws(self.config))
 
         predictions = {name: {split: predict(name, split) for split in ("val", "test")} for name in candidates}
-        losses = {name: self._losses(found["val"], labels["val"]) for name, found in predictions.items()}
+        losses = {name: self._losses(found["val"], dataset.splits["val"]) for name, found in predictions.items()}
         chosen = selected(losses)
         predictions[chosen] = {"train": predict(chosen, "train"), **predictions[chosen]}
         errors = {
