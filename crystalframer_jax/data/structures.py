@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from crystalframer_jax.data.io.streams import parse_structure
 from crystalframer_jax.structures.crystal import (
     MAX_ATOMIC_NUMBER,
     Crystal,
@@ -20,7 +21,7 @@ from crystalframer_jax.structures.crystal import (
     check_number,
     crystal_from_amounts,
 )
-from crystalframer_jax.structures.files import cif_crystals, extxyz_crystals, read_crystals
+from crystalframer_jax.structures.files import cif_crystals, extxyz_crystals, poscar_crystals, read_crystals
 from crystalframer_jax.text import LONGEST, brief
 
 PYMATGEN = ("lattice", "sites", "charge")  # keys of Structure.as_dict()
@@ -131,10 +132,40 @@ def from_file(path: Path, id: str) -> Crystal:
     return _single(read_crystals(path), str(path), id, "split it into files of one each")
 
 
-def from_text(text: str, where: str, is_cif: bool, id: str) -> Crystal:
-    """Makes the crystal of the text of a CIF or of one frame of extended XYZ; raises CrystalError, naming `where`."""
-    crystals = (cif_crystals if is_cif else extxyz_crystals)(text, where)
-    return _single(crystals, where, id, "make it one")
+def from_text(text: str, where: str, kind: str, id: str) -> Crystal:
+    """Makes the crystal of a text, a "cif", "poscar" or one frame of "extxyz"; raises CrystalError, naming `where`."""
+    readers = {"cif": cif_crystals, "poscar": poscar_crystals, "extxyz": extxyz_crystals}
+    return _single(readers[kind](text, where), where, id, "make it one")
+
+
+def from_bytes(content: bytes, where: str, id: str) -> Crystal:
+    """Makes the crystal of the content of a CIF, POSCAR or extended XYZ file, told apart by the end of `where`."""
+    suffix = where.lower().rpartition(".")[2]
+    kind = "cif" if suffix in ("cif", "mcif") else "extxyz" if suffix in ("extxyz", "xyz") else "poscar"
+    return from_text(content.decode("utf-8-sig", errors="replace").replace("\r\n", "\n"), where, kind, id)
+
+
+def from_json(text: str, where: str, id: str) -> Crystal:
+    """Makes the crystal of a structure that is written as JSON, see `from_dict`; raises CrystalError."""
+    try:
+        structure = parse_structure(text)
+    except ValueError as error:
+        reason = str(error)[:LONGEST]
+        raise CrystalError(f"{where}: the text of its structure is not JSON ({reason}); correct it") from error
+    return from_dict(structure, id)
+
+
+def from_arrays(numbers: bytes, positions: bytes, cell: list[list[float]], pbc: list[bool], id: str) -> Crystal:
+    """Makes the crystal of what ASE stores: int32 atomic numbers, float64 positions; raises CrystalError."""
+    from ase import Atoms
+
+    species = np.frombuffer(numbers, "<i4")
+    check_number(len(species), id)
+    try:
+        atoms = Atoms(species, np.frombuffer(positions, "<f8").reshape(-1, 3), cell=cell, pbc=pbc)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise CrystalError(f"{id}: not a structure of ASE ({str(error)[:LONGEST]}); write it again") from error
+    return Crystal.from_ase(atoms, id)
 
 
 def _single(crystals: list[Crystal], where: str, id: str, remedy: str) -> Crystal:

@@ -116,6 +116,11 @@ def extxyz_crystals(text: str, name: str) -> list[Crystal]:
     return [make() for make in _in_extxyz(text, name)]
 
 
+def poscar_crystals(text: str, name: str) -> list[Crystal]:
+    """Reads the crystal of the text of a POSCAR file, see `read_crystals`; `name` stands for the path."""
+    return [_crystal_of_poscar(text, name)]
+
+
 def _in_cif(text: str, name: str) -> list[Callable[[], Crystal]]:
     return [functools.partial(_crystal_of_cif, block, id) for id, block in _with_ids(name, _cif_blocks(text, name))]
 
