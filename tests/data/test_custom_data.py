@@ -23,7 +23,7 @@ from pymatgen.io.cif import CifWriter
 from pymatgen.io.vasp import Poscar
 from support import ROOT, real_crystals
 
-from crystalframer_jax.data.custom import fields
+from crystalframer_jax.data.custom import labels as custom_labels
 from crystalframer_jax.data.custom.source import CustomData, custom_source
 from crystalframer_jax.data.records import BadRecord, DataError, Record, Source
 from crystalframer_jax.structures.crystal import Crystal, CrystalError
@@ -807,9 +807,9 @@ def test_folders_and_files_of_other_kinds(tmp_path):
         custom_source(write_json(tmp_path), CustomData(structure_column="structure"))
 
 
-@pytest.mark.parametrize("marker", fields.MISSING)
+@pytest.mark.parametrize("marker", custom_labels.MISSING)
 def test_missing_markers(marker):
-    assert math.isnan(fields.number(f" {marker.upper()} ")) and not fields.is_number(marker)
+    assert math.isnan(custom_labels.number(f" {marker.upper()} ")) and not custom_labels.is_number(marker)
 
 
 def test_options_are_those_of_the_command():
@@ -821,5 +821,7 @@ def test_options_are_those_of_the_command():
         "id_column",
         "split_column",
         "group_column",
+        "fold_column",
+        "test_fold",
         "allow_pickle",
     ]

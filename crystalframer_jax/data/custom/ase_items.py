@@ -125,7 +125,7 @@ def _row_ids(connection: sqlite3.Connection, most: int) -> list[int]:
 
 
 def trajectory_items(file: Path, options: CustomData) -> Items:
-    """Reads the frames of an ASE trajectory, with their info and energies; older ones, which are pickles, are refused."""
+    """Reads the frames of an ASE trajectory, with their info and energies; old ones, which are pickles, are refused."""
     try:
         from ase.io.ulm import NDArrayReader, Reader
     except ImportError as error:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from crystalframer_jax.data.io.streams import DAMAGE, check_member, check_unpacked, unpacked_limit
+from crystalframer_jax.data.io.streams import DAMAGE, check_member, unpacked_limit
 from crystalframer_jax.data.records import DataError
 from crystalframer_jax.data.structures import from_bytes, from_file
 from crystalframer_jax.files import open_regular
@@ -137,7 +137,7 @@ def reading(path: Path) -> Iterator[None]:
     """Turns what a damaged archive raises into DataError."""
     try:
         yield
-    except DataError:
+    except (DataError, UnicodeError):
         raise
     except DAMAGE as error:
         raise DataError(f"{path} is damaged ({error or type(error).__name__}); delete it and fetch it again") from error

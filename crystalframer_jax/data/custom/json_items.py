@@ -33,7 +33,7 @@ def json_items(file: Path, options: CustomData) -> Items:
 
     def read() -> Iterator[Item | BadRecord]:
         if file.name.lower().endswith(LINES):
-            rows = (Row(number, "", record) for number, record in json_lines(file))
+            rows: Iterator[Row] = (Row(number, "", record) for number, record in json_lines(file))
             place = f"{file}:"
         else:
             rows, place = json_rows(file, _is_record, STRUCTURE_KEYS), f"{file} record "

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from crystalframer_jax.data.custom.ase_items import database_items, trajectory_items, xyz_items
 from crystalframer_jax.data.custom.fields import CustomData, Item, Items, record_of, target_fields
-from crystalframer_jax.data.custom.folders import DiskFolder, ZipFolder, suffix_of
+from crystalframer_jax.data.custom.folders import ZipFolder, suffix_of
 from crystalframer_jax.data.custom.json_items import item_of, json_items
 from crystalframer_jax.data.custom.split_parts import joined, split_paths
 from crystalframer_jax.data.custom.tables import Table, folder_items, id_prop_of, table_items
@@ -169,6 +169,6 @@ READERS: dict[tuple[str, ...], Callable[[Path, CustomData], Items]] = {
 CONTAINERS = (*TABLES, *JSON, ".zip", *DATABASES, *TRAJECTORIES)
 ACCEPTED = (
     "a folder with id_prop.csv, or with train, val and test; a CSV file with a column of structure files (.csv, .tsv), "
-    "extended XYZ (.extxyz, .xyz), JSON (.json, .jsonl), any of these as .gz; a .zip of structures and their table or of "
-    "JSON; an ASE database or trajectory (.db, .traj); or pickles of the official project"
+    "extended XYZ (.extxyz, .xyz), JSON (.json, .jsonl), any of these as .gz; a .zip of structures and their table, or "
+    "of JSON; an ASE database or trajectory (.db, .traj); or pickles of the official project"
 )

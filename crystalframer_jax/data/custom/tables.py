@@ -32,6 +32,7 @@ from crystalframer_jax.text import escaped
 
 LONGEST_CELL = 64 << 20  # characters
 FILE_COLUMNS = ("structure", "structure_file", "file", "filename", "file_name", "path", "cif", "cif_file", "poscar")
+Rows = Iterator[tuple[int, list[str]]]  # with the number of their line
 COMMAS = "are they decimal commas? Write decimal points"
 
 
@@ -120,13 +121,13 @@ def _check_has_header(table: Table, line: int, cells: list[str]) -> None:
 
 
 def _check_commas(table: Table, sample: list[tuple[int, list[str]]]) -> None:
-    """Raises DataError for a table without header in which commas divide both cells and decimals: -0,53 as two labels."""
+    """Raises DataError for a table without header in which commas also divide decimals: -0,53 would be two labels."""
     halves = [(cells[1::2], cells[2::2]) for _, cells in sample if len(cells) % 2]
     is_halved = len(halves) == len(sample) > 1 and all(
         whole and all(re.fullmatch(rf"[+{MINUS}-]?\d+", cell) for cell in whole) and all(map(str.isdecimal, decimals))
         for whole, decimals in halves
     )
-    if is_halved and any(len(cell) > 2 and cell[0] == "0" or len(cell) > 5 for _, d in halves for cell in d):
+    if is_halved and any((len(cell) > 2 and cell[0] == "0") or len(cell) > 5 for _, d in halves for cell in d):
         line, cells = sample[0]
         shown = short(",".join(cells[1:3]))
         raise DataError(f"{table.name}:{line}: {shown} would be two labels; {COMMAS}, or divide cells by semicolons")
@@ -216,9 +217,7 @@ def _checked_names(table: Table, header: list[str]) -> list[str]:
     return header if header[-1] else header[:-1]
 
 
-def _structure_column(
-    table: Table, names: list[str], rows: Iterator[tuple[int, list[str]]], options: CustomData
-) -> int:
+def _structure_column(table: Table, names: list[str], rows: Rows, options: CustomData) -> int:
     """Finds the column of structures: as named, else the first of a usual name whose cells are such."""
     known = ", ".join(short(name) for name in names[:100] if name)
     if options.structure_column:

@@ -80,7 +80,7 @@ class _Layout:
 
     def _object(self) -> Iterator[Row]:
         is_read = False
-        for key in self.text.keys():
+        for key in self.text.members():
             opening = self.text.peek()
             if key in RECORDS and opening == "[" and not self.by_id and not self.columns:
                 is_read = True
@@ -141,7 +141,7 @@ class _Layout:
         found: dict[str, Any] = {}
         with opened(self.file, "") as (stream, name):
             text = JsonText(stream, name, self.file)
-            for key in text.keys() if text.peek() == "{" else ():
+            for key in text.members() if text.peek() == "{" else ():
                 if key in RECORDS and text.peek() == "[":
                     for _ in text.elements():
                         pass
@@ -153,7 +153,7 @@ class _Layout:
         """Reads a column of structures, by row label or as a list; or the structure of the only record."""
         cells: dict[str, str] = {}
         size = 0
-        labelled = self.text.keys() if opening == "{" else self.text.elements()
+        labelled = self.text.members() if opening == "{" else self.text.elements()
         for found in labelled:
             if opening == "{":
                 self.text.value(len(cells) + 1)

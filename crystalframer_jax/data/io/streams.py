@@ -207,7 +207,7 @@ class JsonText:
 
     def records(self) -> Iterator[tuple[int, dict[str, Any] | str]]:
         """Reads the whole text, which is one array, see `json_records`."""
-        if not self.peek() == "[":
+        if self.peek() != "[":
             self.fail("is not a list of records at its top level", "give a file that is one")
         for number, value in self.elements():
             yield number, _as_record(value)
@@ -230,8 +230,8 @@ class JsonText:
         if not self.take("]"):
             self.fail(f"has no comma and no end of the list after record {number}")
 
-    def keys(self) -> Iterator[str]:
-        """Reads the keys of the object that begins here; the value must be read before the next."""
+    def members(self) -> Iterator[str]:
+        """Reads the keys of the object that begins here; the caller reads the value of each."""
         self.take("{")
         number = 0
         goes_on = self.peek() != "}"
