@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from crystalframer_jax.cli.common import model_parser, reporting_errors
+from crystalframer_jax.data.custom.source import structures_in
 from crystalframer_jax.files import check_replaceable, write_csv
 from crystalframer_jax.inference.ensemble import load_model
 from crystalframer_jax.structures.crystal import Crystal, CrystalError
-from crystalframer_jax.structures.files import structures_in
 from crystalframer_jax.structures.neighbors import LatticeBox, check_neighbors
 from crystalframer_jax.text import escaped, table
 
@@ -20,7 +20,12 @@ from crystalframer_jax.text import escaped, table
 def predict_main(argv: Sequence[str] | None = None) -> int:
     """Predicts files; returns 1 if any of them could not be used (the others are predicted all the same)."""
     parser = model_parser("predict.py", "Predict structure files with a trained model or an ensemble.")
-    parser.add_argument("files", metavar="FILE", nargs="+", help="CIF, POSCAR/CONTCAR or extended XYZ")
+    parser.add_argument(
+        "files",
+        metavar="FILE",
+        nargs="+",
+        help="CIF, POSCAR, extended XYZ, CSV, JSON, .zip, .db, .traj",
+    )
     parser.add_argument("--output", type=Path, help="write the predictions to this CSV file")
     arguments = parser.parse_args(argv)
     if arguments.output:

@@ -4,14 +4,15 @@ import numpy as np
 
 FEWEST = 12  # labels that are not zero, of cells of different sizes
 NEAR_ZERO = 1e-3  # of the median |label|; smaller ones tell nothing of the size
-LEAST_SHARE = 0.3  # of the variance of log |label| that log N explains: 0.9 for total energies, 0.2 at most for others
+SIGMAS = 4
+LEAST_SHARE = 0.5  # of the variance of log |label| that log N explains: 0.9 for total energies, 0.2 for others
 
 
 def size_exponent(labels: np.ndarray, atoms: np.ndarray) -> float | None:
     """Returns the exponent p of |label| ~ N^p if the labels look extensive, else None.
 
     That is the slope of log |label| over log N by least squares: 1 for extensive labels. As large cells differ from
-    small ones also in their chemistry, it must be above 1/2 by three standard errors and below 2, and the size of the
+    small ones also in their chemistry, it must be above 1/2 by four standard errors and below 2, and the size of the
     cells must explain LEAST_SHARE of the variance: formation energies per atom have a slope of 0.5 to 0.6, but a share
     of 0.1 to 0.2.
 
@@ -28,5 +29,5 @@ def size_exponent(labels: np.ndarray, atoms: np.ndarray) -> float | None:
     slope = float(x @ y / (x @ x))
     rest = float(np.sum((y - slope * x) ** 2))
     error = np.sqrt(rest / (len(x) - 2) / (x @ x))
-    is_extensive = 0.5 + 3 * error < slope < 2 and rest < (1 - LEAST_SHARE) * (y @ y)
+    is_extensive = 0.5 + SIGMAS * error < slope < 2 and rest < (1 - LEAST_SHARE) * (y @ y)
     return slope if is_extensive else None

@@ -30,9 +30,8 @@ MANIFEST = "manifest.json"
 REPORTS = ("skipped.csv", "leakage.csv", "warnings.csv")
 LARGEST_MANIFEST = 16 << 20  # bytes
 LARGEST_MARK = 1000
-WORK = re.compile(
-    r"\.?(part-\d{6}\.npz|\w+\.npy|skipped\.csv|leakage\.csv|warnings\.csv|manifest\.json)(\.\d+)?"
-)  # in the making
+# names in the making
+WORK = re.compile(r"\.?(part-\d{6}\.npz|\w+\.npy|(skipped|leakage|warnings)\.csv|manifest\.json)(\.\d+)?")
 
 
 def digest_of(key: dict[str, Any]) -> str:

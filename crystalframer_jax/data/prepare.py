@@ -178,12 +178,11 @@ def _write(folder: Path, source: Source, known: TargetSet | None, options: Prepa
         columns |= {"labels": repeats.labels[records], "leaked": np.array(leaked, dtype=np.int64), **rows}
         for name in LABEL_COLUMNS:
             np.save(temporary / f"{name}.npy", columns[name])
-        bad += [
-            BadRecord(*(listing[name][number] for name in ("id", "where")), left_out[number]) for number in left_out
-        ]
+        bad += [BadRecord(listing["id"][n], listing["where"][n], reason) for n, reason in left_out.items()]
         write_csv(temporary / "skipped.csv", *_table(bad))
         told = [row for row in zip(*(listing[name] for name in ("id", "where", "warning")), strict=True) if row[2]]
-        notes = [("", "", note) for note in source.notes] + extensive_targets(source.targets, columns)
+        notes = [("", "", note) for note in source.notes]
+        notes += [] if known else extensive_targets(source.targets, columns)
         if told or notes:
             write_csv(temporary / "warnings.csv", ("id", "where", "warning"), notes + told)
         ids = columns["ids"]

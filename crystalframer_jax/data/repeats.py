@@ -39,14 +39,9 @@ def _compare(same: list[int], listing: Columns, found: Repeats) -> None:
     labels, where = listing["labels"], listing["where"]
     known = [column[np.isfinite(column)] for column in labels[same].T]
     if any(np.ptp(column) > 0 for column in known if len(column)):
+        places = ", ".join(f"{', '.join(f'{label:g}' for label in labels[n])} at {where[n]}" for n in same[:3])
         for number in same:
-            other = next(
-                n for n in same if (labels[n] != labels[number])[np.isfinite(labels[n] + labels[number])].any()
-            )
-            values = " and ".join(", ".join(f"{label:g}" for label in labels[n]) for n in (number, other))
-            found.contradicting[number] = (
-                f"its id has contradicting labels, {values} (at {where[other]}); correct one of them"
-            )
+            found.contradicting[number] = f"its id has contradicting labels ({places}); leave the right one"
             found.labels[number] = np.nan
         return
     merged = [column[0] if len(column) else np.nan for column in known]

@@ -29,19 +29,15 @@ def extensive_targets(targets: Sequence[Target], columns: Columns) -> Warnings:
 def in_no_split(columns: Columns, num_contradicting: int, num_copies: int) -> str:
     """Counts the crystals that are in no split, by the reason; "" if there are none."""
     number = len(columns["labels"]) - sum(len(columns[split]) for split in SPLITS)
-    num_left_out = num_contradicting + num_copies
-    unknown = int((~np.isfinite(columns["labels"]).any(axis=1)).sum()) - num_left_out
+    unknown = int((~np.isfinite(columns["labels"]).any(axis=1)).sum()) - num_contradicting - num_copies
     reasons = {
         "without a label": unknown,
         "with contradicting labels (crystals/skipped.csv)": num_contradicting,
         "listed twice (crystals/skipped.csv)": num_copies,
-        "left over when shares are rounded, or without one of the labels": number
-        - unknown
-        - num_contradicting
-        - num_copies,
     }
+    reasons["left over when shares are rounded, or without one of the labels"] = number - sum(reasons.values())
     told = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count > 0)
-    return f"{number:,} crystals are in no split: {told}" if number else ""
+    return f"{number:,} {'crystal is' if number == 1 else 'crystals are'} in no split: {told}" if number else ""
 
 
 def report(name: str, targets: tuple[Target, ...], columns: Columns, leaks: list[Leak]) -> None:

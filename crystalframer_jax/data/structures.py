@@ -21,7 +21,13 @@ from crystalframer_jax.structures.crystal import (
     check_number,
     crystal_from_amounts,
 )
-from crystalframer_jax.structures.files import cif_crystals, extxyz_crystals, poscar_crystals, read_crystals
+from crystalframer_jax.structures.files import (
+    as_crystals,
+    cif_crystals,
+    extxyz_crystals,
+    poscar_crystals,
+    read_crystals,
+)
 from crystalframer_jax.text import LONGEST, brief
 
 PYMATGEN = ("lattice", "sites", "charge")  # keys of Structure.as_dict()
@@ -165,7 +171,11 @@ def from_arrays(numbers: bytes, positions: bytes, cell: list[list[float]], pbc: 
         atoms = Atoms(species, np.frombuffer(positions, "<f8").reshape(-1, 3), cell=cell, pbc=pbc)
     except (TypeError, ValueError, OverflowError) as error:
         raise CrystalError(f"{id}: not a structure of ASE ({str(error)[:LONGEST]}); write it again") from error
-    return Crystal.from_ase(atoms, id)
+    try:
+        (crystal,) = as_crystals(atoms)
+    except CrystalError as error:
+        raise CrystalError(f"{id}: {error}") from error
+    return dataclasses.replace(crystal, id=id)
 
 
 def _single(crystals: list[Crystal], where: str, id: str, remedy: str) -> Crystal:

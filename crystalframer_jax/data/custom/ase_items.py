@@ -19,9 +19,9 @@ from crystalframer_jax.data.records import BadRecord, DataError
 from crystalframer_jax.data.structures import from_arrays, from_text
 from crystalframer_jax.files import sha256
 from crystalframer_jax.structures.crystal import MOST_ATOMS
-from crystalframer_jax.structures.files import LONGEST_COMMENT
 from crystalframer_jax.text import LONGEST, escaped
 
+LONGEST_COMMENT = 1_000_000  # characters, above the atoms of a frame
 LONGEST_COUNT = 18  # digits, of a number of atoms
 NOT_IN_INFO = ("Lattice", "Properties", "pbc")  # what ASE takes out of the comment line for itself
 LARGEST_VALUE = 64 << 20  # bytes of one value or frame

@@ -94,7 +94,7 @@ class ZipFolder:
         try:
             return functools.partial(from_bytes, self.read(name, LARGEST_MEMBER), where, id)
         except DataError as error:
-            return functools.partial(_fail, str(error))
+            return functools.partial(fail, str(error))
 
     def file(self, name: str) -> Path | None:
         """Returns None: the checksum of the archive covers it."""
@@ -128,7 +128,8 @@ def _is_hidden(name: str) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
 
-def _fail(problem: str) -> Crystal:
+def fail(problem: str) -> Crystal:
+    """Raises CrystalError, in place of what would make a crystal."""
     raise CrystalError(problem)
 
 

@@ -3,20 +3,21 @@
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from crystalframer_jax.data.custom.ase_items import database_items, trajectory_items, xyz_items
 from crystalframer_jax.data.custom.fields import CustomData, Item, Items, record_of, target_fields
-from crystalframer_jax.data.custom.folders import ZipFolder, suffix_of
+from crystalframer_jax.data.custom.folders import ZipFolder, fail, suffix_of
 from crystalframer_jax.data.custom.json_items import item_of, json_items
 from crystalframer_jax.data.custom.split_parts import joined, split_paths
 from crystalframer_jax.data.custom.tables import Table, folder_items, id_prop_of, table_items
-from crystalframer_jax.data.io.pickles import load_pickle
 from crystalframer_jax.data.records import BadRecord, DataError, Record, Source, Target
 from crystalframer_jax.data.splits import SPLITS
 from crystalframer_jax.files import sha256
 from crystalframer_jax.structures.crystal import Crystal, CrystalError
+from crystalframer_jax.structures.files import structures_in as structures_in_file
 from crystalframer_jax.text import escaped
 
 
@@ -44,32 +45,27 @@ def custom_source(path: Path, options: CustomData) -> Source:
     return Source(targets, checksum, records, items.count, (path,), notes)
 
 
-def structures_of(path: Path) -> list[Callable[[], Crystal]]:
-    """Finds the structures in a table, JSON, archive or file of ASE: what makes each, or raises CrystalError.
+def structures_in(path: str | os.PathLike[str]) -> list[Callable[[], Crystal]]:
+    """Finds the structures in a file of any kind: what makes the crystal of each, or raises CrystalError.
 
-    Labels are passed over. Raises CrystalError if the file as a whole cannot be read.
+    That is a structure file, or a table, JSON, archive, database or trajectory of which labels are passed over; these
+    are told by their ids. Raises CrystalError if the file as a whole cannot be read.
     """
+    path = Path(path)
+    if not path.name.lower().endswith(CONTAINERS):
+        return structures_in_file(path)
     try:
+        if not path.is_file():
+            raise DataError(f"{path}: there is no such file")
         if path.suffix.lower() == ".zip" and _is_of_structures(archive := ZipFolder(path)):
             return [archive.loader(name, name) for name in archive.names() if suffix_of(name)]
         return [_loader(item) for item in _items(path, CustomData()).read()]
-    except DataError as error:
+    except (DataError, OSError) as error:
         raise CrystalError(str(error)) from error
 
 
-def holds_structures(path: Path) -> bool:
-    """Tells whether `structures_of` reads files of that name."""
-    return path.name.lower().endswith(CONTAINERS)
-
-
 def _loader(item: Item | BadRecord) -> Callable[[], Crystal]:
-    if isinstance(item, Item):
-        return item.load
-
-    def fail() -> Crystal:
-        raise CrystalError(f"{item.where}: {item.reason}")
-
-    return fail
+    return item.load if isinstance(item, Item) else functools.partial(fail, f"{item.where}: {item.reason}")
 
 
 def _items(path: Path, options: CustomData) -> Items:
@@ -137,6 +133,8 @@ def _pickle_items(path: Path, options: CustomData, files: Mapping[str, Path] | N
             f"{path}: pickle files can run programs when they are read; if you trust this one, add --allow_pickle, "
             "which reads no more than lists, numbers and structures"
         )
+    from crystalframer_jax.data.io.pickles import load_pickle  # imports pymatgen
+
     files = files or {"": path}
     digest = hashlib.sha256("\n".join(f"{split} {sha256(file)}" for split, file in files.items()).encode())
     load = functools.cache(load_pickle)  # slow, and all of a file is in memory anyway

@@ -116,7 +116,7 @@ def _check_has_header(table: Table, line: int, cells: list[str]) -> None:
     if not any(map(is_number, cells)) and not (any(map(complaint, cells)) and any(map(table.has_structure, cells))):
         return
     faulty = next((cell for cell in cells if complaint(cell)), "")
-    reason = f", and {fault('a label', faulty)}" if faulty else ""
+    reason = f" ({fault('a label', faulty)})" if faulty else ""
     raise DataError(f"{table.name}:{line}: no header; name the columns on the first line{reason}")
 
 
