@@ -1,4 +1,4 @@
-"""Crystals and labels as users have them: a few bundled crystals written in many ways, and prepared as by the command."""
+"""Crystals and labels as users have them: a few bundled crystals written in many ways, prepared by the command."""
 
 from pathlib import Path
 from typing import Any, NamedTuple

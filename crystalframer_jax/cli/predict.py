@@ -21,10 +21,7 @@ def predict_main(argv: Sequence[str] | None = None) -> int:
     """Predicts files; returns 1 if any of them could not be used (the others are predicted all the same)."""
     parser = model_parser("predict.py", "Predict structure files with a trained model or an ensemble.")
     parser.add_argument(
-        "files",
-        metavar="FILE",
-        nargs="+",
-        help="CIF, POSCAR, extended XYZ, CSV, JSON, .zip, .db, .traj",
+        "files", metavar="FILE", nargs="+", help="CIF, POSCAR, extended XYZ, CSV, JSON, .zip, .db, .traj"
     )
     parser.add_argument("--output", type=Path, help="write the predictions to this CSV file")
     arguments = parser.parse_args(argv)

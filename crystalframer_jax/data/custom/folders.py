@@ -18,7 +18,6 @@ from crystalframer_jax.structures.crystal import Crystal, CrystalError
 
 PLAIN = (".cif", ".vasp", ".poscar", ".extxyz", ".xyz", ".mcif")
 SUFFIXES = (*PLAIN, *(f"{suffix}.gz" for suffix in PLAIN), ".xml", ".xml.gz")
-IN_ARCHIVES = PLAIN
 POSCAR_PREFIXES = ("POSCAR", "CONTCAR")
 PLACES = ("", "crystals/", "structures/", "cif/", "cifs/", "poscars/")  # where files are looked for, beside a table
 MOST_MEMBERS = 1_000_000
@@ -75,8 +74,8 @@ class ZipFolder:
         return sorted(name for name in found if name and not name.endswith("/") and not _is_hidden(name))
 
     def has(self, name: str) -> bool:
-        """Tells whether there is a file of that name."""
-        return bool(name) and self.inner + name in self._members
+        """Tells whether there is a structure file of that name."""
+        return is_structure(name) and self.inner + name in self._members
 
     def read(self, name: str, most: int) -> bytes:
         """Reads a member of at most `most` bytes; DataError if it is larger, damaged or encrypted."""
@@ -164,6 +163,12 @@ def _candidates(cell: str) -> Iterator[str]:
         yield from (cell, *guesses)
     else:
         yield from (*guesses, *(f"{cell}{suffix.upper()}" for suffix in SUFFIXES), cell)
+
+
+def is_structure(name: str) -> bool:
+    """Tells whether a member of an archive is a structure file, by its name."""
+    last = name.rpartition("/")[2]
+    return last.lower().endswith(PLAIN) or last.upper().startswith(POSCAR_PREFIXES)
 
 
 def suffix_of(name: str) -> str:

@@ -90,7 +90,7 @@ def _loader(value: Any, where: str, id: str) -> Callable[[], Crystal] | None:
 def _is_record(value: Any) -> bool:
     """Tells whether a value of a JSON object is a record with a structure, or the text of a structure."""
     if isinstance(value, Mapping):
-        inner = value.get("structure", value.get("atoms"))
-        is_cell = isinstance(inner, Mapping) and not {"lattice", "lattice_mat", "sites"} & inner.keys()
-        return not is_cell and _structure(value, "", "")[1] is not None
+        inner = [value[key] for key in STRUCTURE_KEYS if isinstance(value.get(key), Mapping)]
+        are_structures = all({"lattice", "lattice_mat", "sites"} & cell.keys() for cell in inner)  # not cells by label
+        return are_structures and _structure(value, "", "")[1] is not None
     return is_cif_text(value) or is_json_text(value)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from crystalframer_jax.data.custom.ase_items import database_items, trajectory_items, xyz_items
 from crystalframer_jax.data.custom.fields import CustomData, Item, Items, record_of, target_fields
-from crystalframer_jax.data.custom.folders import ZipFolder, fail, suffix_of
+from crystalframer_jax.data.custom.folders import ZipFolder, fail, is_structure
 from crystalframer_jax.data.custom.json_items import item_of, json_items
 from crystalframer_jax.data.custom.split_parts import joined, split_paths
 from crystalframer_jax.data.custom.tables import Table, folder_items, id_prop_of, table_items
@@ -58,7 +58,7 @@ def structures_in(path: str | os.PathLike[str]) -> list[Callable[[], Crystal]]:
         if not path.is_file():
             raise DataError(f"{path}: there is no such file")
         if path.suffix.lower() == ".zip" and _is_of_structures(archive := ZipFolder(path)):
-            return [archive.loader(name, name) for name in archive.names() if suffix_of(name)]
+            return [archive.loader(name, name) for name in archive.names() if is_structure(name)]
         return [_loader(item) for item in _items(path, CustomData()).read()]
     except (DataError, OSError) as error:
         raise CrystalError(str(error)) from error
@@ -123,7 +123,7 @@ def _zip_items(file: Path, options: CustomData) -> Items:
 def _is_of_structures(archive: ZipFolder) -> bool:
     """Tells whether an archive has structure files and no JSON."""
     names = archive.names()
-    return any(map(suffix_of, names)) and not any(name.lower().endswith(".json") for name in names)
+    return any(map(is_structure, names)) and not any(name.lower().endswith(".json") for name in names)
 
 
 def _pickle_items(path: Path, options: CustomData, files: Mapping[str, Path] | None = None) -> Items:
