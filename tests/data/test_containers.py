@@ -409,7 +409,7 @@ def test_arrays_in_texts_are_not_made(tmp_path):
     found = list(custom_source(file, CustomData(targets=("e_form",))).records())
     assert len(found) == 12 and np.isnan(found[-1].labels)
     shape = b'[[%d, 3], "float64"' % len(records()[-1]["species"])
-    file.write_bytes(content.replace(shape, b"[[" + b"9" * (len(shape) - 13) + b'], "float64"'))
+    file.write_bytes(content.replace(shape, b"[[" + b"9" * (len(shape) - 14) + b'], "float64"'))
     found = list(custom_source(file, CustomData(targets=("e_form",))).records())
     assert len(found) == 12 and "positions has" in found[-1].reason
 
