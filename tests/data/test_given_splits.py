@@ -3,6 +3,7 @@
 import json
 
 import ase.io
+import numpy as np
 import pytest
 from ase import Atoms
 from user_files import cif, prepared, records, refused, write_cifs
@@ -60,9 +61,8 @@ def test_files_of_other_kinds_by_split(tmp_path, capsys, ending):
         if ending == "extxyz":
             frames = []
             for record in records()[chosen]:
-                frame = Atoms(
-                    record["species"], scaled_positions=record["frac_coords"], cell=record["lattice"], pbc=True
-                )
+                positions = np.array(record["frac_coords"]) @ record["lattice"]
+                frame = Atoms(record["species"], positions, cell=record["lattice"], pbc=True)
                 frame.info = {"id": record["id"], "e_form": record["e_form"]}
                 frames.append(frame)
             ase.io.write(file, frames)

@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import random
+import sqlite3
 import sys
 import tempfile
 import warnings
@@ -74,20 +75,22 @@ def tables() -> list[tuple[str, bytes]]:
     found = [("set.json", json.dumps(content)) for content in (named, columns, split, text, schema, text[0])]
     rows = "ZnO.cif;1,5;0\nquartz;-2e3;1\nCONTCAR;na;2\n"
     found += [("id_prop.csv", rows), ("id_prop.csv", rows.replace(";", "\t").replace(",", ".")), ("set.csv", table())]
-    found += [
-        ("id_prop.csv", "file,e,fold,split\r\nZnO.cif,True,1,train\r\nquartz,1.2 eV,2,val\r\nCONTCAR,3,1,test\r\n")
-    ]
+    rows = "file,e,fold,split\r\nZnO.cif,True,1,train\r\nquartz,1.2 eV,2,val\r\nCONTCAR,3,1,test\r\n"
+    found += [("id_prop.csv", rows)]
     contents = [(name, content.encode()) for name, content in found]
     atoms = Atoms("NaCl", [[0, 0, 0], [2, 2, 2]], cell=[4, 4, 4], pbc=True, info={"e": 1.5})
     with tempfile.TemporaryDirectory() as folder:
-        for _ in range(2):
-            with ase.db.connect(f"{folder}/set.db") as database:
+        with ase.db.connect(f"{folder}/set.db") as database:
+            for _ in range(2):
                 database.write(atoms, e=1.5, unit="eV")
+        with sqlite3.connect(f"{folder}/set.db") as connection:  # the same bytes every time
+            connection.execute("UPDATE systems SET unique_id = id, ctime = 0, mtime = 0, username = 'x'")
+        connection.close()
         ase.io.write(f"{folder}/set.traj", [atoms, atoms])
         with zipfile.ZipFile(f"{folder}/set.zip", "w") as archive:
-            archive.writestr("id_prop.csv", "ZnO,1\nquartz,2\n")
+            archive.writestr(zipfile.ZipInfo("id_prop.csv"), "ZnO,1\nquartz,2\n")
             for name in ("ZnO.cif", "quartz.cif"):
-                archive.write(FILES / name, name)
+                archive.writestr(zipfile.ZipInfo(name), (FILES / name).read_bytes())
         contents += [(name, Path(folder, name).read_bytes()) for name in ("set.db", "set.traj", "set.zip")]
     return contents
 
@@ -162,11 +165,12 @@ def _read(file: Path) -> tuple[int, int]:
     from crystalframer_jax.cli.predict import read_all
     from crystalframer_jax.data.prepare import _crystals_of
 
-    if not (file.is_dir() or file.name.startswith("set")):
+    if not file.is_dir():  # sets are predicted too
         crystals, errors = read_all([file], [6.93])
         for crystal in crystals:
             assert crystal.formula
-        return len(crystals), len(errors)
+        if not file.name.startswith("set"):
+            return len(crystals), len(errors)
     source = custom_source(file, CustomData(split_column="split"))
     records = list(source.records())
     columns = _crystals_of(len(source.targets), records)
