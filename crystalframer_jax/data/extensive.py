@@ -5,7 +5,7 @@ import numpy as np
 FEWEST = 12  # labels that are not zero, of cells of different sizes
 NEAR_ZERO = 1e-3  # of the median |label|; smaller ones tell nothing of the size
 SIGMAS = 4
-LEAST_SHARE = 0.5  # of the variance of log |label| that log N explains: 0.9 for total energies, 0.2 for others
+LEAST_SHARE = 0.4  # of the variance of log |label| that log N explains: 0.9 for total energies, 0.2 for others
 
 
 def size_exponent(labels: np.ndarray, atoms: np.ndarray) -> float | None:

@@ -173,6 +173,7 @@ def _read(file: Path) -> tuple[int, int]:
             return len(crystals), len(errors)
     source = custom_source(file, CustomData(split_column="split"))
     records = list(source.records())
+    records = records[:500]  # a thousand sound crystals take a second
     columns = _crystals_of(len(source.targets), records)
     return len(columns["ids"]), len(records) - len(columns["ids"])
 

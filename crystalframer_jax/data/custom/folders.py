@@ -49,7 +49,7 @@ class DiskFolder:
 
     def has(self, name: str) -> bool:
         """Tells whether there is a file of that name."""
-        return os.path.isfile(self.path / name)
+        return os.path.isfile(os.path.join(self.path, name))
 
     def loader(self, name: str, id: str) -> Callable[[], Crystal]:
         """Returns what makes the crystal of a file."""
@@ -148,7 +148,7 @@ def find_structure(folder: Folder, cell: str) -> str:
 
     It is in the folder, or in a folder of structures inside; suffixes may be in capital letters.
     """
-    if not cell or "\0" in cell:
+    if not 0 < len(cell) <= LONGEST_MEMBER or "\0" in cell:
         return ""
     return next((place + name for place in PLACES for name in _candidates(cell) if folder.has(place + name)), "")
 
