@@ -15,13 +15,12 @@ class Repeats:
     contradicting: dict[int, str]
     copies: dict[int, str]
     labels: np.ndarray  # [N, T], NaN for what is left out; a crystal has the labels of its copies too
-    several: int = 0  # ids that stand for different crystals, which are all kept
 
 
 def find_repeats(listing: Columns) -> Repeats:
     """Finds records of the same id and crystal: with other labels, none of them is used; else the first stands for all.
 
-    A copy in another split stays, as a leak. `listing` has a row for each record; those with a reason are skipped.
+    A copy in another split stays, as a leak, and so do other crystals of the id. `listing` has a row for each record; those with a reason are skipped.
     """
     found = Repeats({}, {}, listing["labels"].copy())
     crystals: dict[tuple[str, str], list[int]] = collections.defaultdict(list)
@@ -30,8 +29,7 @@ def find_repeats(listing: Columns) -> Repeats:
     for same in crystals.values():
         if len(same) > 1:
             _compare(same, listing, found)
-    ids = collections.Counter(id for id, _ in crystals)
-    return dataclasses.replace(found, several=sum(count > 1 for count in ids.values()))
+    return found
 
 
 def _compare(same: list[int], listing: Columns, found: Repeats) -> None:

@@ -194,6 +194,33 @@ def test_json_in_the_cells_of_a_table(tmp_path):
     assert [record.load().num_atoms for record in source.records()] == [len(r["species"]) for r in records()]
 
 
+def test_structures_as_python_shows_them(tmp_path):
+    """As pandas writes dicts into CSV."""
+    with (tmp_path / "set.csv").open("w", newline="") as stream:
+        lines = csv.writer(stream)
+        lines.writerow(["structure", "e_form"])
+        lines.writerows([str(as_dict(r)), r["e_form"]] for r in records())
+    with pytest.raises(DataError, match=r"none of 12 records .*set.csv:2: the structure is written as Python shows it"):
+        custom_source(tmp_path / "set.csv", CustomData())
+
+
+def test_classes_in_json(tmp_path):
+    (tmp_path / "set.json").write_text(json.dumps([{**row, "e_form": True} for row in NAMED]))
+    with pytest.raises(DataError, match=r"set.json record 1: e_form is True; it names a class"):
+        custom_source(tmp_path / "set.json", CustomData())
+
+
+def test_gzipped_frames(tmp_path):
+    ase.io.write(tmp_path / "set.extxyz", [Atoms("Si", cell=[3, 3, 3], pbc=True, info={"e": i}) for i in range(3)])
+    content = (tmp_path / "set.extxyz").read_bytes()
+    (tmp_path / "set.extxyz.gz").write_bytes(gzip.compress(content))
+    found = list(custom_source(tmp_path / "set.extxyz.gz", CustomData()).records())
+    assert [(record.labels, record.load().num_atoms) for record in found] == [((float(i),), 1) for i in range(3)]
+    (tmp_path / "set.extxyz.gz").write_bytes(gzip.compress(content)[:-9])
+    with pytest.raises(DataError, match=r"set\.extxyz\.gz is damaged"):
+        custom_source(tmp_path / "set.extxyz.gz", CustomData())
+
+
 # Archives
 
 
@@ -227,7 +254,7 @@ def test_zipped_folders(tmp_path, capsys, folder, table):
 
 
 def test_archives_of_other_kinds(tmp_path):
-    with pytest.raises(DataError, match=r"0 tables of labels in it instead of one; add id_prop.csv"):
+    with pytest.raises(DataError, match=r"no table of labels in it; add id_prop.csv"):
         custom_source(zipped(tmp_path / "set.zip", table=""), CustomData())
     crystals, errors = read_all([str(tmp_path / "set.zip")])
     assert [crystal.id for crystal in crystals] == [f"{id}.cif" for id in sorted(IDS)] and not errors
@@ -235,6 +262,24 @@ def test_archives_of_other_kinds(tmp_path):
     crystals, errors = read_all([str(tmp_path / "set.zip")])
     assert [crystal.id for crystal in crystals if crystal.formula == "Si"] == ["POSCAR_Si"]
     assert len(crystals) == 13 and len(errors) == 1 and "z.cif" in errors[0]
+
+
+@pytest.mark.parametrize("name", ["{}/id_prop.csv", "{}.csv", "top/{}_set.csv", "top/{}/labels.csv"])
+def test_zipped_splits(tmp_path, name):
+    parts = {"train": records()[:8], "valid": records()[8:10], "test": records()[10:]}
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for part, chosen in parts.items():
+            table = name.format(part)
+            header = "" if table.endswith("id_prop.csv") else "id,e\n"
+            archive.writestr(table, header + "".join(f"{record['id']},{record['e_form']}\n" for record in chosen))
+            for record in chosen:
+                archive.writestr(f"{table.rpartition('/')[0]}/{record['id']}.cif".lstrip("/"), cif(record))
+    found = list(custom_source(tmp_path / "set.zip", CustomData()).records())
+    assert [record.id for record in found] == IDS
+    assert [record.split for record in found] == ["train"] * 8 + ["val"] * 2 + ["test"] * 2
+    zipped(tmp_path / "set.zip", table="a.csv", **{"b.csv": "id,e\n"})
+    with pytest.raises(DataError, match=r"2 tables of labels in it, not one for each split"):
+        custom_source(tmp_path / "set.zip", CustomData())
 
 
 def test_damaged_members_cost_themselves(tmp_path):

@@ -48,7 +48,9 @@ def test_what_tells_nothing():
     """Few labels, zeros, unknown ones, cells of one size."""
     energies = -5.0 * ATOMS
     assert size_exponent(energies[:11], ATOMS[:11]) is None
-    assert size_exponent(np.zeros(100), ATOMS[:100]) is None and size_exponent(np.full(100, np.nan), ATOMS[:100]) is None
+    assert (
+        size_exponent(np.zeros(100), ATOMS[:100]) is None and size_exponent(np.full(100, np.nan), ATOMS[:100]) is None
+    )
     assert size_exponent(energies[:100], np.full(100, 8)) is None
     some = np.where(np.arange(100) % 3 == 0, np.nan, energies[:100])
     assert size_exponent(some, ATOMS[:100]) == pytest.approx(1)

@@ -11,7 +11,7 @@ from crystalframer_jax.data.custom.ase_items import database_items, trajectory_i
 from crystalframer_jax.data.custom.fields import CustomData, Item, Items, record_of, target_fields
 from crystalframer_jax.data.custom.folders import ZipFolder, fail, is_structure
 from crystalframer_jax.data.custom.json_items import item_of, json_items
-from crystalframer_jax.data.custom.split_parts import joined, split_paths
+from crystalframer_jax.data.custom.split_parts import joined, split_of, split_paths
 from crystalframer_jax.data.custom.tables import Table, folder_items, id_prop_of, table_items
 from crystalframer_jax.data.records import BadRecord, DataError, Record, Source, Target
 from crystalframer_jax.data.splits import SPLITS
@@ -106,18 +106,33 @@ def _csv_items(file: Path, options: CustomData) -> Items:
 
 
 def _zip_items(file: Path, options: CustomData) -> Items:
-    """Reads an archive with a table and structure files, or with one JSON file; it is not unpacked."""
+    """Reads an archive with a table and structure files, or with one JSON file; it is not unpacked.
+
+    Of several tables, each is for the split that it, or its folder, is named by.
+    """
     archive = ZipFolder(file)
     names = archive.names()
     found = [name for name in names if id_prop_of([name.rpartition("/")[2]])]
-    tables = found or [name for name in names if name.lower().endswith((".csv", ".tsv"))]
-    if len(tables) == 1 and (found or not any(name.lower().endswith(".json") for name in names)):
-        inner, _, name = tables[0].rpartition("/")
-        table = Table(file, ZipFolder(file, f"{inner}/" if inner else ""), name)
-        return folder_items(table, options) if found else table_items(table, options)
-    if _is_of_structures(archive):
-        raise DataError(f"{file}: {len(tables)} tables of labels in it instead of one; add id_prop.csv")
-    return json_items(file, options)
+    tables = found or [name for name in names if name.lower().endswith(TABLES)]
+    has_json = any(name.lower().endswith(".json") for name in names)
+    if not tables or (has_json and not found):
+        if _is_of_structures(archive):
+            raise DataError(f"{file}: no table of labels in it; add id_prop.csv")
+        return json_items(file, options)
+    if len(tables) == 1:
+        return _zipped_table(file, tables[0], options)
+    parts = {
+        split_of(name.rpartition("/")[0].rpartition("/")[2], True) or split_of(name, False): name for name in tables
+    }
+    if len(parts) < len(tables) or "train" not in parts or "" in parts:
+        raise DataError(f"{file}: {len(tables)} tables of labels in it, not one for each split; unpack it and give one")
+    return joined(file, {split: _zipped_table(file, parts[split], options) for split in SPLITS if split in parts})
+
+
+def _zipped_table(file: Path, name: str, options: CustomData) -> Items:
+    inner, slash, last = name.rpartition("/")
+    table = Table(file, ZipFolder(file, inner + slash), last)
+    return folder_items(table, options) if id_prop_of([last]) else table_items(table, options)
 
 
 def _is_of_structures(archive: ZipFolder) -> bool:

@@ -25,7 +25,7 @@ def split_paths(folder: Path) -> dict[str, Path]:
     for are_folders in (True, False):
         found: dict[str, Path] = {}
         for path in entries:
-            if path.is_dir() != are_folders or not (split := _split_of(path, are_folders)):
+            if path.is_dir() != are_folders or not (split := split_of(path.name, are_folders)):
                 continue
             if split in found:
                 problem = f"both {found[split].name} and {path.name} are for {split}"
@@ -36,9 +36,9 @@ def split_paths(folder: Path) -> dict[str, Path]:
     return {}
 
 
-def _split_of(path: Path, is_folder: bool) -> str:
-    """Returns the split that a path is named by, "" for none or several."""
-    name = path.name.lower()
+def split_of(name: str, is_folder: bool) -> str:
+    """Returns the split that a file or folder is named by, "" for none or several."""
+    name = name.lower()
     if not is_folder:
         ending = max((ending for ending in PARTS if name.endswith(ending)), key=len, default="")
         if not ending:

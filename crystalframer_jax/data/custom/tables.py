@@ -73,7 +73,7 @@ class Table:
 
     def has_structure(self, cell: str) -> bool:
         """Tells whether a cell is a structure or names a file with one."""
-        return is_cif_text(cell) or is_json_text(cell) or bool(find_structure(self.folder, cell))
+        return is_cif_text(cell) or is_json_text(cell) or _is_python(cell) or bool(find_structure(self.folder, cell))
 
 
 def id_prop_of(names: Iterable[str]) -> str:
@@ -153,6 +153,9 @@ def _items(table: Table, names: Sequence[str], has_header: bool, structure: int,
         if is_json_text(cell):
             values.pop(names[structure], None)
             return Item(id, where, functools.partial(from_json, cell, where, id), values)
+        if _is_python(cell):
+            remedy = "write it as JSON, as structure.to_json() does"
+            return BadRecord(id, where, f"the structure is written as Python shows it; {remedy}")
         if any("\n" in cell and not is_cif_text(cell) for cell in cells):
             return BadRecord(id.split("\n")[0], where, "a quoted cell goes on over several lines; close the quote")
         if is_cif_text(cell):
@@ -235,6 +238,11 @@ def _structure_column(table: Table, names: list[str], rows: Rows, options: Custo
     raise DataError(f"{table.name}: {problem}; it has {known}; name it with --structure_column")
 
 
+def _is_python(cell: str) -> bool:
+    """Tells whether a cell is a dict of a structure as Python shows it."""
+    return cell.startswith("{'") and "'lattice'" in cell
+
+
 def _expected(cell: str) -> str:
     """Tells what a cell names, for messages."""
     shown = short(cell)
@@ -244,4 +252,4 @@ def _expected(cell: str) -> str:
 
 def _id_of_cell(cell: str) -> str:
     """Returns a file name without the suffix; "" for the text of a structure."""
-    return "" if "\n" in cell or is_json_text(cell) else cell.removesuffix(suffix_of(cell))
+    return "" if "\n" in cell or is_json_text(cell) or _is_python(cell) else cell.removesuffix(suffix_of(cell))
