@@ -20,7 +20,8 @@ class Repeats:
 def find_repeats(listing: Columns) -> Repeats:
     """Finds records of the same id and crystal: with other labels, none of them is used; else the first stands for all.
 
-    A copy in another split stays, as a leak, and so do other crystals of the id. `listing` has a row for each record; those with a reason are skipped.
+    A copy in another split stays, as a leak, and so do other crystals of the id. `listing` has a row for each record;
+    those with a reason are passed over.
     """
     found = Repeats({}, {}, listing["labels"].copy())
     crystals: dict[tuple[str, str], list[int]] = collections.defaultdict(list)

@@ -121,9 +121,10 @@ def _zip_items(file: Path, options: CustomData) -> Items:
         return json_items(file, options)
     if len(tables) == 1:
         return _zipped_table(file, tables[0], options)
-    parts = {
-        split_of(name.rpartition("/")[0].rpartition("/")[2], True) or split_of(name, False): name for name in tables
-    }
+    parts = {}
+    for name in tables:
+        folder, _, last = name.rpartition("/")
+        parts[split_of(folder.rpartition("/")[2], True) or split_of(last, False)] = name
     if len(parts) < len(tables) or "train" not in parts or "" in parts:
         raise DataError(f"{file}: {len(tables)} tables of labels in it, not one for each split; unpack it and give one")
     return joined(file, {split: _zipped_table(file, parts[split], options) for split in SPLITS if split in parts})
