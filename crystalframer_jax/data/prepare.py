@@ -21,7 +21,7 @@ from crystalframer_jax.batching.table import CRYSTAL_COLUMNS, crystal_columns
 from crystalframer_jax.config import TrainConfig
 from crystalframer_jax.data.assignment import Preparation, rows_of, splits_of
 from crystalframer_jax.data.build import Columns, build_parts, join_parts
-from crystalframer_jax.data.leakage import find_leaks
+from crystalframer_jax.data.leakage import Leak, find_leaks
 from crystalframer_jax.data.owned import (
     begin,
     begun,
@@ -37,7 +37,7 @@ from crystalframer_jax.data.owned import (
 from crystalframer_jax.data.records import BadRecord, DataError, Record, Source
 from crystalframer_jax.data.registry import TargetSet
 from crystalframer_jax.data.repeats import Repeats, find_repeats
-from crystalframer_jax.data.report import extensive_targets, in_no_split, report
+from crystalframer_jax.data.report import Warnings, extensive_targets, in_no_split, report
 from crystalframer_jax.data.splits import SPLITS
 from crystalframer_jax.data.store import LABEL_COLUMNS, SET_COLUMNS, changing, parts_folder, read_set, writing
 from crystalframer_jax.files import FileError, write_csv
@@ -179,15 +179,10 @@ def _write(folder: Path, source: Source, known: TargetSet | None, options: Prepa
         for name in LABEL_COLUMNS:
             np.save(temporary / f"{name}.npy", columns[name])
         bad += [BadRecord(listing["id"][n], listing["where"][n], reason) for n, reason in left_out.items()]
-        write_csv(temporary / "skipped.csv", *_table(bad))
         told = [row for row in zip(*(listing[name] for name in ("id", "where", "warning")), strict=True) if row[2]]
         notes = [("", "", note) for note in source.notes]
         notes += [] if known else extensive_targets(source.targets, columns)
-        if told or notes:
-            write_csv(temporary / "warnings.csv", ("id", "where", "warning"), notes + told)
-        ids = columns["ids"]
-        lines = [(leak.kind, leak.split, ids[leak.held], leak.other_split, ids[leak.other]) for leak in leaks]
-        write_csv(temporary / "leakage.csv", ("kind", "split", "id", "is_also_in", "id_there"), lines)
+        _write_reports(temporary, bad, notes + told, leaks, columns["ids"])
         report(folder.name, source.targets, columns, leaks)
         for line in filter(None, (in_no_split(columns, len(repeats.contradicting), len(repeats.copies)), remark)):
             tqdm.write(f"  {line}")
@@ -198,6 +193,15 @@ def _write(folder: Path, source: Source, known: TargetSet | None, options: Prepa
         tqdm.write(f"warning: {note}")
     if told:
         tqdm.write(f"warnings of {len(told):,} records (crystals/warnings.csv), first: {told[0][2]}")
+
+
+def _write_reports(folder: Path, bad: list[BadRecord], told: Warnings, leaks: list[Leak], ids: np.ndarray) -> None:
+    """Writes the lists of skipped records, of leaks and, if there are any, of warnings."""
+    write_csv(folder / "skipped.csv", *_table(bad))
+    lines = [(leak.kind, leak.split, ids[leak.held], leak.other_split, ids[leak.other]) for leak in leaks]
+    write_csv(folder / "leakage.csv", ("kind", "split", "id", "is_also_in", "id_there"), lines)
+    if told:
+        write_csv(folder / "warnings.csv", ("id", "where", "warning"), told)
 
 
 def _listing(files: list[Path]) -> Columns:

@@ -28,14 +28,18 @@ def extensive_targets(targets: Sequence[Target], columns: Columns) -> Warnings:
 
 def in_no_split(columns: Columns, num_contradicting: int, num_copies: int) -> str:
     """Counts the crystals that are in no split, by the reason; "" if there are none."""
-    number = len(columns["labels"]) - sum(len(columns[split]) for split in SPLITS)
-    unknown = int((~np.isfinite(columns["labels"]).any(axis=1)).sum()) - num_contradicting - num_copies
+    is_known = np.isfinite(columns["labels"])
+    is_out = np.ones(len(is_known), bool)
+    is_out[np.concatenate([columns[split] for split in SPLITS])] = False
+    number = int(is_out.sum())
+    partly = is_out & is_known.any(axis=1) & ~is_known.all(axis=1)
+    rest = "left over when shares are rounded" + (", or without one of the labels" if partly.any() else "")
     reasons = {
-        "without a label": unknown,
+        "without a label": int((is_out & ~is_known.any(axis=1)).sum()) - num_contradicting - num_copies,
         "with contradicting labels (crystals/skipped.csv)": num_contradicting,
         "listed twice (crystals/skipped.csv)": num_copies,
     }
-    reasons["left over when shares are rounded, or without one of the labels"] = number - sum(reasons.values())
+    reasons[rest] = number - sum(reasons.values())
     told = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count > 0)
     return f"{number:,} {'crystal is' if number == 1 else 'crystals are'} in no split: {told}" if number else ""
 
