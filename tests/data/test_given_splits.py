@@ -53,6 +53,13 @@ def test_folders_by_split(tmp_path, capsys, names):
     assert_given(prepared(tmp_path / "data", source, capsys))
 
 
+def test_tables_without_header_by_split(tmp_path, capsys):
+    write_cifs(tmp_path / "source")
+    for part in PARTS:
+        (tmp_path / "source" / f"id_prop_{part}.csv").write_text(lines(part).split("\n", 1)[1])
+    assert_given(prepared(tmp_path / "data", tmp_path / "source", capsys))
+
+
 @pytest.mark.parametrize("ending", ["json", "jsonl", "extxyz"])
 def test_files_of_other_kinds_by_split(tmp_path, capsys, ending):
     (tmp_path / "source").mkdir()

@@ -145,6 +145,15 @@ def test_a_column_of_labels_that_are_no_numbers(tmp_path, cell, reason):
     assert reason in str(raised.value)
 
 
+def test_a_column_of_words(tmp_path):
+    write_cifs(tmp_path)
+    (tmp_path / "id_prop.csv").write_text(table(["metal", "insulator"] * 6))
+    with pytest.raises(
+        DataError, match=r"no field holds numbers .* first: .*prop\.csv:1: target is 'metal'; write"
+    ):
+        custom_source(tmp_path, CustomData())
+
+
 @pytest.mark.parametrize(("cell", "reason"), WRONG)
 def test_one_cell_that_is_no_number(tmp_path, cell, reason):
     write_cifs(tmp_path)

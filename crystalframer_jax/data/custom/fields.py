@@ -112,7 +112,8 @@ def target_fields(items: Items, options: CustomData) -> tuple[tuple[str, ...], t
     if not fields and faulty:
         raise DataError(f"{items.name}: no field holds numbers as labels, first: {faulty[0]}")
     if not fields:
-        raise DataError(f"{items.name}: no field holds numbers as labels ({known}); add one or name --targets")
+        first = next((f"; first: {seen.first}" for seen in open_to_choice.values() if seen.first), "")
+        raise DataError(f"{items.name}: no field holds numbers as labels ({known}{first}); add one or name --targets")
     for name in fields:
         if unsafe := unsafe_character(name):
             problem = f"the name of field {short(escaped(name))} has the character {unsafe}"

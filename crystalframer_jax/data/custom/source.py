@@ -100,9 +100,12 @@ def _items_of_folder(folder: Path, options: CustomData) -> Items:
 
 
 def _csv_items(file: Path, options: CustomData) -> Items:
-    if file.name.lower().startswith("id_prop."):
-        return folder_items(Table(file), options)
-    return table_items(Table(file), options)
+    return _items_of_table(Table(file), file.name, options)
+
+
+def _items_of_table(table: Table, name: str, options: CustomData) -> Items:
+    """Reads a table, which may lack a header if its name begins with id_prop."""
+    return (folder_items if name.lower().startswith("id_prop") else table_items)(table, options)
 
 
 def _zip_items(file: Path, options: CustomData) -> Items:
@@ -132,8 +135,7 @@ def _zip_items(file: Path, options: CustomData) -> Items:
 
 def _zipped_table(file: Path, name: str, options: CustomData) -> Items:
     inner, slash, last = name.rpartition("/")
-    table = Table(file, ZipFolder(file, inner + slash), last)
-    return folder_items(table, options) if id_prop_of([last]) else table_items(table, options)
+    return _items_of_table(Table(file, ZipFolder(file, inner + slash), last), last, options)
 
 
 def _is_of_structures(archive: ZipFolder) -> bool:
