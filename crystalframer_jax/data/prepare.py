@@ -192,7 +192,7 @@ def _write(folder: Path, source: Source, known: TargetSet | None, options: Prepa
     for _, _, note in notes:
         tqdm.write(f"warning: {note}")
     if told:
-        tqdm.write(f"warnings of {len(told):,} records (crystals/warnings.csv), first: {told[0][2]}")
+        tqdm.write(f"warnings of {len(told):,} of {count:,} records (crystals/warnings.csv), first: {told[0][2]}")
 
 
 def _write_reports(folder: Path, bad: list[BadRecord], told: Warnings, leaks: list[Leak], ids: np.ndarray) -> None:

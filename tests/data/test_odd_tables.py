@@ -148,9 +148,7 @@ def test_a_column_of_labels_that_are_no_numbers(tmp_path, cell, reason):
 def test_a_column_of_words(tmp_path):
     write_cifs(tmp_path)
     (tmp_path / "id_prop.csv").write_text(table(["metal", "insulator"] * 6))
-    with pytest.raises(
-        DataError, match=r"no field holds numbers .* first: .*prop\.csv:1: target is 'metal'; write"
-    ):
+    with pytest.raises(DataError, match=r"no field holds numbers .* first: .*prop\.csv:1: target is 'metal'; write"):
         custom_source(tmp_path, CustomData())
 
 
@@ -278,7 +276,7 @@ def test_a_warning_of_a_structure_is_kept(tmp_path, capsys):
         file.write("_chemical_formula_sum 'Xe9 Ne1'\n")
     (tmp_path / "source" / "id_prop.csv").write_text(table(NUMBERS))
     made = prepared(tmp_path / "data", tmp_path / "source", capsys)
-    assert "UserWarning" not in made.text and "warnings of 1 records (crystals/warnings.csv), first:" in made.text
+    assert "UserWarning" not in made.text and "warnings of 1 of 12 records (crystals/warnings.csv), first:" in made.text
     told = (made.folder / "warnings.csv").read_text().splitlines()
     assert told[0] == "id,where,warning" and told[1].startswith(f"{first},") and "the file states Xe9 Ne1" in told[1]
 
