@@ -130,7 +130,7 @@ def _text(block: Block, cell: dict[str, str], symmetry: Symmetry, sites: list[Si
     lines += ["loop_", "_atom_site_label", "_atom_site_type_symbol"]
     lines += [f"_atom_site_fract_{axis}" for axis in "xyz"] + ["_atom_site_occupancy"]
     for site in sites:
-        symbol = site.symbol
+        symbol = site.element
         if has_types and site.element != "D" and re.match(rf"{site.element}(?![a-z])", site.type_symbol):
             symbol = site.type_symbol  # with the charge
         lines.append(f"{site.number} '{symbol}' {' '.join(site.place)} {site.occupancy}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -54,8 +55,7 @@ def blocks(text: str) -> list[Block]:
     """Finds the data blocks of a CIF that list atoms."""
     found: list[Block] = []
     lines = text.split("\n")
-    starts = _starts(lines)
-    for start, end in zip(starts, [*starts[1:], len(lines)], strict=True):
+    for start, end in itertools.pairwise([*_starts(lines), len(lines)]):
         block = Block()
         try:
             _fill(block, _Stream(_tokens(lines, start, end)))

@@ -28,7 +28,7 @@ class Named(NamedTuple):
 def _symbols() -> frozenset[str]:
     from pymatgen.core import Element
 
-    return frozenset(element.value for element in Element)  # D and T are among them
+    return frozenset(element.value for element in Element) | {"D", "T"}
 
 
 def is_element(symbol: str) -> bool:

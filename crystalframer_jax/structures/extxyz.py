@@ -158,8 +158,7 @@ def _check_frame(lines: list[str], parsed: Any) -> None:
                 raise Unreadable(f"atom {i - 1}: {brief(cells[species])} is no element", "name it as in Na")
             cells[species] = "H" if symbol in ("D", "T") else cells[species]
         for x in cells[place : place + 3] if place is not None else ():
-            if x.lower().strip("+-") not in ("nan", "inf"):  # of which more is said later
-                number(x, f"atom {i - 1}: a position")
+            number(x, f"atom {i - 1}: a position", finite=False)
         lines[i] = " ".join(cells)
 
 

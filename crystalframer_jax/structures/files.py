@@ -37,8 +37,8 @@ MARKS = {
 }
 
 ACCEPTED_FILES = (
-    "CIF (.cif, .mcif), POSCAR (POSCAR*, CONTCAR*, .vasp, .poscar), extended XYZ (.extxyz, .xyz), vasprun.xml; all "
-    "also with .gz"
+    "CIF (.cif), POSCAR (POSCAR*, CONTCAR*, .vasp, .poscar), extended XYZ (.extxyz, .xyz), magnetic CIF (.mcif), "
+    "vasprun.xml, any of them with .gz"
 )
 Maker = Callable[[], Crystal]  # makes the crystal of a structure, or raises CrystalError
 

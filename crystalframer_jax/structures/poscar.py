@@ -77,9 +77,11 @@ def _three(lines: list[str], i: int, what: str) -> list[float]:
     if len(texts) < 3 and (glued := GLUED.fullmatch(lines[i])):  # by a format of fixed width
         texts = list(glued.groups())
         lines[i] = " ".join(texts)
+    if not texts and not any(map(str.strip, lines[i:])):
+        raise Unreadable("it ends early", "write the structure again")
     if len(texts) < 3:
         raise Unreadable(f"line {i + 1}: {brief(lines[i].strip())} instead of three numbers of {what}")
-    return [number(text, f"line {i + 1}: {what}") for text in texts[:3]]
+    return [number(text, f"line {i + 1}: {what}", finite=False) for text in texts[:3]]
 
 
 def _check_counts(lines: list[str], id: str) -> None:

@@ -69,11 +69,14 @@ def _plain(character: str) -> str:
     return character if digit is None else str(digit)
 
 
-def number(text: str, what: str) -> float:
-    """Reads a number; Unreadable, naming `what` it should be, for anything else: also for 1_5, which Python takes."""
+def number(text: str, what: str, finite: bool = True) -> float:
+    """Reads a number; Unreadable, naming `what` it should be, for anything else: also for 1_5, which Python takes.
+
+    NaN and infinity are none either, unless they are looked for later (not `finite`).
+    """
     text = plain(text).strip()
-    value = float(text) if NUMBER.fullmatch(text) else math.nan
-    if not math.isfinite(value):
-        is_infinite = text.strip("+-").lower() in ("nan", "inf", "infinity") or NUMBER.fullmatch(text)
-        raise Unreadable(f"{what} is {brief(text)}, {'NaN or infinity' if is_infinite else 'not a number'}")
+    is_number = NUMBER.fullmatch(text) or text.strip("+-").lower() in ("nan", "inf", "infinity")
+    value = float(text) if is_number else math.nan
+    if not is_number or (finite and not math.isfinite(value)):
+        raise Unreadable(f"{what} is {brief(text)}, {'NaN or infinity' if is_number else 'not a number'}")
     return value
