@@ -11,7 +11,7 @@ from crystalframer_jax.structures.errors import CrystalError
 from crystalframer_jax.structures.reading import warn
 from crystalframer_jax.structures.search import cheap_radius, pairs_within
 
-SHORTEST = 0.7  # Å; hydrogen molecules have 0.74
+SHORTEST = 0.65  # Å; hydrogen molecules have 0.74, hydrogens seen by X-rays are often too close
 SHARE = 0.6  # of the sum of two covalent radii; uranyl and bonds of four electron pairs have 0.66
 USUAL_RADIUS = 1.7  # Å, of elements that the table lacks
 

@@ -131,7 +131,9 @@ def _text(block: Block, cell: dict[str, str], symmetry: Symmetry, sites: list[Si
     lines += [f"_atom_site_fract_{axis}" for axis in "xyz"] + ["_atom_site_occupancy"]
     for site in sites:
         symbol = site.element
-        if has_types and site.element != "D" and re.match(rf"{site.element}(?![a-z])", site.type_symbol):
+        if site.type_symbol in ("Wat", "O-H"):
+            symbol = site.type_symbol
+        elif has_types and site.element != "D" and re.match(rf"{site.element}(?![a-z])", site.type_symbol):
             symbol = site.type_symbol  # with the charge
         lines.append(f"{site.number} '{symbol}' {' '.join(site.place)} {site.occupancy}")
     return "\n".join(lines)

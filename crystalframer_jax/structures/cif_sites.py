@@ -29,7 +29,7 @@ class Site:
     label: str  # as in the file, for messages
     line: int
     element: str  # D and T among them
-    type_symbol: str  # as in the file, "" if there is none
+    type_symbol: str  # as in the file, "" if there is none; Wat or O-H if hydrogens without coordinates belong to it
     place: list[str]  # fractional coordinates; text, so that pymatgen reads the digits of the file
     occupancy: str
     group: int = 0  # the number of the first site of the same position
@@ -45,7 +45,7 @@ def sites_of(block: Block, lattice: np.ndarray, id: str) -> tuple[list[Site], li
     places = _places(columns, lattice, block)
     occupancies = columns.get("occupancy", ["1"] * len(places))
     flags, hydrogens = columns.get("calc_flag", []), columns.get("attached_hydrogens", [])
-    sites, warnings, lacks_hydrogen = [], [], bool(set(hydrogens) - {"0", *UNKNOWN})
+    sites, warnings, guessed, lacks_hydrogen = [], [], [], bool(set(hydrogens) - {"0", *UNKNOWN})
     for row, (line, place, occupancy) in enumerate(zip(lines, places, occupancies, strict=True)):
         label = labels[row] if labels else f"{row + 1} ({symbols[row] if symbols else ''})"
         symbol = symbols[row] if symbols and symbols[row] not in UNKNOWN else ""
@@ -53,11 +53,11 @@ def sites_of(block: Block, lattice: np.ndarray, id: str) -> tuple[list[Site], li
             warnings.append(f"left out site {label}, which the file calls a dummy (line {line})")
             continue
         named = _named(symbol, label, row, line, id)
-        if named.warning == "water":
-            lacks_hydrogen = True
+        lacks_hydrogen = lacks_hydrogen or bool(named.with_hydrogen)
+        if named.warning == elements.TAKEN:
+            guessed.append(label)
         elif named.warning:
-            what = "left out site" if not named.elements else "site"
-            warnings.append(f"{what} {label} (line {line}): {named.warning}")
+            warnings.append(f"left out site {label} (line {line}): {named.warning}")
         if set(place) <= set(UNKNOWN) and set(named.elements) <= {"H", "D", "T"}:
             lacks_hydrogen = lacks_hydrogen or bool(named.elements)
             continue
@@ -65,9 +65,13 @@ def sites_of(block: Block, lattice: np.ndarray, id: str) -> tuple[list[Site], li
         coordinates = [_coordinate(text, axis, label, line, id) for text, axis in zip(place, "xyz", strict=True)]
         for element, amount in named.elements.items():
             occupied = share if amount == 1 else repr(float(share) * amount)
-            sites.append(Site(len(sites) + 1, label, line, element, symbol, coordinates, occupied))
+            written = named.with_hydrogen or symbol
+            sites.append(Site(len(sites) + 1, label, line, element, written, coordinates, occupied))
         if symbol and elements.is_mixed(label) and len(named.elements) == 1 and float(share) == 1:
             warnings.append(f"site {label} (line {line}) is named for several elements, but holds {symbol} alone")
+    if guessed:
+        labels_of = ", ".join(guessed[:5]) + (", ..." if len(guessed) > 5 else "")
+        warnings.append(f"{elements.TAKEN} ({labels_of}); give each an _atom_site_type_symbol")
     if lacks_hydrogen:
         warnings.append("left out hydrogens of water or others without coordinates")
     return sites, warnings

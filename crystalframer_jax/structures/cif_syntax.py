@@ -166,12 +166,12 @@ def _fill_table(block: Block, stream: _Stream) -> None:
 
 
 def _put(block: Block, text: str, item: Item) -> None:
-    """Puts an item into a block; Unreadable if it is there with other values."""
+    """Puts an item into a block, instead of one of the same name; Unreadable if atoms would then be others."""
     name = _name(text)
     if not name.startswith(WANTED):
         return
-    before = block.items.setdefault(name, item)
-    if before.values != item.values:
+    before, block.items[name] = block.items.get(name, item), item
+    if before.values != item.values and name.startswith(("_atom_site_", "_cell_")):
         raise Unreadable(f"lines {before.line} and {item.line}: {text} is given twice", "remove one of them")
 
 

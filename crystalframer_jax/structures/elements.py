@@ -13,6 +13,7 @@ DUMMY = ("x", "xx", "q", "m", "me", "r", "du", "dum", "dummy", "cg", "cen", "cnt
 WATER = {"Wat": "O", "wat": "O", "WAT": "O", "Ow": "O", "OW": "O", "Hw": "H", "HW": "H"}
 HIGH = "\u2070\u00b9\u00b2\u00b3\u2074-\u207b\u2080-\u208b"  # digits and signs above or below the line
 CHARGE = re.compile(rf"\d*\*?|\d*\.?\d*[+\-]+|[+\-]\d+\.?\d*|[{HIGH}]+|\([A-Z\d+\-]+\)")  # or the number of a site
+TAKEN = "elements are taken from the beginning of labels"
 PART = re.compile(r"(?:(\d*\.?\d+)(?:\(\d*\))?\s*([A-Z][a-z]?)|([A-Z][a-z]?)\s*(\d*\.?\d+)(?:\(\d*\))?)([\d.]*[+\-])?")
 MIXED = re.compile(r"[A-Z][a-z]?[\d.+\-]*\s*[/,+|&;]\s*[\d.]*\s*[A-Z]|[A-Z][a-z]?\d*[_\-][A-Z][a-z](?![a-z])")
 
@@ -22,6 +23,7 @@ class Named(NamedTuple):
 
     elements: dict[str, float]  # symbols, D and T among them, and how much there is of each
     warning: str = ""  # what is not certain about it
+    with_hydrogen: str = ""  # water or hydroxyl, as pymatgen knows it: the hydrogen has no coordinates
 
 
 @functools.lru_cache(maxsize=1)
@@ -45,8 +47,8 @@ def of_type_symbol(text: str) -> Named:
     letters, rest = _letters(text)
     if is_element(letters.title()) and CHARGE.fullmatch(rest):
         return Named({letters.title(): 1.0})
-    if letters in WATER and CHARGE.fullmatch(rest):
-        return Named({WATER[letters]: 1.0}, "water" if letters.lower() == "wat" else "")
+    if water := _water(text, letters):
+        return water
     if letters.lower() in VACANT and CHARGE.fullmatch(rest):
         return Named({}, f"{text} is no atom but a vacancy")
     if shares := _shares(text):
@@ -60,20 +62,29 @@ def of_label(text: str) -> Named:
     letters, _ = _letters(text)
     if MIXED.match(text) or letters.lower() in DUMMY:
         raise _unknown(text, letters)
-    if letters in WATER:
-        return Named({WATER[letters]: 1.0}, "water" if letters.lower() == "wat" else "")
+    if water := _water(text, letters):
+        return water
     if is_element(letters.title()):
         return Named({letters.title(): 1.0})
     for length in (2, 1):  # a letter after the element may tell its site, as in Oa1, FeA
         element, more = letters[:length].title(), letters[length:]
         if is_element(element) and len(more) == 1 and not (element == "O" and more == "H"):
-            return Named({element: 1.0}, f"taken as {element}")
+            return Named({element: 1.0}, TAKEN)
     raise _unknown(text, letters)
 
 
 def is_mixed(label: str) -> bool:
     """Tells whether a label names several elements, as Fe/Co1."""
     return bool(MIXED.match(plain(label)))
+
+
+def _water(text: str, letters: str) -> Named | None:
+    """Reads atoms of water and hydroxyl: Ow, Hw, Wat, O-H."""
+    if re.fullmatch(r"O-H\d*", text):
+        return Named({"O": 1.0}, with_hydrogen="O-H")
+    if letters in WATER:
+        return Named({WATER[letters]: 1.0}, with_hydrogen="Wat" if letters.lower() == "wat" else "")
+    return None
 
 
 def _letters(text: str) -> tuple[str, str]:
