@@ -1,5 +1,6 @@
 """Predict structure files with a trained model."""
 
+import collections
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
@@ -61,7 +62,8 @@ def read_all(files: Sequence[str], cutoffs: Iterable[float | LatticeBox] = ()) -
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", UserWarning)
-        warnings.showwarning = lambda message, *_: print(f"warning: {escaped(message)}", file=sys.stderr)
+        doubts: list[str] = []
+        warnings.showwarning = lambda message, *_: doubts.append(escaped(message))
         for file in files:
             try:
                 found = structures_in(file)
@@ -76,7 +78,21 @@ def read_all(files: Sequence[str], cutoffs: Iterable[float | LatticeBox] = ()) -
                     crystals.append(crystal)
                 except (CrystalError, MemoryError) as error:
                     errors.append(_line(f"{file}#{number}", error))
+            for doubt in _merged(doubts, escaped(file)):
+                print(f"warning: {doubt}", file=sys.stderr)
+            doubts.clear()
     return crystals, errors
+
+
+def _merged(doubts: Sequence[str], file: str) -> list[str]:
+    """Merges warnings that are the same for several structures of a file."""
+    counts = collections.Counter(doubt.removeprefix(file).partition(": ")[2] for doubt in doubts)
+    merged = []
+    for doubt in doubts:
+        if more := counts.pop(doubt.removeprefix(file).partition(": ")[2], 0) - 1:
+            doubt = f"{doubt} (as {more} more of this file)" if more > 0 else ""
+        merged.append(doubt)
+    return list(filter(None, merged))
 
 
 def _line(where: str, error: Exception) -> str:

@@ -10,6 +10,8 @@ import math
 import os
 import re
 import time
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -39,10 +41,11 @@ from crystalframer_jax.files import FileError, write_csv
 from crystalframer_jax.structures.crystal import Crystal, CrystalError
 from crystalframer_jax.text import escaped, unsafe_character
 
-CRYSTALS_FORMAT = 1  # to be raised when crystals or their columns change
+CRYSTALS_FORMAT = 2  # to be raised when crystals or their columns change
 LONGEST_ID = 200  # characters
 CHUNK = 250  # records that a worker process makes crystals of at a time
-LISTED = ("id", "where", "labels", "split", "group", "reason")  # what parts say of a record; reason: why it is skipped
+# what parts say of a record; reason: why it is skipped
+LISTED = ("id", "where", "labels", "split", "group", "reason", "warning")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +65,8 @@ def prepare(folder: Path, source: Source, known: TargetSet | None, options: Prep
     """Prepares the crystals of a source in `folder`, whose name is that of the target set; False if they are there.
 
     `known` is the target set if it is one of those known from the start: their splits are verified. Records that
-    cannot be used are listed in crystals/skipped.csv, crystals that are in two splits in crystals/leakage.csv. Raises
+    cannot be used are listed in crystals/skipped.csv, those that leave a doubt in crystals/warnings.csv, crystals that
+    are in two splits in crystals/leakage.csv. Raises
     DataError if there are too many of the former (skipped.csv is then beside), or splits are not what they should be.
     """
     key = digest_of(
@@ -179,12 +183,17 @@ def _write(folder: Path, source: Source, known: TargetSet | None, options: Prepa
         for name in LABEL_COLUMNS:
             np.save(temporary / f"{name}.npy", columns[name])
         write_csv(temporary / "skipped.csv", *_table(bad))
+        columns_of = (listing[name] for name in ("id", "where", "warning"))
+        doubts = [row for row in zip(*columns_of, strict=True) if row[2]]
+        write_csv(temporary / "warnings.csv", ("id", "where", "warning"), doubts)
         ids = columns["ids"]
         lines = [(leak.kind, leak.split, ids[leak.held], leak.other_split, ids[leak.other]) for leak in leaks]
         write_csv(temporary / "leakage.csv", ("kind", "split", "id", "is_also_in", "id_there"), lines)
         _report(folder.name, source.targets, columns, leaks)
         if remark:
             tqdm.write(f"  {remark}")
+    if doubts:
+        tqdm.write(f"warnings of {len(doubts):,} of {count:,} records (crystals/warnings.csv), first: {doubts[0][2]}")
     if bad:
         first = f"{bad[0].where}: {bad[0].reason}"
         tqdm.write(f"skipped {len(bad):,} of {count:,} records (crystals/skipped.csv), first: {first}")
@@ -220,6 +229,7 @@ def _crystals_of(num_targets: int, chunk: list[Record | BadRecord]) -> Columns:
     cutoff = TrainConfig().cutoff  # the usual one; a larger may ask for too many neighbors later
     for record in chunk:
         id, where, labels, split, group, reason = record.id, record.where, (np.nan,) * num_targets, "", "", ""
+        doubts: list[str] = []
         if len(id) > LONGEST_ID:
             id, reason = id[:LONGEST_ID], f"its id has {len(id):,} characters"
         elif unsafe := unsafe_character(id):
@@ -229,11 +239,25 @@ def _crystals_of(num_targets: int, chunk: list[Record | BadRecord]) -> Columns:
         else:
             labels, split, group = record.labels, record.split, record.group
             try:
-                crystals.append(record.crystal(cutoff))
+                with _kept_warnings() as doubts:
+                    crystals.append(record.crystal(cutoff))
             except CrystalError as error:
                 reason = " ".join(str(error).split())
-        listed.append((escaped(id) if reason else id, escaped(where), labels, split, group, escaped(reason)))
+        doubt = "" if reason else escaped("; ".join(dict.fromkeys(doubts)))
+        listed.append((escaped(id) if reason else id, escaped(where), labels, split, group, escaped(reason), doubt))
     return crystal_columns(crystals) | {"listing": np.frombuffer(json.dumps(listed).encode(), np.uint8)}
+
+
+@contextlib.contextmanager
+def _kept_warnings() -> Iterator[list[str]]:
+    """Yields a list that is filled with the texts of the warnings of structure files; others are dropped."""
+    kept: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            yield kept
+        finally:
+            kept += [str(warning.message) for warning in caught if warning.category is UserWarning]
 
 
 def _splits(

@@ -167,10 +167,15 @@ def crystal_of_atoms(atoms: Atoms, id: str) -> Crystal:
 
     A UserWarning tells of those.
     """
-    pbc = np.asarray(atoms.pbc)
-    if pbc.any() and not pbc.all() and np.all(np.any(np.asarray(atoms.cell) != 0, axis=1)):
-        flags = " ".join("T" if flag else "F" for flag in pbc)
-        warn(f"{id}: pbc is {flags}; taken as the periodic cell that it has, vacuum included")
+    if np.any(atoms.pbc) and np.all(np.any(np.asarray(atoms.cell) != 0, axis=1)):
+        warn_of_slab(atoms.pbc, id)
         atoms = atoms.copy()
         atoms.pbc = True
     return Crystal.from_ase(atoms, id)
+
+
+def warn_of_slab(pbc: Iterable[bool], id: str) -> None:
+    """Warns that something periodic in one or two directions is taken as a crystal."""
+    flags = ["T" if flag else "F" for flag in pbc]
+    if "F" in flags:
+        warn(f"{id or 'ASE Atoms'}: pbc is {' '.join(flags)}; taken as the periodic cell that it has, vacuum included")

@@ -1,8 +1,8 @@
 """Users' own crystals and labels in one file or folder: tables, extended XYZ, JSON, pickles of the official project."""
 
 import functools
+import gzip
 import hashlib
-import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -26,13 +26,12 @@ from crystalframer_jax.data.records import BadRecord, DataError, Record, Source,
 from crystalframer_jax.data.splits import SPLITS
 from crystalframer_jax.data.structures import FLAT, JARVIS, PYMATGEN, dict_loader, from_dict, from_pymatgen, from_text
 from crystalframer_jax.files import sha256
-from crystalframer_jax.structures.crystal import MOST_ATOMS, Crystal
-from crystalframer_jax.structures.files import LONGEST_COMMENT
+from crystalframer_jax.structures.crystal import Crystal
+from crystalframer_jax.structures.extxyz import LONGEST_COMMENT, Frame, frames
 from crystalframer_jax.text import LONGEST, escaped
 
 STRUCTURE_KEYS = ("structure", "atoms", "cif")
 MAY_LACK = ("charge", "cartesian")  # of the keys of a structure
-LONGEST_COUNT = 18  # digits, of a number of atoms
 NOT_IN_INFO = ("Lattice", "Properties", "pbc")  # what ASE takes out of the comment line for itself
 
 
@@ -94,13 +93,10 @@ def _xyz_items(file: Path, options: CustomData) -> Items:
     except ImportError as error:
         raise DataError(f"{file}: reading extended XYZ needs ASE; pip install ase") from error
 
-    def item(number: int, lines: list[str]) -> Item | BadRecord:
-        where, id, missing = f"{file}:{number}", f"{escaped(file.name)}:{number}", int(lines[0]) + 2 - len(lines)
-        if int(lines[0]) > MOST_ATOMS:
-            return BadRecord(id, where, f"{int(lines[0]):,} atoms, of at most {MOST_ATOMS:,}; give a smaller cell")
-        if missing > 0:
-            reason = f"the file ends after {max(0, len(lines) - 2)} of {int(lines[0])} atoms; complete the frame"
-            return BadRecord(id, where, reason)
+    def item(frame: Frame) -> Item | BadRecord:
+        lines, where, id = frame.lines, f"{file}:{frame.line}", f"{escaped(file.name)}:{frame.line}"
+        if frame.problem:
+            return BadRecord(id, where, frame.problem)
         try:
             found = key_val_str_to_dict(lines[1])
         except Exception as error:  # whatever the parser raises
@@ -110,24 +106,14 @@ def _xyz_items(file: Path, options: CustomData) -> Items:
         return Item(id, where, functools.partial(from_text, "".join(lines), where, False, id), values)
 
     count = sum(1 for _ in _frames(file))
-    return Items(str(file), sha256(file), lambda: itertools.starmap(item, _frames(file)), count)
+    return Items(str(file), sha256(file), lambda: map(item, _frames(file)), count)
 
 
-def _frames(file: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yields number of the first line and lines of each frame; the last may be cut short."""
-    with file.open(encoding="utf-8-sig", errors="replace") as stream:
-        lines = enumerate(limited_lines(stream, file, LONGEST_COMMENT), 1)
-        for number, first in lines:
-            count = first.strip()
-            if not count:
-                continue
-            if not count.isdecimal() or len(count) > LONGEST_COUNT:
-                found = f"no number of atoms but {short(count)!r}"
-                raise DataError(f"{file}:{number}: {found}; correct this line or the number of the frame before")
-            rest = itertools.islice(lines, min(int(count), MOST_ATOMS) + 1)
-            yield number, [first, *(line for _, line in rest)]
-            for _ in itertools.islice(lines, max(int(count) - MOST_ATOMS, 0)):
-                pass
+def _frames(file: Path) -> Iterator[Frame]:
+    """Yields the frames of a file, also packed by gzip; of wrong ones why they are."""
+    opened = gzip.open if file.name.lower().endswith(".gz") else open
+    with opened(file, "rt", encoding="utf-8-sig", errors="replace") as stream:
+        yield from frames(limited_lines(stream, file, LONGEST_COMMENT))
 
 
 def _xyz_id(values: Mapping[str, Any], comment: str, names: tuple[str, ...]) -> str:
@@ -207,7 +193,7 @@ def _structure(record: dict[str, Any], where: str, id: str) -> tuple[tuple[str, 
 
 READERS: dict[tuple[str, ...], Callable[[Path, CustomData], Items]] = {
     (".csv", ".tsv"): table_items,
-    (".extxyz", ".xyz"): _xyz_items,
+    (".extxyz", ".xyz", ".extxyz.gz", ".xyz.gz"): _xyz_items,
     (".json", ".json.gz", ".zip", ".jsonl", ".jsonl.gz"): _json_items,
     (".pkl", ".pickle"): _pickle_items,
 }
