@@ -90,8 +90,9 @@ def _crystal_of(block: Block, id: str) -> Crystal:
 
 def _cell(block: Block, id: str) -> dict[str, str]:
     """Reads lengths and angles as text, without uncertainties."""
-    if any(name not in block.items for name in CELL):
-        raise CrystalError(f"{id}: no lattice; add the six items _cell_length_* and _cell_angle_*")
+    if missing := [name for name in CELL if name not in block.items]:
+        names = ", ".join(missing)
+        raise CrystalError(f"{id}: no lattice; add the six items _cell_length_* and _cell_angle_* of a CIF ({names})")
     cell = {}
     for name in CELL:
         item = block.items[name]

@@ -6,6 +6,7 @@ import functools
 import re
 from typing import NamedTuple
 
+from crystalframer_jax.structures.crystal import MAX_ATOMIC_NUMBER
 from crystalframer_jax.structures.reading import NUMBER, Unreadable, plain
 
 VACANT = ("va", "vac", "vacancy", "vc")  # type symbols of sites that are left empty
@@ -33,6 +34,14 @@ def _symbols() -> frozenset[str]:
     return frozenset(element.value for element in Element) | {"D", "T"}
 
 
+def _supported(symbol: str) -> str:
+    from pymatgen.core import Element
+
+    if Element(symbol).Z > MAX_ATOMIC_NUMBER:
+        raise Unreadable(f"element {symbol} is not supported", "use H to Cf (1 to 98)")
+    return symbol
+
+
 def is_element(symbol: str) -> bool:
     """Tells whether this is an element in the usual writing, D or T."""
     return symbol in _symbols()
@@ -46,7 +55,7 @@ def of_type_symbol(text: str) -> Named:
     text = plain(text).strip()
     letters, rest = _letters(text)
     if is_element(letters.title()) and CHARGE.fullmatch(rest):
-        return Named({letters.title(): 1.0})
+        return Named({_supported(letters.title()): 1.0})
     if water := _water(text, letters):
         return water
     if letters.lower() in VACANT and CHARGE.fullmatch(rest):
@@ -65,7 +74,7 @@ def of_label(text: str) -> Named:
     if water := _water(text, letters):
         return water
     if is_element(letters.title()):
-        return Named({letters.title(): 1.0})
+        return Named({_supported(letters.title()): 1.0})
     for length in (2, 1):  # a letter after the element may tell its site, as in Oa1, FeA
         element, more = letters[:length].title(), letters[length:]
         if is_element(element) and len(more) == 1 and not (element == "O" and more == "H"):

@@ -76,12 +76,13 @@ def _frame(start: tuple[int, str], ahead: deque[tuple[int, str]], source: Iterat
         return _passed(Frame(line, [first], problem), ahead, source)
     if count < 0:
         return _passed(Frame(line, [first], f"{count:,} atoms; correct the number"), ahead, source)
-    taken = list(itertools.islice(_from(ahead, source), count + 1))
-    texts = [first, *(text for _, text in taken)]
+    taken = list(itertools.islice(_from(ahead, source), count + 2))  # one more, to look at
+    texts = [first, *(text for _, text in taken[: count + 1])]
     for i in range(1, len(taken) - 1):
         if _begins(taken[i][1], taken[i + 1][1]):  # the next frame, before all atoms of this one
             ahead.extendleft(reversed(taken[i:]))
             return Frame(line, texts[: i + 1], f"{count:,} atoms in {i - 1:,} lines; complete the frame")
+    ahead.extendleft(reversed(taken[count + 1 :]))
     if len(taken) < count + 1:
         left = max(len(taken) - 1, 0)
         reason = f"{count:,} atoms in {left:,} lines: the file ends after {left} of {count} atoms; complete the frame"

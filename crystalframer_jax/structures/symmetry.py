@@ -240,8 +240,8 @@ def _settings(
             bare, setting = bare[: suffix.start()], suffix[1].upper()
         found = found or _entries(bare)
         of_setting = [entry for entry in found if _setting(entry) == SAME_SETTING.get(setting, setting)]
-        is_exact = bool(setting and of_setting)
-        found = of_setting if is_exact else found
+        is_exact = bool(setting and of_setting) or ":" in bare
+        found = of_setting if setting and of_setting else found
     for text in numbers:
         if found and text.isdecimal() and int(text) not in {entry["number"] for entry in found}:
             raise Unreadable(f"symmetry not understood: {', '.join(names + halls)} is not the group {text}", REMEDY)
