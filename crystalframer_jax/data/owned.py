@@ -30,7 +30,9 @@ MANIFEST = "manifest.json"
 REPORTS = ("skipped.csv", "warnings.csv", "leakage.csv")
 LARGEST_MANIFEST = 16 << 20  # bytes
 LARGEST_MARK = 1000
-WORK = re.compile(r"\.?(part-\d{6}\.npz|\w+\.npy|skipped\.csv|warnings\.csv|leakage\.csv|manifest\.json)(\.\d+)?")  # in the making
+WORK = re.compile(
+    r"\.?(part-\d{6}\.npz|\w+\.npy|skipped\.csv|warnings\.csv|leakage\.csv|manifest\.json)(\.\d+)?"
+)  # in the making
 
 
 def digest_of(key: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from crystalframer_jax.structures.crystal import (
     site_amounts,
 )
 from crystalframer_jax.structures.errors import SiteError
-from crystalframer_jax.structures.reading import Unreadable, number, parsing, plain, warn
+from crystalframer_jax.structures.reading import UnreadableError, number, parsing, plain, warn
 from crystalframer_jax.structures.symmetry import Symmetry, symmetry_of
 from crystalframer_jax.text import LONGEST
 
@@ -53,7 +53,7 @@ def _crystal_of(block: Block, id: str) -> Crystal:
         lattice = _lattice(cell)
         try:
             symmetry = symmetry_of(block, lattice)
-        except Unreadable as error:
+        except UnreadableError as error:
             raise CrystalError(f"{id}: {error}; {error.remedy}") from error
         except CrystalError as error:
             raise CrystalError(f"{id}: {error}") from error
@@ -62,7 +62,7 @@ def _crystal_of(block: Block, id: str) -> Crystal:
         sites, more = left_in(listed, symmetry.operations, lattice, SITE_TOLERANCE)
         warnings += [*more, *filter(None, [symmetry.warning])]
         if not sites:
-            raise Unreadable("no atoms are left in it", "give a structure with at least one atom")
+            raise UnreadableError("no atoms are left in it", "give a structure with at least one atom")
         structure = _structure(_text(block, cell, symmetry, sites), len(symmetry.operations))
         ordered = sorted(structure, key=lambda s: (s.species.average_electroneg, s.species.formula))
         amounts, fract = site_amounts(ordered, id), np.array([site.frac_coords for site in ordered])
@@ -147,7 +147,7 @@ def _structure(text: str, operations: int) -> Structure:
     # pymatgen's own check of occupancies counts deuterium and hydrogen of one site twice
     (structure,) = parser.parse_structures(primitive=False, check_occu=False, on_error="raise")
     if len(parser.symmetry_operations) != operations:
-        raise Unreadable("symmetry not understood", "list it as _space_group_symop_operation_xyz")
+        raise UnreadableError("symmetry not understood", "list it as _space_group_symop_operation_xyz")
     return structure
 
 

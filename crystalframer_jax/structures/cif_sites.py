@@ -10,8 +10,7 @@ import numpy as np
 from crystalframer_jax.structures import elements
 from crystalframer_jax.structures.cif_syntax import Block, Item
 from crystalframer_jax.structures.errors import CrystalError
-from crystalframer_jax.structures.reading import Unreadable, number, plain
-from crystalframer_jax.text import brief
+from crystalframer_jax.structures.reading import UnreadableError, number, plain
 
 UNKNOWN = ("?", ".")
 NEAR = 0.025  # fractional; how far apart rounding to two digits may leave images of a special position
@@ -36,7 +35,7 @@ class Site:
 
 
 def sites_of(block: Block, lattice: np.ndarray, id: str) -> tuple[list[Site], list[str]]:
-    """Reads the rows of the table of sites, and what is to be warned of; CrystalError, or Unreadable with the line."""
+    """Reads the rows of the table of sites, and what is to be warned of; raises CrystalError or UnreadableError."""
     items = _columns(block)
     columns = {name: item.values for name, item in items.items()}
     lines = items["fract_x" if "fract_x" in items else "cartn_x"].lines
@@ -45,7 +44,8 @@ def sites_of(block: Block, lattice: np.ndarray, id: str) -> tuple[list[Site], li
     places = _places(columns, lattice, block)
     occupancies = columns.get("occupancy", ["1"] * len(places))
     flags, hydrogens = columns.get("calc_flag", []), columns.get("attached_hydrogens", [])
-    sites, warnings, guessed, lacks_hydrogen = [], [], [], bool(set(hydrogens) - {"0", *UNKNOWN})
+    sites: list[Site] = []
+    warnings, guessed, lacks_hydrogen = [], [], bool(set(hydrogens) - {"0", *UNKNOWN})
     for row, (line, place, occupancy) in enumerate(zip(lines, places, occupancies, strict=True)):
         label = labels[row] if labels else f"{row + 1} ({symbols[row] if symbols else ''})"
         symbol = symbols[row] if symbols and symbols[row] not in UNKNOWN else ""
@@ -85,24 +85,24 @@ def _columns(block: Block) -> dict[str, Item]:
         if column != name and not column.startswith(("aniso_", "moment_", "fourier_")):
             found[column] = item
     if not {"label", "type_symbol"} & found.keys():
-        raise Unreadable("the table of sites says nothing of elements", "add a column _atom_site_type_symbol")
+        raise UnreadableError("the table of sites says nothing of elements", "add a column _atom_site_type_symbol")
     kind = "fract" if any(name.startswith("fract_") for name in found) else "cartn"
     missing = [f"_atom_site_{kind}_{axis}" for axis in "xyz" if f"{kind}_{axis}" not in found]
     if missing:
-        raise Unreadable(f"the table of sites has no column {', '.join(missing)}", "add it")
+        raise UnreadableError(f"the table of sites has no column {', '.join(missing)}", "add it")
     needed = {"label", "type_symbol", "occupancy", *(f"{kind}_{axis}" for axis in "xyz")} & found.keys()
     numbers = {len(found[name].values) for name in needed}
     if len(numbers) > 1:
-        raise Unreadable("the _atom_site_ items are not a table", "put them in a loop_")
+        raise UnreadableError("the _atom_site_ items are not a table", "put them in a loop_")
     if numbers == {0}:
-        raise Unreadable("the table of sites is empty", "add a row for each site")
+        raise UnreadableError("the table of sites is empty", "add a row for each site")
     return found
 
 
 def _named(symbol: str, label: str, row: int, line: int, id: str) -> elements.Named:
     try:
         return elements.of_type_symbol(symbol) if symbol else elements.of_label(label)
-    except Unreadable as error:
+    except UnreadableError as error:
         if "not supported" in str(error):
             message = f"site {row + 1}: {error} ({label} on line {line})"
         else:
@@ -142,12 +142,14 @@ def _places(columns: dict[str, list[str]], lattice: np.ndarray, block: Block) ->
     shift = np.zeros(3)
     if all(all(row) for row in given):
         matrix = np.array([[number(text, f"{TRANSFORM}_matrix") for text in row] for row in given])  # Cartesian = M x
-        shift = np.array([number(block.text(f"{TRANSFORM}_vector_{i}") or "0", f"{TRANSFORM}_vector") for i in (1, 2, 3)])
+        shift = np.array(
+            [number(block.text(f"{TRANSFORM}_vector_{i}") or "0", f"{TRANSFORM}_vector") for i in (1, 2, 3)]
+        )
     elif np.allclose(lattice @ lattice.T, np.diag(np.diag(lattice @ lattice.T)), atol=1e-6):
         matrix = np.diag(np.sqrt(np.diag(lattice @ lattice.T)))
     else:
         reason = "coordinates are Cartesian, and nothing says how their axes lie in a cell that is not rectangular"
-        raise Unreadable(reason, "give fractional coordinates, _atom_site_fract_x, _y and _z")
+        raise UnreadableError(reason, "give fractional coordinates, _atom_site_fract_x, _y and _z")
     inverse = np.linalg.inv(matrix)
     places = []
     for row in rows:
@@ -243,4 +245,4 @@ def _snap(site: Site, operations: list[np.ndarray], lattice: np.ndarray, toleran
     site.place = [text if abs(x - y) < 1e-9 else repr(float(x))
                   for text, x, y in zip(site.place, special, place, strict=True)]  # fmt: skip
     after = " ".join(f"{x:.4f}".rstrip("0").rstrip(".") for x in special)
-    return f"site {brief(site.label).strip(chr(39))} (line {site.line}) at {before} was read as {after}, where symmetry puts it"
+    return f"site {site.label} (line {site.line}) at {before} was read as {after}, where symmetry puts it"

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from crystalframer_jax.structures.reading import Unreadable
+from crystalframer_jax.structures.reading import UnreadableError
 
 LONGEST_LINE = 20_000  # characters; the standard has 2,048
 MOST_QUOTES = 500  # on a line, each of which is followed to the end
@@ -33,7 +33,7 @@ class Block:
     """A data block: what of its items a structure may need, by their names in small letters, with "_" for "."."""
 
     items: dict[str, Item] = dataclasses.field(default_factory=dict)
-    problem: Unreadable | None = None  # the first
+    problem: UnreadableError | None = None  # the first
 
     def column(self, name: str) -> list[str]:
         """Lists the values of a name, none if it is not there."""
@@ -59,7 +59,7 @@ def blocks(text: str) -> list[Block]:
         block = Block()
         try:
             _fill(block, _Stream(_tokens(lines, start, end)))
-        except Unreadable as error:
+        except UnreadableError as error:
             block.problem = error
         if any(map(OF_ATOMS.match, lines[start:end] if block.problem else block.items)):
             found.append(block)
@@ -82,20 +82,22 @@ def _starts(lines: list[str]) -> list[int]:
 
 
 def _tokens(lines: list[str], number: int, end: int) -> Iterator[_Token]:
-    """Divides lines into tokens; Unreadable for a line or a text field without an end."""
+    """Divides lines into tokens; UnreadableError for a line or a text field without an end."""
     while number < end:
         line = lines[number]
         number += 1
         if line.startswith(";"):
             start, close = number, next((n for n in range(number, end) if lines[n].startswith(";")), None)
             if close is None:
-                raise Unreadable(f"line {start}: the text that begins with ; does not end", "end it with a line of ;")
+                raise UnreadableError(
+                    f"line {start}: the text that begins with ; does not end", "end it with a line of ;"
+                )
             field = [line[1:].strip(), *lines[number:close]]
             yield _Token(start, " ".join(field).strip(), True)
             line, number = lines[close][1:], close + 1
         if len(line) > LONGEST_LINE or line.count("'") + line.count('"') > MOST_QUOTES:
             problem = f"line {number}: a line of {len(line):,} characters is too long or has too many quotes"
-            raise Unreadable(problem, "break it")
+            raise UnreadableError(problem, "break it")
         for single, double, comment, word in TOKEN.findall(line):
             if not comment:
                 yield _Token(number, word or single or double, not word)
@@ -117,8 +119,7 @@ class _Stream:
         """Tells whether the next token is a value."""
         token = self.next
         return token is not None and (
-            token.is_quoted
-            or not (token.text.startswith("_") or token.text[:5].lower() in ("loop_", "save_", "stop_"))
+            token.is_quoted or not (token.text.startswith("_") or token.text[:5].lower() in ("loop_", "save_", "stop_"))
         )
 
     def has_name(self) -> bool:
@@ -160,19 +161,19 @@ def _fill_table(block: Block, stream: _Stream) -> None:
     if is_wanted and count % len(columns):
         name, item = columns[0]
         problem = f"line {item.line}: the table of {name} has {count:,} values in {len(columns)} columns"
-        raise Unreadable(problem, "give every row a value for each column, ? for what is not known")
+        raise UnreadableError(problem, "give every row a value for each column, ? for what is not known")
     for name, item in columns:
         _put(block, name, item)
 
 
 def _put(block: Block, text: str, item: Item) -> None:
-    """Puts an item into a block, instead of one of the same name; Unreadable if atoms would then be others."""
+    """Puts an item into a block, instead of one of the same name; UnreadableError if atoms would then be others."""
     name = _name(text)
     if not name.startswith(WANTED):
         return
     before, block.items[name] = block.items.get(name, item), item
     if before.values != item.values and name.startswith(("_atom_site_", "_cell_")):
-        raise Unreadable(f"lines {before.line} and {item.line}: {text} is given twice", "remove one of them")
+        raise UnreadableError(f"lines {before.line} and {item.line}: {text} is given twice", "remove one of them")
 
 
 def _name(text: str) -> str:

@@ -139,7 +139,7 @@ def _check_occupancies(occupancies: np.ndarray, where: str) -> None:
     for i in np.flatnonzero(bad):
         elements = ", ".join(_symbol(int(z) + 1) for z in np.flatnonzero(occupancies[i]))
         problem = f"occupancies of site {i + 1} ({elements}) sum to {totals[i]:.4g} or are negative"
-        raise SiteError(f"{where}: {problem}; make them positive and their sum at most 1", [i])
+        raise SiteError(f"{where}: {problem}; make them positive and their sum at most 1", [int(i)])
 
 
 def check_number(atoms: int, where: str) -> None:

@@ -7,7 +7,8 @@ import re
 from typing import NamedTuple
 
 from crystalframer_jax.structures.crystal import MAX_ATOMIC_NUMBER
-from crystalframer_jax.structures.reading import NUMBER, Unreadable, plain
+from crystalframer_jax.structures.reading import NUMBER, UnreadableError, plain
+from crystalframer_jax.text import LONGEST, brief
 
 VACANT = ("va", "vac", "vacancy", "vc")  # type symbols of sites that are left empty
 DUMMY = ("x", "xx", "q", "m", "me", "r", "du", "dum", "dummy", "cg", "cen", "cnt", "ct", "cp", "lp", "bq", *VACANT)
@@ -38,7 +39,7 @@ def _supported(symbol: str) -> str:
     from pymatgen.core import Element
 
     if Element(symbol).Z > MAX_ATOMIC_NUMBER:
-        raise Unreadable(f"element {symbol} is not supported", "use H to Cf (1 to 98)")
+        raise UnreadableError(f"element {symbol} is not supported", "use H to Cf (1 to 98)")
     return symbol
 
 
@@ -48,12 +49,14 @@ def is_element(symbol: str) -> bool:
 
 
 def of_type_symbol(text: str) -> Named:
-    """Reads an _atom_site_type_symbol: an element, with or without charge, or shares of several; else Unreadable.
+    """Reads an _atom_site_type_symbol: an element, with or without charge, or shares of several; else UnreadableError.
 
     No elements are left of vacancies.
     """
     text = plain(text).strip()
-    letters, rest = _letters(text)
+    letters, rest = _letters(text[:LONGEST])
+    if len(text) > LONGEST:
+        raise _unknown(text, letters)
     if is_element(letters.title()) and CHARGE.fullmatch(rest):
         return Named({_supported(letters.title()): 1.0})
     if water := _water(text, letters):
@@ -66,10 +69,10 @@ def of_type_symbol(text: str) -> Named:
 
 
 def of_label(text: str) -> Named:
-    """Reads the label of a site that has no type symbol: it begins with the element; else Unreadable."""
+    """Reads the label of a site that has no type symbol: it begins with the element; else UnreadableError."""
     text = plain(text).strip()
-    letters, _ = _letters(text)
-    if MIXED.match(text) or letters.lower() in DUMMY:
+    letters, _ = _letters(text[:LONGEST])
+    if len(text) > LONGEST or MIXED.match(text) or letters.lower() in DUMMY:
         raise _unknown(text, letters)
     if water := _water(text, letters):
         return water
@@ -118,9 +121,9 @@ def _shares(text: str) -> dict[str, float]:
     return shares if at == len(text) and "." in text and sum(shares.values()) <= 1.001 else {}
 
 
-def _unknown(text: str, letters: str) -> Unreadable:
+def _unknown(text: str, letters: str) -> UnreadableError:
     if letters.lower() in DUMMY:
         reason = f"element {letters} is not supported: it stands for no atom"
-        return Unreadable(reason, "remove the site, or give it an _atom_site_type_symbol that is an element")
+        return UnreadableError(reason, "remove the site, or give it an _atom_site_type_symbol that is an element")
     remedy = "give it an _atom_site_type_symbol that is an element, in a row for each element of a shared site"
-    return Unreadable(f"{text!r} is no element", remedy)
+    return UnreadableError(f"{brief(text)} is no element", remedy)

@@ -13,7 +13,7 @@ import numpy as np
 
 from crystalframer_jax.structures.crystal import MOST_ATOMS, Crystal, CrystalError
 from crystalframer_jax.structures.elements import is_element
-from crystalframer_jax.structures.reading import Unreadable, number, parsing, plain, warn
+from crystalframer_jax.structures.reading import UnreadableError, number, parsing, plain, warn
 from crystalframer_jax.text import brief
 
 if TYPE_CHECKING:  # optional
@@ -93,8 +93,10 @@ def _frame(start: tuple[int, str], ahead: deque[tuple[int, str]], source: Iterat
         if len(texts) < count + 5 and number_and_line[1].lstrip().startswith("VEC"):
             texts.append(number_and_line[1])
             continue
-        ahead.appendleft(number_and_line)
-        if number_and_line[1].strip() and _count(number_and_line[1]) is None:
+        following = next(_from(ahead, source), None)
+        ahead.extendleft(filter(None, (following, number_and_line)))
+        is_header = following is not None and HEADER.search(following[1])  # below a wrong number of the next frame
+        if number_and_line[1].strip() and _count(number_and_line[1]) is None and not is_header:
             reason = f"more lines than the {count:,} atoms counted (line {number_and_line[0]}); correct the number"
             return _passed(Frame(line, texts, reason), ahead, source)
         break
@@ -127,7 +129,7 @@ def crystal_of_frame(text: str, id: str) -> Crystal:
         values = key_val_str_to_dict(comment)
         columns = str(values.get("Properties", "")).split(":")[2::3]
         if sum(abs(int(number)) for number in columns) > MOST_COLUMNS:
-            raise Unreadable(f"over {MOST_COLUMNS:,} columns in Properties")
+            raise UnreadableError(f"over {MOST_COLUMNS:,} columns in Properties")
         return values
 
     with parsing(id, "extended XYZ"):
@@ -138,7 +140,7 @@ def crystal_of_frame(text: str, id: str) -> Crystal:
 
 
 def _check_frame(lines: list[str], parsed: Any) -> None:
-    """Writes elements and numbers of a frame as ASE understands them; Unreadable for what is none."""
+    """Writes elements and numbers of a frame as ASE understands them; UnreadableError for what is none."""
     lines[1] = plain(lines[1])
     if found := VECTORS.search(lines[1]):
         for value in found[1].replace(",", " ").split():
@@ -152,11 +154,11 @@ def _check_frame(lines: list[str], parsed: Any) -> None:
     for i in range(2, 2 + int(lines[0])):
         cells = plain(lines[i]).split()
         if len(cells) < at:
-            raise Unreadable(f"atom {i - 1}: {len(cells)} values instead of {at}")
+            raise UnreadableError(f"atom {i - 1}: {len(cells)} values instead of {at}")
         if species is not None:
             symbol = cells[species].capitalize()
             if not is_element(symbol) and symbol != "X":  # as ASE writes what is no atom
-                raise Unreadable(f"atom {i - 1}: {brief(cells[species])} is no element", "name it as in Na")
+                raise UnreadableError(f"atom {i - 1}: {brief(cells[species])} is no element", "name it as in Na")
             cells[species] = "H" if symbol in ("D", "T") else cells[species]
         for x in cells[place : place + 3] if place is not None else ():
             number(x, f"atom {i - 1}: a position", finite=False)

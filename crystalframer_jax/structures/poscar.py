@@ -8,7 +8,7 @@ import numpy as np
 
 from crystalframer_jax.structures.crystal import Crystal, CrystalError, check_number
 from crystalframer_jax.structures.elements import is_element
-from crystalframer_jax.structures.reading import NUMBER, Unreadable, number, parsing, plain
+from crystalframer_jax.structures.reading import NUMBER, UnreadableError, number, parsing, plain
 from crystalframer_jax.text import brief
 
 GLUED = re.compile(r"\s*([+-]?\d*\.\d+)\s*([+-]\d*\.\d+|\s[+-]?\d*\.\d+)\s*([+-]\d*\.\d+|\s[+-]?\d*\.\d+)", re.ASCII)
@@ -38,16 +38,16 @@ def crystal_of_poscar(text: str, id: str) -> Crystal:
 
 
 def _rescale(lines: list[str]) -> None:
-    """Checks the numbers of the cell; writes scales that pymatgen does not take, or not rightly, as one that it does."""
+    """Checks the numbers of the cell; writes scales that pymatgen takes wrongly as one that it does not."""
     scales = lines[1].split()
     scale = [number(text, "line 2: the scale") for text in (scales[:3] if _are_numbers(scales[:3]) else scales[:1])]
     if not scale:
-        raise Unreadable("line 2: there is no scale")
+        raise UnreadableError("line 2: there is no scale")
     cell = np.array([_three(lines, i, "a lattice vector") for i in (2, 3, 4)])
     lines[1] = scales[0]
     if len(scale) == 3:  # of x, y and z, as VASP takes them
         if min(scale) <= 0:
-            raise Unreadable("line 2: three scales must be positive", "give one number, or three positive ones")
+            raise UnreadableError("line 2: three scales must be positive", "give one number, or three positive ones")
         lines[1] = "1.0"
         for i, row in enumerate(cell * scale, 2):
             lines[i] = " ".join(map(repr, row.tolist()))
@@ -72,15 +72,15 @@ def _rescale_cartesian(lines: list[str], scale: list[float]) -> None:
 
 
 def _three(lines: list[str], i: int, what: str) -> list[float]:
-    """Reads the first three numbers of a line; Unreadable if there are fewer."""
+    """Reads the first three numbers of a line; UnreadableError if there are fewer."""
     texts = lines[i].split()
     if len(texts) < 3 and (glued := GLUED.fullmatch(lines[i])):  # by a format of fixed width
         texts = list(glued.groups())
         lines[i] = " ".join(texts)
     if not texts and not any(map(str.strip, lines[i:])):
-        raise Unreadable("it ends early", "write the structure again")
+        raise UnreadableError("it ends early", "write the structure again")
     if len(texts) < 3:
-        raise Unreadable(f"line {i + 1}: {brief(lines[i].strip())} instead of three numbers of {what}")
+        raise UnreadableError(f"line {i + 1}: {brief(lines[i].strip())} instead of three numbers of {what}")
     return [number(text, f"line {i + 1}: {what}", finite=False) for text in texts[:3]]
 
 
@@ -90,18 +90,20 @@ def _check_counts(lines: list[str], id: str) -> None:
     check_number(max(counts), id)
     check_number(sum(counts), id)
     if min(counts) < 0 or sum(counts) > len(lines):
-        raise Unreadable(f"{sum(counts):,} atoms in {len(lines):,} lines", "correct the counts")
+        raise UnreadableError(f"{sum(counts):,} atoms in {len(lines):,} lines", "correct the counts")
 
 
 def _counted(lines: list[str]) -> tuple[int, list[int]]:
     """Finds the first line of numbers of atoms, from 0, and all of the numbers."""
     first = next((i for i in range(5, 16) if _is_integer(lines[i].split()[0])), None)
     if first is None:
-        raise Unreadable("no numbers of atoms on line 7", "write them below the names of the elements")
+        raise UnreadableError("no numbers of atoms on line 7", "write them below the names of the elements")
     texts = [text for line in lines[first : max(2 * first - 5, 6)] for text in line.split()]
     for text in texts:
         if not _is_integer(text):
-            raise Unreadable(f"line {first + 1}: {brief(text)} is no number of atoms", "give a count for each element")
+            raise UnreadableError(
+                f"line {first + 1}: {brief(text)} is no number of atoms", "give a count for each element"
+            )
     return first, [int(text) for text in texts]
 
 

@@ -15,10 +15,10 @@ from crystalframer_jax.structures.errors import CrystalError
 from crystalframer_jax.text import LONGEST, brief, escaped
 
 MINUS = "\u2010\u2011\u2012\u2013\u2014\u2212\ufe58\ufe63\uff0d"  # hyphens and dashes that stand for a minus sign
-NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
-class Unreadable(ValueError):
+class UnreadableError(ValueError):
     """Why a part of a file cannot be read, and what to do; `parsing` says in which file."""
 
     def __init__(self, reason: str, remedy: str = "correct the file") -> None:
@@ -36,7 +36,7 @@ def parsing(where: str, kind: str) -> Iterator[None]:
     except CrystalError:
         raise
     except Exception as error:
-        cause = error.__cause__ or error
+        cause = error if isinstance(error, UnreadableError) else error.__cause__ or error
         known: dict[type, str] = {
             IndexError: "it ends early",
             np.linalg.LinAlgError: "the cell has no volume",
@@ -70,7 +70,7 @@ def _plain(character: str) -> str:
 
 
 def number(text: str, what: str, finite: bool = True) -> float:
-    """Reads a number; Unreadable, naming `what` it should be, for anything else: also for 1_5, which Python takes.
+    """Reads a number; UnreadableError, naming `what` it should be, for anything else: also for 1_5, which Python takes.
 
     NaN and infinity are none either, unless they are looked for later (not `finite`).
     """
@@ -78,5 +78,5 @@ def number(text: str, what: str, finite: bool = True) -> float:
     is_number = NUMBER.fullmatch(text) or text.strip("+-").lower() in ("nan", "inf", "infinity")
     value = float(text) if is_number else math.nan
     if not is_number or (finite and not math.isfinite(value)):
-        raise Unreadable(f"{what} is {brief(text)}, {'NaN or infinity' if is_number else 'not a number'}")
+        raise UnreadableError(f"{what} is {brief(text)}, {'NaN or infinity' if is_number else 'not a number'}")
     return value

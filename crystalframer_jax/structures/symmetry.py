@@ -11,7 +11,7 @@ import numpy as np
 
 from crystalframer_jax.structures.cif_syntax import Block, Item
 from crystalframer_jax.structures.errors import CrystalError
-from crystalframer_jax.structures.reading import Unreadable, plain
+from crystalframer_jax.structures.reading import UnreadableError, plain
 
 MOST_OPERATIONS = 768  # a space group has 192 at most
 LONGEST_OPERATION = 200  # characters
@@ -19,8 +19,13 @@ METRIC_TOLERANCE = 0.01  # of a a* b b*, by which an operation may change the pr
 LISTED = ("_symmetry_equiv_pos_as_xyz", "_space_group_symop_operation_xyz")
 MAGNETIC = "_space_group_symop_magn_operation_xyz"
 CENTERING = "_space_group_symop_magn_centering_xyz"
-NAMES = ("_symmetry_space_group_name_H-M", "_symmetry_space_group_name_H_M", "_space_group_name_H-M_alt")
-NAMES += ("_space_group_name_H-M", "_space_group_name_H-M_full")  # those that pymatgen knows first
+NAMES = (  # those that pymatgen knows first
+    "_symmetry_space_group_name_H-M",
+    "_symmetry_space_group_name_H_M",
+    "_space_group_name_H-M_alt",
+    "_space_group_name_H-M",
+    "_space_group_name_H-M_full",
+)
 NUMBERS = ("_space_group_IT_number", "_symmetry_Int_Tables_number")
 HALL = ("_space_group_name_Hall", "_symmetry_space_group_name_Hall")
 CODE = "_space_group_it_coordinate_system_code"  # 1, 2, h, r, b1
@@ -39,7 +44,7 @@ class Symmetry(NamedTuple):
 
 
 def symmetry_of(block: Block, lattice: np.ndarray) -> Symmetry:
-    """Finds the symmetry operations of a CIF; Unreadable if they are not understood, or not those of the cell."""
+    """Finds the symmetry operations of a CIF; UnreadableError if they are not understood, or not those of the cell."""
     listed = next((name for name in LISTED if any(v not in ("?", ".") for v in block.column(name))), None)
     if MAGNETIC in block.items:
         found = _magnetic(block)
@@ -51,7 +56,7 @@ def symmetry_of(block: Block, lattice: np.ndarray) -> Symmetry:
     else:
         return _group(block, lattice)
     if not any(np.array_equal(operation[:, :3], np.eye(3)) for operation in found.operations):
-        raise Unreadable("symmetry not understood: x,y,z is not among the operations", "list all operations")
+        raise UnreadableError("symmetry not understood: x,y,z is not among the operations", "list all operations")
     wrong = next((i for i, op in enumerate(found.operations) if not keeps_metric(op, lattice)), None)
     if wrong is not None:
         raise _other_axes(f"operation {found.items['_symmetry_equiv_pos_as_xyz'][wrong]}")
@@ -69,13 +74,13 @@ def keeps_metric(operation: np.ndarray, lattice: np.ndarray) -> bool:
         return bool((np.abs(rotation.T @ metric @ rotation - metric) <= METRIC_TOLERANCE * scale).all())
 
 
-def _other_axes(what: str) -> Unreadable:
+def _other_axes(what: str) -> UnreadableError:
     reason = f"symmetry not understood: {what} does not keep lengths and angles of the cell, it is of other axes"
-    return Unreadable(reason, f"{REMEDY} for the axes of the cell, or correct the cell")
+    return UnreadableError(reason, f"{REMEDY} for the axes of the cell, or correct the cell")
 
 
 def _operations(item: Item) -> list[str]:
-    """Lists operations as x,y,z+1/2; Unreadable, with its line, for what is none."""
+    """Lists operations as x,y,z+1/2; UnreadableError, with its line, for what is none."""
     if len(item.values) > MOST_OPERATIONS:
         raise _too_many(len(item.values))
     texts = []
@@ -85,7 +90,7 @@ def _operations(item: Item) -> list[str]:
         written = re.sub(r"\s", "", plain(text)).lower().strip("'\"")
         matrix = _matrix(written)
         if not abs(abs(np.linalg.det(matrix[:, :3])) - 1) < 1e-6:
-            raise Unreadable(f"symmetry not understood: line {line}: {text[:40]!r} is no operation", REMEDY)
+            raise UnreadableError(f"symmetry not understood: line {line}: {text[:40]!r} is no operation", REMEDY)
         texts.append(written)
     return texts
 
@@ -155,7 +160,7 @@ def _magnetic_group(block: Block) -> Symmetry:
     try:
         matrices = [np.array(op.affine_matrix[:3]) for op in parser.get_magsymops(CifBlock(data, [], ""))]
     except Exception as error:
-        raise Unreadable("symmetry not understood: the magnetic group is not known", REMEDY) from error
+        raise UnreadableError("symmetry not understood: the magnetic group is not known", REMEDY) from error
     return Symmetry({LISTED[0]: [_written(matrix) for matrix in matrices]}, matrices)
 
 
@@ -176,7 +181,9 @@ def _group(block: Block, lattice: np.ndarray) -> Symmetry:
     except Exception:  # whatever it raises, it does not know the group
         taken = Symmetry({}, [])
     settings, is_exact = _settings(list(names.values()), list(numbers.values()), halls, block.text(CODE))
-    of_table = {_same(operations): (name, operations) for name, operations in settings if _all_keep(operations, lattice)}
+    of_table = {
+        _same(operations): (name, operations) for name, operations in settings if _all_keep(operations, lattice)
+    }
     is_taken = bool(taken.operations) and _all_keep(taken.operations, lattice)
     if is_taken and (not settings or _same(taken.operations) in of_table):
         name = of_table.get(_same(taken.operations), ("", []))[0]
@@ -187,7 +194,7 @@ def _group(block: Block, lattice: np.ndarray) -> Symmetry:
     if not of_table:
         if settings or taken.operations:
             raise _other_axes(f"the group {stated}")
-        raise Unreadable(f"symmetry not understood: {stated!r} is not known as a group", REMEDY)
+        raise UnreadableError(f"symmetry not understood: {stated!r} is not known as a group", REMEDY)
     name, operations = next(iter(of_table.values()))
     doubt = f"the group {stated} was read as {name}; {REMEDY}" if not is_exact else ""
     return Symmetry({LISTED[0]: [_written(matrix) for matrix in operations]}, operations, doubt)
@@ -199,7 +206,7 @@ def _of_pymatgen(stated: tuple[tuple[str, str], ...]) -> Symmetry:
     from pymatgen.io.cif import CifBlock, CifParser
 
     parser = CifParser.__new__(CifParser)
-    parser.warnings = []
+    parser.__dict__["warnings"] = []
     items = {key: plain(text) for key, text in stated}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -244,7 +251,9 @@ def _settings(
         found = of_setting if setting and of_setting else found
     for text in numbers:
         if found and text.isdecimal() and int(text) not in {entry["number"] for entry in found}:
-            raise Unreadable(f"symmetry not understood: {', '.join(names + halls)} is not the group {text}", REMEDY)
+            raise UnreadableError(
+                f"symmetry not understood: {', '.join(names + halls)} is not the group {text}", REMEDY
+            )
         if not found and text.isdecimal():
             found = [entry for entry in _table() if entry["number"] == int(text)]
             of_setting = [entry for entry in found if code and _setting(entry) == code.upper()]

@@ -9,16 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from crystalframer_jax.data.custom.fields import (
-    CustomData,
-    Item,
-    Items,
-    is_cif_text,
-    record_of,
-    short,
-    target_fields,
-    text,
-)
+from crystalframer_jax.data.custom.fields import CustomData, Item, Items, is_cif_text, record_of, target_fields, text
 from crystalframer_jax.data.custom.tables import folder_items, limited_lines, table_items
 from crystalframer_jax.data.io.pickles import load_pickle
 from crystalframer_jax.data.io.streams import json_lines, json_records
