@@ -185,7 +185,8 @@ def _write(folder: Path, source: Source, known: TargetSet | None, options: Prepa
         write_csv(temporary / "skipped.csv", *_table(bad))
         columns_of = (listing[name] for name in ("id", "where", "warning"))
         doubts = [row for row in zip(*columns_of, strict=True) if row[2]]
-        write_csv(temporary / "warnings.csv", ("id", "where", "warning"), doubts)
+        if doubts:
+            write_csv(temporary / "warnings.csv", ("id", "where", "warning"), doubts)
         ids = columns["ids"]
         lines = [(leak.kind, leak.split, ids[leak.held], leak.other_split, ids[leak.other]) for leak in leaks]
         write_csv(temporary / "leakage.csv", ("kind", "split", "id", "is_also_in", "id_there"), lines)

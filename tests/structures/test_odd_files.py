@@ -345,8 +345,11 @@ def test_rows_listed_twice(tmp_path, case):
     assert ("listed twice" in told) == is_warned
 
 
-@pytest.mark.parametrize("rows", ["H1 H 0 0 0 .9\nO1 O 0 0 0 .1", "O1 O 0 0 0 .5\nH1 H 0 0 0 .5", "O1 O2- 0 0 0 .5\nD1 D 0 0 0 .5",
-                                  "H1 H 0 0 0 .25\nO1 O 0 0 0 .25\nF1 F 0 0 0 .5"])  # fmt: skip
+SHARED = ["H1 H 0 0 0 .9\nO1 O 0 0 0 .1", "O1 O 0 0 0 .5\nH1 H 0 0 0 .5", "O1 O2- 0 0 0 .5\nD1 D 0 0 0 .5"]
+SHARED += ["H1 H 0 0 0 .25\nO1 O 0 0 0 .25\nF1 F 0 0 0 .5"]
+
+
+@pytest.mark.parametrize("rows", SHARED)
 def test_hydrogen_on_a_shared_site(tmp_path, rows):
     (crystal,), told = read(write(tmp_path, "a.cif", INVERSION.split("Na1 Na")[0] + rows + "\n"))
     share = float(rows.split("\n")[0].split()[-1])
@@ -408,10 +411,14 @@ def test_positions_that_exclude_each_other_may_be_close(tmp_path):
 # The syntax
 
 SOUND = {
-    "field with data_": CIF.replace("loop_", ";\ndata_1 by Q\n;\nloop_", 1).replace("gamma 90\n", "gamma 90\n_publ_x\n"),
+    "field with data_": CIF.replace("loop_", ";\ndata_1 by Q\n;\nloop_", 1).replace(
+        "gamma 90\n", "gamma 90\n_publ_x\n"
+    ),
     "field with loop_": CIF.replace("data_x\n", "data_x\n_publ_x\n;\nloop_\n_cell_length_a\n;\n"),
     "one of several lines": CIF.replace("data_x\n", "data_x\n_publ_x\n;\n data_y\ndata_z\n\n _cell_length_a 3\n;\n"),
-    "capitals of names": CIF.replace("_cell_length", "_Cell_Length").replace("loop_", "LOOP_").replace("data_", "DATA_"),
+    "capitals of names": CIF.replace("_cell_length", "_Cell_Length")
+    .replace("loop_", "LOOP_")
+    .replace("data_", "DATA_"),
     "names with points": CIF.replace("_cell_", "_cell.").replace("_atom_site_", "_atom_site."),
     "comments": CIF.replace("\n_cell_length_b", " # 'a comment\n# loop_\n_cell_length_b"),
     "two blanks, tabs": CIF.replace(" ", " \t "),
@@ -422,9 +429,11 @@ SOUND = {
     "another table after": CIF + "loop_\n_atom_site_aniso_label\n_atom_site_aniso_U_11\nNa1 0.1\n",
     "cartesian": CIF.replace("_fract_", "_Cartn_").replace("0.5 0.5 0.3", "2.5 2.5 1.5"),
     "no labels": CIF.replace("_atom_site_label\n", "").replace("Na1 ", "").replace("Cl1 ", ""),
-    "magnetic": CIF.replace("_symmetry_equiv_pos_as_xyz", "_space_group_symop_magn_operation.xyz").replace("x,y,z", "x,y,z,-1"),
+    "magnetic": CIF.replace("_symmetry_equiv_pos_as_xyz", "_space_group_symop_magn_operation.xyz").replace(
+        "x,y,z", "x,y,z,-1"
+    ),
     "old Macintosh": CIF.replace("\n", "\r"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", SOUND)
@@ -452,17 +461,32 @@ WRONG = {  # text, what the sentence says
     "question marks": (CIF.replace(LAST, "Cl1 Cl ? ? ?"), r"line 18: coordinate x of site Cl1 is '\?', not a number"),
     "one question mark": (CIF.replace("0.5 0.3", "? 0.3"), r"line 18: coordinate y of site Cl1 is '\?'"),
     "question mark in the cell": (CIF.replace("_b 5", "_b ?"), r"line 3: _cell_length_b is '\?'"),
-    "no third coordinate": (CIF.replace("_atom_site_fract_z\n", "").replace(" 0\n", "\n").replace(" 0.3\n", "\n"), "no column _atom_site_fract_z"),
-    "no element": (CIF.replace("_label\n", "_Wyckoff_symbol\n").replace("_type_symbol", "_B_iso"), r"says nothing of elements\); add a column"),
+    "no third coordinate": (
+        CIF.replace("_atom_site_fract_z\n", "").replace(" 0\n", "\n").replace(" 0.3\n", "\n"),
+        "no column _atom_site_fract_z",
+    ),
+    "no element": (
+        CIF.replace("_label\n", "_Wyckoff_symbol\n").replace("_type_symbol", "_B_iso"),
+        r"says nothing of elements\); add a column",
+    ),
     "cartesian in an oblique cell": (HEXAGONAL.replace("_fract_", "_Cartn_"), "nothing says how their axes lie"),
-    "row too short": (CIF.replace("0.5 0.5 0.3", "0.5 0.5"), r"line 12: the table of _atom_site_label has 9 values in 5 columns"),
+    "row too short": (
+        CIF.replace("0.5 0.5 0.3", "0.5 0.5"),
+        r"line 12: the table of _atom_site_label has 9 values in 5 columns",
+    ),
     "no value": (CIF.replace("_b 5", "_b"), r"line 3: _cell_length_b is ''"),
     "two tables": (CIF + SITES + "Na1 Na 0.1 0 0\n", "_atom_site_label is given twice"),
     "two cells": (CIF.replace("_b 5", "_b 5\n_cell_length_b 6"), "_cell_length_b is given twice"),
-    "occupancy": (CIF.replace("_z\n", "_z\n_atom_site_occupancy\n").replace(" 0\n", " 0 1\n").replace("0.3\n", "0.3 90%\n"), "line 19: the occupancy of site Cl1"),
-    "endless field": (CIF.replace("data_x", "data_x\n_publ_x\n;\nendless"), "line 3: the text that begins with ; does not end"),
+    "occupancy": (
+        CIF.replace("_z\n", "_z\n_atom_site_occupancy\n").replace(" 0\n", " 0 1\n").replace("0.3\n", "0.3 90%\n"),
+        "line 19: the occupancy of site Cl1",
+    ),
+    "endless field": (
+        CIF.replace("data_x", "data_x\n_publ_x\n;\nendless"),
+        "line 3: the text that begins with ; does not end",
+    ),
     "unit": (CIF.replace("_b 5", "_b 5 nm"), "line 3: _cell_length_b is '5 nm', not a number"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", WRONG)
@@ -494,12 +518,19 @@ def test_a_field_without_an_end_costs_its_block(tmp_path, capsys):
 
 
 BAD_FRAMES = {
-    "element": XYZ.replace("Na", "Qq"), "number": XYZ.replace("1.5 2", "1.5 ?"), "count": XYZ.replace("2\n", "x\n", 1),
-    "count too large": XYZ.replace("2\n", "3\n", 1), "count too small": XYZ.replace("2\n", "1\n", 1),
-    "huge count": XYZ.replace("2\n", "1000000000\n", 1), "negative count": XYZ.replace("2\n", "-2\n", 1),
-    "no cell": XYZ.replace('Lattice="3 0 0 0 4 0 0 0 5" ', ""), "flat cell": XYZ.replace("0 0 5", "0 0 0"),
-    "close": XYZ.replace("1.5 2 1.5", "0 0 0.01"), "row cut": XYZ.replace(" 2 1.5", ""), "no comment": XYZ.split("\n")[0] + "\n" + XYZ[-20:],
-}  # fmt: skip
+    "element": XYZ.replace("Na", "Qq"),
+    "number": XYZ.replace("1.5 2", "1.5 ?"),
+    "count": XYZ.replace("2\n", "x\n", 1),
+    "count too large": XYZ.replace("2\n", "3\n", 1),
+    "count too small": XYZ.replace("2\n", "1\n", 1),
+    "huge count": XYZ.replace("2\n", "1000000000\n", 1),
+    "negative count": XYZ.replace("2\n", "-2\n", 1),
+    "no cell": XYZ.replace('Lattice="3 0 0 0 4 0 0 0 5" ', ""),
+    "flat cell": XYZ.replace("0 0 5", "0 0 0"),
+    "close": XYZ.replace("1.5 2 1.5", "0 0 0.01"),
+    "row cut": XYZ.replace(" 2 1.5", ""),
+    "no comment": XYZ.split("\n")[0] + "\n" + XYZ[-20:],
+}
 
 
 @pytest.mark.parametrize("case", BAD_FRAMES)
@@ -514,7 +545,9 @@ def test_a_bad_frame_costs_itself(tmp_path, capsys, case, place):
 # Packed files, POSCAR with three scales, vasprun.xml
 
 
-@pytest.mark.parametrize("name", ["a.cif.gz", "A.CIF.GZ", "POSCAR_1.gz", "a.vasp.gz", "CONTCAR.gz", "a.xyz.gz", "a.extxyz.gz"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name", ["a.cif.gz", "A.CIF.GZ", "POSCAR_1.gz", "a.vasp.gz", "CONTCAR.gz", "a.xyz.gz", "a.extxyz.gz"]
+)
 def test_packed_files(tmp_path, name):
     lower = name.lower()
     text = CIF if "cif" in lower else XYZ if "xyz" in lower else POSCAR
@@ -577,8 +610,8 @@ VASPRUN = """<?xml version="1.0" encoding="ISO-8859-1"?>
 <structure name="initialpos"><crystal><varray name="basis"><v>5 0 0</v><v>0 5 0</v><v>0 0 5</v></varray></crystal>
 <varray name="positions"><v>0 0 0</v><v>.5 .5 .5</v></varray></structure>
 <calculation><structure><crystal><varray name="basis"><v>4 0 0</v><v>0 4 0</v><v>0 1 4</v></varray>
-<i name="volume">64</i></crystal><varray name="positions"><v>0 0 0</v><v>.5 .5 .25</v></varray></structure></calculation>
-</modeling>
+<i name="volume">64</i></crystal><varray name="positions"><v>0 0 0</v><v>.5 .5 .25</v></varray></structure>
+</calculation></modeling>
 """
 
 
