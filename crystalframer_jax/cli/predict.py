@@ -1,6 +1,5 @@
 """Predict structure files with a trained model."""
 
-import collections
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
@@ -12,7 +11,7 @@ from crystalframer_jax.cli.common import model_parser, reporting_errors
 from crystalframer_jax.files import check_replaceable, write_csv
 from crystalframer_jax.inference.ensemble import load_model
 from crystalframer_jax.structures.crystal import Crystal, CrystalError
-from crystalframer_jax.structures.files import structures_in
+from crystalframer_jax.structures.files import ACCEPTED_FILES, structures_in
 from crystalframer_jax.structures.neighbors import LatticeBox, check_neighbors
 from crystalframer_jax.text import escaped, table
 
@@ -21,7 +20,7 @@ from crystalframer_jax.text import escaped, table
 def predict_main(argv: Sequence[str] | None = None) -> int:
     """Predicts files; returns 1 if any of them could not be used (the others are predicted all the same)."""
     parser = model_parser("predict.py", "Predict structure files with a trained model or an ensemble.")
-    parser.add_argument("files", metavar="FILE", nargs="+", help="CIF, POSCAR/CONTCAR or extended XYZ")
+    parser.add_argument("files", metavar="FILE", nargs="+", help=ACCEPTED_FILES)
     parser.add_argument("--output", type=Path, help="write the predictions to this CSV file")
     arguments = parser.parse_args(argv)
     if arguments.output:
@@ -86,13 +85,10 @@ def read_all(files: Sequence[str], cutoffs: Iterable[float | LatticeBox] = ()) -
 
 def _merged(doubts: Sequence[str], file: str) -> list[str]:
     """Merges warnings that are the same for several structures of a file."""
-    counts = collections.Counter(doubt.removeprefix(file).partition(": ")[2] for doubt in doubts)
-    merged = []
+    alike: dict[str, list[str]] = {}
     for doubt in doubts:
-        if more := counts.pop(doubt.removeprefix(file).partition(": ")[2], 0) - 1:
-            doubt = f"{doubt} (as {more} more of this file)" if more > 0 else ""
-        merged.append(doubt)
-    return list(filter(None, merged))
+        alike.setdefault(doubt.removeprefix(file).partition(": ")[2], []).append(doubt)
+    return [first if not more else f"{first} (as {len(more)} more of this file)" for first, *more in alike.values()]
 
 
 def _line(where: str, error: Exception) -> str:

@@ -83,6 +83,11 @@ def _operations(item: Item) -> list[str]:
     """Lists operations as x,y,z+1/2; UnreadableError, with its line, for what is none."""
     if len(item.values) > MOST_OPERATIONS:
         raise _too_many(len(item.values))
+    if any(text.endswith(",") for text in item.values):  # x, y, z without quotes
+        rows: dict[int, str] = {}
+        for text, line in zip(item.values, item.lines, strict=True):
+            rows[line] = rows.get(line, "") + text
+        item = Item(item.line, list(rows.values()), list(rows))
     texts = []
     for text, line in zip(item.values, item.lines, strict=True):
         if len(text) > LONGEST_OPERATION or re.search(r"[\d.]{25}", text):
@@ -241,6 +246,10 @@ def _settings(
     compact = [re.sub(r"[\s_]", "", plain(text)).lower() for text in halls]
     found = [entry for entry in _table() if re.sub(r"[\s_]", "", entry["hall"]).lower() in compact]
     is_exact = bool(found)
+    for name in names if found else ():
+        known = {entry["number"] for entry in _entries(plain(name))}
+        if known and not known & {entry["number"] for entry in found}:
+            raise UnreadableError(f"symmetry not understood: {name} and {halls[0]} are different groups", REMEDY)
     for name in () if found else names:
         bare, setting = plain(name), SAME_SETTING.get(code.upper(), code.upper())
         if (suffix := SETTING.search(bare)) and not _entries(bare):

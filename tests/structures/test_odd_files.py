@@ -146,7 +146,7 @@ def test_numbers_that_are_not_ascii(tmp_path, name, case):
     whole = {"a.cif": CIF, "POSCAR": POSCAR, "a.xyz": XYZ.replace("1.5\n", "0.3\n")}[name]
     file = write(tmp_path, name, whole.replace("0.3\n", f"{text}\n"))
     if value is None:
-        with pytest.raises(CrystalError, match="line 18:|line 10:|atom 2:"):
+        with pytest.raises(CrystalError, match=r"line 18:|line 10:|atom 2:"):
             read_crystals(file)
     else:
         (crystal,), _ = read(file)
@@ -160,6 +160,7 @@ OPERATION_CASES = {  # what stands instead of 'x,y,z', number of atoms; 0: refus
     "full width": ("'x,y,z'\n'\uff0dx,\uff0dy,\uff0dz'", 3),
     "capitals and blanks": ("'X,Y,Z'\n' -X , -Y , -Z '", 3),
     "translation first": ("'x,y,z'\n'1/2+x,y,z'", 4),
+    "no quotes": ("x, y, z\n-x, -y, -z", 3),
     "vulgar fraction": ("'x,y,z'\n'x+\u00bd,y,z'", 0),
     "hexagonal in a cubic cell": ("'x,y,z'\n'-y,x-y,z'", 0),
     "no identity": ("'-x,-y,-z'", 0),
@@ -205,6 +206,7 @@ GROUPS = {  # text of the file, atoms (0: refused), what is warned of ("": nothi
     "origin by Hall": (named("F d -3 m", "_space_group_name_Hall '-F 4vw 2vw 3'\n"), 192, ""),
     "settings, by number": (named("?", "_space_group_IT_number 14\n", MONOCLINIC), 4, "which of 3 origins or settings"),
     "name and number disagree": (named("P n m a", "_space_group_IT_number 63\n"), 0, ""),
+    "name and Hall symbol disagree": (named("P n m a", "_space_group_name_Hall '-F 4vw 2vw 3'\n"), 0, ""),
     "no quotes": (named("P 63/m m c", cell=HEX).replace("'", ""), 12, ""),
     "unknown": (named("F m 3 q"), 0, ""),
     "one setting": (named("P 63/m m c", cell=HEX), 12, ""),
@@ -246,8 +248,8 @@ LABELS = {
     "site letter": ("Ow2", 8), "charge": ("Fe3+", 26), "two letters": ("Cl1A", 17), "prime": ("C1'", 6),
     "mixed": ("Fe/Co1", None), "mixed with comma": ("Fe,Co1", None), "mixed in one": ("FeCo1", None),
     "mixed by underscore": ("Al_Si1", None), "mixed in brackets": ("(Fe,Co)1", None), "mixed by plus": ("Fe+Co1", None),
-    "vacancy": ("Va1", None), "centroid": ("Cg1", None), "dummy": ("Du1", None), "x": ("X1", None), "metal": ("M1", None),
-    "number": ("1", None), "hydroxyl": ("OH1", None), "lone pair": ("Lp1", None),
+    "vacancy": ("Va1", None), "centroid": ("Cg1", None), "dummy": ("Du1", None), "x": ("X1", None),
+    "metal": ("M1", None), "number": ("1", None), "hydroxyl": ("OH1", None), "lone pair": ("Lp1", None),
 }  # fmt: skip
 
 
