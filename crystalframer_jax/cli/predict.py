@@ -12,6 +12,7 @@ from crystalframer_jax.data.custom.source import structures_in
 from crystalframer_jax.files import check_replaceable, write_csv
 from crystalframer_jax.inference.ensemble import load_model
 from crystalframer_jax.structures.crystal import Crystal, CrystalError
+from crystalframer_jax.structures.files import ACCEPTED_FILES
 from crystalframer_jax.structures.neighbors import LatticeBox, check_neighbors
 from crystalframer_jax.text import escaped, table
 
@@ -20,9 +21,7 @@ from crystalframer_jax.text import escaped, table
 def predict_main(argv: Sequence[str] | None = None) -> int:
     """Predicts files; returns 1 if any of them could not be used (the others are predicted all the same)."""
     parser = model_parser("predict.py", "Predict structure files with a trained model or an ensemble.")
-    parser.add_argument(
-        "files", metavar="FILE", nargs="+", help="CIF, POSCAR, extended XYZ, CSV, JSON, .zip, .db, .traj"
-    )
+    parser.add_argument("files", metavar="FILE", nargs="+", help=f"{ACCEPTED_FILES}; CSV, JSON, .zip, ASE .db or .traj")
     parser.add_argument("--output", type=Path, help="write the predictions to this CSV file")
     arguments = parser.parse_args(argv)
     if arguments.output:
@@ -63,7 +62,8 @@ def read_all(files: Sequence[str], cutoffs: Iterable[float | LatticeBox] = ()) -
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", UserWarning)
-        warnings.showwarning = lambda message, *_: print(f"warning: {escaped(message)}", file=sys.stderr)
+        doubts: list[str] = []
+        warnings.showwarning = lambda message, *_: doubts.append(escaped(message))
         for file in files:
             try:
                 found = structures_in(file)
@@ -78,7 +78,18 @@ def read_all(files: Sequence[str], cutoffs: Iterable[float | LatticeBox] = ()) -
                     crystals.append(crystal)
                 except (CrystalError, MemoryError) as error:
                     errors.append(_line(f"{file}#{number}", error))
+            for doubt in _merged(doubts, escaped(file)):
+                print(f"warning: {doubt}", file=sys.stderr)
+            doubts.clear()
     return crystals, errors
+
+
+def _merged(doubts: Sequence[str], file: str) -> list[str]:
+    """Merges warnings that are the same for several structures of a file."""
+    alike: dict[str, list[str]] = {}
+    for doubt in doubts:
+        alike.setdefault(doubt.removeprefix(file).partition(": ")[2], []).append(doubt)
+    return [first if not more else f"{first} (as {len(more)} more of this file)" for first, *more in alike.values()]
 
 
 def _line(where: str, error: Exception) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from crystalframer_jax.data.io.streams import parse_structure
+from crystalframer_jax.structures.bonds import warn_of_close_atoms
 from crystalframer_jax.structures.crystal import (
     MAX_ATOMIC_NUMBER,
     Crystal,
@@ -21,6 +22,7 @@ from crystalframer_jax.structures.crystal import (
     check_number,
     crystal_from_amounts,
 )
+from crystalframer_jax.structures.extxyz import warn_of_slab
 from crystalframer_jax.structures.files import (
     as_crystals,
     cif_crystals,
@@ -65,7 +67,7 @@ def from_dict(structure: Mapping[str, Any], id: str) -> Crystal:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)[:LONGEST]
         raise CrystalError(f"{id}: not a structure with lattice, species and coordinates ({reason})") from error
     with np.errstate(invalid="ignore", over="ignore"):  # Crystal looks at what comes out
-        return Crystal(species, positions if cartesian else positions @ cell, cell, id=id)
+        return warn_of_close_atoms(Crystal(species, positions if cartesian else positions @ cell, cell, id=id))
 
 
 def _from_sites(structure: Mapping[str, Any], id: str) -> Crystal:
@@ -74,8 +76,10 @@ def _from_sites(structure: Mapping[str, Any], id: str) -> Crystal:
 
     with _not_pymatgen(id):
         given = structure["lattice"]
-        if not all(given.get("pbc", (True,) * 3)):
+        pbc = given.get("pbc", (True,) * 3)
+        if not any(pbc):
             raise CrystalError(f"{id}: not periodic in all three directions; give a periodic Structure")
+        warn_of_slab(pbc, id)
         if "matrix" in given:
             lattice = _vectors(given["matrix"], id)
         else:
@@ -93,7 +97,7 @@ def _from_sites(structure: Mapping[str, Any], id: str) -> Crystal:
         coordinates = _vectors([site["abc"] for site in sites], id)
         # site by site, as pymatgen does it: the bits of a product may depend on the number of rows
         positions = np.reshape([np.dot(row, lattice) for row in coordinates], (-1, 3))
-        return crystal_from_amounts(amounts, positions, lattice, id)
+        return warn_of_close_atoms(crystal_from_amounts(amounts, positions, lattice, id))
 
 
 def from_pymatgen(structure: Any, id: str) -> Crystal:
@@ -102,7 +106,7 @@ def from_pymatgen(structure: Any, id: str) -> Crystal:
     Raises CrystalError.
     """
     with _not_pymatgen(id):
-        return Crystal.from_pymatgen(structure, id)
+        return warn_of_close_atoms(Crystal.from_pymatgen(structure, id))
 
 
 @contextlib.contextmanager

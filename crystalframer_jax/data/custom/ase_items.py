@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import itertools
 import json
 import re
 import sqlite3
@@ -12,17 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from crystalframer_jax.data.custom.fields import CustomData, Item, Items, short, text
+from crystalframer_jax.data.custom.fields import CustomData, Item, Items, text
 from crystalframer_jax.data.custom.folders import DiskFolder, text_of_table
 from crystalframer_jax.data.custom.tables import limited_lines
 from crystalframer_jax.data.records import BadRecord, DataError
 from crystalframer_jax.data.structures import from_arrays, from_text
 from crystalframer_jax.files import sha256
-from crystalframer_jax.structures.crystal import MOST_ATOMS
+from crystalframer_jax.structures.extxyz import LONGEST_COMMENT, Frame, frames
 from crystalframer_jax.text import LONGEST, escaped
 
-LONGEST_COMMENT = 1_000_000  # characters, above the atoms of a frame
-LONGEST_COUNT = 18  # digits, of a number of atoms
 NOT_IN_INFO = ("Lattice", "Properties", "pbc")  # what ASE takes out of the comment line for itself
 LARGEST_VALUE = 64 << 20  # bytes of one value or frame
 SMALLEST_ROW = 16  # bytes; a database has no more rows than its size allows
@@ -36,13 +33,10 @@ def xyz_items(file: Path, options: CustomData) -> Items:
     except ImportError as error:
         raise _no_ase(file, "extended XYZ") from error
 
-    def item(number: int, lines: list[str]) -> Item | BadRecord:
-        where, id, missing = f"{file}:{number}", f"{escaped(file.name)}:{number}", int(lines[0]) + 2 - len(lines)
-        if int(lines[0]) > MOST_ATOMS:
-            return BadRecord(id, where, f"{int(lines[0]):,} atoms, of at most {MOST_ATOMS:,}; give a smaller cell")
-        if missing > 0:
-            reason = f"the file ends after {max(0, len(lines) - 2)} of {int(lines[0])} atoms; complete the frame"
-            return BadRecord(id, where, reason)
+    def item(frame: Frame) -> Item | BadRecord:
+        lines, where, id = frame.lines, f"{file}:{frame.line}", f"{escaped(file.name)}:{frame.line}"
+        if frame.problem:
+            return BadRecord(id, where, frame.problem)
         try:
             found = key_val_str_to_dict(lines[1])
         except Exception as error:  # whatever the parser raises
@@ -52,24 +46,13 @@ def xyz_items(file: Path, options: CustomData) -> Items:
         return Item(id, where, functools.partial(from_text, "".join(lines), where, "extxyz", id), values)
 
     count = sum(1 for _ in _frames(file))
-    return Items(str(file), sha256(file), lambda: itertools.starmap(item, _frames(file)), count)
+    return Items(str(file), sha256(file), lambda: map(item, _frames(file)), count)
 
 
-def _frames(file: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yields number of the first line and lines of each frame; the last may be cut short."""
+def _frames(file: Path) -> Iterator[Frame]:
+    """Yields the frames of a file, also packed by gzip; of wrong ones why they are."""
     with text_of_table(file, DiskFolder(file.parent), errors="replace", newline=None) as stream:
-        lines = enumerate(limited_lines(stream, file, LONGEST_COMMENT), 1)
-        for number, first in lines:
-            count = first.strip()
-            if not count:
-                continue
-            if not count.isdecimal() or len(count) > LONGEST_COUNT:
-                found = f"no number of atoms but {short(count)!r}"
-                raise DataError(f"{file}:{number}: {found}; correct this line or the number of the frame before")
-            rest = itertools.islice(lines, min(int(count), MOST_ATOMS) + 1)
-            yield number, [first, *(line for _, line in rest)]
-            for _ in itertools.islice(lines, max(int(count) - MOST_ATOMS, 0)):
-                pass
+        yield from frames(limited_lines(stream, file, LONGEST_COMMENT))
 
 
 def _xyz_id(values: Mapping[str, Any], comment: str, names: tuple[str, ...]) -> str:
