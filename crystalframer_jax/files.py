@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import errno
-import fcntl
 import hashlib
 import json
 import math
@@ -17,6 +16,13 @@ from typing import Any
 from crystalframer_jax.errors import UserError
 from crystalframer_jax.text import csv_cell
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
+
+# What other systems do not have, or do not need.
+NONBLOCK, NOFOLLOW, BINARY = (getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOFOLLOW", "O_BINARY"))
 LARGEST_JSON = 256 * 1024**2  # bytes; of files that we write ourselves, all are far smaller
 
 
@@ -26,7 +32,7 @@ class FileError(UserError, ValueError):
 
 def open_regular(file: Path) -> BufferedReader:
     """Opens a regular file (or a link to one) to read; FileError for anything else, OSError as `open`."""
-    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)  # else a pipe waits for a writer
+    descriptor = os.open(file, os.O_RDONLY | NONBLOCK | BINARY)  # else a pipe waits for a writer
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise FileError(f"{file} is not a regular file")
@@ -90,10 +96,13 @@ def replacing(file: Path) -> Iterator[Path]:
     A link of that name is replaced, what it stands for stays as it is.
     """
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.unlink(missing_ok=True)
     try:
-        with temporary.open("xb"):
-            yield temporary
+        temporary.unlink(missing_ok=True)
+        temporary.touch(exist_ok=False)
+    except OSError as error:  # the name asked for says more
+        raise OSError(error.errno, error.strerror, str(file)) from error
+    try:
+        yield temporary
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
@@ -102,7 +111,7 @@ def replacing(file: Path) -> Iterator[Path]:
 def open_to_append(file: Path) -> BufferedWriter:
     """Opens a regular file to append to it, made if it is not there; FileError if the name is a link or a pipe."""
     try:
-        descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | NOFOLLOW | NONBLOCK | BINARY, 0o666)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO):  # a link; a pipe that nobody reads
             raise FileError(f"{file} is not a regular file; remove it") from error
@@ -163,23 +172,24 @@ def is_disk_full(error: OSError) -> bool:
 
 
 @contextlib.contextmanager
-def locked(file: Path, if_busy: str | None = None) -> Iterator[None]:
+def locked(file: Path, if_busy: str | None = None, remedy: str = "choose another folder") -> Iterator[None]:
     """Holds a lock file; while another process has it, waits, or raises UserError with the text `if_busy`.
 
-    The lock ends with the process, whatever ends it. Raises UserError if the folder cannot be written, or if the name
-    is not that of a regular file.
+    The lock ends with the process, whatever ends it; on systems without such locks nothing is held. Raises UserError,
+    with the `remedy`, if the folder cannot be written, or if the name is not that of a regular file.
     """
     with contextlib.ExitStack() as stack:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             stream = stack.enter_context(open_to_append(file))
         except OSError as error:
-            raise UserError(f"{file.parent} cannot be written ({error.strerror}); choose another folder") from error
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            if if_busy:
-                raise UserError(if_busy) from error
-            print(f"waiting for another process to release {file}", flush=True)
-            fcntl.flock(stream, fcntl.LOCK_EX)
+            raise UserError(f"{file.parent} cannot be written ({error.strerror}); {remedy}") from error
+        if fcntl is not None:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                if if_busy:
+                    raise UserError(if_busy) from error
+                print(f"waiting for another process to release {file}", flush=True)
+                fcntl.flock(stream, fcntl.LOCK_EX)
         yield

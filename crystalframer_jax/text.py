@@ -52,6 +52,11 @@ def csv_cell(value: object) -> object:
     return value
 
 
+def with_unit(name: str, unit: str) -> str:
+    """Writes "name (unit)", or the name alone of what has no unit."""
+    return f"{name} ({unit})" if unit else name
+
+
 def table(header: list[str], rows: list[list[Any]], num_left: int = 1) -> str:
     """Text columns, the first `num_left` aligned left and the others right; numbers with four decimals."""
     cells = [[_cell(value) for value in row] for row in (header, *rows)]

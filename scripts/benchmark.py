@@ -32,6 +32,7 @@ MEASURES = {"steps": STEPS, "attention": ATTENTION, "atoms": (*STEPS, *ATTENTION
 SLOW_ON_CPU = ("bundled-1024",)
 
 
+@reporting_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures, prints tables, writes JSON."""
     arguments = parse(argv)
@@ -45,25 +46,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     print("{device}, {cores} cores, JAX {jax}, {date}".format_map(results))
     parts = arguments.part or list(MEASURES)
-    with reporting_errors():
-        if arguments.scaling:
-            (name,) = arguments.variant or ["default"]
-            (kind,) = arguments.implementation or ["xla" if jax.default_backend() == "cpu" else "pallas"]
-            print(f"{name} {kind}: training steps on up to {jax.local_device_count()} devices, for minutes ...")
-            results["devices"] = measure_devices(
-                Variant.named(name), kind, arguments.rounds, data_dir=arguments.data_dir
-            )
-            report.print_devices(results["devices"])
-        else:
-            if "pipeline" in parts:
-                any_target(arguments.target_set, arguments.data_dir)  # an unknown name is an error before all else
-            if any(MEASURES[part] for part in parts):
-                results |= measure_models(arguments, parts)
-            if "pipeline" in parts:
-                results["pipeline"] = measure_pipeline(arguments.target_set, arguments.data_dir)
-                report.print_pipeline(results["pipeline"])
-        if arguments.json:
-            arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    if arguments.scaling:
+        (name,) = arguments.variant or ["default"]
+        (kind,) = arguments.implementation or ["xla" if jax.default_backend() == "cpu" else "pallas"]
+        print(f"{name} {kind}: training steps on up to {jax.local_device_count()} devices, for minutes ...")
+        results["devices"] = measure_devices(Variant.named(name), kind, arguments.rounds, data_dir=arguments.data_dir)
+        report.print_devices(results["devices"])
+    else:
+        if "pipeline" in parts:
+            any_target(arguments.target_set, arguments.data_dir)  # an unknown name is an error before all else
+        if any(MEASURES[part] for part in parts):
+            results |= measure_models(arguments, parts)
+        if "pipeline" in parts:
+            results["pipeline"] = measure_pipeline(arguments.target_set, arguments.data_dir)
+            report.print_pipeline(results["pipeline"])
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

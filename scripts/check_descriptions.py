@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             share = np.mean(moved[:, t] > 1e-3)
             found_here = unit * np.array([moved[:, t].mean(), np.percentile(moved[:, t], 99), moved[:, t].max()])
             name = f"m{s.unit}" if unit > 1 else s.unit
-            lines.append([title, s.name, name, f"{share:.1%}", *(f"{x:.4f}" for x in found_here)])
+            lines.append([title, s.name, name or None, f"{share:.1%}", *(f"{x:.4f}" for x in found_here)])
     print(table([f"{len(crystals)} crystals", "target", "unit", "moved by 0.001", "mean", "99 %", "largest"], lines, 3))
 
 

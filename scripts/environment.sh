@@ -4,6 +4,13 @@
 #   VENV     folder of the environment (default: .venv)
 #   EXTRA    extras of pyproject.toml to install, separated by commas (test.sh: test)
 
+case ${1:-} in # of whichever script sources this
+  -h | --help)
+    sed -n '/^#!/d; /^#/!q; s/^# \{0,1\}//p' "scripts/$(basename "$0")"
+    exit
+    ;;
+esac
+
 VENV=${VENV:-.venv}
 case $VENV in /*) ;; *) VENV=$PWD/$VENV ;; esac
 

@@ -1,5 +1,6 @@
 """Trains and compares as scripts/reproduce.sh says, which runs this in the environment of the checkout."""
 
+import argparse
 import importlib
 import json
 import os
@@ -22,7 +23,8 @@ class Trainer:
     def __init__(self) -> None:
         self.child: subprocess.Popen | None = None
         self.stopped = False
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # Windows has two of them
+        for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
                 signal.signal(number, self.forward)
 
@@ -30,7 +32,9 @@ class Trainer:
         """Passes a signal on to the training, which saves what it has done and ends."""
         self.stopped = True
         if self.child:
-            self.child.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+            self.child.send_signal(
+                number if number in (signal.SIGINT, getattr(signal, "SIGUSR1", None)) else signal.SIGTERM
+            )
 
     def train(self, *arguments: str) -> int:
         """Trains; returns the exit status as a shell tells it."""
@@ -42,13 +46,17 @@ class Trainer:
         return status if status >= 0 else 128 - status
 
 
-def main(name: str, flags: list[str]) -> None:
+@reporting_errors()
+def main() -> None:
     """Trains all targets of a benchmark, or every variant for the timing, and prints a table."""
+    parser = argparse.ArgumentParser("reproduce.py", description=__doc__, allow_abbrev=False)
+    parser.add_argument("name", choices=("jarvis", "megnet", "oqmd", "timing"), help="the benchmark")
+    arguments, flags = parser.parse_known_args()  # the others are for train.py
+    name = arguments.name
     timing, variant = name == "timing", os.environ.get("VARIANT") or "default"
     config = "jarvis" if timing else name
     module = importlib.import_module(f"crystalframer_jax.configs.{config}")
-    with reporting_errors():
-        module.get_config(variant)
+    module.get_config(variant)
     variants, benchmarks = (VARIANTS, module.BENCHMARKS[:1]) if timing else ([variant], module.BENCHMARKS)
     runs = {Path("runs", name, v, b.target): (v, b) for v in variants for b in benchmarks}
     trainer, failed = Trainer(), []
@@ -81,4 +89,4 @@ def main(name: str, flags: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    main()

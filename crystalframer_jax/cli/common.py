@@ -2,7 +2,9 @@
 
 import argparse
 import contextlib
+import errno
 import io
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -13,23 +15,42 @@ from crystalframer_jax.text import escaped
 
 WEIGHTS_HELP = "default: those that the finished run selected by validation error, else best"
 
+PIPE_CLOSED = 141  # the exit status of a command that SIGPIPE ends
+
 
 @contextlib.contextmanager
 def reporting_errors(if_interrupted: str = "", leave_at_once: bool = True) -> Iterator[None]:
     """Prints an error that the user can mend in one line and leaves with status 1; with status 130 after Ctrl-C.
 
     To `leave_at_once` then is for commands with threads that would take minutes to wait for. Others clean up first.
+    If nobody reads the output any more, as after `| head -1`, the command ends quietly.
     """
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # of a home that cannot be written it does without
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name that is no text is shown, and ends nothing
             stream.reconfigure(errors="backslashreplace")
     try:
-        yield
+        try:
+            yield
+        finally:
+            sys.stdout.flush()  # else the interpreter does at its end, with a complaint
+    except BrokenPipeError:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        sys.exit(PIPE_CLOSED)
     except (UserError, OSError) as error:
-        sys.exit("error: " + escaped(" ".join(str(error).split())))
+        sys.exit("error: " + escaped(" ".join(_told(error).split())))
     except KeyboardInterrupt:
         print(f"\ninterrupted{if_interrupted}", file=sys.stderr, flush=True)
         os._exit(130) if leave_at_once else sys.exit(130)
+
+
+def _told(error: Exception) -> str:
+    """Tells an error of the operating system by the name of its file, without its number."""
+    if not isinstance(error, OSError) or error.filename is None:
+        return str(error)
+    is_forbidden = error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
+    return f"{error.filename}: {error.strerror}{'; name a place that you may use' if is_forbidden else ''}"
 
 
 def model_parser(prog: str, description: str) -> argparse.ArgumentParser:

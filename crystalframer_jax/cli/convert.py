@@ -67,7 +67,7 @@ def _tell(run: Conversion) -> None:
     )
     found = ", and their average (swa)" if run.has_average else ""
     print(f"weights of the file (called last){found}; {run.weights} is used by default")
-    rows = [[s.name, s.unit, f"{s.mean:.6g}", f"{s.std:.6g}"] for s in run.targets]
+    rows = [[s.name, s.unit or None, f"{s.mean:.6g}", f"{s.std:.6g}"] for s in run.targets]
     print(table(["target", "unit", "mean", "standard deviation"], rows))
     for note in run.notes:
         print(f"note: {note}")

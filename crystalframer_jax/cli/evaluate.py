@@ -105,7 +105,7 @@ def error_table(
         baseline = mean_predictor_errors(labels, targets, dataset.labels[dataset.splits["train"]])
         for t, s in enumerate(targets):
             known = np.isfinite(labels[:, t])
-            line = [s.name + kind, s.unit, int(known.sum()), *metrics[s.name].values(), baseline[s.name]]
+            line = [s.name + kind, s.unit or None, int(known.sum()), *metrics[s.name].values(), baseline[s.name]]
             lines.append([*line, *([float(predictions.spread[chosen][known, t].mean())] if over else [])])
     return table(header, lines)
 

@@ -1,5 +1,6 @@
 """Predict structure files with a trained model."""
 
+import itertools
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
@@ -10,32 +11,45 @@ import numpy as np
 from crystalframer_jax.cli.common import model_parser, reporting_errors
 from crystalframer_jax.data.custom.source import structures_in
 from crystalframer_jax.files import check_replaceable, write_csv
+from crystalframer_jax.inference.doubts import PredictionWarning, doubts, summary
 from crystalframer_jax.inference.ensemble import load_model
 from crystalframer_jax.structures.crystal import Crystal, CrystalError
 from crystalframer_jax.structures.files import ACCEPTED_FILES
 from crystalframer_jax.structures.neighbors import LatticeBox, check_neighbors
-from crystalframer_jax.text import escaped, table
+from crystalframer_jax.text import escaped, table, with_unit
+
+DESCRIPTION = """Predict structure files with a trained model or an ensemble. A warning tells, in a line for each file,
+of doubtful structures: elements that were not in the training set, cells or numbers of atoms far outside its range,
+atoms without neighbors, and what was noticed on reading."""
 
 
 @reporting_errors()
 def predict_main(argv: Sequence[str] | None = None) -> int:
     """Predicts files; returns 1 if any of them could not be used (the others are predicted all the same)."""
-    parser = model_parser("predict.py", "Predict structure files with a trained model or an ensemble.")
+    parser = model_parser("predict.py", DESCRIPTION)
     parser.add_argument("files", metavar="FILE", nargs="+", help=f"{ACCEPTED_FILES}; CSV, JSON, .zip, ASE .db or .traj")
-    parser.add_argument("--output", type=Path, help="write the predictions to this CSV file")
+    output_help = "write the predictions to this CSV file; if there are warnings, with a column of them"
+    parser.add_argument("--output", type=Path, help=output_help)
     arguments = parser.parse_args(argv)
     if arguments.output:
         check_replaceable(arguments.output.expanduser(), b"structure,formula,atoms")
     model = load_model(arguments.run, arguments.weights)
     cutoffs = {member.cutoff for member in getattr(model, "members", (model,))}
-    crystals, errors = read_all(arguments.files, cutoffs)
+    of_reader: list[tuple[str, list[str]]] = []
+    crystals, errors = read_all(arguments.files, cutoffs, of_reader)
     if crystals:
+        found = [(file, [*told, *doubts(model, c)]) for c, (file, told) in zip(crystals, of_reader, strict=True)]
+        named = zip(crystals, found, strict=True)
+        for file, group in itertools.groupby(named, lambda item: item[1][0]):
+            if told := summary([(escaped(c.id.removeprefix(file)), of_crystal) for c, (_, of_crystal) in group]):
+                print(f"warning: {escaped(file)}: {told}", file=sys.stderr)
         progress = len(crystals) > 100 and sys.stderr.isatty()
-        predictions = model.predict_with_spread(crystals, arguments.num_frame_samples, progress)
-        header = ["structure", "formula", "atoms", *(f"{t.name} ({t.unit})" for t in model.targets)]
+        with warnings.catch_warnings(action="ignore", category=PredictionWarning):  # they are told
+            predictions = model.predict_with_spread(crystals, arguments.num_frame_samples, progress)
+        header = ["structure", "formula", "atoms", *(with_unit(t.name, t.unit) for t in model.targets)]
         values = predictions.mean
         if over := model.spread_over(arguments.num_frame_samples):
-            header += [f"{t.name} std over {over} ({t.unit})" for t in model.targets]
+            header += [with_unit(f"{t.name} std over {over}", t.unit) for t in model.targets]
             values = np.concatenate(predictions, axis=1)
         rows = [
             [crystal.id, crystal.formula, crystal.num_atoms, *line]
@@ -47,49 +61,51 @@ def predict_main(argv: Sequence[str] | None = None) -> int:
     for error in errors:
         print(f"error: {escaped(' '.join(error.split()))}", file=sys.stderr)
     if crystals and arguments.output:
+        if any(told for _, told in found):
+            header.append("warnings")
+            rows = [[*row, "; ".join(told)] for row, (_, told) in zip(rows, found, strict=True)]
         write_csv(arguments.output, header, rows)
         print(f"wrote {arguments.output}")
     return 1 if errors else 0
 
 
-def read_all(files: Sequence[str], cutoffs: Iterable[float | LatticeBox] = ()) -> tuple[list[Crystal], list[str]]:
+def read_all(
+    files: Sequence[str],
+    cutoffs: Iterable[float | LatticeBox] = (),
+    of_reader: list[tuple[str, list[str]]] | None = None,
+) -> tuple[list[Crystal], list[str]]:
     """Reads the crystals of all files, and a line for each file or structure in it that cannot be used.
 
-    They must have neighbor rows for the `cutoffs`. Warnings go to stderr.
+    They must have neighbor rows for the `cutoffs`. `of_reader` gets of each crystal its file and the warnings about it.
     """
     crystals: list[Crystal] = []
     errors: list[str] = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("always", UserWarning)
-        doubts: list[str] = []
-        warnings.showwarning = lambda message, *_: doubts.append(escaped(message))
-        for file in files:
+    of_reader = [] if of_reader is None else of_reader
+    for file in files:
+        with warnings.catch_warnings(record=True) as of_file:
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("always", UserWarning)
             try:
                 found = structures_in(file)
             except (CrystalError, MemoryError) as error:
                 errors.append(_line(file, error))
                 continue
-            for number, make in enumerate(found, 1):
+        for number, make in enumerate(found, 1):
+            with warnings.catch_warnings(record=True) as of_crystal:
+                warnings.simplefilter("ignore")
+                warnings.simplefilter("always", UserWarning)
                 try:
                     crystal = make()
                     for cutoff in cutoffs:
                         check_neighbors(crystal, cutoff)
-                    crystals.append(crystal)
                 except (CrystalError, MemoryError) as error:
                     errors.append(_line(f"{file}#{number}", error))
-            for doubt in _merged(doubts, escaped(file)):
-                print(f"warning: {doubt}", file=sys.stderr)
-            doubts.clear()
+                    continue
+            crystals.append(crystal)
+            texts = [escaped(" ".join(str(warning.message).split())) for warning in (*of_file, *of_crystal)]
+            names = [f"{escaped(name)}: " for name in (crystal.id, file)]
+            of_reader.append((file, [text.removeprefix(names[0]).removeprefix(names[1]) for text in texts]))
     return crystals, errors
-
-
-def _merged(doubts: Sequence[str], file: str) -> list[str]:
-    """Merges warnings that are the same for several structures of a file."""
-    alike: dict[str, list[str]] = {}
-    for doubt in doubts:
-        alike.setdefault(doubt.removeprefix(file).partition(": ")[2], []).append(doubt)
-    return [first if not more else f"{first} (as {len(more)} more of this file)" for first, *more in alike.values()]
 
 
 def _line(where: str, error: Exception) -> str:

@@ -19,9 +19,9 @@ from crystalframer_jax.data.prepare import Preparation, prepare
 from crystalframer_jax.data.records import DataError, Source
 from crystalframer_jax.data.registry import TARGET_SETS, TargetSet
 from crystalframer_jax.data.sources import Bundled
-from crystalframer_jax.data.store import data_folder, load_dataset, read_set_manifest, targets_of
+from crystalframer_jax.data.store import ANOTHER_FOLDER, data_folder, load_dataset, read_set_manifest, targets_of
 from crystalframer_jax.files import FileError, is_disk_full, locked
-from crystalframer_jax.text import escaped, table
+from crystalframer_jax.text import escaped, table, with_unit
 
 DESCRIPTION = f"""Prepare a target set for training: one that is known (without --target_set they are listed), or your
 own crystals. --source names them: {ACCEPTED}."""
@@ -142,7 +142,7 @@ def _known_source(known: TargetSet, arguments: argparse.Namespace) -> Source:
         downloads = data_folder(arguments.data_dir) / "downloads"
         if downloads.is_symlink():
             raise DataError(f"{downloads} is a link, through which nothing is written; name another --data_dir")
-        with locked(downloads / ".lock"):
+        with locked(downloads / ".lock", remedy=ANOTHER_FOLDER):
             files = known.source.fetch(downloads)
     return known.source.open(files, known.targets)
 
@@ -175,6 +175,6 @@ def _listing(data_dir: str) -> str:
                 state, targets = f"{manifest['crystals']:,} crystals", targets_of(manifest)
             except FileError:
                 state = "damaged"
-        units = (f"{target.name} ({target.unit})" if target.unit else target.name for target in targets)
+        units = (with_unit(target.name, target.unit) for target in targets)
         rows.append([escaped(name), escaped(", ".join(units)), state])
     return table(["target set", "targets", f"in {root}"], rows, num_left=2)

@@ -7,13 +7,16 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from crystalframer_jax.cli import stored_config
 from crystalframer_jax.cli.common import reporting_errors
 from crystalframer_jax.config import ConfigError, check_overrides
 
+CONFIG_FILE = "config.json"  # in the directory of a run
 START = time.monotonic()
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "File of hyperparameters, such as configs/quickstart.py, or FILE:VARIANT."
-)
+ARGUMENTS: list[str] = []  # the command line as ml_collections is to see it
+CONFIG_HELP = """File of hyperparameters, such as configs/quickstart.py, or FILE:VARIANT; or a run directory, or its
+    config.json, for those of that run."""
+CONFIG = config_flags.DEFINE_config_file("config", None, CONFIG_HELP, sys_argv=ARGUMENTS)
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, summary.")
 RESUME_WITH_CHANGES = flags.DEFINE_list(
     "resume_with_changes", [], "Hyperparameters, separated by commas, that may differ from those of the run so far."
@@ -90,17 +93,38 @@ def main(argv: list[str]) -> int:
     return 1 if missing else 0
 
 
+def with_config_files(argv: list[str]) -> list[str]:
+    """Writes "--config FILE" with "=", and JSON files and run directories as configuration files of Python."""
+    arguments = iter(argv)
+    found = []
+    for argument in arguments:
+        name, is_given, value = argument.partition("=")
+        if name in ("--config", "-config"):
+            argument = f"--config={_config_file(value if is_given else next(arguments, ''))}"
+        found.append(argument)
+    return found
+
+
+def _config_file(value: str) -> str:
+    file = Path(value.partition(":")[0]).expanduser()  # what follows names a variant
+    if file.is_dir() and value:
+        file /= CONFIG_FILE
+    if not file.is_file():
+        raise ConfigError(f"--config={file if value else ''}: there is no such file; see the folder configs/")
+    return f"{stored_config.__file__}:{file}" if file.suffix == ".json" else value
+
+
 @reporting_errors()
 def parse(argv: list[str]) -> list[str]:
     """Parses the command line; a misspelt hyperparameter is an error in one line."""
     check_overrides(argv)
-    for argument in argv:
-        name, _, file = argument.partition("=")
-        file = file.partition(":")[0]  # what follows names a variant
-        if name in ("--config", "-config") and not Path(file).is_file():
-            raise ConfigError(f"--config={file}: there is no such file; see the folder configs/")
+    ARGUMENTS[:] = argv = with_config_files(["--help" if argument == "-h" else argument for argument in argv])
     try:
         return flags.FLAGS(argv)
+    except SystemExit:  # of --help, with the status of an error
+        sys.exit(0)
+    except BrokenPipeError:
+        raise
     except (flags.Error, OSError) as error:
         text = str(error).rpartition("ConfigError: ")[2]  # of a configuration file, without its traceback
         sys.exit("error: " + " ".join(text.split()))

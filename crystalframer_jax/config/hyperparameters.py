@@ -29,6 +29,7 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
 # What nobody needs would take all memory, or no end. The most of an integer and of another number, if its row says
 # nothing else; of the values in a list, of the characters in a text, of the parameters of a model.
 MOST_INTEGER, MOST_NUMBER, MOST_ELEMENTS, MOST_CHARACTERS, MOST_PARAMETERS = 10**9, 1e300, 1000, 4096, 10**9
+TRANSFORMS = ("none", "log10")  # of targets
 LARGEST_CUTOFF = 50.0  # Å: about 25,000 neighbors of every atom
 
 
@@ -50,6 +51,8 @@ class PredictionKeys:
     """What predictions depend on beside the model."""
 
     targets: tuple[str, ...] = key(("e_form",))  # given as "e_form,e_above_hull" or as a list of names
+    # what the model learns of a target; one, or one for each of the targets: "log10,none"
+    target_transform: str = key("none", official=False)
     # where prepared data are cached; empty: the user's cache folder
     data_dir: str = key("", change=ALWAYS, official=False)
     # Å; 0: |adaptive_cutoff_sigma| * max(scale_real) / sqrt(gauss_lb_real)
@@ -243,6 +246,12 @@ class TrainConfig(ModelKeys, PredictionKeys):
         for name in ("k_dim", "v_dim"):
             values[name] = values[name] or self.model_dim // self.head_num
         return ModelConfig(num_targets=len(self.targets), **values)
+
+    @property
+    def transforms(self) -> tuple[str, ...]:
+        """The transform of each target, "none" or "log10"."""
+        names = tuple(name.strip() for name in self.target_transform.split(","))
+        return names * len(self.targets) if len(names) == 1 else names
 
     @property
     def cutoff(self) -> float | LatticeBox:

@@ -17,6 +17,7 @@ from crystalframer_jax.config.hyperparameters import (
     MOST_ELEMENTS,
     MOST_PARAMETERS,
     TRAINING_KEYS,
+    TRANSFORMS,
     WITHOUT_COUNTERPART,
     TrainConfig,
 )
@@ -118,6 +119,11 @@ def unknown_key_message(key: str) -> str:
 
 def _check_model(config: TrainConfig) -> None:
     """Raises ConfigError if keys of the model do not go together."""
+    if not set(config.transforms) <= set(TRANSFORMS) or len(config.transforms) != len(config.targets):
+        raise ConfigError(
+            f"target_transform={config.target_transform!r} must be one of {', '.join(TRANSFORMS)}, or one for each of "
+            f"the {len(config.targets)} targets, separated by commas"
+        )
     if config.model_dim % config.head_num and not (config.k_dim and config.v_dim):
         raise ConfigError(f"head_num={config.head_num} does not divide model_dim={config.model_dim}")
     if config.domain == "multihead" and config.head_num % 2:

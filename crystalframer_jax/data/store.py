@@ -48,6 +48,7 @@ ROWS_FORMAT = 4  # to be raised when neighbor rows or their columns change
 CHUNK_ATOMS = 9_000  # atoms whose neighbors a worker process finds at a time; about 100 MB
 LABEL_COLUMNS = ("labels", "leaked", *SPLITS)
 SET_COLUMNS = (*CRYSTAL_COLUMNS, *LABEL_COLUMNS)
+ANOTHER_FOLDER = "name another folder by --data_dir, or to train.py by --config.data_dir"
 MANIFEST_KEYS = {"format": int, "source": str, "key": str, "remark": str, "targets": list, "crystals": int}
 
 
@@ -266,7 +267,7 @@ def changing(folder: Path) -> Iterator[None]:
     """Holds the lock for what is prepared in `folder`, where first what a killed process began is ended."""
     if folder.is_symlink():
         raise DataError(f"{folder} is a link, through which nothing is written; name the folder itself by --data_dir")
-    with locked(folder.parent / f".{folder.name}.lock"):
+    with locked(folder.parent / f".{folder.name}.lock", remedy=ANOTHER_FOLDER):
         settle(folder)
         yield
 

@@ -1,15 +1,19 @@
 """The folder of compiled programs, so that only the first process of a user waits for the compiler."""
 
 import contextlib
-import grp
 import os
-import pwd
 import stat
 from pathlib import Path
 from typing import Any
 
 import jax
 import platformdirs
+
+try:
+    import grp
+    import pwd
+except ImportError:  # on Windows
+    grp = pwd = None  # type: ignore[assignment]
 
 SWITCH = "CRYSTALFRAMER_COMPILATION_CACHE"  # environment variable; "off": no folder is used
 LARGEST = 2**30  # bytes of the folder; what was not used for longest goes first
@@ -20,10 +24,12 @@ def keep_compiled_programs() -> None:
     """Makes JAX keep compiled programs in the user's cache folder, from now on in this process.
 
     It does not if JAX has been given a folder or been told to keep none, or if SWITCH is off. Nor does it if the folder
-    cannot be written, or if somebody else may write into it: programs are code.
+    cannot be written, or if somebody else may write into it: programs are code. Where files have no owners that Python
+    knows of, on Windows, it does only if JAX has been given a folder.
     """
     config: Any = jax.config
     is_off = os.environ.get(SWITCH, "").lower() in ("off", "0", "no", "false")
+    is_off |= not hasattr(os, "getuid")
     if config.jax_compilation_cache_dir is None and not is_off and config.jax_enable_compilation_cache:
         folder = platformdirs.user_cache_path("crystalframer_jax").absolute() / "xla"
         with contextlib.suppress(OSError):

@@ -11,13 +11,15 @@ from crystalframer_jax.batching.table import table_of
 from crystalframer_jax.config import ConfigError
 from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.inference.evaluation import Predictions
-from crystalframer_jax.inference.predictor import Predictor, crystals_of
+from crystalframer_jax.inference.predictor import Predictor, predict_usable
 from crystalframer_jax.reporting import metrics
 from crystalframer_jax.reporting.predictions import plot_calibration, reporting, write_split
 from crystalframer_jax.runs.checkpoints import CheckpointError
 from crystalframer_jax.runs.claims import MEMBER
 from crystalframer_jax.runs.run_directory import CONFIG_FILE, SUMMARY_FILE, read_config
+from crystalframer_jax.structures.crystal import Crystal
 from crystalframer_jax.structures.neighbors import LatticeBox
+from crystalframer_jax.text import with_unit
 
 
 class Ensemble:
@@ -41,7 +43,7 @@ class Ensemble:
         self.members = tuple(members)
         self.names = tuple(names) or tuple(str(number) for number in range(len(members)))
         self.targets, self.config = members[0].targets, members[0].config
-        outputs = [", ".join(f"{s.name} ({s.unit})" for s in member.targets) for member in members]
+        outputs = [", ".join(with_unit(s.name, s.unit) for s in member.targets) for member in members]
         self._common("predicts", outputs, "the models of an ensemble must predict the same")
         used = ", ".join(sorted({member.weights for member in self.members}))
         of_folder = f"{used} weights of the {self.spread_over()} in {folder}"
@@ -79,13 +81,16 @@ class Ensemble:
         self, structures: Iterable[Any] | Any, num_frame_samples: int | None = None, progress: bool = False
     ) -> Predictions:
         """Predicts as `predict`, with the standard deviation over the members: mean and spread, both [B, T]."""
-        crystals = crystals_of(structures)
-        tables = {cutoff: table_of(crystals, cutoff) for cutoff in {member.cutoff for member in self.members}}
-        samples = [
-            member.predict_all(tables[member.cutoff], num_frame_samples, progress, f"model {name}").mean
-            for name, member in zip(self.names, self.members, strict=True)
-        ]
-        return Predictions.over(np.stack(samples))
+
+        def predict(crystals: list[Crystal]) -> Predictions:
+            tables = {cutoff: table_of(crystals, cutoff) for cutoff in {member.cutoff for member in self.members}}
+            samples = [
+                member.predict_all(tables[member.cutoff], num_frame_samples, progress, f"model {name}").mean
+                for name, member in zip(self.names, self.members, strict=True)
+            ]
+            return Predictions.over(np.stack(samples))
+
+        return predict_usable(self, structures, predict)
 
     def predict_dataset(self, dataset: Dataset, rows: np.ndarray, num_frame_samples: int | None = None) -> Predictions:
         """Predicts mean and spread for rows of a data set whose neighbor rows have the cutoff of all members."""

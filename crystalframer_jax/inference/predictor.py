@@ -4,7 +4,8 @@ import dataclasses
 import functools
 import os
 import re
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ import numpy as np
 from tqdm import tqdm
 
 from crystalframer_jax.batching.batch import pack
+from crystalframer_jax.batching.coverage import Coverage
 from crystalframer_jax.batching.shapes import BatchShape, request_shapes
 from crystalframer_jax.batching.table import CrystalTable, table_of
 from crystalframer_jax.batching.targets import TargetStatistics
 from crystalframer_jax.config import BatchParts, ModelConfig, TrainConfig
+from crystalframer_jax.data.custom.source import structures_in
 from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.inference.compilation import keep_compiled_programs
+from crystalframer_jax.inference.doubts import PredictionWarning, doubts, summary
 from crystalframer_jax.inference.evaluation import Predictions, frame_draws, groups_by_atoms, groups_of, predict_rows
 from crystalframer_jax.inference.forward import Forward, make_forward, working_precision
 from crystalframer_jax.model.regressor import CrystalFramer
@@ -26,9 +30,9 @@ from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices, Tree
 from crystalframer_jax.runs.checkpoints import FOLDER, MODEL_FIELDS, CheckpointError, Checkpoints, on_this_device
 from crystalframer_jax.runs.metadata import checked
 from crystalframer_jax.runs.run_directory import CONFIG_FILE, read_config, read_summary, warn
-from crystalframer_jax.structures.crystal import Crystal
+from crystalframer_jax.structures.crystal import Crystal, CrystalError
 from crystalframer_jax.structures.files import as_crystals
-from crystalframer_jax.text import brief
+from crystalframer_jax.text import brief, escaped
 
 AVERAGES = {"swa": "swa_epochs", "ema": "ema_decay"}  # averaged weights, and what switches them on
 WEIGHTS = ("best", "last", *AVERAGES)
@@ -45,6 +49,7 @@ class Predictor:
       step: optimizer step of their checkpoint, 0 if given.
       origin: the same in words.
       data_digest: of the data that it was trained on; empty if that is not told.
+      coverage: what these data held; None if that is not told.
     """
 
     def __init__(
@@ -56,10 +61,11 @@ class Predictor:
         step: int = 0,
         origin: str = "given parameters",
         data_digest: str = "",
+        coverage: Coverage | None = None,
     ):
         self.config, self.variables, self.targets = config, variables, targets
         self.weights, self.step, self.origin, self.data_digest = weights, step, origin, data_digest
-        self.cutoff = config.cutoff
+        self.coverage, self.cutoff = coverage, config.cutoff
         self.parts = config.model.parts
         self.devices = Devices.of_this_process()
         keep_compiled_programs()
@@ -94,7 +100,8 @@ class Predictor:
         _check_average(weights, fields, config, workdir, step)
         origin = f"{weights} weights of {workdir}, step {step}"
         digest = meta.get("data", {}).get("digest", "")
-        return cls(config, variables_in(fields, weights), targets, weights, step, origin, digest)
+        coverage = Coverage.from_json(meta["training_set"]) if "training_set" in meta else None
+        return cls(config, variables_in(fields, weights), targets, weights, step, origin, digest, coverage)
 
     def predict(
         self, structures: Iterable[Any] | Any, num_frame_samples: int | None = None, progress: bool = False
@@ -104,7 +111,8 @@ class Predictor:
         `structures`: pymatgen Structures, ASE Atoms, Crystals or paths of structure files, one or a list; a file
         with several structures gives as many rows. `num_frame_samples`: how many draws among equally good frames are
         averaged (1: none is drawn, the crystal chooses; None: as configured). Raises CrystalError naming the
-        first structure that cannot be used.
+        first structure that cannot be used; one among others of its file is a warning and a row of NaN instead. A
+        PredictionWarning tells of crystals unlike all of the training set, see `inference.doubts`.
         """
         return self.predict_with_spread(structures, num_frame_samples, progress).mean
 
@@ -112,7 +120,11 @@ class Predictor:
         self, structures: Iterable[Any] | Any, num_frame_samples: int | None = None, progress: bool = False
     ) -> Predictions:
         """Predicts as `predict`, with the standard deviation over the draws of frames: mean and spread, both [B, T]."""
-        return self.predict_all(table_of(crystals_of(structures), self.cutoff), num_frame_samples, progress)
+
+        def predict(crystals: list[Crystal]) -> Predictions:
+            return self.predict_all(table_of(crystals, self.cutoff), num_frame_samples, progress)
+
+        return predict_usable(self, structures, predict)
 
     def predict_all(
         self, table: CrystalTable, num_frame_samples: int | None, progress: bool, title: str = "predicting"
@@ -167,14 +179,60 @@ class Predictor:
         return f"{draws} draws" if draws > 1 else ""
 
 
-def crystals_of(structures: Iterable[Any] | Any) -> list[Crystal]:
-    """Reads the crystals of what `Predictor.predict` takes: one structure or path of a file, or several."""
-    is_one = isinstance(structures, str | os.PathLike | Crystal) or any(
-        hasattr(structures, name)
-        for name in ("lattice", "cell", "species_and_occu")  # pymatgen, ASE
+def predict_usable(
+    model: Any, structures: Iterable[Any] | Any, predict: Callable[[list[Crystal]], Predictions]
+) -> Predictions:
+    """Predicts what `Predictor.predict` takes, NaN for an unusable structure among others of its file; warns of it."""
+    found = crystals_of(structures)
+    is_usable = np.array([isinstance(item, Crystal) for item in found], bool)
+    crystals = [item for item in found if isinstance(item, Crystal)]
+    for error in found:
+        if isinstance(error, CrystalError):
+            warnings.warn(f"{error}; its predictions are NaN", stacklevel=4)
+    names = [escaped(crystal.id) or f"#{number}" for number, crystal in enumerate(crystals, 1)]
+    if told := summary([(name, doubts(model, crystal)) for name, crystal in zip(names, crystals, strict=True)]):
+        name = f"{escaped(crystals[0].id)}: " if len(crystals) == 1 and crystals[0].id else ""
+        warnings.warn(name + told, PredictionWarning, stacklevel=4)
+    predictions = predict(crystals)
+    if is_usable.all():
+        return predictions
+    filled = np.full((2, len(found), len(model.targets)), np.nan)
+    filled[:, is_usable] = predictions
+    return Predictions(*filled)
+
+
+def crystals_of(structures: Iterable[Any] | Any) -> list[Crystal | CrystalError]:
+    """Reads the crystals of what `Predictor.predict` takes: one structure or path of a file, or several.
+
+    In place of an unusable one among others of its file stands its error.
+    """
+    is_one = (
+        _is_path(structures)
+        or isinstance(structures, Crystal)
+        or any(
+            hasattr(structures, name)
+            for name in ("lattice", "cell", "species_and_occu")  # pymatgen, ASE
+        )
     )
     items: Iterable[Any] = [structures] if is_one else structures
-    return [crystal for item in items for crystal in as_crystals(item)]
+    return [crystal for item in items for crystal in (_in_file(item) if _is_path(item) else as_crystals(item))]
+
+
+def _is_path(item: Any) -> bool:
+    return isinstance(item, str | os.PathLike)
+
+
+def _in_file(path: str | os.PathLike[str]) -> list[Crystal | CrystalError]:
+    found: list[Crystal | CrystalError] = []
+    for make in structures_in(path):
+        try:
+            found.append(make())
+        except CrystalError as error:
+            found.append(error)
+    errors = [item for item in found if isinstance(item, CrystalError)]
+    if errors and len(errors) == len(found):
+        raise errors[0]
+    return found
 
 
 @functools.lru_cache(maxsize=8)

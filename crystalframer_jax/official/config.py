@@ -134,6 +134,11 @@ def _check_official_limits(config: TrainConfig) -> None:
         raise ConfigError(
             f"k_dim={config.k_dim}, v_dim={config.v_dim}: the official code works only with model_dim / head_num"
         )
+    if set(config.transforms) != {"none"}:
+        raise ConfigError(
+            f"target_transform={config.target_transform!r} has no official counterpart: the official code would report "
+            "the logarithms as labels"
+        )
     hidden = len(config.embedding_dim) - config.pre_pooling_op.startswith("w")
     if hidden < 1:
         raise ConfigError(

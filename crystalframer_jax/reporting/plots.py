@@ -27,6 +27,7 @@ from crystalframer_jax.reporting.calibration import (
     rms,
 )
 from crystalframer_jax.reporting.metrics import errors
+from crystalframer_jax.text import with_unit
 
 COLUMN = 3.4  # inches: width of one column
 DIAGONAL: Any = {"color": "black", "linewidth": 0.7, "dashes": (4, 2), "zorder": 1}
@@ -151,8 +152,8 @@ def _parity_panel(axes: Axes, labels: np.ndarray, predictions: np.ndarray, unit:
     """Draws one target: points or, for many crystals, their density, and the diagonal; returns its caption in lines."""
     known = np.isfinite(labels)
     valid = known & np.isfinite(predictions)
-    axes.set_xlabel(f"label ({unit})")
-    axes.set_ylabel(f"prediction ({unit})")
+    axes.set_xlabel(with_unit("label", unit))
+    axes.set_ylabel(with_unit("prediction", unit))
     axes.spines[["top", "right"]].set_visible(True)
     if not valid.any():
         axes.set(xticks=[], yticks=[])
@@ -263,7 +264,9 @@ def calibration(
         for axis in (right.xaxis, right.yaxis):
             axis.set_major_locator(MaxNLocator(5))
     right.plot(limits, limits, **DIAGONAL)
-    right.set(xlim=limits, ylim=limits, xlabel=f"predicted deviation, rms ({unit})", ylabel=f"RMSE ({unit})")
+    right.set(
+        xlim=limits, ylim=limits, xlabel=with_unit("predicted deviation, rms", unit), ylabel=with_unit("RMSE", unit)
+    )
     right.set_title(f"{num_bins} bins of equal counts" if num_bins > 1 else "all crystals in one bin")
     numbers = {"miscalibration_area": area, "rmse": rms(mean - labels), "rms_std": rms(std), "crystals": len(labels)}
     return figure, numbers

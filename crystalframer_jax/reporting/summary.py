@@ -6,7 +6,7 @@ import numpy as np
 
 from crystalframer_jax.config import TrainConfig
 from crystalframer_jax.data.splits import SPLITS
-from crystalframer_jax.text import duration, table
+from crystalframer_jax.text import duration, table, with_unit
 
 WINDOW, BEST = 50, 10  # of the score history: epochs in a running mean, epochs in the mean of the best
 
@@ -49,11 +49,11 @@ def summary_text(summary: dict[str, Any]) -> str:
     selected = summary["selected_weights"]
     for target, unit in summary["units"].items():
         for name, errors in summary["mae"].items():
-            label = f"{target} ({unit}), {name} weights" + (" *" if name == selected else "")
+            label = f"{with_unit(target, unit)}, {name} weights" + (" *" if name == selected else "")
             mae = [errors.get(split, {}).get(target) for split in SPLITS]
             rows.append([label, *mae, *(summary[m][name]["test"][target] for m in ("rmse", "r2"))])
         baseline = summary["mean_predictor_mae"]
-        rows.append([f"{target} ({unit}), mean predictor", *(baseline[s][target] for s in SPLITS), None, None])
+        rows.append([f"{with_unit(target, unit)}, mean predictor", *(baseline[s][target] for s in SPLITS), None, None])
     text = table(["MAE", *SPLITS, "test RMSE", "test R2"], rows)
     skipped = summary["skipped_steps"]
     return (
@@ -68,7 +68,7 @@ def ensemble_text(summary: dict[str, Any]) -> str:
     """Writes the table at the end of the training of an ensemble: test errors of members and of their mean."""
     rows: list[list[Any]] = []
     for target, unit in summary["units"].items():
-        label, empty, found = f"{target} ({unit})", [None] * 3, summary["test"][target]
+        label, empty, found = with_unit(target, unit), [None] * 3, summary["test"][target]
         errors = [member["test"][target] for member in summary["members"]]
         for member, error in zip(summary["members"], errors, strict=True):
             rows.append([f"{label}, {member['run']} ({member['weights']} weights)", error, *empty])

@@ -4,7 +4,9 @@ import reprlib
 from collections.abc import Callable
 from typing import Any
 
+from crystalframer_jax.config.hyperparameters import TRANSFORMS
 from crystalframer_jax.files import FileError
+from crystalframer_jax.structures.crystal import MAX_ATOMIC_NUMBER
 
 
 def _is_number(value: Any) -> bool:
@@ -23,12 +25,28 @@ def _is_target(value: Any) -> bool:
     """Tells whether these are the fields of TargetStatistics."""
     return (
         isinstance(value, dict)
-        and value.keys() == {"name", "unit", "mean", "std"}
+        and value.keys() | {"transform"} == {"name", "unit", "mean", "std", "transform"}  # old runs have none
+        and value.get("transform", "none") in TRANSFORMS
         and isinstance(value["name"], str)
         and isinstance(value["unit"], str)
         and _is_finite(value["mean"])
         and _is_finite(value["std"])
         and value["std"] > 0
+    )
+
+
+def _is_range(value: Any, is_kind: Callable[[Any], bool]) -> bool:
+    return _is_list(value, is_kind) and len(value) == 2 and 0 < value[0] <= value[1]
+
+
+def _is_coverage(value: Any) -> bool:
+    """Tells whether these are the fields of Coverage."""
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"elements", "volume_per_atom", "num_atoms"}
+        and _is_list(value["elements"], lambda number: _is_count(number, 1) and number <= MAX_ATOMIC_NUMBER)
+        and _is_range(value["volume_per_atom"], _is_finite)
+        and _is_range(value["num_atoms"], _is_count)
     )
 
 
@@ -54,6 +72,7 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: _is_list(value, _is_target) and bool(value),
         "targets with a name, a unit, a finite mean and a positive standard deviation",
     ),
+    "training_set": (_is_coverage, "elements, volumes per atom and numbers of atoms of a training set"),
     "val_mae": (lambda value: isinstance(value, dict) and all(map(_is_error, value.values())), "errors by target"),
     "config": (lambda value: isinstance(value, dict), "hyperparameters by name"),
     "data": (lambda value: isinstance(value, dict) and isinstance(value.get("digest"), str), "the digest of data"),

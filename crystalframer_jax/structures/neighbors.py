@@ -16,6 +16,7 @@ from crystalframer_jax.structures.search import CAUSE, MOST_NEIGHBORS, Pairs, pa
 SHELL_TOLERANCE = 1e-4  # Å; distances closer than this are one shell of neighbors
 COLLINEAR = 0.999  # |cos| from which two directions cannot span a frame
 NEAREST = 4  # neighbors that usually span a frame
+BOND = 3.5  # Å, within which hardly any atom has no other
 STEP = np.pi * 1e-5  # Å; distances in one step count as equal, and hardly any crystal has a distance between two
 MOST_IN_BOX = 20_000_000  # neighbors; about 2 GB while they are sorted
 FEW_ATOMS, FEW_NEIGHBORS, MANY_NEIGHBORS = 500, 20, 5000  # an atom; usual cells need no check of their neighbors
@@ -99,6 +100,20 @@ def check_neighbors(crystal: Crystal, cutoff: float | LatticeBox) -> None:
     elif isinstance(cutoff, LatticeBox) and crystal.num_atoms**2 * len(cutoff) <= MOST_IN_BOX:
         return
     neighbor_rows(crystal, cutoff)
+
+
+def atoms_without_neighbors(crystal: Crystal, cutoff: float) -> int:
+    """Counts the atoms that have no atom within `cutoff` (Å), nor an image of themselves.
+
+    `neighbor_rows` gives them some farther away, to span a frame, of which the lattice sums see next to nothing.
+    """
+    is_alone = np.ones(crystal.num_atoms, bool)
+    for radius in (min(BOND, cutoff), cutoff):  # most crystals need the first search only, which finds few
+        i, j, *_ = _within(crystal, radius)
+        is_alone[i] = is_alone[j] = False
+        if not is_alone.any():
+            break
+    return int(is_alone.sum())
 
 
 def displacements(crystal: Crystal, rows: NeighborRows) -> np.ndarray:

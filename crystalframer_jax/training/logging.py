@@ -171,7 +171,7 @@ class Logbook(contextlib.AbstractContextManager):
     def end_epoch(self, metrics: dict[str, Any], statistics: Sequence[TargetStatistics]) -> None:
         """Prints the metrics of an epoch in a line, when all is saved."""
         self._epochs.update()
-        errors = ", ".join(f"{s.name} {metrics['val_mae'][s.name]:.4f} {s.unit}" for s in statistics)
+        errors = ", ".join(f"{s.name} {metrics['val_mae'][s.name]:.4f} {s.unit}".rstrip() for s in statistics)
         number = f"{metrics['epoch'] + 1:>{len(str(self._n_epochs))}}/{self._n_epochs}"
         waited = f"  waited {metrics['waiting_share']:.0%} for data" if metrics["waiting_share"] >= 0.01 else ""
         say(

@@ -9,8 +9,9 @@ import jax
 import numpy as np
 
 from crystalframer_jax.batching.batch import Batch
+from crystalframer_jax.batching.coverage import Coverage
 from crystalframer_jax.batching.device_table import Chunk
-from crystalframer_jax.batching.targets import TargetStatistics
+from crystalframer_jax.batching.targets import TargetStatistics, check_transform
 from crystalframer_jax.config import ConfigError, TrainConfig
 from crystalframer_jax.data.loader import TrainingBatches
 from crystalframer_jax.data.splits import SPLITS
@@ -90,6 +91,7 @@ class Run:
       config, workdir, dataset, options: as given.
       batches: the batches of all steps, and the devices that share them.
       statistics: what standardises the targets.
+      coverage: what the crystals trained on hold, for predictions to compare with.
       recipe: loss, optimizer, learning rate, averages.
       model: the Flax module.
       evaluator: predictions for the splits of the dataset.
@@ -124,10 +126,14 @@ class Run:
         if len(self.batches) >= 2**31:  # steps are counted in int32
             raise ConfigError(f"n_epochs={config.n_epochs} makes {len(self.batches):,} steps, which is out of bounds")
         labels = dataset.labels[self.batches.indices]
+        used = np.sort(np.concatenate(list(dataset.splits.values())))
+        for t, (name, transform) in enumerate(zip(config.targets, config.transforms, strict=True)):
+            check_transform(name, transform, dataset.table.ids[used], dataset.labels[used, t])
         self.statistics = tuple(
-            TargetStatistics.of(target.name, target.unit, labels[:, t], config.normalize_targets)
-            for t, target in enumerate(dataset.targets)
+            TargetStatistics.of(target.name, target.unit, labels[:, t], config.normalize_targets, transform)
+            for t, (target, transform) in enumerate(zip(dataset.targets, config.transforms, strict=True))
         )
+        self.coverage = Coverage.of(dataset.table, self.batches.indices)
         self.recipe = make_recipe(config, self.batches.steps_per_epoch)
         self.model = CrystalFramer(config.model, agreed_implementation(self.options.implementation, self._trace))
         self.evaluator = Evaluator(config, self.model, self.batches, self.statistics, self.options.report)
@@ -253,6 +259,7 @@ class Run:
         """
         targets = [dataclasses.asdict(s) for s in self.statistics]
         made_with = {"config": as_json(self.config), "data": data_of(self.dataset)}
+        made_with["training_set"] = dataclasses.asdict(self.coverage)
         done = {"epoch": epoch, "seconds": seconds, "results": results, "targets": targets, "val_mae": val_mae}
         return done | made_with
 

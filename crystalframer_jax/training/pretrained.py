@@ -23,8 +23,8 @@ def start_from(state: TrainState, config: TrainConfig, statistics: tuple[TargetS
     """Gives `state` the weights, calibration and BatchNorm averages that prediction with `pretrained_model` uses.
 
     Targets that the old run predicts too (by name) keep their predictions in label units: their part of the output
-    layer is rescaled to `statistics`, those of the new training labels. Other targets, and the layers of
-    `reinit_layers`, keep their random weights.
+    layer is rescaled to `statistics`, those of the new training labels. Other targets, those with another transform
+    and the layers of `reinit_layers`, keep their random weights.
 
     Raises ConfigError listing the hyperparameters that differ if the old run is another model than `config`,
     CheckpointError if there is no such run.
@@ -53,7 +53,7 @@ def _output_layer(
     """Makes the new output layer with the columns of the old one, rescaled, for the targets that both have."""
     kernel, bias = np.array(new["kernel"]), np.array(new["bias"])
     for (t, target), (o, before) in itertools.product(enumerate(new_targets), enumerate(old_targets)):
-        if target.name == before.name:
+        if (target.name, target.transform) == (before.name, before.transform):
             kernel[:, t] = old["kernel"][:, o] * before.std / target.std
             bias[t] = (old["bias"][o] * before.std + before.mean - target.mean) / target.std
     return {"kernel": kernel, "bias": bias}

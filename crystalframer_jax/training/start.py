@@ -64,7 +64,7 @@ def train(
             say(f"{dataset.name}: {dataset.remark}")
         if is_first_process():
             busy = f"{workdir}: another process is training there; wait for it or choose another"
-            stack.enter_context(locked(workdir / LOCK, busy))
+            stack.enter_context(locked(workdir / LOCK, busy, "choose another --workdir"))
             check_config(config, workdir, options.resume_with_changes)
             check_data(dataset, workdir)
         with working_precision(config):

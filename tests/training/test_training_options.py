@@ -337,6 +337,9 @@ def test_targets_are_matched_by_name_and_new_ones_start_at_random(runs, folder):
     np.testing.assert_array_equal(output["kernel"][:, 0], twice["kernel"][:, 0])
     np.testing.assert_allclose(output["kernel"][:, 1], 2 * before["kernel"][:, 0], rtol=1e-6)
     np.testing.assert_allclose(output["bias"][1], 2 * before["bias"][0] + 2 / old.std, rtol=1e-5)
+    logarithm = (targets[0], dataclasses.replace(targets[1], transform="log10"))  # another quantity
+    output = start_from(fresh, validate(tuned(config, workdir)), logarithm).params["output"]
+    np.testing.assert_array_equal(output["kernel"], twice["kernel"])
 
 
 @pytest.mark.slow

@@ -100,7 +100,7 @@ def download(
         raise _in_the_way(file) from error
     except OSError as error:
         raise DataError(
-            f"{file} cannot be written ({error.strerror or error}); make room or choose another folder, then run again"
+            f"{file} cannot be written ({error.strerror or error}); make room or name another --data_dir"
         ) from error
     return file
 
