@@ -299,7 +299,7 @@ def test_limits_of_archives(tmp_path, monkeypatch):
         custom_source(file, CustomData())
     monkeypatch.undo()
     monkeypatch.setattr(folders, "MOST_MEMBERS", 5)
-    folders._directory.cache_clear()
+    folders._opened.cache_clear()
     with pytest.raises(DataError, match=r"holds 14 files, of at most 5"):
         custom_source(file, CustomData())
     monkeypatch.undo()
