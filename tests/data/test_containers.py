@@ -21,7 +21,7 @@ from crystalframer_jax.cli.predict import read_all
 from crystalframer_jax.data.custom import folders
 from crystalframer_jax.data.custom.fields import CustomData
 from crystalframer_jax.data.custom.source import custom_source, structures_in
-from crystalframer_jax.data.io import layouts
+from crystalframer_jax.data.io import layouts, streams
 from crystalframer_jax.data.records import BadRecord, DataError, Record
 from crystalframer_jax.structures.crystal import CrystalError
 
@@ -299,7 +299,7 @@ def test_limits_of_archives(tmp_path, monkeypatch):
         custom_source(file, CustomData())
     monkeypatch.undo()
     monkeypatch.setattr(folders, "MOST_MEMBERS", 5)
-    folders._directory.cache_clear()
+    folders._opened.cache_clear()
     with pytest.raises(DataError, match=r"holds 14 files, of at most 5"):
         custom_source(file, CustomData())
     monkeypatch.undo()
@@ -307,8 +307,9 @@ def test_limits_of_archives(tmp_path, monkeypatch):
         custom_source(zipped(tmp_path / "long.zip", **{"x" * 2000 + ".cif": ""}), CustomData())
     with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for number in range(3):
-            archive.writestr(f"{number}.cif", bytes(500 << 20))
-    with pytest.raises(DataError, match=r"would unpack to 1,572,864,000 bytes, over"):
+            archive.writestr(f"{number}.cif", bytes(1 << 20))
+    monkeypatch.setattr(streams, "MIN_SIZE_LIMIT", 1 << 20)
+    with pytest.raises(DataError, match=r"would unpack to 3,145,728 bytes, over 1,048,576; unpack it first"):
         custom_source(tmp_path / "bomb.zip", CustomData())
     (tmp_path / "cut.zip").write_bytes(file.read_bytes()[:-30])
     with pytest.raises(DataError, match=r"cut\.zip is damaged"):

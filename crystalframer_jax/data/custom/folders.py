@@ -66,7 +66,8 @@ class ZipFolder:
     def __init__(self, path: Path, inner: str = ""):
         self.path, self.inner = path, inner
         self.name = f"{path} ({inner})" if inner else str(path)
-        self._members = _members(path)
+        state = path.stat()
+        self._archive, self._members = _opened(path, state.st_mtime_ns, state.st_size)
 
     def names(self) -> list[str]:
         """Lists the files, those of the Mac's Finder and hidden ones aside, with their folders."""
@@ -82,9 +83,9 @@ class ZipFolder:
         info = self._members[self.inner + name]
         if info.file_size > most:
             raise DataError(f"{self.path}: {name} would unpack to {info.file_size:,} bytes, over {most:,}")
-        with reading(self.path), open_regular(self.path) as stream, zipfile.ZipFile(stream) as archive:
+        with reading(self.path):
             check_member(info, self.path)
-            with archive.open(info) as member:
+            with self._archive.open(info) as member:
                 return member.read(most + 1)
 
     def loader(self, name: str, id: str) -> Callable[[], Crystal]:
@@ -101,9 +102,11 @@ class ZipFolder:
 
 
 @functools.lru_cache(maxsize=2)
-def _directory(path: Path, modified: int, size: int) -> dict[str, zipfile.ZipInfo]:
-    with reading(path), open_regular(path) as stream, zipfile.ZipFile(stream) as archive:
-        infos = archive.infolist()
+def _opened(path: Path, modified: int, size: int) -> tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]:
+    """Opens an archive, whose list of members takes long to read, and checks that list."""
+    with reading(path):
+        archive = zipfile.ZipFile(open_regular(path))
+    infos = archive.infolist()
     if len(infos) > MOST_MEMBERS:
         raise DataError(f"{path} holds {len(infos):,} files, of at most {MOST_MEMBERS:,}; unpack it first")
     long = next((info.filename for info in infos if len(info.filename) > LONGEST_MEMBER), "")
@@ -115,12 +118,7 @@ def _directory(path: Path, modified: int, size: int) -> dict[str, zipfile.ZipInf
     members = {info.filename: info for info in infos}
     if len(members) < len(infos):
         raise DataError(f"{path} holds two files of the same name; pack it again")
-    return members
-
-
-def _members(path: Path) -> dict[str, zipfile.ZipInfo]:
-    state = path.stat()
-    return _directory(path, state.st_mtime_ns, state.st_size)
+    return archive, members
 
 
 def _is_hidden(name: str) -> bool:
