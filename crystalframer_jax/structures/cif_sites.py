@@ -101,7 +101,7 @@ def _columns(block: Block) -> dict[str, Item]:
 
 def _named(symbol: str, label: str, row: int, line: int, id: str) -> elements.Named:
     try:
-        return elements.of_type_symbol(symbol) if symbol else elements.of_label(label)
+        return elements.of_type_symbol(symbol) if symbol not in ("", label) else elements.of_label(label)
     except UnreadableError as error:
         if "not supported" in str(error):
             message = f"site {row + 1}: {error} ({label} on line {line})"
