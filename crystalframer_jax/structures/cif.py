@@ -97,7 +97,8 @@ def _cell(block: Block, id: str) -> dict[str, str]:
     for name in CELL:
         item = block.items[name]
         text = plain(item.values[0] if item.values else "").split("(")[0].strip()
-        number(text, f"line {item.line}: {name}")
+        if number(text, f"line {item.line}: {name}") < 0:
+            raise UnreadableError(f"line {item.line}: {name} is negative")
         cell[name] = text
     return cell
 

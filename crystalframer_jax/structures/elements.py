@@ -12,7 +12,8 @@ from crystalframer_jax.text import LONGEST, brief
 
 VACANT = ("va", "vac", "vacancy", "vc")  # type symbols of sites that are left empty
 DUMMY = ("x", "xx", "q", "m", "me", "r", "du", "dum", "dummy", "cg", "cen", "cnt", "ct", "cp", "lp", "bq", *VACANT)
-WATER = {"Wat": "O", "wat": "O", "WAT": "O", "Ow": "O", "OW": "O", "Hw": "H", "HW": "H"}
+USUAL = {"Wat": "O", "wat": "O", "WAT": "O", "Ow": "O", "OW": "O", "Hw": "H", "HW": "H"}
+USUAL |= {"Cval": "C", "Siva": "Si", "Hiso": "H"}  # scattering factors, of which there are others for one element
 HIGH = "\u2070\u00b9\u00b2\u00b3\u2074-\u207b\u2080-\u208b"  # digits and signs above or below the line
 CHARGE = re.compile(rf"\d*\*?|\d*\.?\d*[+\-]+|[+\-]\d+\.?\d*|[{HIGH}]+|\([A-Z\d+\-]+\)")  # or the number of a site
 TAKEN = "elements are taken from the beginning of labels"
@@ -94,8 +95,8 @@ def _water(text: str, letters: str) -> Named | None:
     """Reads atoms of water and hydroxyl: Ow, Hw, Wat, O-H."""
     if re.fullmatch(r"O-H\d*", text):
         return Named({"O": 1.0}, with_hydrogen="O-H")
-    if letters in WATER:
-        return Named({WATER[letters]: 1.0}, with_hydrogen="Wat" if letters.lower() == "wat" else "")
+    if letters in USUAL:
+        return Named({USUAL[letters]: 1.0}, with_hydrogen="Wat" if letters.lower() == "wat" else "")
     return None
 
 

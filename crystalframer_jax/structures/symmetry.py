@@ -15,6 +15,7 @@ from crystalframer_jax.structures.reading import UnreadableError, plain
 
 MOST_OPERATIONS = 768  # a space group has 192 at most
 LONGEST_OPERATION = 200  # characters
+MODULATED = re.compile("_cell_(modulation_dimension|wave_vector)|_space_group_(symop_)?(magn_)?ssg")
 METRIC_TOLERANCE = 0.01  # of a a* b b*, by which an operation may change the products of the lattice vectors
 LISTED = ("_symmetry_equiv_pos_as_xyz", "_space_group_symop_operation_xyz")
 MAGNETIC = "_space_group_symop_magn_operation_xyz"
@@ -46,6 +47,11 @@ class Symmetry(NamedTuple):
 def symmetry_of(block: Block, lattice: np.ndarray) -> Symmetry:
     """Finds the symmetry operations of a CIF; UnreadableError if they are not understood, or not those of the cell."""
     listed = next((name for name in LISTED if any(v not in ("?", ".") for v in block.column(name))), None)
+    is_named = any(block.text(name.lower()) for name in (*NAMES, *NUMBERS))
+    is_magnetic = any("magn" in name or name.startswith("_atom_site_moment") for name in block.items)
+    if any(map(MODULATED.match, block.items)) and (is_magnetic or not (listed or is_named)):
+        reason = "the structure is modulated: its symmetry has more than three dimensions"
+        raise UnreadableError(reason, "give an approximant with a usual cell")
     if MAGNETIC in block.items:
         found = _magnetic(block)
     elif listed:

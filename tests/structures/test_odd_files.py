@@ -235,7 +235,8 @@ def test_the_stated_origin_is_that_of_the_operations():
 
 
 SYMBOLS = {  # label and type symbol, element that they are; None: refused; "": left out
-    "charge": ("Cl1 Cl1-", 17), "charge before": ("Cl1 Cl-1", 17), "charge above": ("Fe1 Fe\u00b3\u207a", 26),
+    "charge": ("Cl1 Cl1-", 17), "as the label": ("O1w O1w", 8), "valence": ("C1 Cval", 6),
+    "charge before": ("Cl1 Cl-1", 17), "charge above": ("Fe1 Fe\u00b3\u207a", 26),
     "capitals": ("Cl1 CL", 17), "small": ("Cl1 cl", 17), "number": ("Cl1 Cl1", 17), "deuterium": ("D1 D", 1),
     "tritium": ("T1 T", 1), "charge of two signs": ("O1 O--", 8), "unknown symbol": ("Cl1 ?", 17),
     "vacancy": ("Va1 Va", ""), "vacancy in full": ("Vac1 Vac", ""),
@@ -478,6 +479,11 @@ WRONG = {  # text, what the sentence says
     ),
     "no value": (CIF.replace("_b 5", "_b"), r"line 3: _cell_length_b is ''"),
     "two tables": (CIF + SITES + "Na1 Na 0.1 0 0\n", "_atom_site_label is given twice"),
+    "negative length": (CIF.replace("_b 5", "_b -5"), "line 3: _cell_length_b is negative"),
+    "modulated": (
+        CIF.replace("_symmetry_equiv_pos_as_xyz", "_space_group_symop_magn_ssg_operation.algebraic"),
+        "modulated",
+    ),
     "two cells": (CIF.replace("_b 5", "_b 5\n_cell_length_b 6"), "_cell_length_b is given twice"),
     "occupancy": (
         CIF.replace("_z\n", "_z\n_atom_site_occupancy\n").replace(" 0\n", " 0 1\n").replace("0.3\n", "0.3 90%\n"),
