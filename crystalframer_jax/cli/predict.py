@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from crystalframer_jax.cli.common import model_parser, reporting_errors
+from crystalframer_jax.data.custom.source import structures_in
 from crystalframer_jax.files import check_replaceable, write_csv
 from crystalframer_jax.inference.doubts import PredictionWarning, doubts, summary
 from crystalframer_jax.inference.ensemble import load_model
 from crystalframer_jax.structures.crystal import Crystal, CrystalError
-from crystalframer_jax.structures.files import ACCEPTED_FILES, structures_in
+from crystalframer_jax.structures.files import ACCEPTED_FILES
 from crystalframer_jax.structures.neighbors import LatticeBox, check_neighbors
 from crystalframer_jax.text import escaped, table, with_unit
 
@@ -26,7 +27,7 @@ atoms without neighbors, and what was noticed on reading."""
 def predict_main(argv: Sequence[str] | None = None) -> int:
     """Predicts files; returns 1 if any of them could not be used (the others are predicted all the same)."""
     parser = model_parser("predict.py", DESCRIPTION)
-    parser.add_argument("files", metavar="FILE", nargs="+", help=ACCEPTED_FILES)
+    parser.add_argument("files", metavar="FILE", nargs="+", help=f"{ACCEPTED_FILES}; CSV, JSON, .zip, ASE .db or .traj")
     output_help = "write the predictions to this CSV file; if there are warnings, with a column of them"
     parser.add_argument("--output", type=Path, help=output_help)
     arguments = parser.parse_args(argv)

@@ -11,7 +11,8 @@ import numpy as np
 
 from crystalframer_jax.cli.common import names, reporting_errors
 from crystalframer_jax.config import ConfigError, TrainConfig
-from crystalframer_jax.data.custom.source import CustomData, custom_source
+from crystalframer_jax.data.custom.fields import CustomData
+from crystalframer_jax.data.custom.source import ACCEPTED, custom_source
 from crystalframer_jax.data.datasets import folder_of, prepared_sets
 from crystalframer_jax.data.owned import MANIFEST
 from crystalframer_jax.data.prepare import Preparation, prepare
@@ -22,9 +23,9 @@ from crystalframer_jax.data.store import ANOTHER_FOLDER, data_folder, load_datas
 from crystalframer_jax.files import FileError, is_disk_full, locked
 from crystalframer_jax.text import escaped, table, with_unit
 
-DESCRIPTION = """Prepare a target set for training: one that is known (without --target_set they are listed), or your
-own crystals (--source names them: a folder with id_prop.csv, a CSV with a column of file names, extended XYZ, JSON or
-JSON lines, pickles of the official project)."""
+DESCRIPTION = f"""Prepare a target set for training: one that is known (without --target_set they are listed), or your
+own crystals. --source names them: {ACCEPTED}."""
+FOLD_VAL_SHARE = 0.1  # of the crystals of the other folds
 CUSTOM_FLAGS = tuple(field.name for field in dataclasses.fields(CustomData))
 
 
@@ -51,7 +52,10 @@ def _prepare(name: str, arguments: argparse.Namespace) -> None:
     if arguments.source is not None and not arguments.source.exists():
         raise DataError(f"--source={arguments.source}: there is no such file or folder")
     source = _known_source(known, arguments) if known else _custom_source(name, arguments)
-    options = Preparation(arguments.split_seed, arguments.max_bad_share, arguments.unofficial, arguments.workers)
+    val_share = arguments.val_share or (FOLD_VAL_SHARE if arguments.test_fold else 0.0)
+    options = Preparation(
+        arguments.split_seed, arguments.max_bad_share, arguments.unofficial, arguments.workers, val_share
+    )
     if not prepare(folder, source, known, options):
         print(f"{name} is prepared already, in {folder}")
     targets = tuple(target.name for target in source.targets)
@@ -88,6 +92,20 @@ def _parser() -> argparse.ArgumentParser:
     add("--id_column", default=CustomData.id_column, metavar="NAME", help="column or field with the names of crystals")
     add("--split_column", default=CustomData.split_column, metavar="NAME", help="column or field with train, val, test")
     add("--group_column", default=CustomData.group_column, metavar="NAME", help="groups that must not be split up")
+    add(
+        "--test_fold",
+        default=CustomData.test_fold,
+        metavar="FOLD",
+        help=f"this fold is the test set; of the others, --val_share (default: {FOLD_VAL_SHARE}) is for validation",
+    )
+    add("--fold_column", default=CustomData.fold_column, metavar="NAME", help="column or field with the folds")
+    add(
+        "--val_share",
+        type=_share,
+        default=0.0,
+        metavar="SHARE",
+        help="of the training crystals to take for validation, where only train and test are given",
+    )
     add("--allow_pickle", action="store_true", help="read .pkl files, through an allow-list")
     return parser
 
@@ -109,6 +127,7 @@ def _count(text: str) -> int:
 def _known_source(known: TargetSet, arguments: argparse.Namespace) -> Source:
     """Opens the source of a known target set, downloaded unless it is given."""
     unused = [f"--{flag}" for flag in CUSTOM_FLAGS if getattr(arguments, flag) != getattr(CustomData, flag)]
+    unused += ["--val_share"] if arguments.val_share else []
     if unused:
         raise ConfigError(f"{unused[0]} is for your own crystals; {known.name} is known, choose another name for yours")
     if known.official_splits and arguments.split_seed != Preparation.split_seed and not arguments.unofficial:
@@ -137,6 +156,8 @@ def _custom_source(name: str, arguments: argparse.Namespace) -> Source:
         )
     if arguments.group_column and arguments.split_column != CustomData.split_column:
         raise ConfigError("--split_column and --group_column contradict each other: give one of them")
+    if arguments.test_fold and (arguments.group_column or arguments.split_column != CustomData.split_column):
+        raise ConfigError("--test_fold splits the crystals by folds: leave --split_column and --group_column out")
     return custom_source(arguments.source, CustomData(**{flag: getattr(arguments, flag) for flag in CUSTOM_FLAGS}))
 
 

@@ -27,10 +27,11 @@ from crystalframer_jax.data.records import DataError
 from crystalframer_jax.files import FileError, json_text, read_bytes, read_json, sha256, write_csv
 
 MANIFEST = "manifest.json"
-REPORTS = ("skipped.csv", "leakage.csv")
+REPORTS = ("skipped.csv", "leakage.csv", "warnings.csv")
 LARGEST_MANIFEST = 16 << 20  # bytes
 LARGEST_MARK = 1000
-WORK = re.compile(r"\.?(part-\d{6}\.npz|\w+\.npy|skipped\.csv|leakage\.csv|manifest\.json)(\.\d+)?")  # in the making
+# names in the making
+WORK = re.compile(r"\.?(part-\d{6}\.npz|\w+\.npy|(skipped|leakage|warnings)\.csv|manifest\.json)(\.\d+)?")
 
 
 def digest_of(key: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import importlib.metadata
 import itertools
 import json
@@ -10,6 +11,7 @@ import math
 import os
 import re
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from tqdm import tqdm
 
 from crystalframer_jax.batching.table import CRYSTAL_COLUMNS, crystal_columns
 from crystalframer_jax.config import TrainConfig
+from crystalframer_jax.data.assignment import Preparation, rows_of, splits_of
 from crystalframer_jax.data.build import Columns, build_parts, join_parts
 from crystalframer_jax.data.leakage import Leak, find_leaks
 from crystalframer_jax.data.owned import (
@@ -31,28 +34,22 @@ from crystalframer_jax.data.owned import (
     require_place,
     write_report,
 )
-from crystalframer_jax.data.records import BadRecord, DataError, Record, Source, Target
+from crystalframer_jax.data.records import BadRecord, DataError, Record, Source
 from crystalframer_jax.data.registry import TargetSet
-from crystalframer_jax.data.splits import SPLITS, differences, given_split, random_split, split_by_group
+from crystalframer_jax.data.repeats import Repeats, find_repeats
+from crystalframer_jax.data.report import Warnings, extensive_targets, in_no_split, report
+from crystalframer_jax.data.splits import SPLITS
 from crystalframer_jax.data.store import LABEL_COLUMNS, SET_COLUMNS, changing, parts_folder, read_set, writing
 from crystalframer_jax.files import FileError, write_csv
 from crystalframer_jax.structures.crystal import Crystal, CrystalError
 from crystalframer_jax.text import escaped, unsafe_character
 
-CRYSTALS_FORMAT = 1  # to be raised when crystals or their columns change
+CRYSTALS_FORMAT = 2  # to be raised when crystals or their columns change
 LONGEST_ID = 200  # characters
+LONGEST_WARNING = 1000
 CHUNK = 250  # records that a worker process makes crystals of at a time
-LISTED = ("id", "where", "labels", "split", "group", "reason")  # what parts say of a record; reason: why it is skipped
-
-
-@dataclasses.dataclass(frozen=True)
-class Preparation:
-    """How a target set is prepared."""
-
-    split_seed: int = 123  # of the shuffle before a random split
-    max_bad_share: float = 0.05  # of the records that cannot be used; more is an error
-    unofficial: bool = False  # take a source whose splits are not those of the published numbers
-    workers: int = 0  # processes; 0: one for each core
+# what parts say of a record; reason: why it is skipped, warning: of its structure, content: a checksum of its crystal
+LISTED = ("id", "where", "labels", "split", "group", "reason", "warning", "content")
 
 
 DEFAULT = Preparation()
@@ -73,6 +70,7 @@ def prepare(folder: Path, source: Source, known: TargetSet | None, options: Prep
             "readers": {name: _version(name) for name in ("pymatgen", "pymatgen-core", "ase")},
             "split_seed": options.split_seed,
             "unofficial": options.unofficial,
+            "val_share": options.val_share,
         }
     )
     _require_apart(folder, source)
@@ -155,8 +153,10 @@ def _write(folder: Path, source: Source, known: TargetSet | None, options: Prepa
             f"{len(bad):,} of {count:,} records cannot be used ({where}), first: "
             f"{bad[0].where}: {bad[0].reason}. Correct them, or accept more by --max_bad_share={share:g}"
         )
-    splits, remark = _splits(folder.name, listing, known, options)
-    rows = _rows_of(splits, records, folder.name)
+    repeats = Repeats({}, {}, listing["labels"]) if known else find_repeats(listing)
+    left_out = repeats.contradicting | repeats.copies
+    splits, remark = splits_of(folder.name, listing | {"labels": repeats.labels}, known, options, left_out)
+    rows = rows_of(splits, records, folder.name)
     lost = sum(len(splits[name]) - len(rows[name]) for name in SPLITS)
     if lost and known and known.official_splits and not remark:
         remark = f"{lost:,} crystals of the official splits could not be used (crystals/skipped.csv)"
@@ -175,19 +175,33 @@ def _write(folder: Path, source: Source, known: TargetSet | None, options: Prepa
             raise RuntimeError("records were lost or doubled on the way; please report this")
         leaks = find_leaks(columns, rows, options.workers)
         leaked = sorted({leak.held for leak in leaks if leak.other_split == "train"})
-        columns |= {"labels": listing["labels"][records], "leaked": np.array(leaked, dtype=np.int64), **rows}
+        columns |= {"labels": repeats.labels[records], "leaked": np.array(leaked, dtype=np.int64), **rows}
         for name in LABEL_COLUMNS:
             np.save(temporary / f"{name}.npy", columns[name])
-        write_csv(temporary / "skipped.csv", *_table(bad))
-        ids = columns["ids"]
-        lines = [(leak.kind, leak.split, ids[leak.held], leak.other_split, ids[leak.other]) for leak in leaks]
-        write_csv(temporary / "leakage.csv", ("kind", "split", "id", "is_also_in", "id_there"), lines)
-        _report(folder.name, source.targets, columns, leaks)
-        if remark:
-            tqdm.write(f"  {remark}")
+        bad += [BadRecord(listing["id"][n], listing["where"][n], reason) for n, reason in left_out.items()]
+        told = [row for row in zip(*(listing[name] for name in ("id", "where", "warning")), strict=True) if row[2]]
+        notes = [("", "", note) for note in source.notes]
+        notes += [] if known else extensive_targets(source.targets, columns)
+        _write_reports(temporary, bad, notes + told, leaks, columns["ids"])
+        report(folder.name, source.targets, columns, leaks)
+        for line in filter(None, (in_no_split(columns, len(repeats.contradicting), len(repeats.copies)), remark)):
+            tqdm.write(f"  {line}")
     if bad:
         first = f"{bad[0].where}: {bad[0].reason}"
         tqdm.write(f"skipped {len(bad):,} of {count:,} records (crystals/skipped.csv), first: {first}")
+    for _, _, note in notes:
+        tqdm.write(f"warning: {note}")
+    if told:
+        tqdm.write(f"warnings of {len(told):,} of {count:,} records (crystals/warnings.csv), first: {told[0][2]}")
+
+
+def _write_reports(folder: Path, bad: list[BadRecord], told: Warnings, leaks: list[Leak], ids: np.ndarray) -> None:
+    """Writes the lists of skipped records, of leaks and, if there are any, of warnings."""
+    write_csv(folder / "skipped.csv", *_table(bad))
+    lines = [(leak.kind, leak.split, ids[leak.held], leak.other_split, ids[leak.other]) for leak in leaks]
+    write_csv(folder / "leakage.csv", ("kind", "split", "id", "is_also_in", "id_there"), lines)
+    if told:
+        write_csv(folder / "warnings.csv", ("id", "where", "warning"), told)
 
 
 def _listing(files: list[Path]) -> Columns:
@@ -200,26 +214,14 @@ def _listing(files: list[Path]) -> Columns:
     return {name: np.array(column, np.float64 if name == "labels" else object) for name, column in columns}
 
 
-def _rows_of(splits: dict[str, np.ndarray], records: np.ndarray, name: str) -> dict[str, np.ndarray]:
-    """Returns splits of record numbers as rows of the table; those that could not be used drop out."""
-    rows = {split: np.searchsorted(records, chosen[np.isin(chosen, records)]) for split, chosen in splits.items()}
-    for split, chosen in rows.items():
-        if not len(chosen):
-            number = sum(map(len, rows.values()))
-            raise DataError(
-                f"{name}: no crystal is left for {split}, there are {number:,} in all splits; give at least 10, or say "
-                "in a column or field named split which are train, val and test"
-            )
-    return rows
-
-
 def _crystals_of(num_targets: int, chunk: list[Record | BadRecord]) -> Columns:
     """Makes the crystals of records, and what is LISTED of all of them; those without a reason have a crystal."""
     crystals: list[Crystal] = []
     listed = []
     cutoff = TrainConfig().cutoff  # the usual one; a larger may ask for too many neighbors later
     for record in chunk:
-        id, where, labels, split, group, reason = record.id, record.where, (np.nan,) * num_targets, "", "", ""
+        id, where, labels, split, group = record.id, record.where, (np.nan,) * num_targets, "", ""
+        reason, warning, content = "", "", ""
         if len(id) > LONGEST_ID:
             id, reason = id[:LONGEST_ID], f"its id has {len(id):,} characters"
         elif unsafe := unsafe_character(id):
@@ -229,80 +231,26 @@ def _crystals_of(num_targets: int, chunk: list[Record | BadRecord]) -> Columns:
         else:
             labels, split, group = record.labels, record.split, record.group
             try:
-                crystals.append(record.crystal(cutoff))
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("ignore")
+                    warnings.simplefilter("always", UserWarning)
+                    crystals.append(record.crystal(cutoff))
+                warning = "; ".join(" ".join(str(told.message).split()) for told in caught)[:LONGEST_WARNING]
+                content = _checksum(crystals[-1])
             except CrystalError as error:
                 reason = " ".join(str(error).split())
-        listed.append((escaped(id) if reason else id, escaped(where), labels, split, group, escaped(reason)))
+        id, where, reason, warning = escaped(id) if reason else id, escaped(where), escaped(reason), escaped(warning)
+        listed.append((id, where, labels, split, group, reason, warning, content))
     return crystal_columns(crystals) | {"listing": np.frombuffer(json.dumps(listed).encode(), np.uint8)}
 
 
-def _splits(
-    name: str, listing: Columns, known: TargetSet | None, options: Preparation
-) -> tuple[dict[str, np.ndarray], str]:
-    """Returns record numbers of each split, and a remark on what is unusual about them.
-
-    A target set of published numbers takes the records whose labels are all known; others those with any label.
-    """
-    official = known.official_splits if known else {}
-    as_published = bool(official) and not options.unofficial
-    expected = known.num_records if known else 0
-    count = len(listing["labels"])
-    cause = _likely_change(count, expected)
-    if as_published and expected not in (0, count):
-        raise DataError(f"{name}: {cause}")
-    is_known = np.isfinite(listing["labels"])
-    usable = np.flatnonzero(is_known.all(axis=1) if as_published else is_known.any(axis=1))
-    if not len(usable):
-        raise DataError(f"{name}: no record has a label; is the name of the label column right?")
-    if listing["group"].any():  # which are only read if asked for
-        splits = split_by_group(usable, listing["group"][usable].tolist(), options.split_seed)
-    elif listing["split"].any():
-        named = listing["split"][usable]
-        unnamed = listing["id"][usable][named == ""]
-        if len(unnamed):
-            raise DataError(f"{name}: {len(unnamed):,} records have no split, first: {unnamed[0]}; name it for all")
-        splits = given_split(usable, named.tolist())
-    else:
-        counts = known.split_counts if known and as_published else ()
-        if sum(counts) > len(usable):
-            raise DataError(f"{name}: only {len(usable):,} records have all labels, of {sum(counts):,}: {cause}")
-        splits = random_split(usable, counts, options.split_seed)
-    found = differences(splits, listing["id"], official)
-    if found and as_published:
-        raise DataError(f"{name}: {'; '.join(found)}: {cause}")
-    return splits, "not the official data or splits: errors cannot be compared with published ones" if found else ""
-
-
-def _likely_change(number: int, expected: int) -> str:
-    """Tells what has probably happened to a source of `number` records that gives other splits, and what to do."""
-    if expected and number != expected:
-        cause = f"the source has {number:,} records instead of {expected:,}, so it is another release or a part"
-    elif expected:
-        cause = "the source has as many records as it should, so labels were corrected or records reordered upstream"
-    else:
-        cause = "the files are another release, or were mixed up"
-    return f"{cause}; fetch the version that published numbers refer to, or accept this one with --unofficial"
+def _checksum(crystal: Crystal) -> str:
+    """Returns a checksum of cell and atoms, by which copies are told from other crystals of the same id."""
+    arrays = (crystal.lattice, crystal.species, crystal.positions, crystal.occupancies)
+    content = b"".join(array.tobytes() for array in arrays if array is not None)
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def _table(bad: list[BadRecord]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Tabulates records that cannot be used: header and rows."""
     return ("id", "where", "reason"), [(record.id, record.where, record.reason) for record in bad]
-
-
-def _report(name: str, targets: tuple[Target, ...], columns: Columns, leaks: list[Leak]) -> None:
-    """Prints what was prepared."""
-    atoms = np.diff(columns["atom_offset"])
-    sizes = ", ".join(f"{len(columns[split]):,} {split}" for split in SPLITS)
-    tqdm.write(f"{name}: {len(atoms):,} crystals of {atoms.min()} to {atoms.max()} atoms; {sizes}")
-    for target, column in zip(targets, columns["labels"].T, strict=True):
-        values = column[np.isfinite(column)]
-        extent = f"{values.min():.4g} to {values.max():.4g} {target.unit}".rstrip() if len(values) else "none is known"
-        tqdm.write(f"  {target.name}: {len(values):,} labels, {extent}")
-    for split in ("test", "val"):
-        kinds = [leak.kind for leak in leaks if (leak.split, leak.other_split) == (split, "train")]
-        if kinds:
-            number = f"1 {split} crystal is" if len(kinds) == 1 else f"{len(kinds):,} {split} crystals are"
-            tqdm.write(
-                f"  {number} also in training: {kinds.count('id'):,} by id, {kinds.count('structure'):,} by structure "
-                "(crystals/leakage.csv)"
-            )

@@ -77,6 +77,7 @@ class Source:
     records: Callable[[], Iterator[Record | BadRecord]]  # starts a new pass over all, in the order of the source
     count: int | None = None  # if it is known before they are read
     paths: tuple[Path, ...] = ()  # files and folders of the user that are read
+    notes: tuple[str, ...] = ()  # what the user should know
 
 
 def text_of(value: Any) -> str:

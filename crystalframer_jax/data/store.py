@@ -1,6 +1,6 @@
 """The prepared store: the crystals of a target set and, for each cutoff, their neighbor rows, as checked columns.
 
-    DATA_DIR/TARGET_SET/crystals/      the crystals, their labels and splits; skipped.csv, leakage.csv
+    DATA_DIR/TARGET_SET/crystals/      the crystals, their labels and splits; skipped, warnings and leakage.csv
     DATA_DIR/TARGET_SET/rows-DIGEST/   the neighbor rows for one cutoff
 
 Each folder holds one .npy file for every column and a manifest.json with checksums and a digest of the columns. A

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from crystalframer_jax.data.io.streams import parse_structure
+from crystalframer_jax.structures.bonds import warn_of_close_atoms
 from crystalframer_jax.structures.crystal import (
     MAX_ATOMIC_NUMBER,
     Crystal,
@@ -20,7 +22,14 @@ from crystalframer_jax.structures.crystal import (
     check_number,
     crystal_from_amounts,
 )
-from crystalframer_jax.structures.files import cif_crystals, extxyz_crystals, read_crystals
+from crystalframer_jax.structures.extxyz import warn_of_slab
+from crystalframer_jax.structures.files import (
+    as_crystals,
+    cif_crystals,
+    extxyz_crystals,
+    poscar_crystals,
+    read_crystals,
+)
 from crystalframer_jax.text import LONGEST, brief
 
 PYMATGEN = ("lattice", "sites", "charge")  # keys of Structure.as_dict()
@@ -58,7 +67,7 @@ def from_dict(structure: Mapping[str, Any], id: str) -> Crystal:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)[:LONGEST]
         raise CrystalError(f"{id}: not a structure with lattice, species and coordinates ({reason})") from error
     with np.errstate(invalid="ignore", over="ignore"):  # Crystal looks at what comes out
-        return Crystal(species, positions if cartesian else positions @ cell, cell, id=id)
+        return warn_of_close_atoms(Crystal(species, positions if cartesian else positions @ cell, cell, id=id))
 
 
 def _from_sites(structure: Mapping[str, Any], id: str) -> Crystal:
@@ -67,8 +76,10 @@ def _from_sites(structure: Mapping[str, Any], id: str) -> Crystal:
 
     with _not_pymatgen(id):
         given = structure["lattice"]
-        if not all(given.get("pbc", (True,) * 3)):
+        pbc = given.get("pbc", (True,) * 3)
+        if not any(pbc):
             raise CrystalError(f"{id}: not periodic in all three directions; give a periodic Structure")
+        warn_of_slab(pbc, id)
         if "matrix" in given:
             lattice = _vectors(given["matrix"], id)
         else:
@@ -86,7 +97,7 @@ def _from_sites(structure: Mapping[str, Any], id: str) -> Crystal:
         coordinates = _vectors([site["abc"] for site in sites], id)
         # site by site, as pymatgen does it: the bits of a product may depend on the number of rows
         positions = np.reshape([np.dot(row, lattice) for row in coordinates], (-1, 3))
-        return crystal_from_amounts(amounts, positions, lattice, id)
+        return warn_of_close_atoms(crystal_from_amounts(amounts, positions, lattice, id))
 
 
 def from_pymatgen(structure: Any, id: str) -> Crystal:
@@ -95,7 +106,7 @@ def from_pymatgen(structure: Any, id: str) -> Crystal:
     Raises CrystalError.
     """
     with _not_pymatgen(id):
-        return Crystal.from_pymatgen(structure, id)
+        return warn_of_close_atoms(Crystal.from_pymatgen(structure, id))
 
 
 @contextlib.contextmanager
@@ -131,10 +142,44 @@ def from_file(path: Path, id: str) -> Crystal:
     return _single(read_crystals(path), str(path), id, "split it into files of one each")
 
 
-def from_text(text: str, where: str, is_cif: bool, id: str) -> Crystal:
-    """Makes the crystal of the text of a CIF or of one frame of extended XYZ; raises CrystalError, naming `where`."""
-    crystals = (cif_crystals if is_cif else extxyz_crystals)(text, where)
-    return _single(crystals, where, id, "make it one")
+def from_text(text: str, where: str, kind: str, id: str) -> Crystal:
+    """Makes the crystal of a text, a "cif", "poscar" or one frame of "extxyz"; raises CrystalError, naming `where`."""
+    readers = {"cif": cif_crystals, "poscar": poscar_crystals, "extxyz": extxyz_crystals}
+    return _single(readers[kind](text, where), where, id, "make it one")
+
+
+def from_bytes(content: bytes, where: str, id: str) -> Crystal:
+    """Makes the crystal of the content of a CIF, POSCAR or extended XYZ file, told apart by the end of `where`."""
+    suffix = where.lower().rpartition(".")[2]
+    kind = "cif" if suffix in ("cif", "mcif") else "extxyz" if suffix in ("extxyz", "xyz") else "poscar"
+    return from_text(content.decode("utf-8-sig", errors="replace").replace("\r\n", "\n"), where, kind, id)
+
+
+def from_json(text: str, where: str, id: str) -> Crystal:
+    """Makes the crystal of a structure that is written as JSON, see `from_dict`; raises CrystalError."""
+    try:
+        structure = parse_structure(text)
+    except ValueError as error:
+        reason = str(error)[:LONGEST]
+        raise CrystalError(f"{where}: the text of its structure is not JSON ({reason}); correct it") from error
+    return from_dict(structure, id)
+
+
+def from_arrays(numbers: bytes, positions: bytes, cell: list[list[float]], pbc: list[bool], id: str) -> Crystal:
+    """Makes the crystal of what ASE stores: int32 atomic numbers, float64 positions; raises CrystalError."""
+    from ase import Atoms
+
+    species = np.frombuffer(numbers, "<i4")
+    check_number(len(species), id)
+    try:
+        atoms = Atoms(species, np.frombuffer(positions, "<f8").reshape(-1, 3), cell=cell, pbc=pbc)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise CrystalError(f"{id}: not a structure of ASE ({str(error)[:LONGEST]}); write it again") from error
+    try:
+        (crystal,) = as_crystals(atoms)
+    except CrystalError as error:
+        raise CrystalError(f"{id}: {error}") from error
+    return dataclasses.replace(crystal, id=id)
 
 
 def _single(crystals: list[Crystal], where: str, id: str, remedy: str) -> Crystal:

@@ -19,6 +19,7 @@ from crystalframer_jax.batching.shapes import BatchShape, request_shapes
 from crystalframer_jax.batching.table import CrystalTable, table_of
 from crystalframer_jax.batching.targets import TargetStatistics
 from crystalframer_jax.config import BatchParts, ModelConfig, TrainConfig
+from crystalframer_jax.data.custom.source import structures_in
 from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.inference.compilation import keep_compiled_programs
 from crystalframer_jax.inference.doubts import PredictionWarning, doubts, summary
@@ -30,7 +31,7 @@ from crystalframer_jax.runs.checkpoints import FOLDER, MODEL_FIELDS, CheckpointE
 from crystalframer_jax.runs.metadata import checked
 from crystalframer_jax.runs.run_directory import CONFIG_FILE, read_config, read_summary, warn
 from crystalframer_jax.structures.crystal import Crystal, CrystalError
-from crystalframer_jax.structures.files import as_crystals, structures_in
+from crystalframer_jax.structures.files import as_crystals
 from crystalframer_jax.text import brief, escaped
 
 AVERAGES = {"swa": "swa_epochs", "ema": "ema_decay"}  # averaged weights, and what switches them on

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from crystalframer_jax.structures.errors import CrystalError
+from crystalframer_jax.structures.errors import CrystalError, SiteError
 from crystalframer_jax.structures.lattice import volume_of
 from crystalframer_jax.structures.search import cheap_radius, pairs_within
 from crystalframer_jax.text import LONGEST
@@ -139,7 +139,7 @@ def _check_occupancies(occupancies: np.ndarray, where: str) -> None:
     for i in np.flatnonzero(bad):
         elements = ", ".join(_symbol(int(z) + 1) for z in np.flatnonzero(occupancies[i]))
         problem = f"occupancies of site {i + 1} ({elements}) sum to {totals[i]:.4g} or are negative"
-        raise CrystalError(f"{where}: {problem}; make them positive and their sum at most 1")
+        raise SiteError(f"{where}: {problem}; make them positive and their sum at most 1", [int(i)])
 
 
 def check_number(atoms: int, where: str) -> None:
@@ -175,7 +175,7 @@ def _check_distances(species: np.ndarray, positions: np.ndarray, lattice: np.nda
         a, b = sorted((int(i[pair]), int(j[pair])))
         other = f"site {b + 1} ({_symbol(species[b])})" if a != b else "its periodic image"
         problem = f"site {a + 1} ({_symbol(species[a])}) and {other} are {distance[pair]:.3f} Å apart"
-        raise CrystalError(f"{where}: {problem}; remove one of them or correct the cell")
+        raise SiteError(f"{where}: {problem}; remove one of them or correct the cell", [a, b])
 
 
 def _symbol(z: int) -> str:

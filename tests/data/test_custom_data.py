@@ -23,7 +23,7 @@ from pymatgen.io.cif import CifWriter
 from pymatgen.io.vasp import Poscar
 from support import ROOT, real_crystals
 
-from crystalframer_jax.data.custom import fields
+from crystalframer_jax.data.custom import labels as custom_labels
 from crystalframer_jax.data.custom.source import CustomData, custom_source
 from crystalframer_jax.data.records import BadRecord, DataError, Record, Source
 from crystalframer_jax.structures.crystal import Crystal, CrystalError
@@ -579,15 +579,16 @@ def test_xyz_frames_that_cannot_be_used(tmp_path):
 
 
 def test_a_wrong_number_of_atoms_is_never_passed_over(tmp_path):
+    """It costs its frame, not the others."""
     path = write_xyz(tmp_path)
     lines = path.read_text().splitlines()
     original = int(lines[0])
-    for number in (original - 1, original + 1):
+    for number, reason in ((original - 1, "more lines than"), (original + 1, "complete"), ("x", "but 'x'")):
         path.write_text("\n".join([str(number), *lines[1:]]))
-        with pytest.raises(
-            DataError, match=r"set.extxyz:\d+: no number of atoms but .*correct this line or the number"
-        ):
-            custom_source(path, CustomData())
+        source = custom_source(path, CustomData())
+        (bad,) = only_bad(source)
+        assert reason in bad.reason and bad.where == f"{path}:1"
+        assert ids(source) == list(IDS[1:5])
 
 
 def test_a_bad_atom_concerns_one_frame(tmp_path):
@@ -807,9 +808,9 @@ def test_folders_and_files_of_other_kinds(tmp_path):
         custom_source(write_json(tmp_path), CustomData(structure_column="structure"))
 
 
-@pytest.mark.parametrize("marker", fields.MISSING)
+@pytest.mark.parametrize("marker", custom_labels.MISSING)
 def test_missing_markers(marker):
-    assert math.isnan(fields.number(f" {marker.upper()} ")) and not fields.is_number(marker)
+    assert math.isnan(custom_labels.number(f" {marker.upper()} ")) and not custom_labels.is_number(marker)
 
 
 def test_options_are_those_of_the_command():
@@ -821,5 +822,7 @@ def test_options_are_those_of_the_command():
         "id_column",
         "split_column",
         "group_column",
+        "fold_column",
+        "test_fold",
         "allow_pickle",
     ]

@@ -1,23 +1,20 @@
 """What users' own data say of a crystal: its labels, id, split and group, read from named fields; which are labels."""
 
-import collections
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
-import numpy as np
-
-from crystalframer_jax.data.records import BadRecord, DataError, Record, parse_label, text_of
+from crystalframer_jax.data.custom.labels import MISSING, complaint, fault, kind, number
+from crystalframer_jax.data.records import BadRecord, DataError, Record, text_of
 from crystalframer_jax.structures.crystal import Crystal
 from crystalframer_jax.text import brief, escaped, unsafe_character
 
 MOST_FIELDS = 10_000  # with those of nested objects
 LONGEST_NAME = 200  # characters, of a field
 SAMPLE = 1000  # items that are looked at to tell what their fields hold
-MISSING = ("", "-", "na", "n/a", "nan", "none", "null")  # what stands for an unknown label, in small letters
 ID_NAMES = ("id", "material_id", "mat_id", "jid", "mp_id", "mpid", "structure_id", "_id", "uid")
+COUNTERS = ("index", "level_0", "Unnamed: 0")  # fields in which pandas numbers its rows
 SPLIT_NAMES = {
     **dict.fromkeys(MISSING, ""),
     **dict.fromkeys(("train", "training"), "train"),
@@ -36,6 +33,8 @@ class CustomData:
     id_column: str = ""  # field with the ids; empty: one named as in ID_NAMES
     split_column: str = "split"  # field with train, val or test; it may be absent if it is the default
     group_column: str = ""  # field whose value is shared by crystals that must stay in one split
+    fold_column: str = "fold"  # field with the fold of a cross-validation; no label
+    test_fold: str = ""  # the fold that is the test set, the others are for training; empty: there are no folds
     allow_pickle: bool = False
 
     def id_names(self, usual: Iterable[str] = ID_NAMES) -> tuple[str, ...]:
@@ -66,68 +65,113 @@ class Items:
     no_labels: tuple[str, ...] = ID_NAMES  # fields that are no labels although they may hold numbers
 
 
-def target_fields(items: Items, options: CustomData) -> tuple[str, ...]:
-    """Chooses the fields that are targets; DataError if there are none, or a name in the options is not found."""
+@dataclasses.dataclass
+class Seen:
+    """What the values of a field are, in the items that were looked at."""
+
+    nested: bool = False  # in an object
+    number: int = 0
+    unknown: int = 0
+    other: int = 0
+    faulty: int = 0  # of `other`, those that look like labels: see `complaint`
+    first: str = ""  # of `other`: where it is, and what is wrong with it
+
+
+def target_fields(items: Items, options: CustomData) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Chooses the fields that are targets, with notes on those that look as if they should be.
+
+    Raises DataError if there are none, or if a name in the options is not found.
+    """
     if len(set(options.targets)) < len(options.targets):
         raise DataError(f"{items.name}: --targets={','.join(options.targets)} names a target twice")
     columns = {option: getattr(options, option) for option in ("id_column", "group_column", "split_column")}
     columns = {option: name for option, name in columns.items() if name not in ("", getattr(CustomData, option))}
-    found = _survey(items, options.targets, columns.values())
+    if options.test_fold or options.fold_column != CustomData.fold_column:
+        columns["fold_column"] = options.fold_column
+    found, folds = _survey(items, columns.values(), options)
     known = ", ".join(map(short, list(found)[:30])) + (", ..." if len(found) > 30 else "") or "nothing but structures"
     for name in options.targets:
-        if not (name in found and found[name]["number"]):
+        if not (name in found and found[name].number):
             problem = "there are no numbers in" if name in found else "there is no"
-            raise DataError(f"{items.name}: {problem} field {name!r} of --targets; choose among {known}")
+            first = f" (first: {found[name].first})" if name in found and found[name].first else ""
+            raise DataError(f"{items.name}: {problem} field {name!r} of --targets; choose among {known}{first}")
     for option, name in columns.items():
         if name not in found:
             raise DataError(f"{items.name}: there is no field --{option}={name}; choose among {known}")
-    no_labels = {*items.no_labels, options.id_column, options.group_column, options.split_column}
-    fields = options.targets or tuple(
-        name
-        for name, seen in found.items()
-        if seen["number"] > seen["other"] and not seen["nested"] and name not in no_labels
-    )
+    if options.test_fold and options.test_fold not in folds:
+        problem = f"no crystal is in fold --test_fold={options.test_fold} of column {options.fold_column}"
+        raise DataError(f"{items.name}: {problem}; choose among {', '.join(map(short, sorted(folds)[:30]))}")
+    no_labels = {*items.no_labels, *COUNTERS}
+    no_labels |= {options.id_column, options.group_column, options.split_column, options.fold_column}
+    open_to_choice = {name: seen for name, seen in found.items() if not seen.nested and name not in no_labels}
+    chosen = tuple(name for name, seen in open_to_choice.items() if seen.number > seen.other)
+    faulty = [
+        seen.first for name, seen in open_to_choice.items() if name not in chosen and 2 * seen.faulty > seen.other
+    ]
+    fields = options.targets or chosen
+    if not fields and faulty:
+        raise DataError(f"{items.name}: no field holds numbers as labels, first: {faulty[0]}")
     if not fields:
-        raise DataError(f"{items.name}: no field holds numbers as labels ({known}); add one or name --targets")
+        first = next((f"; first: {seen.first}" for seen in open_to_choice.values() if seen.first), "")
+        raise DataError(f"{items.name}: no field holds numbers as labels ({known}{first}); add one or name --targets")
     for name in fields:
         if unsafe := unsafe_character(name):
             problem = f"the name of field {short(escaped(name))} has the character {unsafe}"
             raise DataError(f"{items.name}: {problem}; rename it, or name --targets without it")
-    return fields
+    notes = [] if options.targets else [f"no target, although it looks like one: {first}" for first in faulty]
+    if options.fold_column in found and not options.test_fold and options.fold_column not in fields:
+        notes.append(f"the folds of column {options.fold_column} are not used: name the one for test with --test_fold")
+    return fields, tuple(notes)
 
 
-def _survey(items: Items, targets: Iterable[str], columns: Iterable[str]) -> dict[str, collections.Counter[str]]:
-    """Counts the kinds of values in the fields of the first items, and of more until all named fields are found.
+def _survey(items: Items, columns: Iterable[str], options: CustomData) -> tuple[dict[str, Seen], set[str]]:
+    """Counts the kinds of values in the fields of the first items, and of more until all that is named is found.
 
-    Raises DataError if no item is usable.
+    Returns them with the folds that occur. Raises DataError if no item is usable.
     """
-    found: dict[str, collections.Counter[str]] = {}
+    found: dict[str, Seen] = {}
+    folds: set[str] = set()
     count, bad = 0, []
     for count, item in enumerate(items.read(), 1):
         if isinstance(item, BadRecord):
             bad.append(item)
         else:
-            _look_at(item.values, found)
-        has_targets = all(name in found and found[name]["number"] for name in targets)
-        if count >= SAMPLE and has_targets and found.keys() >= set(columns):
+            _look_at(item, item.values, found)
+            if options.test_fold and len(folds) < MOST_FIELDS:
+                folds.add(_fold(item, options))
+        has_targets = all(name in found and found[name].number for name in options.targets)
+        has_fold = not options.test_fold or options.test_fold in folds
+        if count >= SAMPLE and has_targets and has_fold and found.keys() >= set(columns):
             break
     if not count:
         raise DataError(f"{items.name}: there is nothing in it; give a file with structures and labels")
     if len(bad) == count:
         first = f"{bad[0].where}: {bad[0].reason}"
         raise DataError(f"{items.name}: none of {count} records can be used, first: {first}")
-    return found
+    return found, folds - {""}
 
 
-def _look_at(values: Mapping[str, Any], found: dict[str, collections.Counter[str]], prefix: str = "") -> None:
+def _look_at(item: Item, values: Mapping[str, Any], found: dict[str, Seen], prefix: str = "") -> None:
     """Counts the kinds of the values of an item, and of those of nested objects, see `field`."""
     for key, value in values.items():
         name = f"{prefix}{key}"
         if not isinstance(key, str) or len(name) > LONGEST_NAME or (len(found) >= MOST_FIELDS and name not in found):
             continue  # which also ends what holds itself
-        found.setdefault(name, collections.Counter(nested=bool(prefix)))[_kind(value)] += 1
+        seen = found.setdefault(name, Seen(nested=bool(prefix)))
+        kind_ = kind(value)
+        setattr(seen, kind_, getattr(seen, kind_) + 1)
+        if kind_ == "other":
+            seen.faulty += bool(complaint(value))
+            seen.first = seen.first or f"{item.where}: {fault(short(name), value)}"
         if isinstance(value, Mapping):
-            _look_at(value, found, f"{name}.")
+            _look_at(item, value, found, f"{name}.")
+
+
+def _fold(item: Item, options: CustomData) -> str:
+    """Returns the fold of an item, written as the one for test is if they are the same number: 2.0 as 2."""
+    fold = text(item.values, options.fold_column)
+    number_, wanted = number(fold), number(options.test_fold)
+    return options.test_fold if fold and number_ is not None and number_ == wanted else fold
 
 
 def record_of(item: Item | BadRecord, fields: tuple[str, ...], options: CustomData) -> Record | BadRecord:
@@ -138,10 +182,14 @@ def record_of(item: Item | BadRecord, fields: tuple[str, ...], options: CustomDa
     for name in fields:
         value = field(item.values, name)
         if (label := number(value)) is None:
-            problem = f"{name} is {short(brief(value))}; write a number with a decimal point, or na if unknown"
-            return BadRecord(item.id, item.where, problem)
+            return BadRecord(item.id, item.where, fault(name, value))
         labels.append(label)
-    word = item.split or text(item.values, options.split_column).lower()
+    if options.test_fold:
+        if not (fold := _fold(item, options)):
+            return BadRecord(item.id, item.where, f"no fold in column {options.fold_column}; give it one")
+        word = "test" if fold == options.test_fold else "train"
+    else:
+        word = item.split or text(item.values, options.split_column).lower()
     if (split := SPLIT_NAMES.get(word)) is None:
         problem = f"split is {short(brief(word))}; write train, val or test, or name another --split_column"
         return BadRecord(item.id, item.where, problem)
@@ -173,24 +221,6 @@ def is_cif_text(value: Any) -> TypeGuard[str]:
     return isinstance(value, str) and "data_" in value and "\n" in value.strip()
 
 
-def number(value: Any) -> float | None:
-    """Reads a label as a number, NaN where it is unknown; None for what is no number and no missing marker."""
-    if value is None or (isinstance(value, str) and value.strip().lower() in MISSING):
-        return math.nan
-    if isinstance(value, bool | np.bool_) or (isinstance(value, str) and "_" in value):  # Python reads 1_5 as 15
-        return None
-    try:
-        return parse_label(float(value))
-    except (TypeError, ValueError, OverflowError):
-        return None
-
-
-def _kind(value: Any) -> str:
-    """Returns "number" for finite numbers and their texts, "unknown" for unknown labels, "other" for the rest."""
-    found = number(value)
-    return "other" if found is None else "number" if math.isfinite(found) else "unknown"
-
-
-def is_number(value: Any) -> bool:
-    """Tells whether a value is a finite number, or the text of one."""
-    return _kind(value) == "number"
+def is_json_text(value: Any) -> TypeGuard[str]:
+    """Tells whether a value is the JSON text of a structure, as pymatgen writes it."""
+    return isinstance(value, str) and value[:100].lstrip().startswith("{") and '"lattice' in value

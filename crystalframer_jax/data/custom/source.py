@@ -1,39 +1,24 @@
-"""Users' own crystals and labels in one file or folder: tables, extended XYZ, JSON, pickles of the official project."""
+"""Users' own crystals and labels in one file or folder: tables, JSON, files of ASE, pickles of the official project."""
 
 import functools
 import hashlib
-import itertools
 import json
-import re
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-from crystalframer_jax.data.custom.fields import (
-    CustomData,
-    Item,
-    Items,
-    is_cif_text,
-    record_of,
-    short,
-    target_fields,
-    text,
-)
-from crystalframer_jax.data.custom.tables import folder_items, limited_lines, table_items
-from crystalframer_jax.data.io.pickles import load_pickle
-from crystalframer_jax.data.io.streams import json_lines, json_records
+from crystalframer_jax.data.custom.ase_items import database_items, trajectory_items, xyz_items
+from crystalframer_jax.data.custom.fields import CustomData, Item, Items, record_of, target_fields
+from crystalframer_jax.data.custom.folders import ZipFolder, fail, is_structure
+from crystalframer_jax.data.custom.json_items import item_of, json_items
+from crystalframer_jax.data.custom.split_parts import joined, split_of, split_paths
+from crystalframer_jax.data.custom.tables import Table, folder_items, id_prop_of, table_items
 from crystalframer_jax.data.records import BadRecord, DataError, Record, Source, Target
 from crystalframer_jax.data.splits import SPLITS
-from crystalframer_jax.data.structures import FLAT, JARVIS, PYMATGEN, dict_loader, from_dict, from_pymatgen, from_text
 from crystalframer_jax.files import sha256
-from crystalframer_jax.structures.crystal import MOST_ATOMS, Crystal
-from crystalframer_jax.structures.files import LONGEST_COMMENT
-from crystalframer_jax.text import LONGEST, escaped
-
-STRUCTURE_KEYS = ("structure", "atoms", "cif")
-MAY_LACK = ("charge", "cartesian")  # of the keys of a structure
-LONGEST_COUNT = 18  # digits, of a number of atoms
-NOT_IN_INFO = ("Lattice", "Properties", "pbc")  # what ASE takes out of the comment line for itself
+from crystalframer_jax.structures.crystal import Crystal, CrystalError
+from crystalframer_jax.structures.files import structures_in as structures_in_file
+from crystalframer_jax.text import escaped
 
 
 def custom_source(path: Path, options: CustomData) -> Source:
@@ -43,26 +28,50 @@ def custom_source(path: Path, options: CustomData) -> Source:
     items. Raises DataError for what concerns all items: no such file, no labels, unknown names.
     """
     items = _items(path, options)
-    fields = target_fields(items, options)
+    fields, notes = target_fields(items, options)
     if options.units and len(options.units) != len(fields):
         names = ", ".join(fields)
         raise DataError(f"{items.name}: --units has {len(options.units)} units for {len(fields)} targets ({names})")
     units = options.units or ("",) * len(fields)
     # names of targets are listed with commas in configurations
     targets = tuple(Target(name.replace(",", " "), name, unit) for name, unit in zip(fields, units, strict=True))
-    columns = (options.targets, options.id_column, options.structure_column, options.split_column, options.group_column)
+    columns = [options.targets, options.id_column, options.structure_column, options.split_column, options.group_column]
+    columns += [options.fold_column, options.test_fold] if options.test_fold else []
     checksum = hashlib.sha256(json.dumps([items.sha256, columns]).encode()).hexdigest()  # with what changes records
 
     def records() -> Iterator[Record | BadRecord]:
         return (record_of(item, fields, options) for item in items.read())
 
-    return Source(targets, checksum, records, items.count, (path,))
+    return Source(targets, checksum, records, items.count, (path,), notes)
+
+
+def structures_in(path: str | os.PathLike[str]) -> list[Callable[[], Crystal]]:
+    """Finds the structures in a file of any kind: what makes the crystal of each, or raises CrystalError.
+
+    That is a structure file, or a table, JSON, archive, database or trajectory of which labels are passed over; these
+    are told by their ids. Raises CrystalError if the file as a whole cannot be read.
+    """
+    path = Path(path)
+    if not path.name.lower().endswith(CONTAINERS):
+        return structures_in_file(path)
+    try:
+        if not path.is_file():
+            raise DataError(f"{path}: there is no such file")
+        if path.suffix.lower() == ".zip" and _is_of_structures(archive := ZipFolder(path)):
+            return [archive.loader(name, name) for name in archive.names() if is_structure(name)]
+        return [_loader(item) for item in _items(path, CustomData()).read()]
+    except (DataError, OSError) as error:
+        raise CrystalError(str(error)) from error
+
+
+def _loader(item: Item | BadRecord) -> Callable[[], Crystal]:
+    return item.load if isinstance(item, Item) else functools.partial(fail, f"{item.where}: {item.reason}")
 
 
 def _items(path: Path, options: CustomData) -> Items:
     """Reads the items of a file or folder, by the reader for its kind."""
     lower = path.name.lower()
-    if options.structure_column and not lower.endswith((".csv", ".tsv")):
+    if options.structure_column and not lower.endswith((*TABLES, ".zip")) and not (path.is_dir() and split_paths(path)):
         raise DataError(f"{path}: --structure_column is for CSV files; leave it out")
     if path.is_dir():
         return _items_of_folder(path, options)
@@ -75,80 +84,64 @@ def _items(path: Path, options: CustomData) -> Items:
 
 
 def _items_of_folder(folder: Path, options: CustomData) -> Items:
-    if (folder / "id_prop.csv").is_file():
-        return folder_items(folder, options)
+    names = sorted(path.name for path in folder.iterdir())
+    if id_prop := id_prop_of(names):
+        return folder_items(Table(folder / id_prop), options)
     pickles = {split: folder / split / "raw" / "raw_data.pkl" for split in SPLITS}
     pickles = {split: file for split, file in pickles.items() if file.is_file()}
     if pickles:
         return _pickle_items(folder, options, pickles)
+    if parts := split_paths(folder):
+        return joined(folder, {split: _items(part, options) for split, part in parts.items()})
     endings = tuple(ending for group in READERS for ending in group)
-    files = sorted(file.name for file in folder.iterdir() if file.name.lower().endswith(endings))
+    files = [name for name in names if name.lower().endswith(endings) and (folder / name).is_file()]
     hint = f"; or give one of its files: {', '.join(files[:5])}" if files else ""
     raise DataError(f"{folder}: no id_prop.csv and no train/raw/raw_data.pkl in it; add a file with the labels{hint}")
 
 
-def _xyz_items(file: Path, options: CustomData) -> Items:
-    """Reads the frames of an extended XYZ file, with the values of their comment lines."""
-    try:
-        from ase.io.extxyz import key_val_str_to_dict
-    except ImportError as error:
-        raise DataError(f"{file}: reading extended XYZ needs ASE; pip install ase") from error
-
-    def item(number: int, lines: list[str]) -> Item | BadRecord:
-        where, id, missing = f"{file}:{number}", f"{escaped(file.name)}:{number}", int(lines[0]) + 2 - len(lines)
-        if int(lines[0]) > MOST_ATOMS:
-            return BadRecord(id, where, f"{int(lines[0]):,} atoms, of at most {MOST_ATOMS:,}; give a smaller cell")
-        if missing > 0:
-            reason = f"the file ends after {max(0, len(lines) - 2)} of {int(lines[0])} atoms; complete the frame"
-            return BadRecord(id, where, reason)
-        try:
-            found = key_val_str_to_dict(lines[1])
-        except Exception as error:  # whatever the parser raises
-            return BadRecord(id, where, f"comment line not understood ({str(error)[:LONGEST]}); correct it")
-        values = {key: value for key, value in found.items() if key not in NOT_IN_INFO}
-        id = _xyz_id(values, lines[1], options.id_names()) or id
-        return Item(id, where, functools.partial(from_text, "".join(lines), where, False, id), values)
-
-    count = sum(1 for _ in _frames(file))
-    return Items(str(file), sha256(file), lambda: itertools.starmap(item, _frames(file)), count)
+def _csv_items(file: Path, options: CustomData) -> Items:
+    return _items_of_table(Table(file), file.name, options)
 
 
-def _frames(file: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yields number of the first line and lines of each frame; the last may be cut short."""
-    with file.open(encoding="utf-8-sig", errors="replace") as stream:
-        lines = enumerate(limited_lines(stream, file, LONGEST_COMMENT), 1)
-        for number, first in lines:
-            count = first.strip()
-            if not count:
-                continue
-            if not count.isdecimal() or len(count) > LONGEST_COUNT:
-                found = f"no number of atoms but {short(count)!r}"
-                raise DataError(f"{file}:{number}: {found}; correct this line or the number of the frame before")
-            rest = itertools.islice(lines, min(int(count), MOST_ATOMS) + 1)
-            yield number, [first, *(line for _, line in rest)]
-            for _ in itertools.islice(lines, max(int(count) - MOST_ATOMS, 0)):
-                pass
+def _items_of_table(table: Table, name: str, options: CustomData) -> Items:
+    """Reads a table, which may lack a header if its name begins with id_prop."""
+    return (folder_items if name.lower().startswith("id_prop") else table_items)(table, options)
 
 
-def _xyz_id(values: Mapping[str, Any], comment: str, names: tuple[str, ...]) -> str:
-    """Returns the id of a frame as it is written: ASE makes 7 of 007."""
-    for name in names:
-        if found := text(values, name):
-            written = re.search(rf"(?:^|\s){re.escape(name)}\s*=\s*[\"']?([^\s\"']+)", comment)
-            return found if isinstance(values[name], str) or not written else written[1]
-    return ""
+def _zip_items(file: Path, options: CustomData) -> Items:
+    """Reads an archive with a table and structure files, or with one JSON file; it is not unpacked.
+
+    Of several tables, each is for the split that it, or its folder, is named by.
+    """
+    archive = ZipFolder(file)
+    names = archive.names()
+    found = [name for name in names if id_prop_of([name.rpartition("/")[2]])]
+    tables = found or [name for name in names if name.lower().endswith(TABLES)]
+    has_json = any(name.lower().endswith(".json") for name in names)
+    if not tables or (has_json and not found):
+        if _is_of_structures(archive):
+            raise DataError(f"{file}: no table of labels in it; add id_prop.csv")
+        return json_items(file, options)
+    if len(tables) == 1:
+        return _zipped_table(file, tables[0], options)
+    parts = {}
+    for name in tables:
+        folder, _, last = name.rpartition("/")
+        parts[split_of(folder.rpartition("/")[2], True) or split_of(last, False)] = name
+    if len(parts) < len(tables) or "train" not in parts or "" in parts:
+        raise DataError(f"{file}: {len(tables)} tables of labels in it, not one for each split; unpack it and give one")
+    return joined(file, {split: _zipped_table(file, parts[split], options) for split in SPLITS if split in parts})
 
 
-def _json_items(file: Path, options: CustomData) -> Items:
-    """Reads the records of a JSON array (also gzipped, or alone in a zip archive) or of JSON lines (also gzipped)."""
+def _zipped_table(file: Path, name: str, options: CustomData) -> Items:
+    inner, slash, last = name.rpartition("/")
+    return _items_of_table(Table(file, ZipFolder(file, inner + slash), last), last, options)
 
-    def read() -> Iterator[Item | BadRecord]:
-        has_lines = file.name.lower().endswith((".jsonl", ".jsonl.gz"))
-        for number, record in json_lines(file) if has_lines else json_records(file):
-            place = f"{file}:{number}" if has_lines else f"{file} record {number}"
-            yield _item(record, place, f"{escaped(file.name)}:{number}", options)
 
-    return Items(str(file), sha256(file), read)
+def _is_of_structures(archive: ZipFolder) -> bool:
+    """Tells whether an archive has structure files and no JSON."""
+    names = archive.names()
+    return any(map(is_structure, names)) and not any(name.lower().endswith(".json") for name in names)
 
 
 def _pickle_items(path: Path, options: CustomData, files: Mapping[str, Path] | None = None) -> Items:
@@ -158,6 +151,8 @@ def _pickle_items(path: Path, options: CustomData, files: Mapping[str, Path] | N
             f"{path}: pickle files can run programs when they are read; if you trust this one, add --allow_pickle, "
             "which reads no more than lists, numbers and structures"
         )
+    from crystalframer_jax.data.io.pickles import load_pickle  # imports pymatgen
+
     files = files or {"": path}
     digest = hashlib.sha256("\n".join(f"{split} {sha256(file)}" for split, file in files.items()).encode())
     load = functools.cache(load_pickle)  # slow, and all of a file is in memory anyway
@@ -170,48 +165,26 @@ def _pickle_items(path: Path, options: CustomData, files: Mapping[str, Path] | N
             for number, record in enumerate(records, 1):
                 found = record if isinstance(record, dict) else f"is not a dict but of type {type(record).__name__}"
                 id = f"{split or escaped(file.name)}:{number}"
-                yield _item(found, f"{file} record {number}", id, options, split)
+                yield item_of(found, f"{file} record {number}", id, options, split)
 
     return Items(str(path), digest.hexdigest(), read)
 
 
-def _item(
-    record: dict[str, Any] | str, where: str, fallback: str, options: CustomData, split: str = ""
-) -> Item | BadRecord:
-    """Makes the item of a record, or of the reason why it is none; `fallback` is its id if it has none."""
-    if isinstance(record, str):
-        return BadRecord(fallback, where, record)
-    id = text(record, *options.id_names()) or fallback
-    keys, load = _structure(record, where, id)
-    if load is None:
-        remedy = "give it under structure, atoms or cif, or as lattice, species and frac_coords"
-        return BadRecord(id, where, f"no structure; {remedy}")
-    return Item(id, where, load, {key: value for key, value in record.items() if key not in keys}, split)
-
-
-def _structure(record: dict[str, Any], where: str, id: str) -> tuple[tuple[str, ...], Callable[[], Crystal] | None]:
-    """Returns the keys that the structure of a record is made of, and what makes it; None if it has none."""
-    for key in STRUCTURE_KEYS:
-        value = record.get(key)
-        if is_cif_text(value):
-            return (key,), functools.partial(from_text, value, where, True, id)
-        if isinstance(value, Mapping):
-            return (key,), dict_loader(value, id)
-        if hasattr(value, "sites"):
-            return (key,), functools.partial(from_pymatgen, value, id)
-    for keys in (PYMATGEN, FLAT, JARVIS):  # records that are structures themselves
-        if all(key in record or key in MAY_LACK for key in keys):
-            return keys, functools.partial(from_dict, {key: record[key] for key in keys if key in record}, id)
-    return (), None
-
-
+TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+JSON = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
+DATABASES, TRAJECTORIES = (".db",), (".traj",)
 READERS: dict[tuple[str, ...], Callable[[Path, CustomData], Items]] = {
-    (".csv", ".tsv"): table_items,
-    (".extxyz", ".xyz"): _xyz_items,
-    (".json", ".json.gz", ".zip", ".jsonl", ".jsonl.gz"): _json_items,
+    TABLES: _csv_items,
+    (".extxyz", ".xyz", ".extxyz.gz", ".xyz.gz"): xyz_items,
+    JSON: json_items,
+    (".zip",): _zip_items,
+    DATABASES: database_items,
+    TRAJECTORIES: trajectory_items,
     (".pkl", ".pickle"): _pickle_items,
 }
+CONTAINERS = (*TABLES, *JSON, ".zip", *DATABASES, *TRAJECTORIES)
 ACCEPTED = (
-    "a folder with id_prop.csv, a CSV file with a column of structure files (.csv, .tsv), extended XYZ (.extxyz, "
-    ".xyz), JSON (.json, .json.gz, .zip, .jsonl, .jsonl.gz), or pickles of the official project"
+    "a folder with id_prop.csv, or with train, val and test; a CSV file with a column of structure files (.csv, .tsv), "
+    "extended XYZ (.extxyz, .xyz), JSON (.json, .jsonl), any of these as .gz; a .zip of structures and their table, or "
+    "of JSON; an ASE database or trajectory (.db, .traj); or pickles of the official project"
 )

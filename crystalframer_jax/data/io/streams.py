@@ -27,7 +27,7 @@ _STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}"]', re.DOTALL
 _NO_CONTAINER = re.compile(r"[^,\]}\s]*")
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _LONGEST_TOKEN = 16  # characters after which a number, a literal or an escape that was cut off shows
-_DAMAGE = (OSError, EOFError, ValueError, RuntimeError, struct.error, zlib.error, zipfile.BadZipFile)
+DAMAGE = (OSError, EOFError, ValueError, RuntimeError, struct.error, zlib.error, zipfile.BadZipFile)
 
 
 def json_records(file: Path, member: str = "") -> Iterator[tuple[int, dict[str, Any] | str]]:
@@ -45,24 +45,9 @@ def json_records(file: Path, member: str = "") -> Iterator[tuple[int, dict[str, 
       DataError: the file is missing, damaged, encrypted or unreasonably large, has no such member, is not one complete
         array, or no element of it can be read.
     """
-    with _opened(file, member) as (stream, name):
-        text = _JsonText(stream, name, file)
-        if not text.take("["):
-            text.fail("is not a list of records at its top level", "give a file that is one")
-        number, unread = 0, []
-        goes_on = text.peek() != "]"
-        while goes_on:
-            number += 1
-            value = text.value(number)
-            unread += [number] if isinstance(value, _Unreadable) else []
-            yield number, _as_record(value)
-            goes_on = text.take(",")
-        if unread and len(unread) == number:
-            text.fail(f"is not JSON in record {unread[0]} ({value})")
-        if not text.take("]"):
-            text.fail(f"has no comma and no end of the list after record {number}")
-        if text.peek():
-            text.fail("goes on after the end of the list")
+    with opened(file, member) as (stream, name):
+        text = JsonText(stream, name, file)
+        yield from text.records()
 
 
 def json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
@@ -73,9 +58,9 @@ def json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
     Raises:
       DataError: the file is missing, damaged, unreasonably large, or has a line longer than `MAX_RECORD_CHARS` bytes.
     """
-    with _opened(file, None) as (stream, _):
+    with opened(file, None) as (stream, _):
         for number, line in enumerate(iter(lambda: stream.readline(MAX_RECORD_CHARS + 1), b""), 1):
-            _check_unpacked(stream, file)
+            check_unpacked(stream, file)
             if len(line) > MAX_RECORD_CHARS:
                 raise DataError(f"{file}: line {number} is longer than {MAX_RECORD_CHARS:,} bytes; is it JSON lines?")
             if number == 1:
@@ -97,7 +82,7 @@ def check_zip(member: str) -> Callable[[Path], None]:
     """
 
     def check(file: Path) -> None:
-        with _opened(file, member) as (stream, name):
+        with opened(file, member) as (stream, name):
             if name == str(file):
                 raise DataError(f"{file} is not a zip archive; fetch it again")
             if not stream.read(1):
@@ -106,12 +91,23 @@ def check_zip(member: str) -> Callable[[Path], None]:
     return check
 
 
-class _Unreadable(str):
+def parse_structure(text: str) -> dict[str, Any]:
+    """Reads the JSON object in a text; ValueError, also for one that is nested too deeply or has a key twice."""
+    try:
+        value = _checked(_PARSER.decode(text), text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(value, dict):
+        raise ValueError(value if isinstance(value, Unreadable) else f"of type {type(value).__name__}")
+    return value
+
+
+class Unreadable(str):
     """Stands for an element that cannot be read, and tells why."""
 
 
 def _as_record(value: Any) -> dict[str, Any] | str:
-    if isinstance(value, _Unreadable):
+    if isinstance(value, Unreadable):
         return f"is not JSON ({value})"
     return value if isinstance(value, dict) else f"is not a JSON object but of type {type(value).__name__}"
 
@@ -135,7 +131,7 @@ def _checked(value: Any, text: str) -> Any:
     if len(brackets) <= DEEPEST:
         return value
     depth = np.cumsum(np.where((brackets == ord("[")) | (brackets == ord("{")), 1, -1)).max()
-    return value if depth <= DEEPEST else _Unreadable(f"nested {depth} deep, of at most {DEEPEST}")
+    return value if depth <= DEEPEST else Unreadable(f"nested {depth} deep, of at most {DEEPEST}")
 
 
 def _end(text: str, start: int) -> int | None:
@@ -153,7 +149,7 @@ def _end(text: str, start: int) -> int | None:
     return None
 
 
-class _JsonText:
+class JsonText:
     """JSON text of which a window is in memory: what was used is dropped, what is needed is read."""
 
     def __init__(self, stream: BinaryIO, name: str, file: Path):
@@ -162,6 +158,7 @@ class _JsonText:
         self._parse = json.JSONDecoder(object_pairs_hook=_object).raw_decode
         self._window, self._at, self._ended = "", 0, False
         self._dropped = 0  # characters before the window
+        self.parsed = ""  # the text of the value that was read last
 
     def fail(self, what: str, remedy: str = "fetch it again or repair it") -> NoReturn:
         """Raises DataError that the text `what`, with the position."""
@@ -191,8 +188,8 @@ class _JsonText:
                 value, end = self._parse(self._window, self._at)
                 reason, cut = "", isinstance(value, int | float) and end > near_end  # 1 of 1.5
                 if self._ended or not cut:
-                    text, self._at = self._window[self._at : end], end
-                    return _checked(value, text)
+                    self.parsed, self._at = self._window[self._at : end], end
+                    return _checked(value, self.parsed)
             except json.JSONDecodeError as error:
                 reason = error.msg
                 cut = error.pos > near_end or reason.startswith("Unterminated string")
@@ -200,7 +197,7 @@ class _JsonText:
                 reason, found = str(error), _end(self._window, self._at)
                 if found is not None:
                     self._at = found
-                    return _Unreadable(reason)
+                    return Unreadable(reason)
                 cut = not self._ended
             if not cut or self._ended:
                 self.fail(f"{'ends within' if cut else 'is not JSON in'} record {number} ({reason})")
@@ -208,11 +205,51 @@ class _JsonText:
                 self.fail(f"has a record {number} of more than {MAX_RECORD_CHARS:,} characters")
             self._read_more()
 
+    def records(self) -> Iterator[tuple[int, dict[str, Any] | str]]:
+        """Reads the whole text, which is one array, see `json_records`."""
+        if self.peek() != "[":
+            self.fail("is not a list of records at its top level", "give a file that is one")
+        for number, value in self.elements():
+            yield number, _as_record(value)
+        if self.peek():
+            self.fail("goes on after the end of the list")
+
+    def elements(self) -> Iterator[tuple[int, Any]]:
+        """Reads the elements of the array that begins here, numbered from 1; DataError if none of them can be read."""
+        self.take("[")
+        number, unread, value = 0, 0, None
+        goes_on = self.peek() != "]"
+        while goes_on:
+            number += 1
+            value = self.value(number)
+            unread += isinstance(value, Unreadable)
+            yield number, value
+            goes_on = self.take(",")
+        if unread and unread == number:
+            self.fail(f"is not JSON in record 1 ({value})")
+        if not self.take("]"):
+            self.fail(f"has no comma and no end of the list after record {number}")
+
+    def members(self) -> Iterator[str]:
+        """Reads the keys of the object that begins here; the caller reads the value of each."""
+        self.take("{")
+        number = 0
+        goes_on = self.peek() != "}"
+        while goes_on:
+            number += 1
+            key = self.value(number)
+            if not isinstance(key, str) or isinstance(key, Unreadable) or not self.take(":"):
+                self.fail(f"has no key in quotes and colon before value {number} of an object")
+            yield key
+            goes_on = self.take(",")
+        if not self.take("}"):
+            self.fail(f"has no comma and no end of the object after value {number}")
+
     def _read_more(self) -> None:
         """Doubles what is unread at least, so that a long record is not parsed once for every chunk of it."""
         unread = self._window[self._at :]
         content = self._stream.read(max(CHUNK_BYTES, len(unread)))
-        _check_unpacked(self._stream, self._file)
+        check_unpacked(self._stream, self._file)
         try:
             new = self._decoder.decode(content, final=not content)
         except UnicodeDecodeError as error:
@@ -223,7 +260,7 @@ class _JsonText:
 
 
 @contextlib.contextmanager
-def _opened(file: Path, member: str | None) -> Iterator[tuple[BinaryIO, str]]:
+def opened(file: Path, member: str | None) -> Iterator[tuple[BinaryIO, str]]:
     """Opens the unpacked content of a file, or of that member if it is a zip archive; gives it with its name."""
     with contextlib.ExitStack() as stack:
         try:
@@ -244,7 +281,7 @@ def _opened(file: Path, member: str | None) -> Iterator[tuple[BinaryIO, str]]:
             yield stream, name
         except DataError:
             raise
-        except _DAMAGE as error:
+        except DAMAGE as error:
             reason = error or type(error).__name__
             raise DataError(f"{file} is damaged ({reason}); delete it and fetch it again") from error
 
@@ -264,20 +301,27 @@ def _member(archive: zipfile.ZipFile, file: Path, member: str | None) -> IO[byte
         shown = ", ".join(repr(name) for name in names[:5]) + (", ..." if len(names) > 5 else "")
         raise DataError(f"{file} does not hold {member} but {shown or 'nothing'}; give the archive that does")
     info = archive.getinfo(member)
+    check_member(info, file)
+    return archive.open(info)
+
+
+def check_member(info: zipfile.ZipInfo, file: Path) -> None:
+    """Raises DataError for a member of a zip archive that is encrypted, too large or packed in an unusual way."""
+    member = info.filename
     if info.flag_bits & 0x1:
         raise DataError(f"{file}: {member} is encrypted; give an archive without a password")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others unpack without a limit in zipfile
         raise DataError(f"{file}: {member} is packed by method {info.compress_type}; pack it with deflate")
-    if info.file_size > (limit := _unpacked_limit(file)):
+    if info.file_size > (limit := unpacked_limit(file)):
         raise DataError(f"{file}: {member} would unpack to {info.file_size:,} bytes, over {limit:,}; unpack it first")
-    return archive.open(info)
 
 
-def _unpacked_limit(file: Path) -> int:
+def unpacked_limit(file: Path) -> int:
+    """Returns how many bytes a file may unpack to."""
     return max(MIN_SIZE_LIMIT, MAX_EXPANSION * file.stat().st_size)
 
 
-def _check_unpacked(stream: BinaryIO, file: Path) -> None:
+def check_unpacked(stream: BinaryIO, file: Path) -> None:
     """Raises DataError if far more of a file has been unpacked than its size suggests."""
-    if stream.tell() > _unpacked_limit(file):
+    if stream.tell() > unpacked_limit(file):
         raise DataError(f"{file} unpacks to far more than its size suggests; unpack it first")
