@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,25 +24,31 @@ of doubtful structures: elements that were not in the training set, cells or num
 atoms without neighbors, and what was noticed on reading."""
 
 
+class Read(NamedTuple):
+    """A crystal of a file, and what was noticed on reading it."""
+
+    crystal: Crystal
+    file: str
+    warnings: list[str]
+
+
 @reporting_errors()
 def predict_main(argv: Sequence[str] | None = None) -> int:
     """Predicts files; returns 1 if any of them could not be used (the others are predicted all the same)."""
     parser = model_parser("predict.py", DESCRIPTION)
     parser.add_argument("files", metavar="FILE", nargs="+", help=f"{ACCEPTED_FILES}; CSV, JSON, .zip, ASE .db or .traj")
-    output_help = "write the predictions to this CSV file; if there are warnings, with a column of them"
-    parser.add_argument("--output", type=Path, help=output_help)
+    parser.add_argument("--output", type=Path, help="write the predictions, and the warnings, to this CSV file")
     arguments = parser.parse_args(argv)
     if arguments.output:
         check_replaceable(arguments.output.expanduser(), b"structure,formula,atoms")
     model = load_model(arguments.run, arguments.weights)
     cutoffs = {member.cutoff for member in getattr(model, "members", (model,))}
-    of_reader: list[tuple[str, list[str]]] = []
-    crystals, errors = read_all(arguments.files, cutoffs, of_reader)
+    found, errors = read_all(arguments.files, cutoffs)
+    crystals = [read.crystal for read in found]
     if crystals:
-        found = [(file, [*told, *doubts(model, c)]) for c, (file, told) in zip(crystals, of_reader, strict=True)]
-        named = zip(crystals, found, strict=True)
-        for file, group in itertools.groupby(named, lambda item: item[1][0]):
-            if told := summary([(escaped(c.id.removeprefix(file)), of_crystal) for c, (_, of_crystal) in group]):
+        found = [read._replace(warnings=[*read.warnings, *doubts(model, read.crystal)]) for read in found]
+        for file, group in itertools.groupby(found, lambda read: read.file):
+            if told := summary([(escaped(read.crystal.id.removeprefix(file)), read.warnings) for read in group]):
                 print(f"warning: {escaped(file)}: {told}", file=sys.stderr)
         progress = len(crystals) > 100 and sys.stderr.isatty()
         with warnings.catch_warnings(action="ignore", category=PredictionWarning):  # they are told
@@ -61,26 +68,19 @@ def predict_main(argv: Sequence[str] | None = None) -> int:
     for error in errors:
         print(f"error: {escaped(' '.join(error.split()))}", file=sys.stderr)
     if crystals and arguments.output:
-        if any(told for _, told in found):
-            header.append("warnings")
-            rows = [[*row, "; ".join(told)] for row, (_, told) in zip(rows, found, strict=True)]
-        write_csv(arguments.output, header, rows)
+        lines = [[*row, "; ".join(read.warnings)] for row, read in zip(rows, found, strict=True)]
+        write_csv(arguments.output, [*header, "warnings"], lines)
         print(f"wrote {arguments.output}")
     return 1 if errors else 0
 
 
-def read_all(
-    files: Sequence[str],
-    cutoffs: Iterable[float | LatticeBox] = (),
-    of_reader: list[tuple[str, list[str]]] | None = None,
-) -> tuple[list[Crystal], list[str]]:
+def read_all(files: Sequence[str], cutoffs: Iterable[float | LatticeBox] = ()) -> tuple[list[Read], list[str]]:
     """Reads the crystals of all files, and a line for each file or structure in it that cannot be used.
 
-    They must have neighbor rows for the `cutoffs`. `of_reader` gets of each crystal its file and the warnings about it.
+    They must have neighbor rows for the `cutoffs`.
     """
-    crystals: list[Crystal] = []
+    read: list[Read] = []
     errors: list[str] = []
-    of_reader = [] if of_reader is None else of_reader
     for file in files:
         with warnings.catch_warnings(record=True) as of_file:
             warnings.simplefilter("ignore")
@@ -101,11 +101,11 @@ def read_all(
                 except (CrystalError, MemoryError) as error:
                     errors.append(_line(f"{file}#{number}", error))
                     continue
-            crystals.append(crystal)
             texts = [escaped(" ".join(str(warning.message).split())) for warning in (*of_file, *of_crystal)]
             names = [f"{escaped(name)}: " for name in (crystal.id, file)]
-            of_reader.append((file, [text.removeprefix(names[0]).removeprefix(names[1]) for text in texts]))
-    return crystals, errors
+            texts = [text.removeprefix(names[0]).removeprefix(names[1]) for text in texts]
+            read.append(Read(crystal, file, texts))
+    return read, errors
 
 
 def _line(where: str, error: Exception) -> str:

@@ -76,15 +76,20 @@ class Devices:
         splits_result: bool = False,
         static: Sequence[str] = (),
         donate: Sequence[int] = (),
+        runs_often: bool = True,
     ) -> Any:
-        """Compiles a function (`compiled`) to run on every device.
+        """Compiles a function (jax.jit) to run on every device.
 
         Of the arguments whose numbers are in `split` every device gets its own part (see `put`), of others the whole
         (see `replicate`). The results are parts as well if it `splits_result`, else the same on all devices. `static`
-        are names of keyword arguments, `donate` numbers of arguments that are consumed, as in jax.jit.
+        are names of keyword arguments, `donate` numbers of arguments that are consumed, as in jax.jit. What `runs_often`
+        is compiled with the options that suit the machine; JAX takes such a function in no other one.
         """
+        options: dict[str, Any] = {"static_argnames": static, "donate_argnums": donate}
+        if runs_often and jax.default_backend() == "cpu" and not jax.config.read("jax_disable_most_optimizations"):
+            options["compiler_options"] = FOR_CPU
         if not self.all:
-            return compiled(function, static_argnames=static, donate_argnums=donate)
+            return jax.jit(function, **options)
 
         def on_all(*arguments: Tree, **options: Any) -> Tree:
             def on_one(*arguments: Tree) -> Tree:
@@ -97,7 +102,7 @@ class Devices:
             out = part if splits_result else whole
             return jax.shard_map(on_one, mesh=self.mesh, in_specs=specs, out_specs=out, check_vma=False)(*arguments)
 
-        return compiled(on_all, static_argnames=static, donate_argnums=donate)
+        return jax.jit(on_all, **options)
 
     def stacked(self, parts: Sequence[Tree]) -> Tree:
         """Stacks trees of numpy arrays, one for each device of this process, as `put` takes them."""
@@ -124,13 +129,6 @@ class Devices:
 
 
 ONE_DEVICE = Devices()
-
-
-def compiled(function: Callable, **options: Any) -> Any:
-    """jax.jit, with the options of the compiler that suit the machine, unless JAX was told to optimise little."""
-    if jax.default_backend() == "cpu" and not jax.config.read("jax_disable_most_optimizations"):
-        options["compiler_options"] = FOR_CPU
-    return jax.jit(function, **options)
 
 
 def on_one_device(tree: Tree) -> Tree:

@@ -56,7 +56,7 @@ def initial_state(
         batch_stats = jax.tree.map(lambda x: x.astype(model.config.dtype), variables.get("batch_stats", {}))
         return new_state(recipe, variables["params"], calibrated.get("calibration", {}), batch_stats)
 
-    return devices.each(build, split=(0,))(batch, devices.replicate(key_data))
+    return devices.each(build, split=(0,), runs_often=False)(batch, devices.replicate(key_data))
 
 
 def new_state(recipe: Recipe, params: Tree, calibration: Tree, batch_stats: Tree) -> TrainState:

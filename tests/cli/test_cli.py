@@ -218,7 +218,7 @@ def test_the_other_files_are_predicted_all_the_same(mixed, run):
     assert f"wrote {output}" in process.stdout
 
     csv_header, *lines = read_csv(output)
-    assert csv_header == ["structure", "formula", "atoms", "e_form (eV/atom)"]
+    assert csv_header == ["structure", "formula", "atoms", "e_form (eV/atom)", "warnings"]
     assert [line[:3] for line in lines] == [[NACL, "NaCl", "8"], [SILICON, "Si", "2"]]
     np.testing.assert_allclose([float(line[3]) for line in lines], expected, rtol=0, atol=1e-6)
 

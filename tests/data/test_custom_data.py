@@ -535,7 +535,7 @@ def test_csv_of_cif_texts_with_a_bad_one(tmp_path):
     ("text", "message"),
     [
         ("", "set.csv is empty"),
-        ("a,1\nb,2\n", "set.csv:1: no header; name the columns"),
+        ("x,1\ny,2\n", "set.csv:1: no header; name the columns"),
         ("file,e\n", "no rows; it has file, e"),
         ("file,file\na,1\n", "two columns are named file"),
         (

@@ -140,9 +140,15 @@ def test_a_column_of_labels_that_are_no_numbers(tmp_path, cell, reason):
             custom_source(tmp_path / "set.csv", options)
         assert f"set.csv:2: e is '{shown}'" in str(raised.value) and reason in str(raised.value)
     (tmp_path / "set.csv").write_text(table([f'"{cell}"'] * 12))
-    with pytest.raises(DataError, match=r"set\.csv:1: no header; name the columns") as raised:
+    with pytest.raises(DataError, match=r"set\.csv:1: target is ") as raised:
         custom_source(tmp_path / "set.csv", CustomData())
     assert reason in str(raised.value)
+
+
+def test_a_table_of_any_name_may_be_laid_out_as_id_prop(tmp_path):
+    write_cifs(tmp_path)
+    (tmp_path / "mine.csv").write_text(table(NUMBERS))
+    assert rows(custom_source(tmp_path / "mine.csv", CustomData())) == EXPECTED
 
 
 def test_a_column_of_words(tmp_path):

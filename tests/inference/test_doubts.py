@@ -189,11 +189,11 @@ def test_one_line_of_warnings_for_a_file_and_a_column(predictor, frames, capsys,
     assert [line[-1][:9] for line in lines] == ["", "", "not among", "4e+03 Å^3"]
 
 
-def test_no_column_without_warnings(predictor, tmp_path, monkeypatch, capsys):
+def test_the_column_is_empty_without_warnings(predictor, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("crystalframer_jax.cli.predict.load_model", lambda *_: predictor)
     assert predict_main(["run", NACL, f"--output={tmp_path / 'out.csv'}"]) == 0
     assert capsys.readouterr().err == ""
-    assert (tmp_path / "out.csv").read_text().startswith("structure,formula,atoms,e_form\n")
+    assert (tmp_path / "out.csv").read_text().startswith("structure,formula,atoms,e_form,warnings\n")
 
 
 # Trainings

@@ -339,8 +339,8 @@ def test_predicting_with_an_ensemble(run, members, capsys, tmp_path):
     expected = np.concatenate([mean, deviation], axis=1)
     np.testing.assert_allclose([[float(x) for x in line[3:]] for line in lines], expected, rtol=0, atol=6e-5)
     written, *rows = read_csv(output)
-    assert written == header
-    np.testing.assert_allclose([[float(x) for x in row[3:]] for row in rows], expected, rtol=0, atol=1e-6)
+    assert written == [*header, "warnings"]
+    np.testing.assert_allclose([[float(x) for x in row[3:-1]] for row in rows], expected, rtol=0, atol=1e-6)
 
 
 def test_predicting_with_draws_of_one_model(run, capsys):

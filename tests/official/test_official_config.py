@@ -86,7 +86,7 @@ def test_momentum_is_written_for_sgd_alone():
     [
         {"optimizer": "lion"},
         {"optimizer": "lion", "adam_betas": [0.95, 0.98]},
-        {"lr_sch": "linear", "sch_params": [100.0]},
+        {"lr_sch": "polynomial", "sch_params": [100.0]},
         {"lr_sch": "multistep", "sch_params": []},
         {"lr_sch": "inverse_sqrt_warmup", "sch_params": [100.0, 200.0]},
         {"loss_func": "huber"},

@@ -89,8 +89,8 @@ def _main(folder: Path, first: int, end: int) -> None:
         file.write_bytes(content)
         with in_time(f"{number} {name}"), warnings.catch_warnings(record=True) as stray:
             crystals, errors = read_all([file], [6.93])
-            for crystal in crystals:
-                assert crystal.formula
+            for read in crystals:
+                assert read.crystal.formula
             for error in errors:
                 assert "\n" not in error and len(error) < 2000 and "; " in error, error
                 assert not any(word in error for word in ("KeyError", "ValueError", "TypeError", "Traceback")), error

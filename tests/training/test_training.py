@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from small_sets import raw_records
-from support import ROOT
+from support import EXAMPLES, ROOT
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tiny import assert_equal_trees, assert_same_run, nan_at, open_tiny, stored_state, tiny_config, tiny_runs
 
@@ -109,6 +109,17 @@ def test_standardising_and_back():
 
 
 # Runs
+
+
+def test_a_run_with_the_options_of_the_compiler_that_users_have(folder, monkeypatch):
+    """In no other test are programs made with these options where training and prediction ask for them."""
+    config = tiny_config(folder / "data", n_epochs=1, swa_epochs=0)
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        train(config, folder / "optimised")
+        assert np.isfinite(Predictor.load(folder / "optimised").predict(EXAMPLES / "NaCl.cif")).all()
+    finally:
+        jax.config.update("jax_disable_most_optimizations", True)
 
 
 def test_what_a_run_leaves(finished, folder):

@@ -99,11 +99,16 @@ def folder_items(table: Table, options: CustomData) -> Items:
 
 
 def table_items(table: Table, options: CustomData) -> Items:
-    """Reads the crystals of a CSV file with a header and a column of file names or of structures as text."""
+    """Reads the crystals of a CSV file with a header and a column of file names or of structures as text.
+
+    Without a header it may be laid out as an id_prop.csv is.
+    """
     rows = table.rows()
     line, first = next(rows, (0, []))
     if not first:
         raise DataError(f"{table.name} is empty; write a header and a line for each crystal")
+    if find_structure(table.folder, first[0]):
+        return folder_items(table, options)
     _check_has_header(table, line, first)
     names = _checked_names(table, first)
     structure = _structure_column(table, names, rows, options)
