@@ -1,4 +1,4 @@
-"""A small model of formation energies that trains in a few minutes on a laptop.
+"""A small model of formation energies that trains in a few minutes on a laptop, by the recommended recipe.
 
     python scripts/train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
@@ -7,11 +7,11 @@ Two blocks with the paper's lightweight angle encoding, on the bundled Materials
 
 from ml_collections import ConfigDict
 
-from crystalframer_jax.configs import default, variants
+from crystalframer_jax.configs import recommended
 
 
 def get_config() -> ConfigDict:
     """Two lightweight blocks, 12 epochs."""
-    config = variants.with_variant(default.get_config(), "lightweight")
-    config.update(num_layers=2, batch_size=64, n_epochs=12, swa_epochs=3)
+    config = recommended.get_config("lightweight")
+    config.update(num_layers=2, n_epochs=12)
     return config

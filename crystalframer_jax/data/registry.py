@@ -63,6 +63,17 @@ def _elastic(name: str, word: str, train: int, val: int, test: int) -> TargetSet
     return TargetSet(name, FigsharePickles(word, {"train": train, "val": val, "test": test}), (target,), ELASTIC_CREDIT)
 
 
+def _phonons(fold: int) -> TargetSet:
+    """One of the five tasks of matbench_phonons: its official test crystals, and a tenth of the others to validate."""
+    return TargetSet(
+        name=f"matbench_phonons-fold_{fold}",
+        source=Bundled("matbench_phonons.jsonl.gz", fold),
+        targets=(Target("last_phdos_peak", "last_phdos_peak", "1/cm"),),
+        credit="Materials Project (CC BY 4.0); G. Petretto et al., Sci. Data 5, 180065 (2018); Matbench v0.1",
+        num_records=1_265,
+    )
+
+
 TARGET_SETS: dict[str, TargetSet] = {
     target_set.name: target_set
     for target_set in (
@@ -84,6 +95,7 @@ TARGET_SETS: dict[str, TargetSet] = {
             ),
             credit="Materials Project (CC BY 4.0); M. de Jong et al., Sci. Data 2, 150009 (2015)",
         ),
+        *map(_phonons, range(5)),
         _dft_3d_2021(
             "jarvis__dft_3d_2021",
             Target("formation_energy", "formation_energy_peratom", "eV/atom"),

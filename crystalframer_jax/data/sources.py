@@ -19,9 +19,14 @@ from crystalframer_jax.files import sha256
 
 @dataclasses.dataclass(frozen=True)
 class Bundled:
-    """A file inside the package: gzipped JSON lines with id, lattice (rows, Å), species, frac_coords and labels."""
+    """A file inside the package: gzipped JSON lines with id, lattice (rows, Å), species, frac_coords and labels.
+
+    With `test_fold`, the lines whose "fold" it is are for test; of the others, one of ten is for validation, which one
+    the checksum of its id decides.
+    """
 
     file: str
+    test_fold: int | None = None
 
     def open(self, targets: tuple[Target, ...]) -> Source:
         """Opens the file."""
@@ -33,9 +38,16 @@ class Bundled:
             for number, line in enumerate(lines, 1):
                 content = json.loads(line)
                 labels = tuple(target.label(content.get(target.field)) for target in targets)
-                yield Record(content["id"], f"{self.file}:{number}", dict_loader(content, content["id"]), labels)
+                split = self._split(content["id"], content.get("fold"))
+                yield Record(content["id"], f"{self.file}:{number}", dict_loader(content, content["id"]), labels, split)
 
         return Source(targets, hashlib.sha256(content).hexdigest(), records, len(lines))
+
+    def _split(self, id: str, fold: int | None) -> str:
+        if self.test_fold is None:
+            return ""
+        is_val = int(hashlib.sha256(id.encode()).hexdigest(), 16) % 10 == 0
+        return "test" if fold == self.test_fold else "val" if is_val else "train"
 
 
 @dataclasses.dataclass(frozen=True)

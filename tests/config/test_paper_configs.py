@@ -17,7 +17,7 @@ from ml_collections import config_flags
 from support import ROOT
 
 from crystalframer_jax.config import ConfigError, validate, validate_model
-from crystalframer_jax.configs import default, quickstart
+from crystalframer_jax.configs import default, quickstart, recommended
 from crystalframer_jax.configs.variants import VARIANTS
 from crystalframer_jax.data.registry import TARGET_SETS
 
@@ -121,12 +121,7 @@ def test_published_errors_fall_with_frames_except_where_the_paper_says_otherwise
 def test_quickstart_is_lightweight():
     config, known = quickstart.get_config(), default.get_config()
     changes = {key: config[key] for key in config if config[key] != known[key]}
-    expected = dict(OFFICIAL_ENCODINGS["lightweight"]) | {
-        "num_layers": 2,
-        "batch_size": 64,
-        "n_epochs": 12,
-        "swa_epochs": 3,
-    }
+    expected = dict(OFFICIAL_ENCODINGS["lightweight"]) | {"num_layers": 2, "n_epochs": 12, **recommended.RECIPE}
     del expected["frame_method"]
     assert changes == expected
 
