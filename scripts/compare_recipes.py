@@ -4,8 +4,8 @@
 
 About an hour on two cores for the sets that ship with the package; it continues where it was stopped, and runs that
 are there are only read. The model is that of configs/quickstart.py. The official recipe has a quarter more epochs,
-which take at least as long. --mp_2018 adds 8,000 crystals of at most 16 atoms of a file of MEGNet's crystals (JSON lines with
-id, lattice, species, frac_coords, e_form, gap_pbe, split): training crystals whose ids have the smallest SHA-256.
+which take at least as long. --mp_2018 adds 8,000 crystals of at most 16 atoms of a file of MEGNet's crystals (lines of
+JSON with id, lattice, species, frac_coords, e_form, gap_pbe, split): those whose ids have the smallest SHA-256.
 """
 
 import argparse

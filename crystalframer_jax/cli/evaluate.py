@@ -47,7 +47,7 @@ def evaluate_main(argv: Sequence[str] | None = None) -> int:
     if arguments.output:
         ids, labels = dataset.table.ids[indices], dataset.labels[indices]
         spread = predictions.spread if over else None
-        write_predictions(arguments.output, ids, labels, predictions.mean, model.targets, spread)
+        write_predictions(arguments.output, ids, labels, predictions.value, model.targets, spread)
         print(f"wrote {arguments.output}")
     if arguments.plot:
         for file in plot_errors(arguments.plot, model, dataset, arguments.split, predictions):
@@ -101,7 +101,7 @@ def error_table(
     lines = []
     for kind, chosen in kinds.items():
         labels = dataset.labels[rows[chosen]]
-        metrics = regression_metrics(predictions.mean[chosen], labels, targets)
+        metrics = regression_metrics(predictions.value[chosen], labels, targets)
         baseline = mean_predictor_errors(labels, targets, dataset.labels[dataset.splits["train"]])
         for t, s in enumerate(targets):
             known = np.isfinite(labels[:, t])
@@ -118,12 +118,12 @@ def plot_errors(
         check_replaceable(figure, b"\x89PNG")
     file.parent.mkdir(parents=True, exist_ok=True)
     labels = dataset.labels[dataset.splits[split]]
-    not_finite = int((~np.isfinite(predictions.mean)).any(axis=1).sum())
+    not_finite = int((~np.isfinite(predictions.value)).any(axis=1).sum())
     if not_finite:
         raise UserError(f"{file} is not drawn: {not_finite} of {len(labels)} predictions are not finite")
     if isinstance(model, Ensemble):
         return plot_calibration(file, labels, *predictions, model.targets)[0]
-    plot_parity(file, labels, predictions.mean, model.targets, split)
+    plot_parity(file, labels, predictions.value, model.targets, split)
     return [file]
 
 

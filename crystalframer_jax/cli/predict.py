@@ -54,7 +54,7 @@ def predict_main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings(action="ignore", category=PredictionWarning):  # they are told
             predictions = model.predict_with_spread(crystals, arguments.num_frame_samples, progress)
         header = ["structure", "formula", "atoms", *(with_unit(t.name, t.unit) for t in model.targets)]
-        values = predictions.mean
+        values = predictions.value
         if over := model.spread_over(arguments.num_frame_samples):
             header += [with_unit(f"{t.name} std over {over}", t.unit) for t in model.targets]
             values = np.concatenate(predictions, axis=1)
@@ -63,7 +63,7 @@ def predict_main(argv: Sequence[str] | None = None) -> int:
             for crystal, line in zip(crystals, values.tolist(), strict=True)
         ]
         print(table(header, rows))
-        finite = np.isfinite(predictions.mean).all(axis=1)
+        finite = np.isfinite(predictions.value).all(axis=1)
         errors += [f"{crystals[i].id}: the prediction is not finite" for i in np.flatnonzero(~finite)]
     for error in errors:
         print(f"error: {escaped(' '.join(error.split()))}", file=sys.stderr)

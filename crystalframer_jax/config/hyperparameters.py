@@ -243,6 +243,8 @@ class TrainConfig(ModelKeys, PredictionKeys):
     # longest time between checkpoints, also within an epoch
     checkpoint_minutes: float = key(2.0, ">0", change=ALWAYS, official=False)
     ensemble_size: int = key(1, ">0", most=1000, official=False)  # models to train, with the seeds seed, seed + 1, ...
+    # what predictions of an ensemble are, over its models
+    ensemble_combine: str = key("median", values=("median", "mean"), change=ALWAYS, official=False)
 
     @functools.cached_property
     def model(self) -> ModelConfig:

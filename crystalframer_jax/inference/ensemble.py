@@ -74,32 +74,36 @@ class Ensemble:
     def predict(
         self, structures: Iterable[Any] | Any, num_frame_samples: int | None = None, progress: bool = False
     ) -> np.ndarray:
-        """Predicts the mean over the members [B, T] in label units; arguments and errors as for `Predictor.predict`."""
-        return self.predict_with_spread(structures, num_frame_samples, progress).mean
+        """Predicts the median, or mean (`ensemble_combine`), over the members [B, T] in label units.
+
+        Arguments and errors as for `Predictor.predict`.
+        """
+        return self.predict_with_spread(structures, num_frame_samples, progress).value
 
     def predict_with_spread(
         self, structures: Iterable[Any] | Any, num_frame_samples: int | None = None, progress: bool = False
     ) -> Predictions:
-        """Predicts as `predict`, with the standard deviation over the members: mean and spread, both [B, T]."""
+        """Predicts as `predict`, with the standard deviation over the members: value and spread, both [B, T]."""
 
         def predict(crystals: list[Crystal]) -> Predictions:
             tables = {cutoff: table_of(crystals, cutoff) for cutoff in {member.cutoff for member in self.members}}
             samples = [
-                member.predict_all(tables[member.cutoff], num_frame_samples, progress, f"model {name}").mean
+                member.predict_all(tables[member.cutoff], num_frame_samples, progress, f"model {name}").value
                 for name, member in zip(self.names, self.members, strict=True)
             ]
-            return Predictions.over(np.stack(samples))
+            return Predictions.over(np.stack(samples), self.config.ensemble_combine)
 
         return predict_usable(self, structures, predict)
 
     def predict_dataset(self, dataset: Dataset, rows: np.ndarray, num_frame_samples: int | None = None) -> Predictions:
-        """Predicts mean and spread for rows of a data set whose neighbor rows have the cutoff of all members."""
-        return Predictions.over(self.predict_members(dataset, rows, num_frame_samples))
+        """Predicts value and spread for rows of a data set whose neighbor rows have the cutoff of all members."""
+        samples = self.predict_members(dataset, rows, num_frame_samples)
+        return Predictions.over(samples, self.config.ensemble_combine)
 
     def predict_members(self, dataset: Dataset, rows: np.ndarray, num_frame_samples: int | None = None) -> np.ndarray:
         """Predicts them with every member, [M, C, T]."""
         _ = self.cutoff  # raises if there is none
-        return np.stack([member.predict_dataset(dataset, rows, num_frame_samples).mean for member in self.members])
+        return np.stack([member.predict_dataset(dataset, rows, num_frame_samples).value for member in self.members])
 
     def spread_over(self, num_frame_samples: int | None = None) -> str:
         """Tells what the spread of predictions is over: "3 models"."""
@@ -163,16 +167,16 @@ def ensemble_summary(ensemble: Ensemble, dataset: Dataset, folder: str | Path) -
         indices = dataset.splits[split]
         labels = dataset.labels[indices]
         samples = ensemble.predict_members(dataset, indices)
-        mean, spread = Predictions.over(samples)
+        value, spread = Predictions.over(samples, ensemble.config.ensemble_combine)
         baseline = metrics.mean_predictor_errors(labels, targets, train_labels)
-        errors = metrics.with_baseline(metrics.regression_metrics(mean, labels, targets), baseline, targets)
+        errors = metrics.with_baseline(metrics.regression_metrics(value, labels, targets), baseline, targets)
         for t, s in enumerate(targets):
             errors[s.name]["mean_std"] = float(spread[:, t].mean())
         if split == "test":
-            write_split(folder, dataset, split, mean, targets, not_written, spread)
+            write_split(folder, dataset, split, value, targets, not_written, spread)
             figure = folder / "calibration_test.png"
             with reporting(figure, not_written):
-                _, found = plot_calibration(figure, labels, mean, spread, targets)
+                _, found = plot_calibration(figure, labels, value, spread, targets)
                 for name, numbers in found.items():
                     errors[name]["miscalibration_area"] = numbers["miscalibration_area"]
         summary["mean_predictor_mae"][split] = baseline

@@ -26,13 +26,17 @@ AHEAD = 2  # batches that are packed before their turn
 class Predictions(NamedTuple):
     """Predictions in label units, in the order of the crystals."""
 
-    mean: np.ndarray  # [C, T] over the draws of frames, or the models of an ensemble
+    value: np.ndarray  # [C, T] mean over the draws of frames, or median or mean over the models of an ensemble
     spread: np.ndarray  # [C, T] standard deviation over them; 0 if there is one
 
     @classmethod
-    def over(cls, samples: np.ndarray) -> "Predictions":
-        """Takes mean and standard deviation (of a sample: divisor S - 1) over the first axis of [S, C, T]."""
-        return cls(samples.mean(axis=0), samples.std(axis=0, ddof=min(1, len(samples) - 1)))
+    def over(cls, samples: np.ndarray, combine: str = "mean") -> "Predictions":
+        """Takes mean or median, and standard deviation (of a sample: divisor S - 1), over the first axis of [S, C, T].
+
+        The median of an even number is the mean of the two in the middle.
+        """
+        value = np.median(samples, axis=0) if combine == "median" else samples.mean(axis=0)
+        return cls(value, samples.std(axis=0, ddof=min(1, len(samples) - 1)))
 
 
 def frame_draws(config: TrainConfig, num_frame_samples: int | None = None) -> int:

@@ -114,12 +114,12 @@ class Predictor:
         first structure that cannot be used; one among others of its file is a warning and a row of NaN instead. A
         PredictionWarning tells of crystals unlike all of the training set, see `inference.doubts`.
         """
-        return self.predict_with_spread(structures, num_frame_samples, progress).mean
+        return self.predict_with_spread(structures, num_frame_samples, progress).value
 
     def predict_with_spread(
         self, structures: Iterable[Any] | Any, num_frame_samples: int | None = None, progress: bool = False
     ) -> Predictions:
-        """Predicts as `predict`, with the standard deviation over the draws of frames: mean and spread, both [B, T]."""
+        """Predicts as `predict`, with the standard deviation over draws of frames: value and spread, both [B, T]."""
 
         def predict(crystals: list[Crystal]) -> Predictions:
             return self.predict_all(table_of(crystals, self.cutoff), num_frame_samples, progress)

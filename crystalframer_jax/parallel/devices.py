@@ -82,8 +82,8 @@ class Devices:
 
         Of the arguments whose numbers are in `split` every device gets its own part (see `put`), of others the whole
         (see `replicate`). The results are parts as well if it `splits_result`, else the same on all devices. `static`
-        are names of keyword arguments, `donate` numbers of arguments that are consumed, as in jax.jit. What `runs_often`
-        is compiled with the options that suit the machine; JAX takes such a function in no other one.
+        are names of keyword arguments, `donate` numbers of arguments that are consumed, as in jax.jit. What
+        `runs_often` is compiled with the options that suit the machine; JAX takes such a function in no other one.
         """
         options: dict[str, Any] = {"static_argnames": static, "donate_argnums": donate}
         if runs_often and jax.default_backend() == "cpu" and not jax.config.read("jax_disable_most_optimizations"):

@@ -73,7 +73,7 @@ class Evaluator:
             num_frame_samples,
             self.batches.device_table,
             self.batches.devices,
-        ).mean
+        ).value
 
     def _groups(self, rows: np.ndarray) -> Iterator[np.ndarray]:
         """Makes batches of crystals, and reports each."""

@@ -36,6 +36,7 @@ REFUSED = {
     "lr_sch": "polynomial",
     "loss_func": "huber",
     "ties": "first",
+    "ensemble_combine": "mode",
     "normalize_targets": "min_max",
 }
 CRYSTALFORMER = {"value_pe_angle_real": 0}

@@ -247,5 +247,5 @@ def test_nothing_is_imported_by_extended_xyz(tmp_path):
     (tmp_path / "set.extxyz").write_text(f"1\n{comment}\nNa 0 0 0\n")
     (found,) = custom_source(tmp_path / "set.extxyz", CustomData(targets=("e",))).records()
     assert found.crystal(4.0).formula == "Na"
-    (crystal,), errors = predict.read_all([str(tmp_path / "set.extxyz")])
-    assert (crystal.formula, errors) == ("Na", [])
+    (read,), errors = predict.read_all([str(tmp_path / "set.extxyz")])
+    assert (read.crystal.formula, errors) == ("Na", [])

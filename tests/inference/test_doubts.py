@@ -212,7 +212,7 @@ def test_errors_of_logarithms_are_in_label_units(logarithms):
     labels = run.dataset.labels[rows, 0]
     logs = np.log10(run.dataset.labels[run.batches.indices, 0])
     assert (run.statistics[0].mean, run.statistics[0].std) == pytest.approx((logs.mean(), logs.std()))
-    predictions = Predictor.load(run.workdir).predict_dataset(run.dataset, rows).mean[:, 0]
+    predictions = Predictor.load(run.workdir).predict_dataset(run.dataset, rows).value[:, 0]
     assert (predictions > 0).all()
     error = np.abs(predictions - labels).mean()
     assert summary["mae"][summary["selected_weights"]]["test"]["e_form"] == pytest.approx(error, rel=1e-5)

@@ -23,7 +23,7 @@ from crystalframer_jax.cli.predict import predict_main
 from crystalframer_jax.config import ConfigError, validate
 from crystalframer_jax.files import write_json
 from crystalframer_jax.inference.ensemble import ensemble_summary, load_model
-from crystalframer_jax.inference.evaluation import groups_of
+from crystalframer_jax.inference.evaluation import Predictions, groups_of
 from crystalframer_jax.inference.forward import working_precision
 from crystalframer_jax.inference.predictor import stored_fields
 from crystalframer_jax.reporting.summary import ensemble_text
@@ -64,10 +64,20 @@ def crystals():
     return [random_crystal(rng, n) for n in (3, 8, 1, 12, 5)]
 
 
-def mean_and_deviation(samples: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Over models, by definition, with the divisor M - 1."""
-    mean = sum(samples) / len(samples)
-    return mean, np.sqrt(sum((sample - mean) ** 2 for sample in samples) / (len(samples) - 1))
+def median_and_deviation(samples: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Median and deviation over models, by definition, with the divisor M - 1."""
+    mean, ordered, half = sum(samples) / len(samples), np.sort(samples, axis=0), len(samples) // 2
+    median = ordered[half] if len(samples) % 2 else (ordered[half - 1] + ordered[half]) / 2
+    return median, np.sqrt(sum((sample - mean) ** 2 for sample in samples) / (len(samples) - 1))
+
+
+def test_models_are_combined_by_the_median_or_the_mean():
+    samples = np.array([[[1.0]], [[2.0]], [[9.0]], [[4.0]]])
+    assert Predictions.over(samples, "median").value == 3 and Predictions.over(samples[:3], "median").value == 2
+    assert Predictions.over(samples, "mean").value == Predictions.over(samples).value == 4
+    assert (
+        Predictions.over(samples, "median").spread == Predictions.over(samples).spread == np.std([1, 2, 9, 4], ddof=1)
+    )
 
 
 def one_line(error: pytest.ExceptionInfo) -> str:
@@ -111,25 +121,25 @@ def run_of_two_targets(folder) -> Path:
 
 def test_mean_and_standard_deviation_over_the_members(members, crystals):
     ensemble = Ensemble(members)
-    mean, deviation = mean_and_deviation([member.predict(crystals) for member in members])
+    mean, deviation = median_and_deviation([member.predict(crystals) for member in members])
     assert mean.shape == (5, 1) and deviation.min() > 1e-2
     found = ensemble.predict_with_spread(crystals)
-    np.testing.assert_allclose(found.mean, mean, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(found.value, mean, rtol=0, atol=1e-6)
     np.testing.assert_allclose(found.spread, deviation, rtol=0, atol=1e-6)
-    np.testing.assert_array_equal(ensemble.predict(crystals), found.mean)
+    np.testing.assert_array_equal(ensemble.predict(crystals), found.value)
     assert ensemble.predict([]).shape == (0, 1)
     assert (ensemble.targets, ensemble.cutoff) == ((E_FORM,), 4.0)
 
 
 def test_the_order_of_the_members_does_not_matter(members, crystals):
     found, turned = (Ensemble(m).predict_with_spread(crystals) for m in (members, members[1:] + members[:1]))
-    np.testing.assert_allclose(turned.mean, found.mean, rtol=1e-12)
+    np.testing.assert_allclose(turned.value, found.value, rtol=1e-12)
     np.testing.assert_allclose(turned.spread, found.spread, rtol=1e-12)
 
 
 def test_an_ensemble_of_one_is_its_model(members, crystals):
     found = Ensemble(members[:1]).predict_with_spread(crystals)
-    np.testing.assert_array_equal(found.mean, members[0].predict(crystals))
+    np.testing.assert_array_equal(found.value, members[0].predict(crystals))
     np.testing.assert_array_equal(found.spread, np.zeros((5, 1)))
 
 
@@ -137,9 +147,9 @@ def test_drawn_frames_are_averaged_inside_each_member(folder, crystals):
     """Rock salt has ties; the spread is over the means of the members."""
     members = [model(folder, seed, num_frame_samples=2) for seed in range(2)]
     means = [member.predict_with_spread([NACL, *crystals], 4) for member in members]
-    mean, deviation = mean_and_deviation([found.mean for found in means])
+    mean, deviation = median_and_deviation([found.value for found in means])
     found = Ensemble(members).predict_with_spread([NACL, *crystals], 4)
-    np.testing.assert_allclose(found.mean, mean, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(found.value, mean, rtol=0, atol=1e-6)
     np.testing.assert_allclose(found.spread, deviation, rtol=0, atol=1e-6)
     with pytest.raises(ConfigError, match="num_frame_samples=0"):
         Ensemble(members).predict(NACL, 0)
@@ -154,7 +164,7 @@ def test_members_with_different_radii_and_targets_of_batches(folder, crystals, m
         model(folder, 2, frame_method="lattice"),
         model(folder, 3, domain="multihead", **frameless),
     ]
-    mean, deviation = mean_and_deviation([member.predict(crystals) for member in members])
+    mean, deviation = median_and_deviation([member.predict(crystals) for member in members])
     radii = []
     search = table_module.neighbor_rows
 
@@ -166,7 +176,7 @@ def test_members_with_different_radii_and_targets_of_batches(folder, crystals, m
     ensemble = Ensemble(members)
     found = ensemble.predict_with_spread(crystals)
     assert sorted(radii) == [4.0] * 5 + [5.0] * 5
-    np.testing.assert_allclose(found.mean, mean, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(found.value, mean, rtol=0, atol=1e-6)
     np.testing.assert_allclose(found.spread, deviation, rtol=0, atol=1e-6)
     with pytest.raises(ConfigError) as error:
         ensemble.predict_dataset(open_tiny(members[0].config), np.arange(5))
@@ -188,11 +198,11 @@ def test_one_table_serves_members_that_need_different_parts(folder):
     samples = ensemble.predict_members(dataset, indices)
     assert samples.shape == (4, 6, 1)
     for member, sample in zip(members, samples, strict=True):
-        expected = member.predict_table(dataset.table, groups_of(indices, 4), member.parts).mean
+        expected = member.predict_table(dataset.table, groups_of(indices, 4), member.parts).value
         np.testing.assert_allclose(sample, expected, rtol=0, atol=1e-6)
     found = ensemble.predict_dataset(dataset, indices)
-    mean, deviation = mean_and_deviation(list(samples))
-    np.testing.assert_allclose(found.mean, mean, rtol=1e-12)
+    mean, deviation = median_and_deviation(list(samples))
+    np.testing.assert_allclose(found.value, mean, rtol=1e-12)
     np.testing.assert_allclose(found.spread, deviation, rtol=1e-12)
 
 
@@ -270,17 +280,17 @@ def test_the_summary_of_an_ensemble(folder, run):
     header, *rows = read_csv(workdir / "predictions_test.csv")
     assert header == ["id", "target", "prediction", "spread"]
     assert [row[0] for row in rows] == [raw_records(60)[row]["id"] for row in test]
-    labels, mean, spread = np.array([row[1:] for row in rows], float).T
+    labels, value, spread = np.array([row[1:] for row in rows], float).T
     assert labels.tolist() == energies[test].tolist()
     batches = groups_of(dataset.splits["test"], 16)
-    alone = [member.predict_table(dataset.table, batches, member.parts).mean[:, 0] for member in ensemble.members]
-    np.testing.assert_allclose(mean, sum(alone) / 3, rtol=0, atol=1e-6)
-    np.testing.assert_allclose(spread, mean_and_deviation(alone)[1], rtol=0, atol=1e-6)
+    alone = [member.predict_table(dataset.table, batches, member.parts).value[:, 0] for member in ensemble.members]
+    np.testing.assert_allclose(value, np.median(alone, axis=0), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(spread, median_and_deviation(alone)[1], rtol=0, atol=1e-6)
 
     found = summary["test"]["e_form"]
-    assert found["mae"] == pytest.approx(np.abs(mean - labels).mean(), rel=1e-12)
-    assert found["rmse"] == pytest.approx(math.sqrt(((mean - labels) ** 2).mean()), rel=1e-12)
-    assert found["r2"] == pytest.approx(1 - ((mean - labels) ** 2).mean() / labels.var(), rel=1e-12)
+    assert found["mae"] == pytest.approx(np.abs(value - labels).mean(), rel=1e-12)
+    assert found["rmse"] == pytest.approx(math.sqrt(((value - labels) ** 2).mean()), rel=1e-12)
+    assert found["r2"] == pytest.approx(1 - ((value - labels) ** 2).mean() / labels.var(), rel=1e-12)
     assert found["mean_std"] == pytest.approx(spread.mean(), rel=1e-12) and found["unit"] == "eV/atom"
     baseline = np.abs(energies[train].mean() - labels).mean()
     assert found["mean_predictor_mae"] == pytest.approx(baseline, rel=1e-12)
@@ -291,7 +301,7 @@ def test_the_summary_of_an_ensemble(folder, run):
         assert (member["run"], member["weights"]) == (f"member_{number}", "last")
         assert member["test"]["e_form"] == pytest.approx(error, abs=1e-6)
         assert member["val"].keys() == {"e_form"}
-    assert found["mae"] <= max(errors)  # the mean of predictions is at least as good as the worst
+    assert found["mae"] <= np.abs(alone - labels).max(axis=0).mean()
     assert figure(workdir / "parity_test.png") and figure(workdir / "calibration_test.png")
 
     text = ensemble_text(summary).splitlines()
@@ -331,7 +341,7 @@ def cells(text: str, label: str) -> list[list[str]]:
 def test_predicting_with_an_ensemble(run, members, capsys, tmp_path):
     output = tmp_path / "out" / "predictions.csv"
     assert predict_main([str(run), NACL, SILICON, f"--output={output}"]) == 0
-    mean, deviation = mean_and_deviation([member.predict([NACL, SILICON]) for member in members])
+    mean, deviation = median_and_deviation([member.predict([NACL, SILICON]) for member in members])
     text = capsys.readouterr().out
     header = ["structure", "formula", "atoms", "e_form (eV/atom)", "e_form std over 3 models (eV/atom)"]
     assert cells(text, "structure") == [header]
@@ -413,7 +423,7 @@ def test_evaluating_members_of_different_radii_is_an_error_of_one_line(folder, m
 
 def test_no_figure_of_predictions_that_are_not_finite(run, folder, capsys, monkeypatch):
     predict = Ensemble.predict_dataset
-    broken = lambda *args: (lambda found: found._replace(mean=found.mean * np.nan))(predict(*args))  # noqa: E731
+    broken = lambda *args: (lambda found: found._replace(value=found.value * np.nan))(predict(*args))  # noqa: E731
     monkeypatch.setattr(Ensemble, "predict_dataset", broken)
     with pytest.raises(SystemExit, match=r"error: .*x\.png is not drawn: 6 of 6 predictions are not finite"):
         evaluate_main([str(run), f"--plot={folder / 'x.png'}"])
@@ -434,7 +444,7 @@ def test_an_ensemble_is_trained_member_by_member_and_continues(folder, capsys, m
     ensemble, dataset = Ensemble.load(folder / "trained"), open_tiny(config)
     indices = dataset.splits["test"]
     predictions = ensemble.predict_dataset(dataset, indices)
-    errors = np.abs(predictions.mean - dataset.labels[indices])[:, 0]
+    errors = np.abs(predictions.value - dataset.labels[indices])[:, 0]
     assert summary["test"]["e_form"]["mae"] == pytest.approx(errors.mean(), rel=1e-5)
     assert summary["test"]["e_form"]["mean_std"] == pytest.approx(predictions.spread.mean(), rel=1e-4)
     assert predictions.spread.min() > 0

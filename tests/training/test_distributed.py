@@ -300,9 +300,9 @@ def test_predictions_by_all_devices_come_in_the_order_of_the_crystals(on_one, fo
     monkeypatch.setattr(evaluation, "MAX_BATCH_CRYSTALS", 4)
     for samples, (mean, spread) in expected.items():
         found = predictor.predict_with_spread(crystals, samples)
-        np.testing.assert_allclose(found.mean, mean, rtol=1e-9)
+        np.testing.assert_allclose(found.value, mean, rtol=1e-9)
         np.testing.assert_allclose(found.spread, spread, rtol=1e-6, atol=1e-12)
-    np.testing.assert_allclose(predictor.predict(crystals[:3]), expected[1].mean[:3], rtol=1e-9)
+    np.testing.assert_allclose(predictor.predict(crystals[:3]), expected[1].value[:3], rtol=1e-9)
 
 
 def test_shapes_for_several_devices_hold_all_their_shares(folder):

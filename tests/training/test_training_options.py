@@ -92,7 +92,7 @@ def train_into_the_second_epoch(config, workdir: Path, monkeypatch) -> None:
 def errors_on_test(predictor: Predictor, dataset) -> dict[str, float]:
     indices = dataset.splits["test"]
     predictions = predictor.predict_table(dataset.table, groups_of(indices, 16), predictor.parts)
-    return mean_absolute_errors(predictions.mean, dataset.labels[indices], predictor.targets)
+    return mean_absolute_errors(predictions.value, dataset.labels[indices], predictor.targets)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -223,7 +223,7 @@ def test_training_on_a_part_of_the_data(folder):
     predictor = Predictor.load(folder / "part" / "checkpoints" / str(3 * run.batches.steps_per_epoch))
     last = read_metrics(folder / "part")[-1]
     val = dataset.splits["val"][:4]  # one of two batches
-    errors = predictor.predict_table(dataset.table, [val], predictor.parts).mean - dataset.labels[val]
+    errors = predictor.predict_table(dataset.table, [val], predictor.parts).value - dataset.labels[val]
     assert last["val_mae"]["e_form"] == pytest.approx(np.abs(errors).mean(), rel=1e-5)
     assert last["val_loss"] == pytest.approx(np.mean(errors**2) / predictor.targets[0].std ** 2, rel=1e-5)
     assert first["loss"] > 0
@@ -251,8 +251,8 @@ def test_fine_tuning_starts_from_the_predictions_of_the_old_run(runs, folder):
     new = Predictor(validate(config), weights, other_units)
     indices = open_tiny(config).splits["test"]
     table = open_tiny(config).table
-    expected = old.predict_table(table, [indices], old.parts).mean
-    np.testing.assert_allclose(new.predict_table(table, [indices], old.parts).mean, expected, rtol=1e-5, atol=1e-5)
+    expected = old.predict_table(table, [indices], old.parts).value
+    np.testing.assert_allclose(new.predict_table(table, [indices], old.parts).value, expected, rtol=1e-5, atol=1e-5)
     assert np.std(expected) > 1e-3
     assert int(state.step) == 0
 
