@@ -12,7 +12,8 @@ from pathlib import Path
 PROGRAMS = Path(__file__).parents[1] / ".pytest_cache" / "programs"
 MOST_BYTES = 2 * 10**9
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters")
+flags = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters --xla_force_host_platform_device_count=1"
+os.environ.setdefault("XLA_FLAGS", flags)  # one device: users have one for each core
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(PROGRAMS))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("CRYSTALFRAMER_COMPILATION_CACHE", "off")  # the user's folder is left alone

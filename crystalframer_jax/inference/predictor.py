@@ -26,6 +26,7 @@ from crystalframer_jax.inference.doubts import PredictionWarning, doubts, summar
 from crystalframer_jax.inference.evaluation import Predictions, frame_draws, groups_by_atoms, groups_of, predict_rows
 from crystalframer_jax.inference.forward import Forward, make_forward, working_precision
 from crystalframer_jax.model.regressor import CrystalFramer
+from crystalframer_jax.parallel.cores import use_cores
 from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices, Tree
 from crystalframer_jax.runs.checkpoints import FOLDER, MODEL_FIELDS, CheckpointError, Checkpoints, on_this_device
 from crystalframer_jax.runs.metadata import checked
@@ -79,6 +80,7 @@ class Predictor:
 
         Raises CheckpointError if there is no such model.
         """
+        use_cores()
         workdir, step = run_and_step(run_dir)
         if step is not None and weights == "best":
             raise CheckpointError(

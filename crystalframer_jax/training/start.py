@@ -15,6 +15,7 @@ from crystalframer_jax.files import locked, write_json
 from crystalframer_jax.inference.compilation import keep_compiled_programs
 from crystalframer_jax.inference.ensemble import Ensemble, ensemble_summary, is_ensemble, member_names
 from crystalframer_jax.inference.forward import working_precision
+from crystalframer_jax.parallel.cores import use_cores
 from crystalframer_jax.parallel.devices import Devices
 from crystalframer_jax.parallel.interruption import Interruption
 from crystalframer_jax.parallel.processes import is_first_process, json_from_first_process
@@ -47,6 +48,7 @@ def train(
     if not str(workdir):
         raise ConfigError("the workdir is empty; name the directory of the run")
     workdir, options, interruption = Path(workdir), options or Options(), interruption or Interruption()
+    use_cores()
     devices = Devices.of_all_processes(config.num_devices)
     keep_compiled_programs()
     with interruption.listening(), contextlib.ExitStack() as stack:

@@ -151,7 +151,7 @@ def test_a_finished_training_is_reported_again(run, environment):
 
 def test_other_hyperparameters_in_the_same_directory_are_refused(run, environment):
     process = script(environment, "train", *run.arguments, "--config.lr=0.1")
-    assert_one_error(process, "lr 0.0005 -> 0.1", str(run.workdir))
+    assert_one_error(process, "lr 0.003 -> 0.1", str(run.workdir))
 
 
 WRONG = {  # what the error names by the arguments
