@@ -111,7 +111,7 @@ def test_layouts_of_json(tmp_path, name, packed):
         volumes = [abs(np.linalg.det(lattice)) for lattice in (crystal.lattice, original["lattice"])]
         np.testing.assert_allclose(*volumes, rtol=1e-6)
     crystals, errors = read_all([str(file)])
-    assert [crystal.id for crystal in crystals] == ids and not errors
+    assert [read.crystal.id for read in crystals] == ids and not errors
 
 
 @pytest.mark.parametrize(
@@ -257,10 +257,10 @@ def test_archives_of_other_kinds(tmp_path):
     with pytest.raises(DataError, match=r"no table of labels in it; add id_prop.csv"):
         custom_source(zipped(tmp_path / "set.zip", table=""), CustomData())
     crystals, errors = read_all([str(tmp_path / "set.zip")])
-    assert [crystal.id for crystal in crystals] == [f"{id}.cif" for id in sorted(IDS)] and not errors
+    assert [read.crystal.id for read in crystals] == [f"{id}.cif" for id in sorted(IDS)] and not errors
     zipped(tmp_path / "set.zip", **{"POSCAR_Si": "x\n1\n3 0 0\n0 3 0\n0 0 3\nSi\n1\nDirect\n0 0 0\n", "z.cif": "no"})
     crystals, errors = read_all([str(tmp_path / "set.zip")])
-    assert [crystal.id for crystal in crystals if crystal.formula == "Si"] == ["POSCAR_Si"]
+    assert [read.crystal.id for read in crystals if read.crystal.formula == "Si"] == ["POSCAR_Si"]
     assert len(crystals) == 13 and len(errors) == 1 and "z.cif" in errors[0]
 
 
@@ -367,7 +367,7 @@ def test_files_of_ase(tmp_path, write, name):
         np.testing.assert_allclose(crystal.positions, atoms(original).positions, atol=1e-12)
         np.testing.assert_allclose(crystal.lattice, original["lattice"], atol=1e-12)
     crystals, errors = read_all([str(file)])
-    assert [crystal.id for crystal in crystals] == IDS and not errors
+    assert [read.crystal.id for read in crystals] == IDS and not errors
     assert file.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == [name]
 
 

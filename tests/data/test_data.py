@@ -35,7 +35,7 @@ from crystalframer_jax.data.datasets import open_dataset
 from crystalframer_jax.data.prepare import Preparation
 from crystalframer_jax.data.records import DataError, parse_label
 from crystalframer_jax.data.registry import TARGET_SETS
-from crystalframer_jax.data.splits import given_split, random_split, record_hash, split_by_group
+from crystalframer_jax.data.splits import differences, given_split, random_split, record_hash, split_by_group
 from crystalframer_jax.data.store import Dataset, load_dataset
 from crystalframer_jax.data.structures import from_dict
 from crystalframer_jax.structures.crystal import Crystal, CrystalError
@@ -148,8 +148,29 @@ OFFICIAL = {name: known.official_splits for name, known in TARGET_SETS.items() i
 
 
 def test_the_twelve_targets_of_the_paper_have_official_splits():
-    assert sum(len(TARGET_SETS[name].targets) for name in OFFICIAL) == 12
-    assert all(set(splits) == {"train", "val", "test"} for splits in OFFICIAL.values())
+    of_paper = [name for name in OFFICIAL if name.startswith("jarvis__")]
+    assert sum(len(TARGET_SETS[name].targets) for name in of_paper) == 12
+    assert all(set(OFFICIAL[name]) == {"train", "val", "test"} for name in of_paper)
+
+
+def test_every_crystal_of_matbench_phonons_is_tested_once():
+    """The test crystals of each fold are the official ones: their checksum is that of the official list."""
+    tested, validated = [], []
+    for fold in range(5):
+        known = TARGET_SETS[f"matbench_phonons-fold_{fold}"]
+        records = list(known.source.open(known.targets).records())
+        assert all(record.labels[0] > 50 for record in records)
+        rows = {
+            name: np.array([i for i, r in enumerate(records) if r.split == name]) for name in ("train", "val", "test")
+        }
+        facts, ids = known.official_splits["test"], [record.id for record in records]
+        assert not differences(rows, ids, known.official_splits) and facts.count == 253
+        tested += rows["test"].tolist()
+        validated.append({*rows["val"]})
+        assert 80 < len(rows["val"]) < 130 and len(rows["train"]) + len(rows["val"]) == 1012
+    assert sorted(tested) == list(range(1265))
+    common = set.intersection(*({*validated[i]} | {*tested[253 * i : 253 * (i + 1)]} for i in range(5)))
+    assert common == set.union(*validated)  # whoever validates does so wherever it is not tested
 
 
 @pytest.mark.parametrize("name", ["jarvis__dft_3d_2021", "jarvis__megnet", "jarvis__oqmd_3d"])

@@ -167,8 +167,8 @@ def _read(file: Path) -> tuple[int, int]:
 
     if not file.is_dir():  # sets are predicted too
         crystals, errors = read_all([file], [6.93])
-        for crystal in crystals:
-            assert crystal.formula
+        for read in crystals:
+            assert read.crystal.formula
         if not file.name.startswith("set"):
             return len(crystals), len(errors)
     source = custom_source(file, CustomData(split_column="split"))

@@ -1,0 +1,102 @@
+"""Models of the package, by name."""
+
+import json
+
+import numpy as np
+import pytest
+from support import EXAMPLES
+from tiny import tiny_config, tiny_runs
+
+from crystalframer_jax.cli.predict import predict_main
+from crystalframer_jax.inference import shipped
+from crystalframer_jax.inference.predictor import Predictor
+from crystalframer_jax.runs.checkpoints import CheckpointError, Checkpoints
+from crystalframer_jax.training.start import train
+
+NACL = EXAMPLES / "NaCl.cif"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shipped")
+    with tiny_runs():
+        train(tiny_config(folder / "data", n_epochs=1, swa_epochs=0, element_references=True), folder / "run")
+        yield folder / "run"
+
+
+@pytest.fixture
+def models(run, tmp_path, monkeypatch):
+    """A folder of models with one, "tiny", which is that of the run."""
+    predictor = Predictor.load(run)
+    meta = Checkpoints(run).meta(predictor.step) | {"step": predictor.step}
+    checksum = shipped.write_model(tmp_path / "tiny.npz", predictor.variables, predictor.config, meta)
+    entry = {
+        "file": "tiny.npz",
+        "sha256": checksum,
+        "version": 3,
+        "card": {"data": "sixty crystals", "not for": "much"},
+    }
+    (tmp_path / "index.json").write_text(json.dumps({"tiny": entry}))
+    monkeypatch.setattr(shipped, "_folder", lambda: tmp_path)
+    return tmp_path
+
+
+def test_a_model_by_name_is_that_of_its_run(run, models, capsys):
+    own, found = Predictor.load(run), Predictor.load("tiny")
+    assert shipped.model_names() == ["tiny"]
+    assert (found.targets, found.coverage, found.data_digest, found.step) == (
+        own.targets, own.coverage, own.data_digest, own.step,
+    )  # fmt: skip
+    np.testing.assert_array_equal(found.predict(NACL), own.predict(NACL))
+    assert found.card.splitlines() == ["tiny, version 3", "data     sixty crystals", "not for  much"]
+    assert found.config.data_dir == "" and "tiny" in found.origin and own.card == ""
+    assert predict_main(["tiny", str(NACL)]) == 0
+    assert f"{own.predict(NACL)[0, 0]:.4f}" in capsys.readouterr().out
+
+
+def test_a_directory_of_that_name_comes_first(models, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()
+    with pytest.raises(CheckpointError, match="tiny has no checkpoints folder"):
+        Predictor.load("tiny")
+
+
+@pytest.mark.parametrize("content", [None, b"", "flipped"])
+def test_a_file_that_is_not_the_one_that_was_shipped(models, content):
+    file = models / "tiny.npz"
+    if content is None:
+        file.unlink()
+    else:
+        whole = bytearray(file.read_bytes())
+        whole[1000] ^= 1
+        file.write_bytes(bytes(whole) if content == "flipped" else content)
+    with pytest.raises(
+        CheckpointError, match=r"tiny: .*tiny\.npz, a file of the package, is (damaged|missing); install"
+    ):
+        Predictor.load("tiny")
+
+
+def test_arrays_of_another_model(run, models):
+    predictor = Predictor.load(run)
+    variables = predictor.variables | {"params": {**predictor.variables["params"], "embedding": np.zeros((98, 3))}}
+    meta = Checkpoints(run).meta(predictor.step)
+    checksum = shipped.write_model(models / "tiny.npz", variables, predictor.config, meta)
+    index = json.loads((models / "index.json").read_text())
+    index["tiny"]["sha256"] = checksum
+    (models / "index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="another model than its configuration"):
+        Predictor.load("tiny")
+
+
+def test_there_is_one_set_of_weights(models):
+    with pytest.raises(CheckpointError, match="one set of weights"):
+        Predictor.load("tiny", "swa")
+
+
+def test_training_may_start_from_a_name(run, models, tmp_path):
+    config = tiny_config(run.parent / "data", n_epochs=1, swa_epochs=0, lr=1e-12, pretrained_model="tiny")
+    config.element_references = True
+    train(config, tmp_path / "tuned")
+    np.testing.assert_allclose(
+        Predictor.load(tmp_path / "tuned").predict(NACL), Predictor.load(run).predict(NACL), rtol=1e-4
+    )
