@@ -9,9 +9,9 @@ import jax
 import numpy as np
 
 from crystalframer_jax.batching.planning import best_sizes, exceeded_once, random_needs
-from crystalframer_jax.batching.table import CrystalTable
+from crystalframer_jax.batching.table import CrystalTable, edges_and_atoms
 from crystalframer_jax.config import NO_PARTS, BatchParts, ConfigError
-from crystalframer_jax.parallel.devices import share_out
+from crystalframer_jax.parallel.devices import Shares
 
 CELL_BLOCK = 8  # the length of cell rows is padded to a multiple of this
 ATOM_BLOCK = 32  # atoms are padded to multiples of this, the block size of the lattice sums
@@ -81,7 +81,7 @@ def plan_shapes(
     largest = np.sort(numbers, axis=0)[::-1][:crystals].sum(axis=0)
     blocks = np.array([ATOM_BLOCK, EDGE_BLOCK])
     drawn, trials = min(batch_size, len(numbers)), max(TRIALS[0], min(TRIALS[1], TRIALS[2] // batch_size))
-    needs = random_needs(numbers, drawn, trials, devices, share_out) if drawn else np.ones((1, 2))
+    needs = random_needs(numbers, drawn, trials, devices, Shares) if drawn else np.ones((1, 2))
     usual = np.minimum(exceeded_once(needs, batches), largest)
     last, largest = (blocks * np.ceil(np.maximum(x, 1) / blocks) for x in (usual, largest))
     found = best_sizes(np.minimum(needs, last), last, blocks, MOST_SHAPES)
@@ -101,7 +101,7 @@ class Shared(NamedTuple):
     """A batch that is shared out among devices."""
 
     rows: np.ndarray  # of the table
-    shares: list[np.ndarray]  # which of them every device gets
+    shares: Shares  # which of them every device gets
     shape: BatchShape  # that holds the largest share
 
 
@@ -124,24 +124,19 @@ def shared_out(
 
 def _shares(
     table: CrystalTable, rows: np.ndarray, devices: int, longest_row: int | None = None
-) -> tuple[list[np.ndarray], BatchShape]:
+) -> tuple[Shares, BatchShape]:
     """Shares crystals out; the shape holds the largest share and no more."""
-    sizes, edges = lengths_of(table.atom_offset, rows), lengths_of(table.edge_offset, rows)
+    sizes = table.sizes.take(rows)
+    shares = Shares(sizes, devices)
+    edges, atoms = edges_and_atoms(shares.loads)
     if longest_row is None:
         longest_row = int(np.asarray(table.count)[ranges_of(table.atom_offset, rows)].max(initial=1))
-    shares = share_out(edges, devices)
-    placed, owner = np.concatenate(shares), np.repeat(np.arange(devices), [len(share) for share in shares])
-
-    def most(numbers: np.ndarray) -> int:
-        """Returns the largest sum over a share."""
-        return int(np.bincount(owner, numbers[placed], minlength=devices).max())
-
     return shares, BatchShape(
-        num_atoms=most(sizes),
+        num_atoms=int(atoms.max()),
         row_length=longest_row,
-        num_crystals=max(len(share) for share in shares),
-        cell_length=int(sizes.max(initial=0)),
-        num_edges=most(edges),
+        num_crystals=-(-len(rows) // devices),
+        cell_length=int(edges_and_atoms(sizes)[1].max(initial=0)),
+        num_edges=int(edges.max()),
     )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from crystalframer_jax.batching.batch import Batch, Fill, fill_factors, pack
 from crystalframer_jax.batching.device_table import Chunk, DeviceTable, device_table_if_it_fits
 from crystalframer_jax.batching.shapes import BatchShape, Shared, plan_shapes, shared_out
+from crystalframer_jax.batching.table import edges_and_atoms
 from crystalframer_jax.config import NO_PARTS, BatchParts, ConfigError
 from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices
@@ -84,8 +85,8 @@ class TrainingBatches:
 
     def imbalance(self, batches: int = 8) -> float:
         """Returns the most neighbors of a device, divided by their mean over the devices; mean of the first batches."""
-        works, edges = map(self.shared, range(min(batches, len(self)))), self.dataset.table.num_edges
-        loads = [[edges[work.rows[share]].sum() for share in work.shares] for work in works]
+        works = map(self.shared, range(min(batches, len(self))))
+        loads = [edges_and_atoms(work.shares.loads)[0] for work in works]
         return float(np.mean(np.max(loads, axis=1) / np.mean(loads, axis=1)))
 
     def fill_factors(self, batches: int = 32) -> Fill:

@@ -8,7 +8,7 @@ from test_batch import table_of_sizes
 
 from crystalframer_jax.batching.planning import best_sizes, random_needs
 from crystalframer_jax.batching.shapes import MOST_SHAPES, plan_shapes, shared_out
-from crystalframer_jax.parallel.devices import share_out
+from crystalframer_jax.parallel.devices import Shares
 
 MANY = 10**6  # batches: a training so long that compiling costs nothing
 
@@ -43,10 +43,10 @@ def test_the_best_sizes_are_those_that_brute_force_finds(number):
 def test_random_needs_are_those_of_epochs():
     """Every crystal comes once in each; of several devices it is the one with most that counts."""
     numbers = np.stack([np.arange(1, 13), 10 * np.arange(1, 13)], axis=1)
-    needs = random_needs(numbers, 4, 5, 1, share_out)
+    needs = random_needs(numbers, 4, 5, 1, Shares)
     assert needs.shape == (6, 2) and needs.reshape(2, 3, 2).sum(axis=1).tolist() == [[78, 780]] * 2
-    np.testing.assert_array_equal(needs, random_needs(numbers, 4, 5, 1, share_out))
-    shared = random_needs(numbers, 4, 5, 2, share_out)
+    np.testing.assert_array_equal(needs, random_needs(numbers, 4, 5, 1, Shares))
+    shared = random_needs(numbers, 4, 5, 2, Shares)
     assert (shared >= needs / 2).all() and (shared < needs).all()
 
 

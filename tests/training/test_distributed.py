@@ -21,7 +21,7 @@ from crystalframer_jax.config import BatchParts, ConfigError, validate
 from crystalframer_jax.data.loader import TrainingBatches
 from crystalframer_jax.inference import evaluation
 from crystalframer_jax.inference.predictor import Predictor
-from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices, share_out, sum_in_order
+from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices, Shares, sum_in_order
 from crystalframer_jax.parallel.interruption import Interruption, TrainingInterrupted
 from crystalframer_jax.structures.neighbors import neighbor_rows
 from crystalframer_jax.training.errors import TrainingError
@@ -71,7 +71,7 @@ def test_shares_have_all_the_work_in_nearly_equal_parts():
     rng = np.random.default_rng(0)
     for number, pieces in itertools.product((2, 3, 8), (5, 8, 61, 256, 5000)):
         work = rng.lognormal(sigma=0.7, size=pieces)
-        shares = share_out(work, number)
+        shares = Shares(work, number)
         assert sorted(np.concatenate(shares)) == list(range(pieces))
         assert all(np.array_equal(share, np.sort(share)) for share in shares)
         sizes = [len(share) for share in shares]
@@ -79,8 +79,8 @@ def test_shares_have_all_the_work_in_nearly_equal_parts():
         if pieces >= 256:
             load = np.array([work[share].sum() for share in shares])
             assert load.max() / load.mean() < 1.02
-    assert [share.tolist() for share in share_out(np.array([2.0, 9, 1]), 1)] == [[0, 1, 2]]
-    assert [share.tolist() for share in share_out(np.array([2.0, 9, 1]), 4)] == [[1], [0], [2], []]
+    assert [share.tolist() for share in Shares(np.array([2.0, 9, 1]), 1)] == [[0, 1, 2]]
+    assert [share.tolist() for share in Shares(np.array([2.0, 9, 1]), 4)] == [[1], [0], [2], []]
 
 
 @pytest.mark.parametrize("count", COUNTS[1:])
