@@ -106,38 +106,39 @@ class Shared(NamedTuple):
 
 
 def shared_out(
-    table: CrystalTable,
-    rows: np.ndarray,
-    shapes: Sequence[BatchShape] | BatchParts,
-    devices: int = 1,
-    longest_row: int | None = None,
+    table: CrystalTable, rows: np.ndarray, shapes: Sequence[BatchShape] | BatchParts, devices: int = 1
 ) -> Shared:
     """Shares crystals out by their neighbors; the shape is the first of `shapes` that fits, or one with these parts.
 
-    With the `longest_row` of the table, which such shapes hold, the rows need not be looked at, one for each atom.
     Raises ValueError if none of the shapes fits.
     """
-    shares, needed = _shares(table, rows, devices, longest_row)
+    shares, needed = _shares(table, rows, devices)
     shape = _rounded(needed, shapes) if isinstance(shapes, BatchParts) else fitting_shape(needed, shapes)
     return Shared(rows, shares, shape)
 
 
-def _shares(
-    table: CrystalTable, rows: np.ndarray, devices: int, longest_row: int | None = None
-) -> tuple[Shares, BatchShape]:
+def shared_as_planned(rows: np.ndarray, sizes: np.ndarray, shapes: Sequence[BatchShape], devices: int) -> Shared:
+    """Shares crystals with `sizes` out likewise, among which there are none but those that the shapes are planned for.
+
+    These hold every row and cell, so that nothing need be looked up.
+    """
+    shares = Shares(sizes, devices)
+    return Shared(rows, shares, fitting_shape(_largest(shares, len(rows)), shapes))
+
+
+def _shares(table: CrystalTable, rows: np.ndarray, devices: int) -> tuple[Shares, BatchShape]:
     """Shares crystals out; the shape holds the largest share and no more."""
     sizes = table.sizes.take(rows)
     shares = Shares(sizes, devices)
+    row_length = int(np.asarray(table.count)[ranges_of(table.atom_offset, rows)].max(initial=1))
+    cell_length = int(edges_and_atoms(sizes)[1].max(initial=0))
+    return shares, dataclasses.replace(_largest(shares, len(rows)), row_length=row_length, cell_length=cell_length)
+
+
+def _largest(shares: Shares, crystals: int) -> BatchShape:
+    """Returns what the largest share of so many crystals needs, but for rows and cells."""
     edges, atoms = edges_and_atoms(shares.loads)
-    if longest_row is None:
-        longest_row = int(np.asarray(table.count)[ranges_of(table.atom_offset, rows)].max(initial=1))
-    return shares, BatchShape(
-        num_atoms=int(atoms.max()),
-        row_length=longest_row,
-        num_crystals=-(-len(rows) // devices),
-        cell_length=int(edges_and_atoms(sizes)[1].max(initial=0)),
-        num_edges=int(edges.max()),
-    )
+    return BatchShape(int(atoms.max()), 0, -(-crystals // len(shares)), num_edges=int(edges.max()))
 
 
 def request_shapes(

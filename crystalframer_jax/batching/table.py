@@ -50,7 +50,7 @@ class CrystalTable:
 
     @functools.cached_property
     def sizes(self) -> np.ndarray:
-        """Neighbors and atoms of each crystal in one number, [C] int64; sums hold those of both, see `edges_and_atoms`."""
+        """Neighbors and atoms of each crystal in one number, [C] int64; sums hold both sums, see `edges_and_atoms`."""
         return (self.num_edges.astype(np.int64) << ATOM_BITS) + self.num_atoms
 
     @property
