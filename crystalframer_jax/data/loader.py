@@ -80,7 +80,7 @@ class TrainingBatches:
         found, rows, sizes = self._order
         if found != epoch:
             rows = np.random.default_rng([self.seed, epoch]).permutation(self.indices)
-            sizes = self.dataset.table.sizes[rows]
+            sizes = self.dataset.table.sizes.take(rows)
             self._order = epoch, rows, sizes
         return rows, sizes
 

@@ -174,8 +174,9 @@ class Shares(Sequence[np.ndarray]):
         """Deals out work [n], none of it negative, to a number of devices."""
         rounds = -(-len(work) // number)
         self._order = _roughly_descending(work) if number > 1 else np.arange(len(work))  # [n] as they are dealt
-        amounts = np.zeros((rounds, number), work.dtype)
+        amounts = np.empty((rounds, number), work.dtype)
         np.take(work, self._order, out=amounts.reshape(-1)[: len(work)], mode="clip")
+        amounts.reshape(-1)[len(work) :] = 0
         single = ROUNDS if number > 1 else 0
         many = max(0, rounds - single)
         starts = [*range(0, many, max(1, -(-many // max(1, single)))), *range(many, rounds)]
