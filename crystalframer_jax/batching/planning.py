@@ -1,12 +1,12 @@
 """Chooses few sizes that hold random batches with little padding; a size is a number of atoms and one of neighbors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 QUANTILES = 32  # of each number, that sizes are chosen from
 
-Sharing = Callable[[np.ndarray, int], list[np.ndarray]]  # see parallel.devices.share_out
+Sharing = Callable[[np.ndarray, int], Sequence[np.ndarray]]  # see parallel.devices.Shares
 
 
 def random_needs(numbers: np.ndarray, batch_size: int, trials: int, devices: int, share_out: Sharing) -> np.ndarray:

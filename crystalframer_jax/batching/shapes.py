@@ -9,9 +9,9 @@ import jax
 import numpy as np
 
 from crystalframer_jax.batching.planning import best_sizes, exceeded_once, random_needs
-from crystalframer_jax.batching.table import CrystalTable
+from crystalframer_jax.batching.table import CrystalTable, edges_and_atoms
 from crystalframer_jax.config import NO_PARTS, BatchParts, ConfigError
-from crystalframer_jax.parallel.devices import share_out
+from crystalframer_jax.parallel.devices import Shares
 
 CELL_BLOCK = 8  # the length of cell rows is padded to a multiple of this
 ATOM_BLOCK = 32  # atoms are padded to multiples of this, the block size of the lattice sums
@@ -81,7 +81,7 @@ def plan_shapes(
     largest = np.sort(numbers, axis=0)[::-1][:crystals].sum(axis=0)
     blocks = np.array([ATOM_BLOCK, EDGE_BLOCK])
     drawn, trials = min(batch_size, len(numbers)), max(TRIALS[0], min(TRIALS[1], TRIALS[2] // batch_size))
-    needs = random_needs(numbers, drawn, trials, devices, share_out) if drawn else np.ones((1, 2))
+    needs = random_needs(numbers, drawn, trials, devices, Shares) if drawn else np.ones((1, 2))
     usual = np.minimum(exceeded_once(needs, batches), largest)
     last, largest = (blocks * np.ceil(np.maximum(x, 1) / blocks) for x in (usual, largest))
     found = best_sizes(np.minimum(needs, last), last, blocks, MOST_SHAPES)
@@ -101,48 +101,44 @@ class Shared(NamedTuple):
     """A batch that is shared out among devices."""
 
     rows: np.ndarray  # of the table
-    shares: list[np.ndarray]  # which of them every device gets
+    shares: Shares  # which of them every device gets
     shape: BatchShape  # that holds the largest share
 
 
 def shared_out(
-    table: CrystalTable,
-    rows: np.ndarray,
-    shapes: Sequence[BatchShape] | BatchParts,
-    devices: int = 1,
-    longest_row: int | None = None,
+    table: CrystalTable, rows: np.ndarray, shapes: Sequence[BatchShape] | BatchParts, devices: int = 1
 ) -> Shared:
     """Shares crystals out by their neighbors; the shape is the first of `shapes` that fits, or one with these parts.
 
-    With the `longest_row` of the table, which such shapes hold, the rows need not be looked at, one for each atom.
     Raises ValueError if none of the shapes fits.
     """
-    shares, needed = _shares(table, rows, devices, longest_row)
+    shares, needed = _shares(table, rows, devices)
     shape = _rounded(needed, shapes) if isinstance(shapes, BatchParts) else fitting_shape(needed, shapes)
     return Shared(rows, shares, shape)
 
 
-def _shares(
-    table: CrystalTable, rows: np.ndarray, devices: int, longest_row: int | None = None
-) -> tuple[list[np.ndarray], BatchShape]:
+def shared_as_planned(rows: np.ndarray, sizes: np.ndarray, shapes: Sequence[BatchShape], devices: int) -> Shared:
+    """Shares crystals with `sizes` out likewise, among which there are none but those that the shapes are planned for.
+
+    These hold every row and cell, so that nothing need be looked up.
+    """
+    shares = Shares(sizes, devices)
+    return Shared(rows, shares, fitting_shape(_largest(shares, len(rows)), shapes))
+
+
+def _shares(table: CrystalTable, rows: np.ndarray, devices: int) -> tuple[Shares, BatchShape]:
     """Shares crystals out; the shape holds the largest share and no more."""
-    sizes, edges = lengths_of(table.atom_offset, rows), lengths_of(table.edge_offset, rows)
-    if longest_row is None:
-        longest_row = int(np.asarray(table.count)[ranges_of(table.atom_offset, rows)].max(initial=1))
-    shares = share_out(edges, devices)
-    placed, owner = np.concatenate(shares), np.repeat(np.arange(devices), [len(share) for share in shares])
+    sizes = table.sizes.take(rows)
+    shares = Shares(sizes, devices)
+    row_length = int(np.asarray(table.count)[ranges_of(table.atom_offset, rows)].max(initial=1))
+    cell_length = int(edges_and_atoms(sizes)[1].max(initial=0))
+    return shares, dataclasses.replace(_largest(shares, len(rows)), row_length=row_length, cell_length=cell_length)
 
-    def most(numbers: np.ndarray) -> int:
-        """Returns the largest sum over a share."""
-        return int(np.bincount(owner, numbers[placed], minlength=devices).max())
 
-    return shares, BatchShape(
-        num_atoms=most(sizes),
-        row_length=longest_row,
-        num_crystals=max(len(share) for share in shares),
-        cell_length=int(sizes.max(initial=0)),
-        num_edges=most(edges),
-    )
+def _largest(shares: Shares, crystals: int) -> BatchShape:
+    """Returns what the largest share of so many crystals needs, but for rows and cells."""
+    edges, atoms = edges_and_atoms(shares.loads)
+    return BatchShape(int(atoms.max()), 0, -(-crystals // len(shares)), num_edges=int(edges.max()))
 
 
 def request_shapes(

@@ -6,6 +6,7 @@ neighbor.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +14,8 @@ import numpy as np
 from crystalframer_jax.structures.crystal import MAX_ATOMIC_NUMBER, Crystal
 from crystalframer_jax.structures.lattice import reduction
 from crystalframer_jax.structures.neighbors import LatticeBox, NeighborRows, neighbor_rows
+
+ATOM_BITS = 28  # of sizes, that count atoms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +48,20 @@ class CrystalTable:
         """Neighbors of all atoms of each crystal, [C]."""
         return np.diff(self.edge_offset)
 
+    @functools.cached_property
+    def sizes(self) -> np.ndarray:
+        """Neighbors and atoms of each crystal in one number, [C] int64; sums hold both sums, see `edges_and_atoms`."""
+        return (self.num_edges.astype(np.int64) << ATOM_BITS) + self.num_atoms
+
     @property
     def longest_row(self) -> int:
         """Length of the longest neighbor row of the table."""
         return int(self.count.max(initial=1))
+
+
+def edges_and_atoms(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the neighbors and atoms of crystals, or of groups of crystals, from (sums of) their sizes."""
+    return sizes >> ATOM_BITS, sizes & ((1 << ATOM_BITS) - 1)
 
 
 COLUMNS = tuple(field.name for field in dataclasses.fields(CrystalTable))

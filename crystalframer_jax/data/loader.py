@@ -11,7 +11,8 @@ import numpy as np
 
 from crystalframer_jax.batching.batch import Batch, Fill, fill_factors, pack
 from crystalframer_jax.batching.device_table import Chunk, DeviceTable, device_table_if_it_fits
-from crystalframer_jax.batching.shapes import BatchShape, Shared, plan_shapes, shared_out
+from crystalframer_jax.batching.shapes import BatchShape, Shared, plan_shapes, shared_as_planned
+from crystalframer_jax.batching.table import edges_and_atoms
 from crystalframer_jax.config import NO_PARTS, BatchParts, ConfigError
 from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices
@@ -46,8 +47,7 @@ class TrainingBatches:
         self.batch_size = min(self.batch_size, len(self.indices))
         self.steps_per_epoch = max(1, int(self.fraction * (len(self.indices) // self.batch_size)))
         self.shapes = _planned(self.dataset, self.indices, self.batch_size, self.parts, self.devices.count, len(self))
-        self._longest_row = self.dataset.table.longest_row
-        self._order = -1, self.indices  # the last epoch asked for, and its order
+        self._order = -1, self.indices, self.indices  # the last epoch asked for, its order, the sizes of its crystals
 
     def __len__(self) -> int:
         return self.steps_per_epoch * self.n_epochs
@@ -59,18 +59,30 @@ class TrainingBatches:
 
     def order(self, epoch: int) -> np.ndarray:
         """Returns the crystals of an epoch in the order of training, rows of the table."""
-        if self._order[0] != epoch:
-            self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.indices)
-        return self._order[1]
+        return self._ordered(epoch)[0]
 
     def rows(self, step: int) -> np.ndarray:
         """Returns the crystals of a step, rows of the table."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        return self.order(epoch)[position * self.batch_size : (position + 1) * self.batch_size]
+        return self._rows_and_sizes(step)[0]
 
     def shared(self, step: int) -> Shared:
         """Returns the crystals of a step and what every device gets of them."""
-        return shared_out(self.dataset.table, self.rows(step), self.shapes, self.devices.count, self._longest_row)
+        return shared_as_planned(*self._rows_and_sizes(step), self.shapes, self.devices.count)
+
+    def _rows_and_sizes(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        epoch, position = divmod(step, self.steps_per_epoch)
+        rows, sizes = self._ordered(epoch)
+        batch = slice(position * self.batch_size, (position + 1) * self.batch_size)
+        return rows[batch], sizes[batch]
+
+    def _ordered(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the crystals of an epoch in the order of training, and their sizes."""
+        found, rows, sizes = self._order
+        if found != epoch:
+            rows = np.random.default_rng([self.seed, epoch]).permutation(self.indices)
+            sizes = self.dataset.table.sizes.take(rows)
+            self._order = epoch, rows, sizes
+        return rows, sizes
 
     def __getitem__(self, step: int) -> Batch:
         """Returns the batch of a step (numpy arrays), as `Devices.put` takes it."""
@@ -84,8 +96,8 @@ class TrainingBatches:
 
     def imbalance(self, batches: int = 8) -> float:
         """Returns the most neighbors of a device, divided by their mean over the devices; mean of the first batches."""
-        works, edges = map(self.shared, range(min(batches, len(self)))), self.dataset.table.num_edges
-        loads = [[edges[work.rows[share]].sum() for share in work.shares] for work in works]
+        works = map(self.shared, range(min(batches, len(self))))
+        loads = [edges_and_atoms(work.shares.loads)[0] for work in works]
         return float(np.mean(np.max(loads, axis=1) / np.mean(loads, axis=1)))
 
     def fill_factors(self, batches: int = 32) -> Fill:

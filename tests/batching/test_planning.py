@@ -7,8 +7,9 @@ import pytest
 from test_batch import table_of_sizes
 
 from crystalframer_jax.batching.planning import best_sizes, random_needs
-from crystalframer_jax.batching.shapes import MOST_SHAPES, plan_shapes, shared_out
-from crystalframer_jax.parallel.devices import share_out
+from crystalframer_jax.batching.shapes import MOST_SHAPES, plan_shapes, shared_as_planned, shared_out
+from crystalframer_jax.batching.table import COLUMNS, CrystalTable, edges_and_atoms
+from crystalframer_jax.parallel.devices import Shares
 
 MANY = 10**6  # batches: a training so long that compiling costs nothing
 
@@ -43,10 +44,10 @@ def test_the_best_sizes_are_those_that_brute_force_finds(number):
 def test_random_needs_are_those_of_epochs():
     """Every crystal comes once in each; of several devices it is the one with most that counts."""
     numbers = np.stack([np.arange(1, 13), 10 * np.arange(1, 13)], axis=1)
-    needs = random_needs(numbers, 4, 5, 1, share_out)
+    needs = random_needs(numbers, 4, 5, 1, Shares)
     assert needs.shape == (6, 2) and needs.reshape(2, 3, 2).sum(axis=1).tolist() == [[78, 780]] * 2
-    np.testing.assert_array_equal(needs, random_needs(numbers, 4, 5, 1, share_out))
-    shared = random_needs(numbers, 4, 5, 2, share_out)
+    np.testing.assert_array_equal(needs, random_needs(numbers, 4, 5, 1, Shares))
+    shared = random_needs(numbers, 4, 5, 2, Shares)
     assert (shared >= needs / 2).all() and (shared < needs).all()
 
 
@@ -79,6 +80,26 @@ def test_a_shape_must_be_worth_its_program():
     assert all(len(plan_shapes(table, everything, b, 300, batches=MANY)) <= MOST_SHAPES + 1 for b in (1, 2, 7, 4096))
 
 
+def test_sizes_add_up():
+    """Neighbors and atoms of crystals together, more than 32 bits of them."""
+    edges, atoms = np.array([3, 0, 5, 2**33]), np.array([1, 2, 2**27, 7])
+    table = CrystalTable(**dict.fromkeys(COLUMNS) | {"edge_offset": offsets(edges), "atom_offset": offsets(atoms)})
+    assert [x.tolist() for x in edges_and_atoms(table.sizes)] == [edges.tolist(), atoms.tolist()]
+    assert edges_and_atoms(table.sizes.sum()) == (edges.sum(), atoms.sum())
+
+
+def offsets(lengths: np.ndarray) -> np.ndarray:
+    return np.cumsum([0, *lengths])
+
+
+def test_crystals_of_all_sizes_are_shared_out_evenly():
+    """32 for each of 64 devices, among them some with twenty times the mean number of neighbors."""
+    _, edges = spread()
+    rng = np.random.default_rng(6)
+    loads = np.array([Shares(rng.choice(edges, 32 * 64), 64).loads for _ in range(20)])
+    assert (loads.max(axis=1) / loads.mean(axis=1)).mean() < 1.02
+
+
 def test_shapes_of_shares_hold_them():
     sizes, edges = spread(600)
     table, everything = table_of_sizes(sizes, edges), np.arange(600)
@@ -87,4 +108,7 @@ def test_shapes_of_shares_hold_them():
     works = [shared_out(table, rng.choice(everything, 64, replace=False), shapes, 4) for _ in range(200)]
     assert all(work.shape != shapes[-1] for work in works) and len(shapes) > 2
     loads = np.array([[max(x[w.rows[s]].sum() for s in w.shares) for x in (sizes, edges)] for w in works])
+    for work in works:
+        planned = shared_as_planned(work.rows, table.sizes[work.rows], shapes, 4)
+        assert planned.shape == work.shape and all(map(np.array_equal, planned.shares, work.shares))
     assert (loads <= [[work.shape.num_atoms, work.shape.edges] for work in works]).all()

@@ -21,7 +21,7 @@ from crystalframer_jax.config import BatchParts, ConfigError, validate
 from crystalframer_jax.data.loader import TrainingBatches
 from crystalframer_jax.inference import evaluation
 from crystalframer_jax.inference.predictor import Predictor
-from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices, share_out, sum_in_order
+from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices, Shares, sum_in_order
 from crystalframer_jax.parallel.interruption import Interruption, TrainingInterrupted
 from crystalframer_jax.structures.neighbors import neighbor_rows
 from crystalframer_jax.training.errors import TrainingError
@@ -71,7 +71,7 @@ def test_shares_have_all_the_work_in_nearly_equal_parts():
     rng = np.random.default_rng(0)
     for number, pieces in itertools.product((2, 3, 8), (5, 8, 61, 256, 5000)):
         work = rng.lognormal(sigma=0.7, size=pieces)
-        shares = share_out(work, number)
+        shares = Shares(work, number)
         assert sorted(np.concatenate(shares)) == list(range(pieces))
         assert all(np.array_equal(share, np.sort(share)) for share in shares)
         sizes = [len(share) for share in shares]
@@ -79,8 +79,42 @@ def test_shares_have_all_the_work_in_nearly_equal_parts():
         if pieces >= 256:
             load = np.array([work[share].sum() for share in shares])
             assert load.max() / load.mean() < 1.02
-    assert [share.tolist() for share in share_out(np.array([2.0, 9, 1]), 1)] == [[0, 1, 2]]
-    assert [share.tolist() for share in share_out(np.array([2.0, 9, 1]), 4)] == [[1], [0], [2], []]
+    assert [share.tolist() for share in Shares(np.array([2.0, 9, 1]), 1)] == [[0, 1, 2]]
+    assert [share.tolist() for share in Shares(np.array([2.0, 9, 1]), 4)] == [[1], [0], [2], []]
+
+
+@pytest.mark.parametrize("sigma", [0, 0.7, 0.9, 1.2])
+def test_work_of_any_spread_is_dealt_out_once_and_evenly(sigma):
+    """Also nothing at all, fewer pieces than devices, and rounds that are not full."""
+    rng = np.random.default_rng(1)
+    for number, pieces in itertools.product((1, 2, 7, 64, 300), (0, 1, 5, 150, 300, 301, 2048, 20000)):
+        work = np.ceil(100 * rng.lognormal(sigma=sigma, size=pieces)).astype(np.int64)
+        shares = Shares(work, number)
+        assert len(shares) == number and len(list(shares)) == number
+        assert np.array_equal(np.sort(np.concatenate(shares)), np.arange(pieces))
+        assert all((np.diff(share) > 0).all() for share in shares)
+        assert {len(share) for share in shares} <= {pieces // number, -(-pieces // number)}
+        assert shares.loads.tolist() == [work[share].sum() for share in shares]
+        mean, least = shares.loads.mean(), work.max(initial=0)
+        if pieces >= 32 * number and least < mean / 2:
+            assert shares.loads.max() < 1.02 * mean
+
+
+def test_every_process_packs_its_part_of_the_same_batch(folder, monkeypatch):
+    """Whichever devices belong to it: all crystals once, the same arrays on a device, in the same shape."""
+    dataset = open_tiny(tiny_config(folder / "data"))
+    batches = TrainingBatches(dataset, 21, 2, seed=0, devices=Devices.of_this_process(8))
+    expected = batches.parts_of(1)
+    places = [part.crystal_place[part.crystal_sizes > 0] for part in expected]
+    assert sorted(np.concatenate(places)) == list(range(21))
+    for processes in ([[0, 1, 2], [3], [4, 5, 6, 7]], [[device] for device in range(8)]):
+        parts = []
+        for devices in processes:
+            monkeypatch.setattr(Devices, "of_process", devices)
+            parts += batches.parts_of(1)
+        assert len(parts) == 8
+        for part, other in zip(parts, expected, strict=True):
+            assert_same_bits(jax.tree.map(jnp.asarray, part), jax.tree.map(jnp.asarray, other))
 
 
 @pytest.mark.parametrize("count", COUNTS[1:])
