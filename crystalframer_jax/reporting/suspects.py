@@ -49,8 +49,7 @@ def suspect_labels(
     for split, predictions in samples.items():
         rows = dataset.splits[split]
         labels = dataset.labels[rows]
-        with np.errstate(divide="ignore", invalid="ignore"):  # other data may have labels without a logarithm
-            judged, judged_by = (to_learn(values, statistics, None) for values in (labels, predictions))
+        judged, judged_by = (to_learn(values, statistics, None) for values in (labels, predictions))
         for t, target in enumerate(statistics):
             suspect, errors = are_suspect(judged[:, t], judged_by[:, :, t])
             for i in np.flatnonzero(suspect):

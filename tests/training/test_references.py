@@ -11,11 +11,14 @@ from crystalframer_jax.config import ConfigError, validate
 from crystalframer_jax.data.loader import TrainingBatches
 from crystalframer_jax.inference.predictor import Predictor
 from crystalframer_jax.official.config import official_from_config
+from crystalframer_jax.official.conversion import export_checkpoint
 from crystalframer_jax.runs.run_directory import check_config
 from crystalframer_jax.structures.crystal import Crystal
-from crystalframer_jax.training.loop import Options
+from crystalframer_jax.training.averages import weights_of
+from crystalframer_jax.training.loop import Options, Run
+from crystalframer_jax.training.pretrained import start_from
 from crystalframer_jax.training.start import train
-from crystalframer_jax.training.targets import labels_to_learn, statistics_of
+from crystalframer_jax.training.targets import kept_references, labels_to_learn, statistics_of
 
 CHANGES = {"element_references": True, "targets": "e_form,e_above_hull", "n_epochs": 2, "swa_epochs": 0}
 
@@ -90,3 +93,39 @@ def test_a_run_goes_on_with_them_and_only_with_them(finished, folder):
 def test_official_checkpoints_have_no_place_for_them(finished):
     with pytest.raises(ConfigError, match="element_references=True has no official counterpart"):
         official_from_config(finished[0])
+
+
+@pytest.mark.parametrize("element_references", [True, False])
+def test_fine_tuning_keeps_the_references_of_the_old_run(finished, folder, element_references):
+    """Predictions are the old ones at the start, also of elements that the few crystals to train on do not have."""
+    _, workdir, _ = finished
+    changes = CHANGES | {"element_references": element_references, "train_filter_max": 4}
+    config = validate(tiny_config(folder / "data", **changes, pretrained_model=str(workdir)))
+    dataset, tuned = open_tiny(config), folder / f"tuned_{element_references}"
+    run = Run(config, tuned, dataset)
+    old, rows = Predictor.load(workdir), dataset.splits["test"]
+    assert [s.references for s in run.statistics] == [s.references for s in old.targets]
+    assert run.statistics[0].std != old.targets[0].std
+    state = start_from(run.initial_state(), config, run.statistics)
+    run.checkpoints.close()
+    new = Predictor(config, weights_of(state), run.statistics)
+    expected = old.predict_dataset(dataset, rows).value
+    np.testing.assert_allclose(new.predict_dataset(dataset, rows).value, expected, rtol=0, atol=1e-5)
+    train(config, tuned)
+    with pytest.raises(ConfigError, match="element_references=True has no official counterpart"):
+        export_checkpoint(tuned, folder / "tuned.ckpt")
+    moved = workdir.rename(workdir.with_name("moved"))  # a training that goes on has them itself
+    try:
+        assert kept_references(config, tuned) == {(s.name, s.transform): s.references for s in old.targets}
+        assert Predictor.load(tuned).targets[0].references == old.targets[0].references
+    finally:
+        moved.rename(workdir)
+
+
+def test_fine_tuning_of_a_model_without_references_has_none(folder):
+    plain, changes = folder / "plain", CHANGES | {"element_references": False, "targets": "e_form", "n_epochs": 1}
+    train(tiny_config(folder / "data", **changes), plain)
+    changes |= {"element_references": True, "targets": "e_form,e_above_hull", "pretrained_model": str(plain)}
+    run = Run(config := validate(tiny_config(folder / "data", **changes)), folder / "both", open_tiny(config))
+    run.checkpoints.close()
+    assert not run.statistics[0].references and any(run.statistics[1].references)  # the new target has its own
