@@ -117,7 +117,8 @@ def error_table(
         for t, s in enumerate(targets):
             known = np.isfinite(labels[:, t])
             line = [s.name + kind, s.unit or None, int(known.sum()), *metrics[s.name].values(), baseline[s.name]]
-            lines.append([*line, *([float(predictions.spread[chosen][known, t].mean())] if over else [])])
+            spread = predictions.spread[chosen][known, t]
+            lines.append([*line, *([float(spread.mean()) if spread.size else None] if over else [])])
     return table(header, lines)
 
 

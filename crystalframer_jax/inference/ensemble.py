@@ -157,10 +157,10 @@ def load_model(run_dir: str | Path, weights: str | None = None) -> Predictor | E
 def ensemble_summary(ensemble: Ensemble, dataset: Dataset, folder: str | Path) -> dict[str, Any]:
     """Sums up the errors of an ensemble and of its members on all splits, as plain JSON.
 
-    Besides the errors (`regression_metrics`) it has the mean standard deviation and, on the test crystals, the area
-    between the calibration curve and the diagonal. Writes predictions_test.csv (with the spread), parity_test.png,
-    calibration_test.png (with several targets calibration_test_TARGET.png) and suspect_labels.csv into `folder`, which
-    must exist; those that could not be written are listed as "not_written".
+    Besides the errors (`regression_metrics`) it has the mean standard deviation of crystals with a label and, on the
+    test crystals, the area between the calibration curve and the diagonal. Writes predictions_test.csv (with the
+    spread), parity_test.png, calibration_test.png (with several targets calibration_test_TARGET.png) and
+    suspect_labels.csv into `folder`, which must exist; those that could not be written are listed as "not_written".
     """
     targets, folder = ensemble.targets, Path(folder)
     train_labels = dataset.labels[dataset.splits["train"]]
@@ -176,7 +176,8 @@ def ensemble_summary(ensemble: Ensemble, dataset: Dataset, folder: str | Path) -
         baseline = metrics.mean_predictor_errors(labels, targets, train_labels)
         errors = metrics.with_baseline(metrics.regression_metrics(value, labels, targets), baseline, targets)
         for t, s in enumerate(targets):
-            errors[s.name]["mean_std"] = float(spread[:, t].mean())
+            of_known = spread[np.isfinite(labels[:, t]), t]
+            errors[s.name]["mean_std"] = float(of_known.mean()) if of_known.size else None
         if split == "test":
             write_split(folder, dataset, split, value, targets, not_written, spread)
             figure = folder / "calibration_test.png"
