@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crystalframer_jax.batching.shapes import ATOM_BLOCK, BatchShape, lengths_of, ranges_of, shared_out, width_of
-from crystalframer_jax.batching.table import CrystalTable
+from crystalframer_jax.batching.shapes import ATOM_BLOCK, BatchShape, shared_out, width_of
+from crystalframer_jax.batching.table import CrystalTable, lengths_of, ranges_of
 from crystalframer_jax.structures.lattice import MOST_FRAMES, lattice_frames
 
 SMALLEST_SCATTER = 1e-12  # Å^2, sum of the eigenvalues; less is rounding

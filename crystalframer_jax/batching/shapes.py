@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from crystalframer_jax.batching.planning import best_sizes, exceeded_once, random_needs
-from crystalframer_jax.batching.table import CrystalTable, edges_and_atoms
+from crystalframer_jax.batching.table import CrystalTable, edges_and_atoms, ranges_of
 from crystalframer_jax.config import NO_PARTS, BatchParts, ConfigError
 from crystalframer_jax.parallel.devices import Shares
 
@@ -219,14 +219,3 @@ def fitting_shape(needed: BatchShape, shapes: Sequence[BatchShape]) -> BatchShap
 def width_of(row_length: int) -> int:
     """Returns how many columns of rows of this length the lattice sums take at once; all, if no block divides it."""
     return next((block for block in COLUMN_BLOCKS if row_length % block == 0), row_length)
-
-
-def lengths_of(offset: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """Returns the lengths of the segments `indices` of a flat column."""
-    return np.asarray(offset[indices + 1] - offset[indices])
-
-
-def ranges_of(offset: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """Returns all places of the segments `indices` of a flat column, one segment after the other."""
-    starts, lengths = np.asarray(offset[indices]), lengths_of(offset, indices)
-    return np.repeat(starts - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())

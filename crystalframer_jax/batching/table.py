@@ -114,16 +114,33 @@ def row_columns(crystals: Sequence[Crystal], rows: Sequence[NeighborRows]) -> di
     }
 
 
+def amounts_of(table: CrystalTable, rows: np.ndarray) -> np.ndarray:
+    """Returns how many atoms of each element rows of a table hold, [C, 98] in the order of atomic numbers."""
+    atom = ranges_of(table.atom_offset, rows)
+    crystal = np.repeat(np.arange(len(rows)), lengths_of(table.atom_offset, rows))
+    is_shared = np.isin(atom, table.shared_site)
+    amounts = np.zeros((len(rows), MAX_ATOMIC_NUMBER))
+    np.add.at(amounts, (crystal[~is_shared], table.species[atom[~is_shared]].astype(np.int64) - 1), 1)
+    shared = np.searchsorted(table.shared_site, atom[is_shared])
+    np.add.at(amounts, crystal[is_shared], table.shared_occupancy[shared])
+    return amounts
+
+
 def compositions_of(table: CrystalTable, rows: np.ndarray) -> np.ndarray:
     """Returns the shares of the elements in the atoms of rows of a table, [C, 98] in the order of atomic numbers."""
-    crystal = np.repeat(np.arange(len(table)), table.num_atoms)
-    amounts = np.zeros((len(table), MAX_ATOMIC_NUMBER))
-    is_whole = np.ones(len(crystal), bool)
-    is_whole[table.shared_site] = False
-    np.add.at(amounts, (crystal[is_whole], table.species[is_whole].astype(np.int64) - 1), 1)
-    np.add.at(amounts, crystal[table.shared_site], table.shared_occupancy)
-    chosen = amounts[rows]
-    return chosen / chosen.sum(axis=1, keepdims=True)
+    amounts = amounts_of(table, rows)
+    return np.divide(amounts, amounts.sum(axis=1, keepdims=True), out=amounts)
+
+
+def lengths_of(offset: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """Returns the lengths of the segments `indices` of a flat column."""
+    return np.asarray(offset[indices + 1] - offset[indices])
+
+
+def ranges_of(offset: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """Returns all places of the segments `indices` of a flat column, one segment after the other."""
+    starts, lengths = np.asarray(offset[indices]), lengths_of(offset, indices)
+    return np.repeat(starts - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
 
 
 def narrowest(column: str, lowest: int, highest: int) -> np.dtype:

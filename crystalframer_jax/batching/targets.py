@@ -42,25 +42,26 @@ class TargetStatistics:
         normalize_targets: str = "scale_bias",
         transform: str = "none",
         compositions: np.ndarray | None = None,
+        references: tuple[float, ...] | None = None,
     ) -> "TargetStatistics":
         """Computes the statistics of the known training labels [C]; ConfigError if they do not vary.
 
-        Given the `compositions` [C, 98] of the crystals, with element references: those of elements that are in none
-        are 0. As `normalize_targets` says, mean and standard deviation ("scale_bias"), the mean alone with 1 ("bias"),
-        0 with the root mean square ("scale"), or 0 and 1 ("no").
+        Given the `compositions` [C, 98] of the crystals, with element references: the `references` given, or (None)
+        those that fit best, which are 0 for elements that are in no crystal. As `normalize_targets` says, mean and
+        standard deviation ("scale_bias"), the mean alone with 1 ("bias"), 0 with the root mean square ("scale"), or 0
+        and 1 ("no").
         """
         known = labels[np.isfinite(labels)]
         if not known.size or known.std() == 0:
             raise ConfigError(f"targets={name!r}: {known.size} training labels that do not vary")
         known = np.log10(known) if transform == "log10" else known
-        references: tuple[float, ...] = ()
-        if compositions is not None:
+        if compositions is not None and references != ():
             composition = compositions[np.isfinite(labels)]
-            found = element_references(known, composition)
-            known, references = known - composition @ found, tuple(found.tolist())
+            references = references or tuple(element_references(known, composition).tolist())
+            known = known - composition @ np.array(references)
         mean = known.mean() if "bias" in normalize_targets else 0.0
         std = np.sqrt(np.mean((known - mean) ** 2)) if "scale" in normalize_targets else 1.0
-        return cls(name, unit, float(mean), float(std), transform, references)
+        return cls(name, unit, float(mean), float(std), transform, references or ())
 
 
 def element_references(labels: np.ndarray, compositions: np.ndarray) -> np.ndarray:
@@ -86,12 +87,13 @@ def check_transform(name: str, transform: str, ids: np.ndarray, labels: np.ndarr
 def to_learn(
     labels: np.ndarray, statistics: tuple[TargetStatistics, ...], compositions: np.ndarray | None
 ) -> np.ndarray:
-    """Returns the transform of labels [C, T] less what the composition [C, 98] explains; NaN stays NaN.
+    """Returns the transform of labels [..., C, T] less what the composition [C, 98] explains; NaN stays NaN.
 
-    `compositions` are those of `compositions_for`.
+    `compositions` are those of `compositions_for`. What has no logarithm becomes minus infinity or NaN.
     """
     values, is_log = np.array(labels, np.float64), _is_log(statistics)
-    values[..., is_log] = np.log10(values[..., is_log])
+    with np.errstate(divide="ignore", invalid="ignore"):  # of crystals in no split, of predictions that are too small
+        values[..., is_log] = np.log10(values[..., is_log])
     return values if compositions is None else values - compositions @ _references(statistics)
 
 

@@ -19,6 +19,7 @@ from crystalframer_jax.inference.evaluation import Predictions
 from crystalframer_jax.inference.predictor import Predictor
 from crystalframer_jax.reporting.metrics import mean_predictor_errors, regression_metrics
 from crystalframer_jax.reporting.predictions import figure_files, plot_calibration, plot_parity, write_predictions
+from crystalframer_jax.reporting.suspects import suspect_labels, write_suspects
 from crystalframer_jax.runs.run_directory import warn
 from crystalframer_jax.text import table
 
@@ -34,10 +35,15 @@ def evaluate_main(argv: Sequence[str] | None = None) -> int:
     plot_help = """draw predictions against labels or, of an ensemble, errors against standard deviations (a figure for
         each target, its name added to FILE)"""
     parser.add_argument("--plot", type=_png, metavar="FILE.png", help=plot_help)
+    suspects_help = "write the labels of all splits that all models of an ensemble agree against to this CSV file"
+    parser.add_argument("--suspects", type=Path, help=suspects_help)
     arguments = parser.parse_args(argv)
-    if arguments.output:
-        check_replaceable(arguments.output.expanduser(), b"id,target")
+    for file, beginning in ((arguments.output, b"id,target"), (arguments.suspects, b"split,id,formula")):
+        if file:
+            check_replaceable(file.expanduser(), beginning)
     model = load_model(arguments.run, arguments.weights)
+    if arguments.suspects and not isinstance(model, Ensemble):
+        raise ConfigError(f"--suspects needs the models of an ensemble to agree, and {arguments.run} is one model")
     dataset = dataset_of(model, arguments.run, arguments.data_dir)
     indices = dataset.splits[arguments.split]
     predictions = model.predict_dataset(dataset, indices, arguments.num_frame_samples)
@@ -49,6 +55,11 @@ def evaluate_main(argv: Sequence[str] | None = None) -> int:
         spread = predictions.spread if over else None
         write_predictions(arguments.output, ids, labels, predictions.value, model.targets, spread)
         print(f"wrote {arguments.output}")
+    if arguments.suspects and isinstance(model, Ensemble):
+        samples = model.predict_splits(dataset, arguments.num_frame_samples)
+        suspects = suspect_labels(dataset, samples, model.targets)
+        write_suspects(arguments.suspects, suspects)
+        print(f"wrote {arguments.suspects}, {len(suspects):,} labels that all models agree against")
     if arguments.plot:
         for file in plot_errors(arguments.plot, model, dataset, arguments.split, predictions):
             print(f"wrote {file}")
@@ -106,7 +117,8 @@ def error_table(
         for t, s in enumerate(targets):
             known = np.isfinite(labels[:, t])
             line = [s.name + kind, s.unit or None, int(known.sum()), *metrics[s.name].values(), baseline[s.name]]
-            lines.append([*line, *([float(predictions.spread[chosen][known, t].mean())] if over else [])])
+            spread = predictions.spread[chosen][known, t]
+            lines.append([*line, *([float(spread.mean()) if spread.size else None] if over else [])])
     return table(header, lines)
 
 

@@ -9,11 +9,13 @@ import numpy as np
 
 from crystalframer_jax.batching.table import table_of
 from crystalframer_jax.config import ConfigError
+from crystalframer_jax.data.splits import SPLITS
 from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.inference.evaluation import Predictions
 from crystalframer_jax.inference.predictor import Predictor, predict_usable
 from crystalframer_jax.reporting import metrics
 from crystalframer_jax.reporting.predictions import plot_calibration, reporting, write_split
+from crystalframer_jax.reporting.suspects import SUSPECTS_FILE, suspect_labels, write_suspects
 from crystalframer_jax.runs.checkpoints import CheckpointError
 from crystalframer_jax.runs.claims import MEMBER
 from crystalframer_jax.runs.run_directory import CONFIG_FILE, SUMMARY_FILE, read_config
@@ -105,6 +107,10 @@ class Ensemble:
         _ = self.cutoff  # raises if there is none
         return np.stack([member.predict_dataset(dataset, rows, num_frame_samples).value for member in self.members])
 
+    def predict_splits(self, dataset: Dataset, num_frame_samples: int | None = None) -> dict[str, np.ndarray]:
+        """Predicts the crystals of every split with every member, [M, C, T] by split."""
+        return {split: self.predict_members(dataset, dataset.splits[split], num_frame_samples) for split in SPLITS}
+
     def spread_over(self, num_frame_samples: int | None = None) -> str:
         """Tells what the spread of predictions is over: "3 models"."""
         return f"{len(self.members)} model{'s' if len(self.members) > 1 else ''}"
@@ -149,12 +155,12 @@ def load_model(run_dir: str | Path, weights: str | None = None) -> Predictor | E
 
 
 def ensemble_summary(ensemble: Ensemble, dataset: Dataset, folder: str | Path) -> dict[str, Any]:
-    """Sums up the errors of an ensemble and of its members on the validation and test crystals, as plain JSON.
+    """Sums up the errors of an ensemble and of its members on all splits, as plain JSON.
 
-    Besides the errors (`regression_metrics`) it has the mean standard deviation and, on the test crystals, the area
-    between the calibration curve and the diagonal. Writes predictions_test.csv (with the spread), parity_test.png and
-    calibration_test.png (with several targets calibration_test_TARGET.png) into `folder`, which must exist; those that
-    could not be written are listed as "not_written".
+    Besides the errors (`regression_metrics`) it has the mean standard deviation of crystals with a label and, on the
+    test crystals, the area between the calibration curve and the diagonal. Writes predictions_test.csv (with the
+    spread), parity_test.png, calibration_test.png (with several targets calibration_test_TARGET.png) and
+    suspect_labels.csv into `folder`, which must exist; those that could not be written are listed as "not_written".
     """
     targets, folder = ensemble.targets, Path(folder)
     train_labels = dataset.labels[dataset.splits["train"]]
@@ -163,15 +169,15 @@ def ensemble_summary(ensemble: Ensemble, dataset: Dataset, folder: str | Path) -
     ]
     summary: dict[str, Any] = {"ensemble_size": len(members), "members": members, "mean_predictor_mae": {}}
     not_written: list[str] = []
-    for split in ("val", "test"):
-        indices = dataset.splits[split]
-        labels = dataset.labels[indices]
-        samples = ensemble.predict_members(dataset, indices)
+    samples_of = ensemble.predict_splits(dataset)
+    for split, samples in samples_of.items():
+        labels = dataset.labels[dataset.splits[split]]
         value, spread = Predictions.over(samples, ensemble.config.ensemble_combine)
         baseline = metrics.mean_predictor_errors(labels, targets, train_labels)
         errors = metrics.with_baseline(metrics.regression_metrics(value, labels, targets), baseline, targets)
         for t, s in enumerate(targets):
-            errors[s.name]["mean_std"] = float(spread[:, t].mean())
+            of_known = spread[np.isfinite(labels[:, t]), t]
+            errors[s.name]["mean_std"] = float(of_known.mean()) if of_known.size else None
         if split == "test":
             write_split(folder, dataset, split, value, targets, not_written, spread)
             figure = folder / "calibration_test.png"
@@ -184,4 +190,8 @@ def ensemble_summary(ensemble: Ensemble, dataset: Dataset, folder: str | Path) -
         for member, sample in zip(members, samples, strict=True):
             member[split] = metrics.mean_absolute_errors(sample, labels, targets)
     summary["units"] = {s.name: s.unit for s in targets}
+    suspects = suspect_labels(dataset, samples_of, targets)
+    summary["suspect_labels"] = {split: sum(line[0] == split for line in suspects) for split in samples_of}
+    with reporting(folder / SUSPECTS_FILE, not_written):
+        write_suspects(folder / SUSPECTS_FILE, suspects)
     return summary | ({"not_written": not_written} if not_written else {})

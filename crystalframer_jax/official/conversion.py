@@ -236,7 +236,8 @@ def export_checkpoint(
         raise UserError(f"{file} is a folder" if file.is_dir() else f"{file} exists; replace it with --overwrite")
     predictor = Predictor.load(run, weights)
     config, model = predictor.config, predictor.config.model
-    official = official_from_config(config)
+    has_references = any(s.references for s in predictor.targets)  # may be those of the run that it started from
+    official = official_from_config(dataclasses.replace(config, element_references=has_references))
     epoch, average = _epoch_and_average(run, predictor)
     notes = _export_notes(config)
     if average and all_zero(average["batch_stats"]):

@@ -101,12 +101,14 @@ def plot_calibration(
 ) -> tuple[list[Path], dict[str, dict[str, float]]]:
     """Plots how errors compare with the spread, all [C, T]: FILE, or one FILE_TARGET for each of several targets.
 
-    Returns the files and, by target, the numbers of `plots.calibration`.
+    Targets without a known label are left out. Returns the files and, by target, the numbers of `plots.calibration`.
     """
     from crystalframer_jax.reporting import plots  # imports matplotlib
 
-    files, found = figure_files(file, statistics), {}
-    for t, s in enumerate(statistics):
-        figure, found[s.name] = plots.calibration(labels[:, t], mean[:, t], spread[:, t], s.name, s.unit)
-        plots.write(figure, files[t])
+    files, found = [], {}
+    for t, (s, of_target) in enumerate(zip(statistics, figure_files(file, statistics), strict=True)):
+        if np.isfinite(labels[:, t]).any():
+            figure, found[s.name] = plots.calibration(labels[:, t], mean[:, t], spread[:, t], s.name, s.unit)
+            plots.write(figure, of_target)
+            files.append(of_target)
     return files, found

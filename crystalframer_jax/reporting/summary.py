@@ -6,6 +6,7 @@ import numpy as np
 
 from crystalframer_jax.config import TrainConfig
 from crystalframer_jax.data.splits import SPLITS
+from crystalframer_jax.reporting.suspects import suspects_text
 from crystalframer_jax.text import duration, table, with_unit
 
 WINDOW, BEST = 50, 10  # of the score history: epochs in a running mean, epochs in the mean of the best
@@ -65,7 +66,7 @@ def summary_text(summary: dict[str, Any]) -> str:
 
 
 def ensemble_text(summary: dict[str, Any]) -> str:
-    """Writes the table at the end of the training of an ensemble: test errors of members and of their mean."""
+    """Writes the table at the end of the training of an ensemble: test errors of members and of all together."""
     rows: list[list[Any]] = []
     for target, unit in summary["units"].items():
         label, empty, found = with_unit(target, unit), [None] * 3, summary["test"][target]
@@ -75,4 +76,4 @@ def ensemble_text(summary: dict[str, Any]) -> str:
         rows.append([f"{label}, mean of these errors", float(np.mean(errors)), *empty])
         rows.append([f"{label}, ensemble", *(found[key] for key in ("mae", "rmse", "r2", "mean_std"))])
         rows.append([f"{label}, mean predictor", found["mean_predictor_mae"], *empty])
-    return table(["test", "MAE", "RMSE", "R2", "mean std"], rows)
+    return table(["test", "MAE", "RMSE", "R2", "mean std"], rows) + "\n" + suspects_text(summary["suspect_labels"])

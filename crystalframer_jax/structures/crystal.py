@@ -67,13 +67,8 @@ class Crystal:
     @property
     def formula(self) -> str:
         """Reduced chemical formula as pymatgen writes it, such as "SrTiO3"."""
-        from pymatgen.core import Composition, Element
-
         amounts = np.bincount(self.species - 1) if self.occupancies is None else self.occupancies.sum(axis=0)
-        elements = {Element.from_Z(int(z) + 1): float(amounts[z]) for z in np.flatnonzero(amounts)}
-        with warnings.catch_warnings():  # of noble gases, which have no electronegativity to sort by
-            warnings.simplefilter("ignore")
-            return Composition(elements).reduced_formula
+        return formula_of(amounts)
 
     @classmethod
     def from_pymatgen(cls, structure: Structure, id: str = "") -> Crystal:
@@ -107,6 +102,16 @@ class Crystal:
             if len(site) != 1 or abs(sum(site.values()) - 1) > 1e-6:
                 raise CrystalError(f"{where}: partial occupancies {site}; pass the CIF file or a Structure")
         return cls(atoms.numbers, atoms.positions, lattice, None, id)
+
+
+def formula_of(amounts: np.ndarray) -> str:
+    """Returns the reduced formula, as pymatgen writes it, of how many atoms there are of the elements 1, 2, ... [n]."""
+    from pymatgen.core import Composition, Element
+
+    elements = {Element.from_Z(int(z) + 1): float(amounts[z]) for z in np.flatnonzero(amounts)}
+    with warnings.catch_warnings():  # of noble gases, which have no electronegativity to sort by
+        warnings.simplefilter("ignore")
+        return Composition(elements).reduced_formula
 
 
 def _checked_species(species: Any, where: str) -> np.ndarray:

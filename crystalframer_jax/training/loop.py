@@ -49,7 +49,7 @@ from crystalframer_jax.training.pretrained import start_from
 from crystalframer_jax.training.requests import SAVE, STOP, Requests
 from crystalframer_jax.training.state import TrainState, Tree
 from crystalframer_jax.training.step import LossFunction, initial_state, make_loss, make_recipe, make_train_step
-from crystalframer_jax.training.targets import labels_to_learn, statistics_of
+from crystalframer_jax.training.targets import kept_references, labels_to_learn, statistics_of
 from crystalframer_jax.training.validation import Evaluator
 
 
@@ -113,7 +113,8 @@ class Run:
         self.options = options or Options()
         self._interruption = interruption or Interruption()
         atoms = config.train_filter_min, config.train_filter_max
-        self.statistics = statistics_of(config, dataset, rows_to_train_on(dataset, *atoms))
+        rows = rows_to_train_on(dataset, *atoms)
+        self.statistics = statistics_of(config, dataset, rows, kept_references(config, workdir))
         self.batches = TrainingBatches(
             dataset,
             config.batch_size,

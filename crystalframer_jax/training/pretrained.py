@@ -22,8 +22,8 @@ MAY_DIFFER = ("num_targets", "dropout", "scale_grad", "precision", "tie_toleranc
 def start_from(state: TrainState, config: TrainConfig, statistics: tuple[TargetStatistics, ...]) -> TrainState:
     """Gives `state` the weights, calibration and BatchNorm averages that prediction with `pretrained_model` uses.
 
-    Targets that the old run predicts too (by name) keep their predictions in label units, but for what their element
-    references differ in: their part of the output layer is rescaled to `statistics`, those of the new training labels.
+    Targets that the old run predicts too (by name) keep their predictions in label units: their part of the output
+    layer is rescaled to `statistics`, those of the new training labels with the old element references.
     Other targets, those with another transform and the layers of `reinit_layers`, keep their random weights.
 
     Raises ConfigError listing the hyperparameters that differ if the old run is another model than `config`,

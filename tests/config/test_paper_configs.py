@@ -143,7 +143,7 @@ def test_a_configuration_is_imported_first_without_a_circle():
 
 # ------------------------------------------------------------------------------------------- scripts/reproduce.sh
 
-# Stands for the python of the environment: notes what train.py was asked for and does as PLAN says for a target.
+# Stands for the python of the environment: notes what train.py was asked for and does as PLAN says for a run.
 PYTHON = """#!{python} -IS
 import json, os, signal, sys, time
 from pathlib import Path
@@ -153,7 +153,7 @@ with open("calls.jsonl", "a") as stream:
     stream.write(json.dumps(sys.argv[2:]) + "\\n")
 given = dict(argument.lstrip("-").split("=", 1) for argument in sys.argv[2:])
 run, target = Path(given["workdir"]), given["config.targets"]
-plan = json.loads(os.environ.get("PLAN", "{{}}")).get(target, 0.25)
+plan = json.loads(os.environ.get("PLAN", "{{}}")).get(run.name, 0.25)
 run.mkdir(parents=True, exist_ok=True)
 if plan == "fail":
     sys.exit("error: this target cannot be trained")
@@ -251,6 +251,40 @@ def test_every_target_is_trained_and_compared(checkout, name, variant):
 def test_a_variant_without_published_errors_has_none_in_the_table(checkout):
     status, output, _, _ = reproduce(checkout, "oqmd", VARIANT="lightweight", plan={"stability": 0.07})
     assert status == 0 and re.search(r"^stability +eV/atom +0\.07000 +-$", output, re.M)
+
+
+def test_the_folds_of_matbench_phonons_are_trained_by_the_recommended_recipe(checkout):
+    """Mean and standard deviation (divisor 4) over the folds beside the published mean; none while one lacks."""
+    plan = dict(zip((f"fold_{n}" for n in range(5)), (25.0, 27.0, 29.0, 31.0, 33.0), strict=True))
+    status, output, error, calls = reproduce(checkout, "matbench_phonons", "--config.lr=1e-3", plan=plan)
+    assert (status, error) == (0, "")
+    assert calls == [
+        [
+            "--config=configs/matbench_phonons.py:default",
+            f"--workdir=runs/matbench_phonons/default/fold_{fold}",
+            f"--config.target_set=matbench_phonons-fold_{fold}",
+            "--config.targets=last_phdos_peak",
+            "--config.lr=1e-3",
+        ]
+        for fold in range(5)
+    ]
+    assert re.search(r"^fold_4 +1/cm +33\.00000 +-$", output, re.M), output
+    assert re.search(r"^mean of the folds +1/cm +29\.00000 +28\.8$", output, re.M), output
+    assert re.search(r"^standard deviation +1/cm +3\.16228 +-$", output, re.M), output
+    shutil.rmtree(checkout / "runs")
+    status, output, _, _ = reproduce(checkout, "matbench_phonons", plan=plan | {"fold_2": "fail"})
+    assert status == 1 and re.search(r"^mean of the folds +1/cm +- +28\.8$", output, re.M), output
+
+
+def test_matbench_phonons_is_the_recommended_recipe_for_150_epochs():
+    for variant in VARIANTS:
+        config, recipe = module_of("matbench_phonons").get_config(variant), recommended.get_config(variant)
+        assert {key: config[key] for key in config if config[key] != recipe[key]} == {
+            "target_set": "matbench_phonons-fold_0",
+            "targets": "last_phdos_peak",
+            "n_epochs": 150,
+        }
+        validate(config)
 
 
 def test_a_target_that_fails_does_not_keep_the_others_from_running(checkout):

@@ -1,6 +1,7 @@
 """Ensembles: mean and standard deviation over models, their run directories, their errors, their command lines."""
 
 import csv
+import dataclasses
 import json
 import math
 import re
@@ -18,6 +19,7 @@ from tiny import assert_same_run, open_tiny, tiny_config, tiny_runs
 from crystalframer_jax import Ensemble, Predictor
 from crystalframer_jax.batching import table as table_module
 from crystalframer_jax.batching.targets import TargetStatistics
+from crystalframer_jax.cli import evaluate
 from crystalframer_jax.cli.evaluate import evaluate_main
 from crystalframer_jax.cli.predict import predict_main
 from crystalframer_jax.config import ConfigError, validate
@@ -27,6 +29,7 @@ from crystalframer_jax.inference.evaluation import Predictions, groups_of
 from crystalframer_jax.inference.forward import working_precision
 from crystalframer_jax.inference.predictor import stored_fields
 from crystalframer_jax.reporting.summary import ensemble_text
+from crystalframer_jax.reporting.suspects import HEADER
 from crystalframer_jax.runs.checkpoints import CheckpointError, Checkpoints
 from crystalframer_jax.runs.run_directory import as_json
 from crystalframer_jax.training import loop
@@ -310,6 +313,33 @@ def test_the_summary_of_an_ensemble(folder, run):
     assert re.split(r"\s{2,}", line)[1:] == numbers
     (line,) = [line for line in text if "mean of these errors" in line]
     assert f"{np.mean(errors):.4f}" in line and sum("member_" in line for line in text) == 3
+    header, *rows = read_csv(workdir / "suspect_labels.csv")
+    assert header == [*HEADER] and len(rows) == sum(summary["suspect_labels"].values())
+    assert text[-1].startswith("labels that all models agree against: ") and summary["suspect_labels"].keys() == {
+        *("train", "val", "test")
+    }
+
+
+def test_a_wrong_label_is_found(folder, run, capsys, tmp_path, monkeypatch):
+    """Labels are what the models predict, but for one of each split; the command writes the same file."""
+    ensemble, dataset = Ensemble.load(run), open_tiny(tiny_config(folder / "data"))
+    wrong = [int(dataset.splits[split][2]) for split in ("train", "val", "test")]
+    labels = np.median(ensemble.predict_members(dataset, np.arange(60)), axis=0)
+    labels += np.random.default_rng(0).normal(0, 0.1, labels.shape)
+    labels[wrong] += np.array([[80.0], [-90.0], [70.0]])
+    dataset = dataclasses.replace(dataset, labels=labels)
+    summary = ensemble_summary(ensemble, dataset, tmp_path)
+    rows = read_csv(tmp_path / "suspect_labels.csv")[1:]
+    found = {row[0]: row for row in reversed(rows)}  # the first of each split
+    assert [found[split][1] for split in ("train", "val", "test")] == [dataset.table.ids[row] for row in wrong]
+    for split, deviation in zip(("train", "val", "test"), (80, -90, 70), strict=True):
+        assert float(found[split][7]) == pytest.approx(deviation, abs=1) and summary["suspect_labels"][split] >= 1
+    monkeypatch.setattr(evaluate, "dataset_of", lambda *_: dataset)
+    assert evaluate_main([str(run), f"--suspects={tmp_path / 'again.csv'}"]) == 0
+    assert (tmp_path / "again.csv").read_bytes() == (tmp_path / "suspect_labels.csv").read_bytes()
+    assert f"again.csv, {len(rows)} labels" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="--suspects needs the models of an ensemble"):
+        evaluate_main([str(run / "member_0"), f"--suspects={tmp_path / 'none.csv'}"])
 
 
 def test_the_summary_of_several_targets(folder, run_of_two_targets):

@@ -294,6 +294,7 @@ def test_meta_data_are_held_to_what_they_can_be(tmp_path, meta):
 
 NAMES = ["lock", "config.json", "data.json", "summary.json", "metrics.jsonl", "environment.jsonl", "wandb_id.txt"]
 NAMES += ["config_changes.jsonl", "predictions_test.csv", "parity_test.png", "learning_curve.png"]
+NAMES += ["suspect_labels.csv"]
 NAMES += ["calibration_test_e_form.png", "nonfinite_step_5.json", "checkpoints/a", "damaged_checkpoints/a"]
 NAMES += ["tensorboard/events", "wandb/a", "member_0/config.json", "checkpoints/10/a"]
 
