@@ -58,7 +58,7 @@ def test_the_wheel_holds_every_module_and_the_data(wheel):
         f"{package}/{path.relative_to(ROOT / folder)}"
         for folder, package in packages.items()
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in (".py", ".pyi", ".gz", ".json") or path.name == "py.typed"
+        if path.suffix in (".py", ".pyi", ".gz", ".json", ".npz") or path.name == "py.typed"
     }
     assert "crystalframer_jax/data/bundled/mp_flla_2015.jsonl.gz" in expected and len(expected) > 30
     assert {name for name in names if ".dist-info/" not in name} == expected

@@ -56,7 +56,7 @@ def _told(error: Exception) -> str:
 def model_parser(prog: str, description: str) -> argparse.ArgumentParser:
     """Makes a parser of what every command that predicts takes: the run, its weights, draws of frames."""
     parser = argparse.ArgumentParser(prog, description=description, allow_abbrev=False)
-    run_help = "run directory, of one model or of an ensemble, or a checkpoint (RUN/checkpoints/STEP)"
+    run_help = "run directory, of one model or of an ensemble, a checkpoint (RUN/checkpoints/STEP), or a model by name"
     parser.add_argument("run", metavar="RUN", help=run_help)
     parser.add_argument("--weights", choices=WEIGHTS, help=WEIGHTS_HELP)
     samples_help = "average K draws among equally good frames and show their spread; default: as configured for the run"

@@ -25,6 +25,7 @@ from crystalframer_jax.inference.compilation import keep_compiled_programs
 from crystalframer_jax.inference.doubts import PredictionWarning, doubts, summary
 from crystalframer_jax.inference.evaluation import Predictions, frame_draws, groups_by_atoms, groups_of, predict_rows
 from crystalframer_jax.inference.forward import Forward, make_forward, working_precision
+from crystalframer_jax.inference.shipped import is_model_name, read_model
 from crystalframer_jax.model.regressor import CrystalFramer
 from crystalframer_jax.parallel.cores import use_cores
 from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices, Tree
@@ -51,7 +52,10 @@ class Predictor:
       origin: the same in words.
       data_digest: of the data that it was trained on; empty if that is not told.
       coverage: what these data held; None if that is not told.
+      card: what there is to know about a model of the package, text; empty for others.
     """
+
+    card = ""
 
     def __init__(
         self,
@@ -73,7 +77,9 @@ class Predictor:
 
     @classmethod
     def load(cls, run_dir: str | Path, weights: str | None = None) -> "Predictor":
-        """Loads the model of a run directory, or of one of its checkpoints (RUN/checkpoints/STEP).
+        """Loads the model of a run directory, of one of its checkpoints (RUN/checkpoints/STEP), or of the package.
+
+        Models of the package are asked for by name, see `shipped.model_names`; a directory of that name comes first.
 
         `weights`: "best" (smallest validation loss), "last", "swa" (average over the last epochs) or "ema" (exponential
         moving average). Without it, those that the finished run selected by validation loss, or the best so far.
@@ -81,6 +87,10 @@ class Predictor:
         Raises CheckpointError if there is no such model.
         """
         use_cores()
+        if is_model_name(run_dir):
+            if weights:
+                raise CheckpointError(f"{run_dir} has one set of weights; leave weights={weights!r} out")
+            return cls._of_package(str(run_dir))
         workdir, step = run_and_step(run_dir)
         if step is not None and weights == "best":
             raise CheckpointError(
@@ -104,6 +114,17 @@ class Predictor:
         digest = meta.get("data", {}).get("digest", "")
         coverage = Coverage.from_json(meta["training_set"]) if "training_set" in meta else None
         return cls(config, variables_in(fields, weights), targets, weights, step, origin, digest, coverage)
+
+    @classmethod
+    def _of_package(cls, name: str) -> "Predictor":
+        """Loads a model that comes with the package."""
+        config, variables, targets, coverage, digest, step, card = read_model(name)
+        expected = jax.tree.map(lambda x: x.shape, {k: v for k, v in _abstract_model(config).items() if k in variables})
+        if jax.tree.map(np.shape, variables) != expected:
+            raise CheckpointError(f"{name} is of another model than its configuration; install the package again")
+        predictor = cls(config, variables, targets, "given", step, f"the model {name} of the package", digest, coverage)
+        predictor.card = card
+        return predictor
 
     def predict(
         self, structures: Iterable[Any] | Any, num_frame_samples: int | None = None, progress: bool = False

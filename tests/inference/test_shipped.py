@@ -1,16 +1,19 @@
 """Models of the package, by name."""
 
+import itertools
 import json
 
 import numpy as np
 import pytest
-from support import EXAMPLES
+from support import EXAMPLES, GOLDEN
 from tiny import tiny_config, tiny_runs
 
 from crystalframer_jax.cli.predict import predict_main
+from crystalframer_jax.data.registry import target_set
 from crystalframer_jax.inference import shipped
 from crystalframer_jax.inference.predictor import Predictor
 from crystalframer_jax.runs.checkpoints import CheckpointError, Checkpoints
+from crystalframer_jax.structures.crystal import Crystal
 from crystalframer_jax.training.start import train
 
 NACL = EXAMPLES / "NaCl.cif"
@@ -100,3 +103,23 @@ def test_training_may_start_from_a_name(run, models, tmp_path):
     np.testing.assert_allclose(
         Predictor.load(tmp_path / "tuned").predict(NACL), Predictor.load(run).predict(NACL), rtol=1e-4
     )
+
+
+# Those that are there
+
+
+def test_the_model_of_the_materials_project_predicts_what_it_did_when_it_was_made():
+    known = target_set("mp_flla_2015")
+    records = itertools.islice(known.source.open(known.targets).records(), 10)
+    crystals = {record.id: record.crystal(6.93) for record in records}
+    expected = json.loads((GOLDEN / "mp-2018.json").read_text())
+    predictor = Predictor.load("mp-2018")
+    assert [(s.name, s.unit) for s in predictor.targets] == [("e_form", "eV/atom"), ("gap_pbe", "eV")]
+    assert list(crystals) == list(expected)
+    np.testing.assert_allclose(predictor.predict([*crystals.values()]), [*expected.values()], rtol=0, atol=1e-5)
+    assert predictor.card.startswith("mp-2018, version ") and "MAE" in predictor.card
+
+
+def test_it_warns_of_what_it_has_not_seen():
+    with pytest.warns(UserWarning, match="not among the elements of the training set: Po"):
+        Predictor.load("mp-2018").predict(Crystal(np.array([84]), np.zeros((1, 3)), 3.35 * np.eye(3)))
