@@ -44,6 +44,7 @@ def read(path: Path) -> tuple[list[Crystal], str]:
     """The crystals of a file, and its warnings on lines; all of them are ours."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        warnings.simplefilter("ignore", DeprecationWarning)  # ASE has some of Python 3.12
         crystals = read_crystals(path)
     assert {warning.category for warning in caught} <= {UserWarning}
     texts = [str(warning.message) for warning in caught]
