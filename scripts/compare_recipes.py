@@ -20,12 +20,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from crystalframer_jax.cli.common import reporting_errors
+from crystalframer_jax.config import TrainConfig
+from crystalframer_jax.configs import recommended
 from crystalframer_jax.text import table
 
 SEEDS = (123, 124, 125)
 SWA_SHARE = 4  # of the epochs of the official recipe, one of so many is averaged
-OFFICIAL = {"optimizer": "adamw", "lr": 5e-4, "lr_batch_size": 0, "lr_sch": "inverse_sqrt_nowarmup"}
-OFFICIAL |= {"sch_params": (4000.0,), "batch_size": 64, "element_references": False}
+OFFICIAL = {key: getattr(TrainConfig(), key) for key in recommended.RECIPE} | {"batch_size": 64}
 # The recommended recipe without one of its ingredients, or with another; one seed, on the first set
 CHANGES: dict[str, dict[str, Any]] = {
     "adamw, lr 1e-3": {"optimizer": "adamw", "lr": 1e-3},

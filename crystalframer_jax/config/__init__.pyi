@@ -6,4 +6,5 @@ from .validation import ConfigError as ConfigError
 from .validation import check_overrides as check_overrides
 from .validation import unknown_key_message as unknown_key_message
 from .validation import validate as validate
+from .validation import validate_given as validate_given
 from .validation import validate_model as validate_model

@@ -53,6 +53,11 @@ def validate_model(config: ConfigDict | Mapping[str, Any] | TrainConfig) -> Trai
     return frozen
 
 
+def validate_given(values: Mapping[str, Any]) -> TrainConfig:
+    """Does the same where hyperparameters that are not given, such as those of later versions, have their defaults."""
+    return validate_model(TrainConfig().as_dict() | dict(values))
+
+
 def _frozen_value(key: str, value: Any) -> Any:
     """Freezes a value; ConfigError if it, or an element of it, is not of the type of the default, or out of bounds."""
     if key == "targets":

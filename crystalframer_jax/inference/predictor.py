@@ -104,27 +104,35 @@ class Predictor:
             step = _step_with(weights, checkpoints)
         meta = checked(checkpoints.meta(step), checkpoints.path(step), "targets")
         config = _with_draws(read_config(workdir, meta), workdir, meta, summary)
-        targets = tuple(TargetStatistics(**target) for target in meta["targets"])
-        if tuple(target.name for target in targets) != config.targets:
+        if tuple(target["name"] for target in meta["targets"]) != config.targets:
             raise CheckpointError(f"{checkpoints.path(step)} has no statistics of the targets {config.targets}")
         with working_precision(config):
             fields = checkpoints.restore_model(step, _abstract_model(config))
         _check_average(weights, fields, config, workdir, step)
         origin = f"{weights} weights of {workdir}, step {step}"
-        digest = meta.get("data", {}).get("digest", "")
-        coverage = Coverage.from_json(meta["training_set"]) if "training_set" in meta else None
-        return cls(config, variables_in(fields, weights), targets, weights, step, origin, digest, coverage)
+        return cls._as_told(config, variables_in(fields, weights), meta, weights, step, origin)
 
     @classmethod
     def _of_package(cls, name: str) -> "Predictor":
         """Loads a model that comes with the package."""
-        config, variables, targets, coverage, digest, step, card = read_model(name)
+        config, variables, meta, card = read_model(name)
         expected = jax.tree.map(lambda x: x.shape, {k: v for k, v in _abstract_model(config).items() if k in variables})
         if jax.tree.map(np.shape, variables) != expected:
             raise CheckpointError(f"{name} is of another model than its configuration; install the package again")
-        predictor = cls(config, variables, targets, "given", step, f"the model {name} of the package", digest, coverage)
+        origin = f"the model {name} of the package"
+        predictor = cls._as_told(config, variables, meta, "given", meta.get("step", 0), origin)
         predictor.card = card
         return predictor
+
+    @classmethod
+    def _as_told(
+        cls, config: TrainConfig, variables: Tree, meta: dict[str, Any], weights: str, step: int, origin: str
+    ) -> "Predictor":
+        """Makes one with what the meta data of a checkpoint tell of targets and training data."""
+        targets = tuple(TargetStatistics(**target) for target in meta["targets"])
+        digest = meta.get("data", {}).get("digest", "")
+        coverage = Coverage.from_json(meta["training_set"]) if "training_set" in meta else None
+        return cls(config, variables, targets, weights, step, origin, digest, coverage)
 
     def predict(
         self, structures: Iterable[Any] | Any, num_frame_samples: int | None = None, progress: bool = False

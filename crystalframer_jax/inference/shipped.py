@@ -16,9 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from crystalframer_jax.batching.coverage import Coverage
-from crystalframer_jax.batching.targets import TargetStatistics
-from crystalframer_jax.config import TrainConfig, validate_model
+from crystalframer_jax.config import TrainConfig, validate_given
 from crystalframer_jax.files import parse_json, replacing
 from crystalframer_jax.parallel.devices import Tree
 from crystalframer_jax.runs.checkpoints import CheckpointError
@@ -29,14 +27,11 @@ META = "meta"  # name of the JSON among the arrays
 
 
 class ShippedModel(NamedTuple):
-    """What a file holds."""
+    """What a file holds, and the card."""
 
     config: TrainConfig
     variables: Tree  # params, calibration, batch_stats
-    targets: tuple[TargetStatistics, ...]
-    coverage: Coverage | None
-    data_digest: str
-    step: int
+    meta: dict[str, Any]  # that of the checkpoint it was made of
     card: str
 
 
@@ -62,12 +57,9 @@ def read_model(name: str) -> ShippedModel:
         meta = checked(parse_json(bytes(arrays[META]), file), file, "config", "targets")
         variables = unflatten_dict({tuple(key.split("/")): arrays[key] for key in arrays.files if key != META})
     return ShippedModel(
-        config=validate_model(TrainConfig().as_dict() | meta["config"]),
+        config=validate_given(meta["config"]),
         variables={kind: variables.get(kind, {}) for kind in ("params", "calibration", "batch_stats")},
-        targets=tuple(TargetStatistics(**target) for target in meta["targets"]),
-        coverage=Coverage.from_json(meta["training_set"]) if "training_set" in meta else None,
-        data_digest=meta.get("data", {}).get("digest", ""),
-        step=meta.get("step", 0),
+        meta=meta,
         card=card_text(name, entry),
     )
 

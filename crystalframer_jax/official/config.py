@@ -6,7 +6,7 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
-from crystalframer_jax.config import ConfigError, TrainConfig, unknown_key_message, validate, validate_model
+from crystalframer_jax.config import ConfigError, TrainConfig, unknown_key_message, validate, validate_given
 from crystalframer_jax.config.hyperparameters import KEYS, NEUTRAL_VALUES, TRAINING_KEYS, WITHOUT_COUNTERPART
 from crystalframer_jax.data.registry import TARGET_SETS
 
@@ -66,7 +66,7 @@ def config_from_official(official: Mapping[str, Any]) -> tuple[TrainConfig, list
     values = {key: _as_ours(key, value) for key, value in given.items() if key not in TRAINING_KEYS}
     values["targets"] = _targets(official["targets"])
     values["target_set"] = name if isinstance(name, str) and name in TARGET_SETS else ""
-    config = validate_model(TrainConfig().as_dict() | values)
+    config = validate_given(values)
     return _with_training_keys(config, {key: value for key, value in given.items() if key in TRAINING_KEYS})
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from crystalframer_jax.config import ConfigError, TrainConfig, validate_model
+from crystalframer_jax.config import ConfigError, TrainConfig, validate_given
 from crystalframer_jax.config.hyperparameters import KEYS, NEVER, RESUMABLE_KEYS, UNIMPORTANT_KEYS
 from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.files import FileError, append_line, json_text, read_json, write_json
@@ -101,7 +101,7 @@ def read_config(workdir: Path, meta: dict[str, Any] | None = None) -> TrainConfi
     """
     file, meta = workdir / CONFIG_FILE, newest_meta(workdir) if meta is None else meta
     try:
-        told = _validated(meta["config"]) if "config" in meta else None
+        told = validate_given(meta["config"]) if "config" in meta else None
     except ConfigError as error:
         raise CheckpointError(f"a checkpoint of {workdir} tells of an impossible configuration: {error}") from error
     if told and not os.path.lexists(file):
@@ -109,7 +109,7 @@ def read_config(workdir: Path, meta: dict[str, Any] | None = None) -> TrainConfi
         return told
     remedy = "remove it: the checkpoint tells the configuration" if told else "put back a copy of it"
     try:
-        config = _validated(read_json(file))
+        config = validate_given(read_json(file))
     except FileError as error:
         raise CheckpointError(f"{error}; {remedy}") from error
     except ConfigError as error:
@@ -125,10 +125,6 @@ def read_config(workdir: Path, meta: dict[str, Any] | None = None) -> TrainConfi
         if row.metadata["change"] == NEVER and here != there:
             raise CheckpointError(f"{file} is not that of the checkpoints: {key}={here!r}, there {there!r}; {remedy}")
     return config
-
-
-def _validated(values: dict[str, Any]) -> TrainConfig:
-    return validate_model(TrainConfig().as_dict() | values)  # keys that are new since then had their defaults
 
 
 def stored_config(workdir: Path) -> dict[str, Any]:

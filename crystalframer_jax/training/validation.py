@@ -100,12 +100,11 @@ class Evaluator:
 
     def _losses(self, predictions: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Returns the loss of predictions [C, T] in label units, that of standardised targets, of each crystal [C]."""
-        labels, compositions = self.dataset.labels[rows], compositions_for(self.statistics, self.dataset.table, rows)
-        standard, targets = (
-            standardise(to_learn(values, self.statistics, compositions), self.statistics)
-            for values in (predictions, labels)
-        )
-        return np.asarray(loss_per_crystal(self.config.loss_func, standard, targets, np.isfinite(labels)))
+        targets = self.batches.labels[rows]  # what is learned of them
+        compositions = compositions_for(self.statistics, self.dataset.table, rows)
+        found = standardise(to_learn(predictions, self.statistics, compositions), self.statistics)
+        expected = standardise(targets, self.statistics)
+        return np.asarray(loss_per_crystal(self.config.loss_func, found, expected, np.isfinite(targets)))
 
     def compare(
         self, candidates: Mapping[str, Tree], before: Callable[[str], None], folder: Path | None, not_written: list[str]
