@@ -79,17 +79,21 @@ def recipes_of(name: str) -> list[Recipe]:
     return found + [Recipe(title, epochs, values, SEEDS[:1]) for title, values in changes.items()]
 
 
-def train(case: Case, recipe: Recipe, seed: int, folder: Path, flags: list[str]) -> dict[str, Any]:
-    """Trains, unless that is done, and reads the summary of the run."""
-    run = folder / "".join(c if c.isalnum() else "_" for c in recipe.name) / f"seed_{seed}"
+def train(run: Path, config: str, settings: dict[str, Any], flags: list[str]) -> dict[str, Any]:
+    """Trains with some `settings` of a configuration file, unless that is done, and reads the summary of the run."""
     if not (run / "summary.json").exists():
-        settings = {"target_set": case.target_set, "targets": ",".join(case.targets), "n_epochs": recipe.epochs}
-        settings |= {"seed": seed, **recipe.changes}
-        command = [sys.executable, "scripts/train.py", "--config=configs/quickstart.py", f"--workdir={run}"]
+        command = [sys.executable, "scripts/train.py", f"--config={config}", f"--workdir={run}"]
         command += [f"--config.{key}={value}" for key, value in settings.items()]
         print(f"== {run}", flush=True)
         subprocess.run([*command, *flags], check=True, stdin=subprocess.DEVNULL)
     return json.loads((run / "summary.json").read_text())
+
+
+def train_by(recipe: Recipe, case: Case, seed: int, folder: Path, flags: list[str]) -> dict[str, Any]:
+    """Trains the small model on a set."""
+    settings = {"target_set": case.target_set, "targets": ",".join(case.targets), "n_epochs": recipe.epochs}
+    run = folder / "".join(c if c.isalnum() else "_" for c in recipe.name) / f"seed_{seed}"
+    return train(run, "configs/quickstart.py", settings | {"seed": seed, **recipe.changes}, flags)
 
 
 def lines_of(name: str, folder: Path, flags: list[str]) -> list[list[str]]:
@@ -97,7 +101,7 @@ def lines_of(name: str, folder: Path, flags: list[str]) -> list[list[str]]:
     case, lines = CASES[name], []
     means: dict[str, float] = {}
     for recipe in recipes_of(name):
-        summaries = [train(case, recipe, seed, folder / name, flags) for seed in recipe.seeds]
+        summaries = [train_by(recipe, case, seed, folder / name, flags) for seed in recipe.seeds]
         minutes = np.median([summary["seconds"] for summary in summaries]) / 60
         for target in case.targets:
             errors = [s["mae"][s["selected_weights"]]["val"][target] for s in summaries]

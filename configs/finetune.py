@@ -1,0 +1,20 @@
+"""Fine-tune mp-2018, the model that comes with the package, on a small set of another property.
+
+    python scripts/train.py --config=configs/finetune.py --workdir=runs/phonons
+    python scripts/train.py --config=configs/finetune.py --config.target_set=mine --config.targets=modulus \
+        --workdir=runs/mine
+
+The model is that of mp-2018, the recipe the recommended one at a smaller rate. docs/training.md has what it gains.
+"""
+
+from ml_collections import ConfigDict
+
+from crystalframer_jax.configs import recommended
+
+
+def get_config() -> ConfigDict:
+    """Peaks of phonons (the first fold of matbench_phonons), 40 epochs."""
+    config = recommended.get_config("lightweight")
+    config.update(target_set="matbench_phonons-fold_0", targets="last_phdos_peak")
+    config.update(pretrained_model="mp-2018", lr=1e-3, n_epochs=40)
+    return config
