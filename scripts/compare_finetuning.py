@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 from compare_recipes import train
-from pymatgen.core import Structure
+from pymatgen.core import Element, Structure
 
 from crystalframer_jax.cli.common import reporting_errors
 from crystalframer_jax.config import TrainConfig
@@ -62,7 +62,8 @@ def subset(name: str, case: Case, folder: Path, data_dir: str) -> str:
         with gzip.open(source, "wt") as stream:
             for split, row in ((split, row) for split, rows in chosen.items() for row in rows):
                 atoms = slice(*crystals.atom_offset[row : row + 2])
-                place = crystals.lattice[row], crystals.species[atoms], crystals.position[atoms]
+                elements = [Element.from_Z(int(number)) for number in crystals.species[atoms]]
+                place = crystals.lattice[row], elements, crystals.position[atoms]
                 structure = Structure(*place, coords_are_cartesian=True)
                 record = {"id": str(crystals.ids[row]), "split": split, "structure": structure.as_dict()}
                 record |= dict(zip(case.targets, dataset.labels[row].tolist(), strict=True))
