@@ -1,6 +1,7 @@
 """The configurations of the paper's benchmarks, and the script that trains them all (its python is a stand-in)."""
 
 import ast
+import dataclasses
 import importlib
 import json
 import os
@@ -17,9 +18,10 @@ from ml_collections import config_flags
 from support import ROOT
 
 from crystalframer_jax.config import ConfigError, validate, validate_model
-from crystalframer_jax.configs import default, quickstart, recommended
+from crystalframer_jax.configs import default, finetune, quickstart, recommended
 from crystalframer_jax.configs.variants import VARIANTS
 from crystalframer_jax.data.registry import TARGET_SETS
+from crystalframer_jax.inference.shipped import read_model
 
 BENCHMARKS = ("jarvis", "megnet", "oqmd")
 
@@ -285,6 +287,12 @@ def test_matbench_phonons_is_the_recommended_recipe_for_150_epochs():
             "n_epochs": 150,
         }
         validate(config)
+
+
+def test_what_is_fine_tuned_is_the_model_of_the_package():
+    config, shipped = validate(finetune.get_config()), read_model(finetune.get_config().pretrained_model).config
+    assert config.model == dataclasses.replace(shipped.model, num_targets=1)
+    assert config.cutoff == shipped.cutoff
 
 
 def test_a_target_that_fails_does_not_keep_the_others_from_running(checkout):
