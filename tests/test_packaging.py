@@ -6,11 +6,14 @@ import shutil
 import site
 import subprocess
 import sys
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ("crystalframer_jax", "configs", "kernels", "pyproject.toml", "README.md", "LICENSE")
@@ -81,3 +84,20 @@ def test_the_installed_wheel_works_away_from_the_repository(wheel, tmp_path):
     assert found["records"] == 3938 and len(found["path"]) == 1
     for file in found["files"]:
         assert Path(file).is_relative_to(packages.resolve()), file
+
+
+def test_constraints_name_a_version_within_bounds_for_every_dependency():
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        project = tomllib.load(file)["project"]
+    tested = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#"]
+    of_extras = [text for extra in ("ase", "torch") for text in project["optional-dependencies"][extra]]
+    for needed in map(Requirement, project["dependencies"] + of_extras):
+        for python in ("3.11", "3.12"):
+            found = [
+                one.specifier
+                for one in tested
+                if canonicalize_name(one.name) == canonicalize_name(needed.name)
+                and (one.marker is None or one.marker.evaluate({"python_version": python}))
+            ]
+            assert len(found) == 1, f"{needed.name} under Python {python}"
+            assert needed.specifier.contains(str(found[0]).removeprefix("=="))
