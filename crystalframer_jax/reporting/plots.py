@@ -6,10 +6,11 @@ Sizes are those of a column of a journal, so that figures are included without s
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
@@ -107,6 +108,30 @@ def learning_curve(epochs: Sequence[dict[str, Any]], swa_first_epoch: int | None
     bottom.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     bottom.xaxis.set_major_formatter("{x:,.0f}")
     figure.legend(*top.get_legend_handles_labels(), loc="outside upper center", ncols=2, handlelength=1.5)
+    return figure
+
+
+@style()
+def validation_curves(runs: Mapping[str, Sequence[dict[str, Any]]], target: str, unit: str) -> Figure:
+    """Draws the validation errors of several runs, by name, against their epochs; ValueError if there are none."""
+    errors_of = {
+        name: [line["val_mae"][target] for line in epochs if target in line["val_mae"]] for name, epochs in runs.items()
+    }
+    errors_of = {name: found for name, found in errors_of.items() if found}
+    if not errors_of:
+        raise ValueError("there are no epochs to plot")
+    figure = Figure(figsize=(COLUMN, 2.5), layout="constrained")
+    axes = figure.subplots()
+    colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(errors_of)))
+    for color, (name, error) in zip(colors, errors_of.items(), strict=True):
+        marker = "o" if len(error) == 1 else ""
+        axes.plot(range(1, len(error) + 1), error, marker=marker, color=color, linewidth=1.2, label=name)
+    found = np.concatenate([*errors_of.values()])
+    if found.min() > 0 and found.max() > 3 * found.min():
+        _log_axis(axes)
+    axes.set(xlabel="epoch", ylabel=with_unit(f"validation MAE, {target}", unit))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+    figure.legend(loc="outside upper center", ncols=2, handlelength=1.5)
     return figure
 
 

@@ -13,6 +13,7 @@ from scipy.stats import norm
 
 from crystalframer_jax.reporting import plots
 from crystalframer_jax.reporting.calibration import COVERAGE_LEVELS, coverage, miscalibration_area, reliability
+from crystalframer_jax.reporting.element_figures import periodic_table
 from crystalframer_jax.reporting.metrics import errors
 from crystalframer_jax.reporting.plots import (
     SCATTER_POINTS,
@@ -21,6 +22,7 @@ from crystalframer_jax.reporting.plots import (
     learning_curve,
     parity,
     style,
+    validation_curves,
     write,
 )
 
@@ -142,6 +144,34 @@ def test_epochs_are_whole_numbers_with_thousands_separators():
     few = draw(learning_curve(epochs_of(3), None)).axes[-1]
     assert {label.get_text() for label in few.get_xticklabels()} >= {"1", "2", "3"}
     assert not any("." in label.get_text() for label in few.get_xticklabels())
+
+
+def test_validation_errors_of_several_runs_are_compared():
+    runs = {"one": epochs_of(12), "two": epochs_of(3), "not begun": []}
+    for number, line in enumerate(runs["one"]):
+        line["val_mae"] = {"e": 10.0 / (1 + number)}
+    figure = validation_curves(runs, "e", "eV")
+    one, two = figure.axes[0].get_lines()
+    assert (one.get_label(), two.get_label()) == ("one", "two")
+    np.testing.assert_array_equal(one.get_xydata()[[0, -1]], [[1, 10], [12, 10 / 12]])
+    assert figure.axes[0].get_yscale() == "log" and overlaps(figure) == [] and within(figure) == []
+    assert "validation MAE, e (eV)" in figure.axes[0].get_ylabel()
+    with pytest.raises(ValueError, match="no epochs"):
+        validation_curves(runs, "gap", "eV")
+
+
+def test_the_periodic_table_shows_the_values_of_its_elements():
+    figure = periodic_table({1: 0.02, 92: 0.5, 98: 0.1}, "MAE (eV)", "x")
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert len([text for text in texts if text.isalpha()]) == 98 and {"0.02", "0.5", "0.1"} < set(texts)
+    places = {}
+    for element, box in zip([t for t in texts if t.isalpha()], figure.axes[0].patches, strict=True):
+        places[element] = box.get_xy()
+        assert (box.get_facecolor()[3] > 0) == (element in ("H", "U", "Cf"))
+    assert len(set(places.values())) == 98 and places["H"] == (1, 1) and places["He"] == (18, 1)
+    assert overlaps(figure) == [] and within(figure) == []
+    with pytest.raises(ValueError, match="no element"):
+        periodic_table({}, "MAE")
 
 
 def test_no_epochs_are_refused():
