@@ -1,6 +1,7 @@
 """The periodic table with a number for each element, such as the mean error of the crystals that hold it."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -26,7 +27,7 @@ def periodic_table(values: Mapping[int, float], label: str, title: str = "") -> 
     found = np.array([*values.values()])
     limits = found.min(), found.max() if found.max() > found.min() else found.min() + 1e-12
     norm = (LogNorm if 0 < 10 * limits[0] < limits[1] else Normalize)(*limits)
-    colors = ScalarMappable(norm, matplotlib.colormaps["viridis_r"])
+    colors: Any = ScalarMappable(norm, matplotlib.colormaps["viridis_r"])
     figure = Figure(figsize=(2 * COLUMN, 3.6), layout="constrained")
     axes = figure.subplots()
     for number in range(1, MAX_ATOMIC_NUMBER + 1):
