@@ -3,9 +3,9 @@
     python scripts/train.py --config=configs/recommended.py --workdir=runs/e_form
     python scripts/train.py --config=configs/recommended.py:lightweight --workdir=runs/lightweight
 
-Muon for the matrices of the blocks, a learning rate that goes to zero, small batches, and element references; the model
-is the paper's. docs/training.md has what each of these is worth. Variants: those of configs/variants.py, default and
-lightweight among them.
+Muon for the matrices of the blocks, a learning rate that goes to zero, and small batches; the model is the paper's.
+docs/training.md has what each of these is worth. Variants: those of configs/variants.py, default and lightweight among
+them.
 """
 
 from ml_collections import ConfigDict
@@ -20,7 +20,6 @@ RECIPE = {
     "sch_params": (0.02,),
     "batch_size": 32,
     "swa_epochs": 0,
-    "element_references": True,
 }
 
 

@@ -38,7 +38,7 @@ def max_frames(
     """Max frames: orthonormal and right-handed, [N, H, 3, 3]; zeros for padding.
 
     e1 points to the neighbor with the largest attention logit; e2 to the one with the largest
-    logit + log(1 - |e1 . u|), made orthogonal to e1; e3 = e1 x e2. Neighbors within `tie_tolerance` of the best score
+    logit + log(1 - abs(e1 . u)), orthogonalized; e3 = e1 x e2. Neighbors within `tie_tolerance` of the best score
     are ties: drawn by `seeds` [N, H] or, without, chosen by the weights of the attention `seeing`, see ops/ties.py;
     it may be the object `scores` itself. Given eigenvalues [N, 1, 3] and axes [N, 1, 3, 3], the frames of these that
     max frames settle are chosen and returned, see `pca_frames`.

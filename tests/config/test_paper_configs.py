@@ -278,13 +278,13 @@ def test_the_folds_of_matbench_phonons_are_trained_by_the_recommended_recipe(che
     assert status == 1 and re.search(r"^mean of the folds +1/cm +- +28\.8$", output, re.M), output
 
 
-def test_matbench_phonons_is_the_recommended_recipe_for_150_epochs():
+def test_matbench_phonons_is_the_recommended_recipe_for_80_epochs():
     for variant in VARIANTS:
         config, recipe = module_of("matbench_phonons").get_config(variant), recommended.get_config(variant)
         assert {key: config[key] for key in config if config[key] != recipe[key]} == {
             "target_set": "matbench_phonons-fold_0",
             "targets": "last_phdos_peak",
-            "n_epochs": 150,
+            "n_epochs": 80,
         }
         validate(config)
 
