@@ -17,8 +17,8 @@ from crystalframer_jax.files import check_replaceable
 from crystalframer_jax.inference.ensemble import Ensemble, load_model
 from crystalframer_jax.inference.evaluation import Predictions
 from crystalframer_jax.inference.predictor import Predictor
-from crystalframer_jax.reporting.metrics import mean_predictor_errors, regression_metrics
-from crystalframer_jax.reporting.predictions import figure_files, plot_calibration, plot_parity, write_predictions
+from crystalframer_jax.reporting.metrics import mean_predictor_errors, metrics_for, target_metrics
+from crystalframer_jax.reporting.predictions import figure_files, plot_calibration, plot_predictions, write_predictions
 from crystalframer_jax.reporting.suspects import suspect_labels, write_suspects
 from crystalframer_jax.runs.run_directory import warn
 from crystalframer_jax.text import table
@@ -33,7 +33,7 @@ def evaluate_main(argv: Sequence[str] | None = None) -> int:
     data_help = "where the data are prepared; default: where the run has them, only read, or the user's cache folder"
     parser.add_argument("--data_dir", default="", metavar="DIR", help=data_help)
     plot_help = """draw predictions against labels or, of an ensemble, errors against standard deviations (a figure for
-        each target, its name added to FILE)"""
+        each target, its name added to FILE); of classes, ROC curves"""
     parser.add_argument("--plot", type=_png, metavar="FILE.png", help=plot_help)
     suspects_help = "write the labels of all splits that all models of an ensemble agree against to this CSV file"
     parser.add_argument("--suspects", type=Path, help=suspects_help)
@@ -107,12 +107,12 @@ def error_table(
     leaked = np.isin(rows, dataset.leaked)
     if leaked.any():
         kinds[", without leaks"] = ~leaked
-    header = [f"{dataset.name}, {split}", "unit", "crystals", "MAE", "RMSE", "R2", "mean predictor"]
+    header = [f"{dataset.name}, {split}", "unit", "crystals", *metrics_for(targets).titles.values(), "mean predictor"]
     header += [f"mean std over {over}"] if over else []
     lines = []
     for kind, chosen in kinds.items():
         labels = dataset.labels[rows[chosen]]
-        metrics = regression_metrics(predictions.value[chosen], labels, targets)
+        metrics = target_metrics(predictions.value[chosen], labels, targets)
         baseline = mean_predictor_errors(labels, targets, dataset.labels[dataset.splits["train"]])
         for t, s in enumerate(targets):
             known = np.isfinite(labels[:, t])
@@ -125,17 +125,18 @@ def error_table(
 def plot_errors(
     file: Path, model: Predictor | Ensemble, dataset: Dataset, split: str, predictions: Predictions
 ) -> list[Path]:
-    """Plots the parity of a single model, the calibration of an ensemble; returns the files written."""
-    for figure in figure_files(file, model.targets) if isinstance(model, Ensemble) else [file]:
+    """Plots the parity of a single model, the calibration of an ensemble, or ROC curves; returns the files written."""
+    is_calibration = isinstance(model, Ensemble) and metrics_for(model.targets).task == "regression"
+    for figure in figure_files(file, model.targets) if is_calibration else [file]:
         check_replaceable(figure, b"\x89PNG")
     file.parent.mkdir(parents=True, exist_ok=True)
     labels = dataset.labels[dataset.splits[split]]
     not_finite = int((~np.isfinite(predictions.value)).any(axis=1).sum())
     if not_finite:
         raise UserError(f"{file} is not drawn: {not_finite} of {len(labels)} predictions are not finite")
-    if isinstance(model, Ensemble):
+    if is_calibration:
         return plot_calibration(file, labels, *predictions, model.targets)[0]
-    plot_parity(file, labels, predictions.value, model.targets, split)
+    plot_predictions(file, labels, predictions.value, model.targets, split)
     return [file]
 
 
