@@ -1,6 +1,7 @@
 """Errors of a trained model on the splits of its dataset."""
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from crystalframer_jax.files import check_replaceable
 from crystalframer_jax.inference.ensemble import Ensemble, load_model
 from crystalframer_jax.inference.evaluation import Predictions
 from crystalframer_jax.inference.predictor import Predictor
+from crystalframer_jax.inference.pretraining import pretraining_of, starts_of
 from crystalframer_jax.reporting.metrics import mean_predictor_errors, metrics_for, target_metrics
 from crystalframer_jax.reporting.predictions import figure_files, plot_calibration, plot_predictions, write_predictions
 from crystalframer_jax.reporting.suspects import suspect_labels, write_suspects
@@ -34,6 +36,8 @@ def evaluate_main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data_dir", default="", metavar="DIR", help=data_help)
     plot_help = """draw predictions against labels or, of an ensemble, errors against standard deviations (a figure for
         each target, its name added to FILE); of classes, ROC curves"""
+    leaks_help = "leave out crystals that are also in training, or in that of the model of the package it started from"
+    parser.add_argument("--exclude-leaked", action="store_true", help=leaks_help)
     parser.add_argument("--plot", type=_png, metavar="FILE.png", help=plot_help)
     suspects_help = "write the labels of all splits that all models of an ensemble agree against to this CSV file"
     parser.add_argument("--suspects", type=Path, help=suspects_help)
@@ -44,7 +48,9 @@ def evaluate_main(argv: Sequence[str] | None = None) -> int:
     model = load_model(arguments.run, arguments.weights)
     if arguments.suspects and not isinstance(model, Ensemble):
         raise ConfigError(f"--suspects needs the models of an ensemble to agree, and {arguments.run} is one model")
-    dataset = dataset_of(model, arguments.run, arguments.data_dir)
+    dataset = with_pretraining_leaks(model, dataset_of(model, arguments.run, arguments.data_dir), arguments.split)
+    if arguments.exclude_leaked:
+        dataset = without_leaks(dataset, arguments.split)
     indices = dataset.splits[arguments.split]
     predictions = model.predict_dataset(dataset, indices, arguments.num_frame_samples)
     over = model.spread_over(arguments.num_frame_samples)
@@ -93,6 +99,27 @@ def dataset_of(model: Predictor | Ensemble, run: str, data_dir: str = "") -> Dat
             raise DataError(f"{what}; name the folder of its data, or of those to evaluate it on anyway, by --data_dir")
         warn(what)
     return dataset
+
+
+def with_pretraining_leaks(model: Predictor | Ensemble, dataset: Dataset, split: str) -> Dataset:
+    """Adds the crystals of a split to the leaks that a model of the package was trained on; tells how many."""
+    rows = dataset.splits[split]
+    found = pretraining_of(starts_of(model), dataset, rows, f"{split} crystals of {dataset.name}")
+    if found.told:
+        warn(f"{found.told}: errors on them are those of training; --exclude-leaked leaves them out")
+    return dataclasses.replace(dataset, leaked=np.union1d(dataset.leaked, rows[found.seen]))
+
+
+def without_leaks(dataset: Dataset, split: str) -> Dataset:
+    """Leaves the leaks out of a split; DataError if nothing else is in it."""
+    rows = dataset.splits[split]
+    kept = rows[~np.isin(rows, dataset.leaked)]
+    print(f"{len(rows) - len(kept):,} of {len(rows):,} {split} crystals are left out: they were also in training")
+    if not len(kept):
+        raise DataError(
+            f"{dataset.name}: no {split} crystal is left; evaluate on other data, or without --exclude-leaked"
+        )
+    return dataclasses.replace(dataset, splits=dataset.splits | {split: kept})
 
 
 def error_table(

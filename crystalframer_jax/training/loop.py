@@ -46,7 +46,7 @@ from crystalframer_jax.training.layer_names import count_parameters, layer_mask
 from crystalframer_jax.training.ledger import Ledger, StepResult
 from crystalframer_jax.training.logging import Logbook, announced, read_metrics, say
 from crystalframer_jax.training.nonfinite import batch_report
-from crystalframer_jax.training.pretrained import start_from
+from crystalframer_jax.training.pretrained import seen_before, start_from
 from crystalframer_jax.training.requests import SAVE, STOP, Requests
 from crystalframer_jax.training.state import TrainState, Tree
 from crystalframer_jax.training.step import LossFunction, initial_state, make_loss, make_recipe, make_train_step
@@ -299,6 +299,8 @@ class Run:
             state = self.checkpoints.on_all(
                 lambda: start_from(on_one_device(state), self.config, self.statistics), like
             )
+            for told in seen_before(self.config, self.dataset) if is_first_process() else ():
+                say(f"warning: {told}; errors on them are those of training")
         trainable = count_parameters(state.params, self.config.frozen_layers)
         say(f"{self.dataset.name}: {splits}; {trainable:,} trainable parameters")
         say(describe(self.config))

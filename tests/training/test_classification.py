@@ -123,7 +123,8 @@ def test_the_validation_loss_is_the_logistic_loss_of_the_labels(folder, finished
 def test_an_ensemble_combines_probabilities(folder, finished, capsys):
     workdir = folder / "ensemble"
     config = config_of(folder / "data", targets="stable", n_epochs=1, swa_epochs=0, ensemble_size=2)
-    summary = train(config | {"ensemble_combine": "mean"}, workdir)
+    config.ensemble_combine = "mean"
+    summary = train(config, workdir)
     ensemble, dataset = Ensemble.load(workdir), open_tiny(config)
     rows = dataset.splits["test"]
     samples = ensemble.predict_members(dataset, rows)
@@ -138,16 +139,17 @@ def test_an_ensemble_combines_probabilities(folder, finished, capsys):
     assert {"roc_test.png", "suspect_labels.csv"} <= names and "calibration_test.png" not in names
     assert evaluate_main([str(workdir), f"--plot={folder / 'both.png'}", f"--suspects={folder / 'suspects.csv'}"]) == 0
     assert (folder / "both.png").exists()
-    with pytest.raises(ConfigError, match="predicts stable probability, member 1 .* stable probability, low prob"):
+    with pytest.raises(ConfigError, match=r"predicts stable probability, member 1 .* stable probability, low prob"):
         Ensemble([ensemble.members[0], Predictor.load(finished[0])])
 
 
 def test_fine_tuning_from_a_model_of_numbers(folder, tmp_path):
     """The layers are those of the old run; its output for a target of that name is not taken for a logit."""
-    old_config = tiny_config(prepared(tmp_path, ("low",), lambda number, e_form: {"low": e_form}), n_epochs=1)
-    train(old_config | {"target_set": "mine", "targets": "low", "swa_epochs": 0}, tmp_path / "old")
-    config = config_of(folder / "data", targets="low", n_epochs=1, swa_epochs=0, lr=1e-12)
-    train(config | {"pretrained_model": str(tmp_path / "old")}, tmp_path / "new")
+    data_dir, changes = prepared(tmp_path, ("low",), lambda number, e_form: {"low": e_form}), {"targets": "low"}
+    changes |= {"n_epochs": 1, "swa_epochs": 0}
+    train(tiny_config(data_dir, target_set="mine", **changes), tmp_path / "old")
+    start = {"lr": 1e-12, "pretrained_model": str(tmp_path / "old")}
+    train(config_of(folder / "data", **changes, **start), tmp_path / "new")
     old, new = Predictor.load(tmp_path / "old", "last"), Predictor.load(tmp_path / "new", "last")
     for layer, parameters in old.variables["params"].items():
         for name, array in parameters.items():
