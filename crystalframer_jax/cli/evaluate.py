@@ -37,7 +37,7 @@ def evaluate_main(argv: Sequence[str] | None = None) -> int:
     plot_help = """draw predictions against labels or, of an ensemble, errors against standard deviations (a figure for
         each target, its name added to FILE); of classes, ROC curves"""
     leaks_help = "leave out crystals that are also in training, or in that of the model of the package it started from"
-    parser.add_argument("--exclude-leaked", action="store_true", help=leaks_help)
+    parser.add_argument("--exclude-leaked", "--exclude_leaked", action="store_true", help=leaks_help)
     parser.add_argument("--plot", type=_png, metavar="FILE.png", help=plot_help)
     suspects_help = "write the labels of all splits that all models of an ensemble agree against to this CSV file"
     parser.add_argument("--suspects", type=Path, help=suspects_help)
