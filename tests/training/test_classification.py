@@ -4,6 +4,8 @@ import csv
 import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_sets import raw_records
@@ -22,6 +24,7 @@ from crystalframer_jax.official.conversion import export_checkpoint
 from crystalframer_jax.parallel.interruption import TrainingInterrupted
 from crystalframer_jax.reporting.metrics import class_metrics
 from crystalframer_jax.training.logging import read_metrics
+from crystalframer_jax.training.loss import loss_per_crystal
 from crystalframer_jax.training.start import train
 from crystalframer_jax.training.targets import statistics_of
 
@@ -63,6 +66,21 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(folder):
     return folder / "run", train(config_of(folder / "data"), folder / "run")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_logistic_loss_and_its_gradient(dtype):
+    """log(1 + exp(-x)) of class 1, log(1 + exp(x)) of class 0; the gradient is sigmoid(x) - class, 0 of unknown."""
+    with jax.enable_x64(dtype == np.float64):
+        x = jnp.array([[0.5, -2.0], [30.0, -200.0], [200.0, 1.0]], dtype)
+        y, known = jnp.array([[1, 0], [0, 1], [1, np.nan]], dtype), jnp.array([[1, 1], [1, 1], [1, 0]], bool)
+        loss = loss_per_crystal("logistic", x, y, known)
+        gradient = jax.grad(lambda x: loss_per_crystal("logistic", x, y, known).sum())(x)
+    expected = [np.log1p(np.exp(-0.5)) + np.log1p(np.exp(-2)), 30 + np.exp(-30) + 200, 0]
+    np.testing.assert_allclose(loss, expected, rtol=1e-6, atol=1e-12)
+    slopes = [[1 / (1 + np.exp(-0.5)) - 1, 1 / (1 + np.exp(2))], [1, -1], [0, 0]]
+    np.testing.assert_allclose(gradient, slopes, rtol=1e-6, atol=1e-12)
+    assert loss.dtype == dtype
 
 
 def test_labels_and_their_statistics(folder):
