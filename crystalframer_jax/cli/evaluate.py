@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from crystalframer_jax.batching.targets import TargetStatistics
+from crystalframer_jax.batching.targets import TargetStatistics, check_transform
 from crystalframer_jax.cli.common import model_parser, reporting_errors
 from crystalframer_jax.config import ConfigError
 from crystalframer_jax.data.datasets import open_dataset, open_dataset_of_run
@@ -130,6 +130,9 @@ def error_table(
     If crystals of the split are also in training, further lines are without them.
     """
     rows = dataset.splits[split]
+    for s, column in zip(targets, dataset.labels[rows].T, strict=True):
+        if s.is_class:  # as those that it was trained on
+            check_transform(s.name, s.transform, dataset.table.ids[rows], column)
     kinds = {"": np.ones(len(rows), bool)}
     leaked = np.isin(rows, dataset.leaked)
     if leaked.any():

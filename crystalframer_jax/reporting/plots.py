@@ -89,7 +89,7 @@ def learning_curve(epochs: Sequence[dict[str, Any]], swa_first_epoch: int | None
     smallest = min(loss.min(), val_loss.min())
     if smallest > 0 and max(loss.max(), val_loss.max()) > 3 * smallest:
         _log_axis(top)
-    top.set_ylabel("loss (standardized)")
+    top.set_ylabel("log loss" if "val_roc_auc" in epochs[0] else "loss (standardized)")
 
     if show_lr:
         power = math.floor(math.log10(np.max(np.abs(lr))))
