@@ -18,6 +18,7 @@ from crystalframer_jax.data.store import crystals_of
 from crystalframer_jax.inference import shipped
 from crystalframer_jax.inference.predictor import Predictor
 from crystalframer_jax.runs.checkpoints import CheckpointError, Checkpoints
+from crystalframer_jax.runs.run_directory import warn
 from crystalframer_jax.structures.crystal import Crystal
 from crystalframer_jax.training.start import train
 
@@ -154,6 +155,7 @@ def test_crystals_that_the_model_was_pretrained_on_are_told(run, seen_half, mode
     told = "tiny was trained on 3 of 6 test crystals of small, with labels of e_form: errors on them"
     assert "warning: tiny was trained on 3 of 6 test crystals, with labels of e_form" in capsys.readouterr().out
     for model in (str(tmp_path / "tuned"), "tiny"):
+        warn.cache_clear()  # it tells nothing twice
         assert evaluate_main([model, f"--data_dir={data}", f"--output={tmp_path / 'out.csv'}"]) == 0
         out, err = capsys.readouterr()
         assert told in err and "e_form, without leaks" in out
