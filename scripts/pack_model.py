@@ -2,7 +2,8 @@
 
     python scripts/pack_model.py RUN NAME CARD.json
 
-Writes crystalframer_jax/models/NAME.npz and its entry in index.json; CARD.json is what the card says, words by subject.
+Writes crystalframer_jax/models/NAME.npz, NAME.seen.npz (by which its training crystals are known again) and its entry
+in index.json; CARD.json is what the card says, words by subject.
 """
 
 import argparse
@@ -10,9 +11,12 @@ import json
 from pathlib import Path
 
 from crystalframer_jax.cli.common import reporting_errors
+from crystalframer_jax.cli.evaluate import dataset_of
+from crystalframer_jax.data.seen import SeenCrystals
+from crystalframer_jax.data.store import crystals_of
 from crystalframer_jax.files import read_json, write_json
 from crystalframer_jax.inference.predictor import Predictor
-from crystalframer_jax.inference.shipped import write_model
+from crystalframer_jax.inference.shipped import write_model, write_seen
 from crystalframer_jax.runs.checkpoints import Checkpoints
 
 MODELS = Path(__file__).parents[1] / "crystalframer_jax" / "models"
@@ -30,12 +34,16 @@ def main() -> None:
     meta = Checkpoints(Path(arguments.run)).meta(predictor.step)
     file = MODELS / f"{arguments.name}.npz"
     checksum = write_model(file, predictor.variables, predictor.config, meta | {"step": predictor.step})
+    dataset = dataset_of(predictor, arguments.run)
+    rows = dataset.splits["train"]
+    seen = SeenCrystals.of(dataset.table.ids[rows], crystals_of(dataset.table, rows))
     index = json.loads((MODELS / "index.json").read_text())
     version = index.get(arguments.name, {}).get("version", 0) + 1
     index[arguments.name] = {
         "file": file.name,
         "sha256": checksum,
         "version": version,
+        "seen": write_seen(MODELS / f"{arguments.name}.seen.npz", seen),
         "card": read_json(arguments.card),
     }
     write_json(MODELS / "index.json", index)

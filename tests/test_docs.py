@@ -8,10 +8,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from small_sets import raw_records
 from support import random_variables, small_config
 
 from crystalframer_jax.config.hyperparameters import ALLOWED_VALUES, WITHOUT_COUNTERPART
 from crystalframer_jax.configs import default
+from crystalframer_jax.data.custom.fields import CustomData
+from crystalframer_jax.data.custom.source import custom_source
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -70,7 +73,9 @@ def test_values_that_have_a_table_of_their_own_are_all_in_it(key):
     assert sorted(re.findall(r"^\| (\w+) \|", table, re.MULTILINE)) == sorted(ALLOWED_VALUES[key])
 
 
-@pytest.mark.parametrize("key", ["domain", "frame_method", "pooling", "pre_pooling_op", "optimizer", "loss_func"])
+@pytest.mark.parametrize(
+    "key", ["domain", "frame_method", "pooling", "pre_pooling_op", "optimizer", "loss_func", "task"]
+)
 def test_values_are_named_beside_their_key(key):
     assert set(ALLOWED_VALUES[key]) <= set(re.findall(r"`(.*?)`", keys_of_table()[key]))
 
@@ -108,3 +113,14 @@ def test_options_on_command_lines_exist(page):
             elif option.startswith("--"):
                 name = option.split("=")[0]
                 assert name in source or f'"{name.removeprefix("--")}"' in source, line
+
+
+def test_the_table_of_classes_is_made_and_read(tmp_path, monkeypatch):
+    """The block of docs/training.md is run."""
+    text = (ROOT / "docs" / "training.md").read_text().split("## Classes\n")[1]
+    block = re.search(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    exec(block[1], {})
+    records = [*custom_source(tmp_path / "hull.jsonl", CustomData(targets=("on_hull",))).records()]
+    energies = [raw["e_above_hull"] for raw in raw_records()]
+    assert [record.labels for record in records] == [(float(energy == 0),) for energy in energies]

@@ -1,12 +1,13 @@
 """Errors of a trained model on the splits of its dataset."""
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from crystalframer_jax.batching.targets import TargetStatistics
+from crystalframer_jax.batching.targets import TargetStatistics, check_transform
 from crystalframer_jax.cli.common import model_parser, reporting_errors
 from crystalframer_jax.config import ConfigError
 from crystalframer_jax.data.datasets import open_dataset, open_dataset_of_run
@@ -17,8 +18,9 @@ from crystalframer_jax.files import check_replaceable
 from crystalframer_jax.inference.ensemble import Ensemble, load_model
 from crystalframer_jax.inference.evaluation import Predictions
 from crystalframer_jax.inference.predictor import Predictor
-from crystalframer_jax.reporting.metrics import mean_predictor_errors, regression_metrics
-from crystalframer_jax.reporting.predictions import figure_files, plot_calibration, plot_parity, write_predictions
+from crystalframer_jax.inference.pretraining import pretraining_of, starts_of
+from crystalframer_jax.reporting.metrics import mean_predictor_errors, metrics_for, target_metrics
+from crystalframer_jax.reporting.predictions import figure_files, plot_calibration, plot_predictions, write_predictions
 from crystalframer_jax.reporting.suspects import suspect_labels, write_suspects
 from crystalframer_jax.runs.run_directory import warn
 from crystalframer_jax.text import table
@@ -33,7 +35,9 @@ def evaluate_main(argv: Sequence[str] | None = None) -> int:
     data_help = "where the data are prepared; default: where the run has them, only read, or the user's cache folder"
     parser.add_argument("--data_dir", default="", metavar="DIR", help=data_help)
     plot_help = """draw predictions against labels or, of an ensemble, errors against standard deviations (a figure for
-        each target, its name added to FILE)"""
+        each target, its name added to FILE); of classes, ROC curves"""
+    leaks_help = "leave out crystals that are also in training, or in that of the model of the package it started from"
+    parser.add_argument("--exclude-leaked", "--exclude_leaked", action="store_true", help=leaks_help)
     parser.add_argument("--plot", type=_png, metavar="FILE.png", help=plot_help)
     suspects_help = "write the labels of all splits that all models of an ensemble agree against to this CSV file"
     parser.add_argument("--suspects", type=Path, help=suspects_help)
@@ -44,7 +48,9 @@ def evaluate_main(argv: Sequence[str] | None = None) -> int:
     model = load_model(arguments.run, arguments.weights)
     if arguments.suspects and not isinstance(model, Ensemble):
         raise ConfigError(f"--suspects needs the models of an ensemble to agree, and {arguments.run} is one model")
-    dataset = dataset_of(model, arguments.run, arguments.data_dir)
+    dataset = with_pretraining_leaks(model, dataset_of(model, arguments.run, arguments.data_dir), arguments.split)
+    if arguments.exclude_leaked:
+        dataset = without_leaks(dataset, arguments.split)
     indices = dataset.splits[arguments.split]
     predictions = model.predict_dataset(dataset, indices, arguments.num_frame_samples)
     over = model.spread_over(arguments.num_frame_samples)
@@ -95,6 +101,27 @@ def dataset_of(model: Predictor | Ensemble, run: str, data_dir: str = "") -> Dat
     return dataset
 
 
+def with_pretraining_leaks(model: Predictor | Ensemble, dataset: Dataset, split: str) -> Dataset:
+    """Adds the crystals of a split to the leaks that a model of the package was trained on; tells how many."""
+    rows = dataset.splits[split]
+    found = pretraining_of(starts_of(model), dataset, rows, f"{split} crystals of {dataset.name}")
+    if found.told:
+        warn(f"{found.told}: errors on them are those of training; --exclude-leaked leaves them out")
+    return dataclasses.replace(dataset, leaked=np.union1d(dataset.leaked, rows[found.seen]))
+
+
+def without_leaks(dataset: Dataset, split: str) -> Dataset:
+    """Leaves the leaks out of a split; DataError if nothing else is in it."""
+    rows = dataset.splits[split]
+    kept = rows[~np.isin(rows, dataset.leaked)]
+    print(f"{len(rows) - len(kept):,} of {len(rows):,} {split} crystals are left out: they were also in training")
+    if not len(kept):
+        raise DataError(
+            f"{dataset.name}: no {split} crystal is left; evaluate on other data, or without --exclude-leaked"
+        )
+    return dataclasses.replace(dataset, splits=dataset.splits | {split: kept})
+
+
 def error_table(
     targets: tuple[TargetStatistics, ...], dataset: Dataset, split: str, predictions: Predictions, over: str
 ) -> str:
@@ -103,16 +130,19 @@ def error_table(
     If crystals of the split are also in training, further lines are without them.
     """
     rows = dataset.splits[split]
+    for s, column in zip(targets, dataset.labels[rows].T, strict=True):
+        if s.is_class:  # as those that it was trained on
+            check_transform(s.name, s.transform, dataset.table.ids[rows], column)
     kinds = {"": np.ones(len(rows), bool)}
     leaked = np.isin(rows, dataset.leaked)
     if leaked.any():
         kinds[", without leaks"] = ~leaked
-    header = [f"{dataset.name}, {split}", "unit", "crystals", "MAE", "RMSE", "R2", "mean predictor"]
+    header = [f"{dataset.name}, {split}", "unit", "crystals", *metrics_for(targets).titles.values(), "mean predictor"]
     header += [f"mean std over {over}"] if over else []
     lines = []
     for kind, chosen in kinds.items():
         labels = dataset.labels[rows[chosen]]
-        metrics = regression_metrics(predictions.value[chosen], labels, targets)
+        metrics = target_metrics(predictions.value[chosen], labels, targets)
         baseline = mean_predictor_errors(labels, targets, dataset.labels[dataset.splits["train"]])
         for t, s in enumerate(targets):
             known = np.isfinite(labels[:, t])
@@ -125,17 +155,18 @@ def error_table(
 def plot_errors(
     file: Path, model: Predictor | Ensemble, dataset: Dataset, split: str, predictions: Predictions
 ) -> list[Path]:
-    """Plots the parity of a single model, the calibration of an ensemble; returns the files written."""
-    for figure in figure_files(file, model.targets) if isinstance(model, Ensemble) else [file]:
+    """Plots the parity of a single model, the calibration of an ensemble, or ROC curves; returns the files written."""
+    is_calibration = isinstance(model, Ensemble) and metrics_for(model.targets).task == "regression"
+    for figure in figure_files(file, model.targets) if is_calibration else [file]:
         check_replaceable(figure, b"\x89PNG")
     file.parent.mkdir(parents=True, exist_ok=True)
     labels = dataset.labels[dataset.splits[split]]
     not_finite = int((~np.isfinite(predictions.value)).any(axis=1).sum())
     if not_finite:
         raise UserError(f"{file} is not drawn: {not_finite} of {len(labels)} predictions are not finite")
-    if isinstance(model, Ensemble):
+    if is_calibration:
         return plot_calibration(file, labels, *predictions, model.targets)[0]
-    plot_parity(file, labels, predictions.value, model.targets, split)
+    plot_predictions(file, labels, predictions.value, model.targets, split)
     return [file]
 
 

@@ -53,7 +53,7 @@ def predict_main(argv: Sequence[str] | None = None) -> int:
         progress = len(crystals) > 100 and sys.stderr.isatty()
         with warnings.catch_warnings(action="ignore", category=PredictionWarning):  # they are told
             predictions = model.predict_with_spread(crystals, arguments.num_frame_samples, progress)
-        header = ["structure", "formula", "atoms", *(with_unit(t.name, t.unit) for t in model.targets)]
+        header = ["structure", "formula", "atoms", *(t.title for t in model.targets)]
         values = predictions.value
         if over := model.spread_over(arguments.num_frame_samples):
             header += [with_unit(f"{t.name} std over {over}", t.unit) for t in model.targets]

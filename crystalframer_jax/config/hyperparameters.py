@@ -29,7 +29,8 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
 # What nobody needs would take all memory, or no end. The most of an integer and of another number, if its row says
 # nothing else; of the values in a list, of the characters in a text, of the parameters of a model.
 MOST_INTEGER, MOST_NUMBER, MOST_ELEMENTS, MOST_CHARACTERS, MOST_PARAMETERS = 10**9, 1e300, 1000, 4096, 10**9
-TRANSFORMS = ("none", "log10")  # of targets
+TRANSFORMS = ("none", "log10")  # of targets that are numbers
+LOGIT = "logit"  # that of classes, whose probability is predicted
 LARGEST_CUTOFF = 50.0  # Å: about 25,000 neighbors of every atom
 
 
@@ -51,6 +52,8 @@ class PredictionKeys:
     """What predictions depend on beside the model."""
 
     targets: tuple[str, ...] = key(("e_form",))  # given as "e_form,e_above_hull" or as a list of names
+    # classification: all targets are classes, 0 or 1
+    task: str = key("regression", values=("regression", "classification"), official=False)
     # what the model learns of a target; one, or one for each of the targets: "log10,none"
     target_transform: str = key("none", official=False)
     # learn what is left of a target when the composition has explained what it can, by least squares
@@ -256,9 +259,16 @@ class TrainConfig(ModelKeys, PredictionKeys):
 
     @property
     def transforms(self) -> tuple[str, ...]:
-        """The transform of each target, "none" or "log10"."""
+        """The transform of each target, "none" or "log10", or "logit" of classes."""
+        if self.task == "classification":
+            return (LOGIT,) * len(self.targets)
         names = tuple(name.strip() for name in self.target_transform.split(","))
         return names * len(self.targets) if len(names) == 1 else names
+
+    @property
+    def loss(self) -> str:
+        """The loss, by its name in `training.loss`: classes have their own."""
+        return "logistic" if self.task == "classification" else self.loss_func
 
     @property
     def cutoff(self) -> float | LatticeBox:

@@ -124,7 +124,9 @@ def unknown_key_message(key: str) -> str:
 
 def _check_model(config: TrainConfig) -> None:
     """Raises ConfigError if keys of the model do not go together."""
-    if not set(config.transforms) <= set(TRANSFORMS) or len(config.transforms) != len(config.targets):
+    if config.task == "classification":
+        _check_defaults(config, ("target_transform", "element_references"))
+    elif not set(config.transforms) <= set(TRANSFORMS) or len(config.transforms) != len(config.targets):
         raise ConfigError(
             f"target_transform={config.target_transform!r} must be one of {', '.join(TRANSFORMS)}, or one for each of "
             f"the {len(config.targets)} targets, separated by commas"
@@ -170,6 +172,17 @@ def _check_model(config: TrainConfig) -> None:
         raise ConfigError(f"{told}: a model of about {count:,} parameters; at most {MOST_PARAMETERS:,} are taken")
 
 
+def _check_defaults(config: TrainConfig, keys: Iterable[str]) -> None:
+    """Raises ConfigError for a key of numbers that is not left at its default where targets are classes."""
+    for key in keys:
+        value, default = getattr(config, key), KEYS[key].default
+        if value != default:
+            raise ConfigError(
+                f"{key}={value!r} is for targets that are numbers: classes, 0 or 1, are learned as they are, by the "
+                f"logistic loss; with task='classification' leave it at {key}={default!r}"
+            )
+
+
 def _rough_size(config: TrainConfig) -> int:
     """Counts the parameters of a model, but for the small ones."""
     model = config.model
@@ -183,6 +196,8 @@ def _rough_size(config: TrainConfig) -> int:
 
 def _check_training(config: TrainConfig) -> None:
     """Raises ConfigError if keys of the training do not go together."""
+    if config.task == "classification":
+        _check_defaults(config, ("loss_func", "normalize_targets"))
     if config.swa_epochs >= config.n_epochs:
         raise ConfigError(
             f"swa_epochs={config.swa_epochs} must be smaller than n_epochs={config.n_epochs}; 0 switches averaging off"

@@ -55,7 +55,7 @@ def find_leaks(columns: Columns, splits: dict[str, np.ndarray], workers: int = 0
     by_formula = _grouped(split_of, lambda row: _formula(columns, row))
     rows = sorted(row for group in by_formula for members in group.values() for row in members)
     crystals = (crystal_at(columns, row) for row in rows)
-    found_prints = in_parallel(_fingerprint, crystals, "fingerprints", len(rows), workers, CHUNK)
+    found_prints = in_parallel(fingerprint, crystals, "fingerprints", len(rows), workers, CHUNK)
     prints = dict(zip(rows, found_prints, strict=True))
     leaks = []
     for held_split, other_split in (("test", "train"), ("test", "val"), ("val", "train")):
@@ -85,7 +85,7 @@ def _formula(columns: Columns, row: int) -> bytes:
     return elements.tobytes() + (counts // math.gcd(*counts.tolist())).tobytes()
 
 
-def _fingerprint(crystal: Crystal) -> np.ndarray:
+def fingerprint(crystal: Crystal) -> np.ndarray:
     """Computes logarithms of sums over neighbors j of (1 - d^2/R^2)^3, plain and times Z_i Z_j; means over the atoms i.
 
     The atom itself is among its neighbors, so that no sum is 0.

@@ -52,6 +52,8 @@ def report(name: str, targets: tuple[Target, ...], columns: Columns, leaks: list
     for target, column in zip(targets, columns["labels"].T, strict=True):
         values = column[np.isfinite(column)]
         extent = f"{values.min():.4g} to {values.max():.4g} {target.unit}".rstrip() if len(values) else "none is known"
+        if len(values) and np.isin(values, (0, 1)).all():
+            extent = f"{values.mean():.1%} are 1, the others 0: classes, to be trained with task=classification"
         tqdm.write(f"  {target.name}: {len(values):,} labels, {extent}")
     for split in ("test", "val"):
         kinds = [leak.kind for leak in leaks if (leak.split, leak.other_split) == (split, "train")]

@@ -252,6 +252,12 @@ def _rows_of(cutoff: float | LatticeBox, crystals: list[Crystal]) -> Columns:
     return row_columns(crystals, [neighbor_rows(crystal, cutoff) for crystal in crystals])
 
 
+def crystals_of(table: CrystalTable, rows: np.ndarray) -> Iterator[Crystal]:
+    """Makes crystals of rows of a table, as `crystal_at`."""
+    columns = {name: getattr(table, name) for name in CRYSTAL_COLUMNS}
+    return (crystal_at(columns, row) for row in rows)
+
+
 def crystal_at(crystals: Columns, row: int) -> Crystal:
     """Makes a crystal of the store without its occupancies."""
     atoms = slice(*crystals["atom_offset"][row : row + 2])

@@ -21,7 +21,6 @@ from crystalframer_jax.runs.claims import MEMBER
 from crystalframer_jax.runs.run_directory import CONFIG_FILE, SUMMARY_FILE, read_config
 from crystalframer_jax.structures.crystal import Crystal
 from crystalframer_jax.structures.neighbors import LatticeBox
-from crystalframer_jax.text import with_unit
 
 
 class Ensemble:
@@ -45,7 +44,7 @@ class Ensemble:
         self.members = tuple(members)
         self.names = tuple(names) or tuple(str(number) for number in range(len(members)))
         self.targets, self.config = members[0].targets, members[0].config
-        outputs = [", ".join(with_unit(s.name, s.unit) for s in member.targets) for member in members]
+        outputs = [", ".join(s.title for s in member.targets) for member in members]
         self._common("predicts", outputs, "the models of an ensemble must predict the same")
         used = ", ".join(sorted({member.weights for member in self.members}))
         of_folder = f"{used} weights of the {self.spread_over()} in {folder}"
@@ -157,38 +156,43 @@ def load_model(run_dir: str | Path, weights: str | None = None) -> Predictor | E
 def ensemble_summary(ensemble: Ensemble, dataset: Dataset, folder: str | Path) -> dict[str, Any]:
     """Sums up the errors of an ensemble and of its members on all splits, as plain JSON.
 
-    Besides the errors (`regression_metrics`) it has the mean standard deviation of crystals with a label and, on the
+    Besides the errors (`target_metrics`) it has the mean standard deviation of crystals with a label and, on the
     test crystals, the area between the calibration curve and the diagonal. Writes predictions_test.csv (with the
     spread), parity_test.png, calibration_test.png (with several targets calibration_test_TARGET.png) and
     suspect_labels.csv into `folder`, which must exist; those that could not be written are listed as "not_written".
+    Classes have roc_test.png, and no calibration: their errors have no Gaussian to compare with.
     """
     targets, folder = ensemble.targets, Path(folder)
     train_labels = dataset.labels[dataset.splits["train"]]
     members: list[dict[str, Any]] = [
         {"run": name, "weights": member.weights} for name, member in zip(ensemble.names, ensemble.members, strict=True)
     ]
-    summary: dict[str, Any] = {"ensemble_size": len(members), "members": members, "mean_predictor_mae": {}}
+    judged = metrics.metrics_for(targets)
+    baselines = f"mean_predictor_{judged.main}"
+    summary: dict[str, Any] = {"ensemble_size": len(members), "members": members, baselines: {}}
     not_written: list[str] = []
     samples_of = ensemble.predict_splits(dataset)
     for split, samples in samples_of.items():
         labels = dataset.labels[dataset.splits[split]]
         value, spread = Predictions.over(samples, ensemble.config.ensemble_combine)
         baseline = metrics.mean_predictor_errors(labels, targets, train_labels)
-        errors = metrics.with_baseline(metrics.regression_metrics(value, labels, targets), baseline, targets)
+        errors = metrics.with_baseline(metrics.target_metrics(value, labels, targets), baseline, targets)
         for t, s in enumerate(targets):
             of_known = spread[np.isfinite(labels[:, t]), t]
             errors[s.name]["mean_std"] = float(of_known.mean()) if of_known.size else None
         if split == "test":
             write_split(folder, dataset, split, value, targets, not_written, spread)
+        if split == "test" and judged.task == "regression":
             figure = folder / "calibration_test.png"
             with reporting(figure, not_written):
                 _, found = plot_calibration(figure, labels, value, spread, targets)
                 for name, numbers in found.items():
                     errors[name]["miscalibration_area"] = numbers["miscalibration_area"]
-        summary["mean_predictor_mae"][split] = baseline
+        summary[baselines][split] = baseline
         summary[split] = errors
         for member, sample in zip(members, samples, strict=True):
-            member[split] = metrics.mean_absolute_errors(sample, labels, targets)
+            member[split] = metrics.main_metrics(sample, labels, targets)
+    summary["task"] = judged.task
     summary["units"] = {s.name: s.unit for s in targets}
     suspects = suspect_labels(dataset, samples_of, targets)
     summary["suspect_labels"] = {split: sum(line[0] == split for line in suspects) for split in samples_of}

@@ -52,10 +52,11 @@ class Predictor:
       origin: the same in words.
       data_digest: of the data that it was trained on; empty if that is not told.
       coverage: what these data held; None if that is not told.
-      card: what there is to know about a model of the package, text; empty for others.
+      name: of a model of the package; empty for others.
+      card: what there is to know about it, text.
     """
 
-    card = ""
+    name, card = "", ""
 
     def __init__(
         self,
@@ -115,13 +116,13 @@ class Predictor:
     @classmethod
     def _of_package(cls, name: str) -> "Predictor":
         """Loads a model that comes with the package."""
-        config, variables, meta, card = read_model(name)
+        config, variables, meta, card, _ = read_model(name)
         expected = jax.tree.map(lambda x: x.shape, {k: v for k, v in _abstract_model(config).items() if k in variables})
         if jax.tree.map(np.shape, variables) != expected:
             raise CheckpointError(f"{name} is of another model than its configuration; install the package again")
         origin = f"the model {name} of the package"
         predictor = cls._as_told(config, variables, meta, "given", meta.get("step", 0), origin)
-        predictor.card = card
+        predictor.name, predictor.card = name, card
         return predictor
 
     @classmethod

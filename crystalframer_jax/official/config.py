@@ -134,6 +134,8 @@ def _check_official_limits(config: TrainConfig) -> None:
         raise ConfigError(
             f"k_dim={config.k_dim}, v_dim={config.v_dim}: the official code works only with model_dim / head_num"
         )
+    if config.task == "classification":
+        raise ConfigError("task='classification' has no official counterpart: the official code has no logistic loss")
     if set(config.transforms) != {"none"}:
         raise ConfigError(
             f"target_transform={config.target_transform!r} has no official counterpart: the official code would report "

@@ -1,4 +1,4 @@
-"""Figures of a run for a paper: learning curve, parity, calibration. `write` makes one a PNG.
+"""Figures of a run for a paper: learning curve, parity, ROC curves, calibration. `write` makes one a PNG.
 
 Sizes are those of a column of a journal, so that figures are included without scaling: letters of 8 and 7 points,
 300 dots per inch, and colours that colour-blind readers can tell apart (Okabe and Ito).
@@ -27,7 +27,7 @@ from crystalframer_jax.reporting.calibration import (
     reliability,
     rms,
 )
-from crystalframer_jax.reporting.metrics import errors
+from crystalframer_jax.reporting.metrics import class_metrics, errors, roc_curve
 from crystalframer_jax.text import with_unit
 
 COLUMN = 3.4  # inches: width of one column
@@ -90,7 +90,7 @@ def learning_curve(epochs: Sequence[dict[str, Any]], swa_first_epoch: int | None
     smallest = min(loss.min(), val_loss.min())
     if smallest > 0 and max(loss.max(), val_loss.max()) > 3 * smallest:
         _log_axis(top)
-    top.set_ylabel("loss (standardized)")
+    top.set_ylabel("log loss" if "val_roc_auc" in epochs[0] else "loss (standardized)")
 
     if show_lr:
         power = math.floor(math.log10(np.max(np.abs(lr))))
@@ -156,6 +156,33 @@ def parity(
     for i, axes in enumerate(panels):
         text = _parity_panel(axes, labels[:, i], predictions[:, i], units[i])
         axes.set_title("\n".join([f"{names[i]}, {split}", *text]), loc="left", fontsize=7, linespacing=1.35)
+    return figure
+
+
+@style()
+def roc(labels: np.ndarray, probabilities: np.ndarray, names: Sequence[str], split: str) -> Figure:
+    """Draws ROC curves of probabilities of class 1 for labels 0 and 1, both [C, T], one panel for each target.
+
+    Unknown labels (NaN) are left out, and so are probabilities that are not finite. Marked is the threshold 0.5.
+    """
+    figure, panels = _square_panels(len(names), min(len(names), 2), right=0.14, top=0.64)
+    for i, axes in enumerate(panels):
+        valid = np.isfinite(labels[:, i]) & np.isfinite(probabilities[:, i])
+        is_one, values = labels[valid, i] == 1, probabilities[valid, i]
+        caption = [f"{is_one.sum():,} of class 1, {(~is_one).sum():,} of class 0"]
+        axes.plot([0, 1], [0, 1], **DIAGONAL)
+        if 0 < is_one.sum() < len(is_one):
+            found = class_metrics(values, is_one)
+            area, accuracy = _number(found["roc_auc"]), _number(found["balanced_accuracy"])
+            caption = [f"ROC-AUC {area}, balanced accuracy {accuracy}", *caption]
+            axes.plot(*roc_curve(values, is_one), color=BLUE, linewidth=1.2)
+            at_half = [np.mean(values[chosen] >= 0.5) for chosen in (~is_one, is_one)]
+            axes.plot(*at_half, "o", ms=4, color=VERMILION, label="threshold 0.5", clip_on=False, zorder=3)
+            axes.legend(loc="lower right", handletextpad=0.2)
+        axes.set_title("\n".join([f"{names[i]}, {split}", *caption]), loc="left", fontsize=7, linespacing=1.35)
+        axes.set(xlabel="share of class 0 called 1", ylabel="share of class 1 called 1", xlim=(-0.02, 1.02))
+        axes.set(ylim=(-0.02, 1.02), xticks=np.linspace(0, 1, 6), yticks=np.linspace(0, 1, 6))
+        axes.spines[["top", "right"]].set_visible(True)
     return figure
 
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from crystalframer_jax.batching.targets import TargetStatistics
 from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.files import is_disk_full, write_csv
-from crystalframer_jax.reporting.metrics import check_shapes
+from crystalframer_jax.reporting.metrics import check_shapes, metrics_for
 from crystalframer_jax.text import escaped
 
 
@@ -26,12 +26,14 @@ def write_predictions(
 ) -> None:
     """Writes labels and predictions [C, T] as CSV: id,target,prediction, with several targets
     id,target_A,prediction_A,target_B,prediction_B, and after them the spreads, if given: spread or spread_A,spread_B.
+    Predictions of classes are named probability.
 
     The units are those of the labels. Numbers have all their digits; an unknown label is an empty cell.
     """
     check_shapes(predictions, labels)
     ends = [f"_{s.name}" for s in statistics] if len(statistics) > 1 else [""]
-    header = ["id", *(f"{kind}{end}" for end in ends for kind in ("target", "prediction"))]
+    predicted = "probability" if statistics[0].is_class else "prediction"
+    header = ["id", *(f"{kind}{end}" for end in ends for kind in ("target", predicted))]
     columns = [np.where(np.isfinite(labels), labels.astype(object), ""), predictions.astype(object)]
     rows = np.stack(columns, axis=2).reshape(len(labels), 2 * len(statistics))
     if spread is not None:
@@ -66,27 +68,31 @@ def write_split(
     not_written: list[str],
     spread: np.ndarray | None = None,
 ) -> None:
-    """Writes predictions_SPLIT.csv and parity_SPLIT.png of a data set into a folder, which must exist.
+    """Writes predictions_SPLIT.csv and parity_SPLIT.png, of classes roc_SPLIT.png, into a folder, which must exist.
 
     What cannot be written is added to `not_written`.
     """
     rows = dataset.splits[split]
     ids, labels = dataset.table.ids[rows], dataset.labels[rows]
-    file, figure = folder / f"predictions_{split}.csv", folder / f"parity_{split}.png"
+    file, figure = folder / f"predictions_{split}.csv", folder / f"{metrics_for(statistics).figure}_{split}.png"
     with reporting(file, not_written):
         write_predictions(file, ids, labels, predictions, statistics, spread)
     with reporting(figure, not_written):
-        plot_parity(figure, labels, predictions, statistics, split)
+        plot_predictions(figure, labels, predictions, statistics, split)
 
 
-def plot_parity(
+def plot_predictions(
     file: Path, labels: np.ndarray, predictions: np.ndarray, statistics: tuple[TargetStatistics, ...], split: str
 ) -> None:
-    """Plots predictions against labels, both [C, T], a panel for each target."""
+    """Plots predictions against labels, both [C, T], or the ROC curves of classes, a panel for each target."""
     from crystalframer_jax.reporting import plots  # imports matplotlib
 
     names, units = [s.name for s in statistics], [s.unit for s in statistics]
-    plots.write(plots.parity(labels, predictions, names, units, split), file)
+    if statistics[0].is_class:
+        figure = plots.roc(labels, predictions, names, split)
+    else:
+        figure = plots.parity(labels, predictions, names, units, split)
+    plots.write(figure, file)
 
 
 def figure_files(file: Path, statistics: tuple[TargetStatistics, ...]) -> list[Path]:

@@ -6,6 +6,7 @@ import numpy as np
 
 from crystalframer_jax.config import TrainConfig
 from crystalframer_jax.data.splits import SPLITS
+from crystalframer_jax.reporting.metrics import METRICS
 from crystalframer_jax.reporting.suspects import suspects_text
 from crystalframer_jax.text import duration, table, with_unit
 
@@ -48,14 +49,15 @@ def summary_text(summary: dict[str, Any]) -> str:
     """Writes the table at the end of the training of a model: the errors of its weights on all splits."""
     rows = []
     selected = summary["selected_weights"]
+    main, *others = titles = METRICS[summary.get("task", "regression")].titles
     for target, unit in summary["units"].items():
-        for name, errors in summary["mae"].items():
+        for name, errors in summary[main].items():
             label = f"{with_unit(target, unit)}, {name} weights" + (" *" if name == selected else "")
-            mae = [errors.get(split, {}).get(target) for split in SPLITS]
-            rows.append([label, *mae, *(summary[m][name]["test"][target] for m in ("rmse", "r2"))])
-        baseline = summary["mean_predictor_mae"]
-        rows.append([f"{with_unit(target, unit)}, mean predictor", *(baseline[s][target] for s in SPLITS), None, None])
-    text = table(["MAE", *SPLITS, "test RMSE", "test R2"], rows)
+            of_splits = [errors.get(split, {}).get(target) for split in SPLITS]
+            rows.append([label, *of_splits, *(summary[m][name]["test"][target] for m in others)])
+        baseline, empty = summary[f"mean_predictor_{main}"], [None] * len(others)
+        rows.append([f"{with_unit(target, unit)}, mean predictor", *(baseline[s][target] for s in SPLITS), *empty])
+    text = table([titles[main], *SPLITS, *(f"test {titles[m]}" for m in others)], rows)
     skipped = summary["skipped_steps"]
     return (
         f"{text}\n* selected by validation loss\n"
@@ -68,12 +70,13 @@ def summary_text(summary: dict[str, Any]) -> str:
 def ensemble_text(summary: dict[str, Any]) -> str:
     """Writes the table at the end of the training of an ensemble: test errors of members and of all together."""
     rows: list[list[Any]] = []
+    main, *_ = titles = METRICS[summary.get("task", "regression")].titles
     for target, unit in summary["units"].items():
-        label, empty, found = with_unit(target, unit), [None] * 3, summary["test"][target]
+        label, empty, found = with_unit(target, unit), [None] * len(titles), summary["test"][target]
         errors = [member["test"][target] for member in summary["members"]]
         for member, error in zip(summary["members"], errors, strict=True):
             rows.append([f"{label}, {member['run']} ({member['weights']} weights)", error, *empty])
         rows.append([f"{label}, mean of these errors", float(np.mean(errors)), *empty])
-        rows.append([f"{label}, ensemble", *(found[key] for key in ("mae", "rmse", "r2", "mean_std"))])
-        rows.append([f"{label}, mean predictor", found["mean_predictor_mae"], *empty])
-    return table(["test", "MAE", "RMSE", "R2", "mean std"], rows) + "\n" + suspects_text(summary["suspect_labels"])
+        rows.append([f"{label}, ensemble", *(found[key] for key in (*titles, "mean_std"))])
+        rows.append([f"{label}, mean predictor", found[f"mean_predictor_{main}"], *empty])
+    return table(["test", *titles.values(), "mean std"], rows) + "\n" + suspects_text(summary["suspect_labels"])

@@ -43,7 +43,8 @@ def suspect_labels(
 
     `samples` by split are the predictions of all models in label units, [M, C, T], as are label, prediction (their
     median), spread (their standard deviation) and deviation (label less prediction). What is suspect, and how far off
-    in median absolute errors of its split, is judged by the logarithms of targets that are learned so.
+    in median absolute errors of its split, is judged by the logarithms of targets that are learned so. Of classes all
+    models must find the other class more probable, too.
     """
     found: list[list[Any]] = []
     for split, predictions in samples.items():
@@ -52,6 +53,8 @@ def suspect_labels(
         judged, judged_by = (to_learn(values, statistics, None) for values in (labels, predictions))
         for t, target in enumerate(statistics):
             suspect, errors = are_suspect(judged[:, t], judged_by[:, :, t])
+            if target.is_class:
+                suspect &= (np.abs(predictions[:, :, t] - labels[:, t]) > 0.5).all(axis=0)
             for i in np.flatnonzero(suspect):
                 of_crystal, label = predictions[:, i, t], float(labels[i, t])
                 value, spread = float(np.median(of_crystal)), float(of_crystal.std(ddof=1))

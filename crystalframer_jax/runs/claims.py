@@ -14,7 +14,8 @@ LOCK = "lock"
 MEMBER = r"member_(0|[1-9]\d{0,3})"  # of an ensemble
 FILES = (
     *(LOCK, CONFIG_FILE, DATA_FILE, SUMMARY_FILE, "metrics.jsonl", "environment.jsonl", "config_changes.jsonl"),
-    *("predictions_test.csv", "suspect_labels.csv", "parity_test.png", "learning_curve.png", "wandb_id.txt"),
+    *("predictions_test.csv", "suspect_labels.csv", "parity_test.png", "roc_test.png", "learning_curve.png"),
+    "wandb_id.txt",
 )
 FILE_NAMES = "|".join((*map(re.escape, FILES), r"calibration_test.*\.png", r"nonfinite_step_\d+\.json"))
 FOLDER_NAMES = "|".join((FOLDER, DAMAGED_FOLDER, "tensorboard", "wandb", MEMBER))

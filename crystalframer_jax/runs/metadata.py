@@ -4,7 +4,7 @@ import reprlib
 from collections.abc import Callable
 from typing import Any
 
-from crystalframer_jax.config.hyperparameters import TRANSFORMS
+from crystalframer_jax.config.hyperparameters import LOGIT, TRANSFORMS
 from crystalframer_jax.files import FileError
 from crystalframer_jax.structures.crystal import MAX_ATOMIC_NUMBER
 
@@ -26,7 +26,7 @@ def _is_target(value: Any) -> bool:
     return (
         isinstance(value, dict)
         and value.keys() | {"transform", "references"} == {"name", "unit", "mean", "std", "transform", "references"}
-        and value.get("transform", "none") in TRANSFORMS  # old runs have neither
+        and value.get("transform", "none") in (*TRANSFORMS, LOGIT)  # old runs have neither
         and _is_list(references := value.get("references", []), _is_finite)
         and len(references) in (0, MAX_ATOMIC_NUMBER)
         and isinstance(value["name"], str)
@@ -56,6 +56,10 @@ def _is_error(value: Any) -> bool:
     return value is None or _is_number(value)  # NaN and null: no label is known
 
 
+def _are_errors(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_error, value.values()))
+
+
 def _is_list(value: Any, of: Callable[[Any], bool]) -> bool:
     return isinstance(value, list) and all(map(of, value))
 
@@ -75,7 +79,7 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "targets with a name, a unit, a finite mean and a positive standard deviation",
     ),
     "training_set": (_is_coverage, "elements, volumes per atom and numbers of atoms of a training set"),
-    "val_mae": (lambda value: isinstance(value, dict) and all(map(_is_error, value.values())), "errors by target"),
+    **dict.fromkeys(("val_mae", "val_roc_auc"), (_are_errors, "errors by target")),
     "config": (lambda value: isinstance(value, dict), "hyperparameters by name"),
     "data": (lambda value: isinstance(value, dict) and isinstance(value.get("digest"), str), "the digest of data"),
     "validation_loss": (lambda value: value is None or _is_finite(value), "a loss"),

@@ -17,6 +17,7 @@ from crystalframer_jax.data.loader import TrainingBatches
 from crystalframer_jax.errors import UserError
 from crystalframer_jax.files import FileError, append_line, json_text, parse_json, read_bytes, replacing
 from crystalframer_jax.parallel.processes import is_first_process
+from crystalframer_jax.reporting.metrics import metrics_for
 from crystalframer_jax.runs.metadata import checked
 from crystalframer_jax.runs.run_directory import warn
 from crystalframer_jax.text import escaped
@@ -171,11 +172,14 @@ class Logbook(contextlib.AbstractContextManager):
     def end_epoch(self, metrics: dict[str, Any], statistics: Sequence[TargetStatistics]) -> None:
         """Prints the metrics of an epoch in a line, when all is saved."""
         self._epochs.update()
-        errors = ", ".join(f"{s.name} {metrics['val_mae'][s.name]:.4f} {s.unit}".rstrip() for s in statistics)
+        judged = metrics_for(tuple(statistics))
+        found = metrics[f"val_{judged.followed}"]
+        errors = ", ".join(f"{s.name} {found[s.name]:.4f} {s.unit}".rstrip() for s in statistics)
+        followed = f"val {judged.titles[judged.followed]} {escaped(errors)}"
         number = f"{metrics['epoch'] + 1:>{len(str(self._n_epochs))}}/{self._n_epochs}"
         waited = f"  waited {metrics['waiting_share']:.0%} for data" if metrics["waiting_share"] >= 0.01 else ""
         say(
-            f"epoch {number}  loss {metrics['loss']:.4f}  val MAE {escaped(errors)}  lr {metrics['lr']:.2e}  "
+            f"epoch {number}  loss {metrics['loss']:.4f}  {followed}  lr {metrics['lr']:.2e}  "
             f"{metrics['crystals_per_s']:.0f} crystals/s{waited}"
         )
 

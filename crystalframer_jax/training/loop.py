@@ -22,6 +22,7 @@ from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices, on_one_devic
 from crystalframer_jax.parallel.interruption import Interruption, TrainingInterrupted
 from crystalframer_jax.parallel.processes import is_first_process, json_from_first_process
 from crystalframer_jax.reporting import plots
+from crystalframer_jax.reporting.metrics import metrics_for
 from crystalframer_jax.reporting.predictions import reporting
 from crystalframer_jax.reporting.summary import describe, score_history, summary_text
 from crystalframer_jax.runs.checkpoints import CheckpointError
@@ -45,7 +46,7 @@ from crystalframer_jax.training.layer_names import count_parameters, layer_mask
 from crystalframer_jax.training.ledger import Ledger, StepResult
 from crystalframer_jax.training.logging import Logbook, announced, read_metrics, say
 from crystalframer_jax.training.nonfinite import batch_report
-from crystalframer_jax.training.pretrained import start_from
+from crystalframer_jax.training.pretrained import seen_before, start_from
 from crystalframer_jax.training.requests import SAVE, STOP, Requests
 from crystalframer_jax.training.state import TrainState, Tree
 from crystalframer_jax.training.step import LossFunction, initial_state, make_loss, make_recipe, make_train_step
@@ -130,6 +131,7 @@ class Run:
         if len(self.batches) >= 2**31:  # steps are counted in int32
             raise ConfigError(f"n_epochs={config.n_epochs} makes {len(self.batches):,} steps, which is out of bounds")
         self.coverage = Coverage.of(dataset.table, self.batches.indices)
+        self._followed = f"val_{metrics_for(self.statistics).followed}"
         self.recipe = make_recipe(config, self.batches.steps_per_epoch)
         self.model = CrystalFramer(config.model, agreed_implementation(self.options.implementation, self._trace))
         self.evaluator = Evaluator(config, self.model, self.batches, self.statistics, self.options.report)
@@ -199,7 +201,7 @@ class Run:
                 ledger = Ledger(epoch, batches, int(state.step), meta, self.options.skip_nonfinite, log)
                 state = self._epoch(state, ledger, work)
                 metrics = self._validated(state, ledger)
-                meta = self._meta(epoch, ledger.seconds, [], metrics["val_mae"])
+                meta = self._meta(epoch, ledger.seconds, [], metrics[self._followed])
                 is_last = epoch == config.n_epochs - 1
                 if is_last:
                     state = with_batch_statistics(self.model, state, batches, self.options.report)
@@ -235,9 +237,9 @@ class Run:
     def _validated(self, state: TrainState, ledger: Ledger) -> dict[str, Any]:
         """Returns the metrics of an epoch whose steps were all taken, with those of validation."""
         trained, step = ledger.metrics(), int(state.step)
-        val_loss, val_mae = self.evaluator.validate(weights_of(state), ledger.epoch)
+        val_loss, followed = self.evaluator.validate(weights_of(state), ledger.epoch)
         lr, skipped_steps = float(self.recipe.learning_rate(step - 1)), int(state.skipped_steps)
-        validated = {"val_loss": val_loss, "val_mae": val_mae, "lr": lr, "skipped_steps": skipped_steps}
+        validated = {"val_loss": val_loss, self._followed: followed, "lr": lr, "skipped_steps": skipped_steps}
         return {"epoch": ledger.epoch, "step": step} | trained | validated
 
     def _freezes_norm(self, epoch: int) -> bool:
@@ -248,7 +250,7 @@ class Run:
         self.checkpoints.save(state, meta, val_loss)
         self.requests.saved()
 
-    def _meta(self, epoch: int, seconds: float, results: list, val_mae: dict[str, float]) -> dict[str, Any]:
+    def _meta(self, epoch: int, seconds: float, results: list, followed: dict[str, float]) -> dict[str, Any]:
         """Makes what a checkpoint tells beside its arrays.
 
         The last finished epoch and results of the steps since then, configuration and data.
@@ -256,7 +258,7 @@ class Run:
         targets = [dataclasses.asdict(s) for s in self.statistics]
         made_with = {"config": as_json(self.config), "data": data_of(self.dataset)}
         made_with["training_set"] = dataclasses.asdict(self.coverage)
-        done = {"epoch": epoch, "seconds": seconds, "results": results, "targets": targets, "val_mae": val_mae}
+        done = {"epoch": epoch, "seconds": seconds, "results": results, "targets": targets, self._followed: followed}
         return done | made_with
 
     def _not_finite(self, result: StepResult, state: TrainState, epoch: int) -> TrainingError:
@@ -297,6 +299,8 @@ class Run:
             state = self.checkpoints.on_all(
                 lambda: start_from(on_one_device(state), self.config, self.statistics), like
             )
+            for told in seen_before(self.config, self.dataset) if is_first_process() else ():
+                say(f"warning: {told}; errors on them are those of training")
         trainable = count_parameters(state.params, self.config.frozen_layers)
         say(f"{self.dataset.name}: {splits}; {trainable:,} trainable parameters")
         say(describe(self.config))

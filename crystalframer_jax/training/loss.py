@@ -1,4 +1,4 @@
-"""The loss functions of the official recipe, on standardised targets."""
+"""The loss functions: those of the official recipe, on standardised targets, and the logistic loss of classes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,8 +15,15 @@ LOSSES: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def loss_per_crystal(name: str, predictions: Any, targets: Any, known: Any) -> jax.Array:
-    """Sums over the known targets of `name` (L1, MSE, Smooth_L1) of prediction - target, [B]; arguments [B, T]."""
+    """Sums the losses of the known targets, [B]; arguments [B, T].
+
+    `name`: L1, MSE or Smooth_L1 of prediction - target, or logistic: of the class 0 or 1, given its logit,
+    -log of the probability of the class.
+    """
     if not predictions.shape == targets.shape == known.shape:
         raise ValueError(f"shapes differ: {predictions.shape}, {targets.shape}, {known.shape}")
+    if name == "logistic":
+        losses = optax.losses.sigmoid_binary_cross_entropy(jnp.asarray(predictions), jnp.where(known, targets, 0))
+        return jnp.sum(jnp.where(known, losses, 0), axis=1)
     error = jnp.where(known, predictions - targets, 0)  # unknown targets may be NaN; all losses of 0 are 0
     return jnp.sum(LOSSES[name](error), axis=1)

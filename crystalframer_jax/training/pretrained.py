@@ -10,7 +10,9 @@ import numpy as np
 
 from crystalframer_jax.batching.targets import TargetStatistics
 from crystalframer_jax.config import ConfigError, TrainConfig
+from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.inference.predictor import Predictor
+from crystalframer_jax.inference.pretraining import pretraining_of
 from crystalframer_jax.training.averages import weights_of
 from crystalframer_jax.training.layer_names import layer_mask
 from crystalframer_jax.training.state import TrainState, Tree
@@ -45,6 +47,13 @@ def start_from(state: TrainState, config: TrainConfig, statistics: tuple[TargetS
     )
     placed = jax.tree.map(lambda x, like: jax.device_put(np.array(x, like.dtype)), old, weights_of(state))
     return dataclasses.replace(state, **placed)
+
+
+def seen_before(config: TrainConfig, dataset: Dataset) -> list[str]:
+    """Tells, in a sentence for each split, how many crystals to judge by the model it starts from was trained on."""
+    starts = {config.pretrained_model}
+    found = (pretraining_of(starts, dataset, dataset.splits[split], f"{split} crystals") for split in ("val", "test"))
+    return [of_split.told for of_split in found if of_split.told]
 
 
 def _output_layer(

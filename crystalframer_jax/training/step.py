@@ -106,7 +106,7 @@ def make_loss(
             mutable=["batch_stats"],
         )
         targets = standardise(batch.targets, statistics)
-        losses = loss_per_crystal(recipe.config.loss_func, predictions, targets, batch.target_mask)
+        losses = loss_per_crystal(recipe.config.loss, predictions, targets, batch.target_mask)
         batch_stats = state.batch_stats | changed.get("batch_stats", {})
         return jnp.sum(losses), (losses, batch_stats)
 

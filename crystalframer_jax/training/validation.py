@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from crystalframer_jax.batching.targets import TargetStatistics, compositions_for, standardise, to_learn
+from crystalframer_jax.batching.targets import TargetStatistics, compositions_for, standardise, to_outputs
 from crystalframer_jax.config import TrainConfig
 from crystalframer_jax.data.loader import TrainingBatches, batch_shapes
 from crystalframer_jax.data.splits import SPLITS
@@ -15,9 +15,10 @@ from crystalframer_jax.inference.evaluation import frame_draws, groups_of, predi
 from crystalframer_jax.inference.forward import make_forward
 from crystalframer_jax.model.regressor import CrystalFramer
 from crystalframer_jax.reporting.metrics import (
-    mean_absolute_errors,
     mean_predictor_errors,
-    regression_metrics,
+    metrics_for,
+    one_metric,
+    target_metrics,
     with_baseline,
 )
 from crystalframer_jax.reporting.predictions import write_split
@@ -83,7 +84,7 @@ class Evaluator:
             yield group
 
     def validate(self, weights: Tree, epoch: int) -> tuple[float, dict[str, float]]:
-        """Returns validation loss and MAE of every target in label units; TrainingError if the loss is not finite."""
+        """Returns validation loss and MAE (of classes: ROC-AUC) of every target; TrainingError if it is not finite."""
         fraction, size = self.config.val_percent_check, self.batches.batch_size
         rows = self.dataset.splits["val"]
         rows = rows[: size * max(1, int(fraction * -(-len(rows) // size)))]
@@ -96,25 +97,26 @@ class Evaluator:
                 f"not, {', '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}); the checkpoint before it is kept, try a "
                 "smaller lr"
             )
-        return loss, mean_absolute_errors(predictions, self.dataset.labels[rows], self.statistics)
+        followed = metrics_for(self.statistics).followed
+        return loss, one_metric(followed, predictions, self.dataset.labels[rows], self.statistics)
 
     def _losses(self, predictions: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Returns the loss of predictions [C, T] in label units, that of standardised targets, of each crystal [C]."""
         targets = self.batches.labels[rows]  # what is learned of them
         compositions = compositions_for(self.statistics, self.dataset.table, rows)
-        found = standardise(to_learn(predictions, self.statistics, compositions), self.statistics)
+        found = to_outputs(predictions, self.statistics, compositions)
         expected = standardise(targets, self.statistics)
-        return np.asarray(loss_per_crystal(self.config.loss_func, found, expected, np.isfinite(targets)))
+        return np.asarray(loss_per_crystal(self.config.loss, found, expected, np.isfinite(targets)))
 
     def compare(
         self, candidates: Mapping[str, Tree], before: Callable[[str], None], folder: Path | None, not_written: list[str]
     ) -> dict[str, Any]:
         """Makes the part of summary.json about errors, in label units, of several weights of one model.
 
-        The test predictions of those weights that are `selected` become predictions_test.csv and parity_test.png in
+        The test predictions of those weights that are `selected` become predictions_test.csv and a figure in
         `folder`, if given; adds to `not_written` what cannot be written. Calls `before` the predictions of every split.
         """
-        dataset, statistics = self.dataset, self.statistics
+        dataset, statistics, judged = self.dataset, self.statistics, metrics_for(self.statistics)
         labels = {split: dataset.labels[dataset.splits[split]] for split in SPLITS}
 
         def predict(name: str, split: str) -> np.ndarray:
@@ -126,7 +128,7 @@ class Evaluator:
         chosen = selected(losses)
         predictions[chosen] = {"train": predict(chosen, "train"), **predictions[chosen]}
         errors = {
-            name: {split: regression_metrics(values, labels[split], statistics) for split, values in by_split.items()}
+            name: {split: target_metrics(values, labels[split], statistics) for split, values in by_split.items()}
             for name, by_split in predictions.items()
         }
         baseline = {split: mean_predictor_errors(labels[split], statistics, labels["train"]) for split in SPLITS}
@@ -137,13 +139,14 @@ class Evaluator:
                 name: {split: {t: found[metric] for t, found in of.items()} for split, of in by_split.items()}
                 for name, by_split in errors.items()
             }
-            for metric in ("mae", "rmse", "r2")
+            for metric in judged.titles
         }
         return {
             "test": with_baseline(errors[chosen]["test"], baseline["test"], statistics),
             "selected_weights": chosen,
             "val_loss": {name: float(np.mean(found)) for name, found in losses.items()},
             **by_metric,
-            "mean_predictor_mae": baseline,
+            f"mean_predictor_{judged.main}": baseline,
+            "task": judged.task,
             "units": {s.name: s.unit for s in statistics},
         }

@@ -13,29 +13,29 @@ from crystalframer_jax.batching.targets import TargetStatistics
 from crystalframer_jax.config import ConfigError, validate
 from crystalframer_jax.files import write_csv, write_json
 from crystalframer_jax.inference.evaluation import frame_draws
-from crystalframer_jax.reporting.metrics import mean_absolute_errors, mean_predictor_errors, regression_metrics
+from crystalframer_jax.reporting.metrics import main_metrics, mean_predictor_errors, target_metrics
 from crystalframer_jax.reporting.predictions import write_predictions
 
 A, B = TargetStatistics("a", "eV", 1.0, 1.0), TargetStatistics("b", "eV", 2.0, 1.0)
 
 
-def test_mean_absolute_errors_of_known_labels():
+def test_main_metrics_of_known_labels():
     predictions = np.array([[1.0, 2.0], [3.0, 5.0]])
     labels = np.array([[0.0, np.nan], [-1.0, 1.0]])
-    assert mean_absolute_errors(predictions, labels, (A, B)) == {"a": 2.5, "b": 4.0}
+    assert main_metrics(predictions, labels, (A, B)) == {"a": 2.5, "b": 4.0}
     with pytest.raises(ValueError, match="shape"):
-        mean_absolute_errors(predictions, labels[:, :1], (A, B))
+        main_metrics(predictions, labels[:, :1], (A, B))
 
 
 def test_a_prediction_that_is_not_a_number_is_not_left_out_of_the_error():
-    errors = mean_absolute_errors(np.array([[1.0], [np.nan]]), np.array([[0.0], [0.0]]), (A,))
+    errors = main_metrics(np.array([[1.0], [np.nan]]), np.array([[0.0], [0.0]]), (A,))
     assert not np.isfinite(errors["a"])
 
 
 def test_a_target_without_known_labels_has_no_error(tmp_path):
     """And a summary with it can be written."""
     labels = np.array([[1.0, np.nan]])
-    errors = mean_absolute_errors(np.zeros((1, 2)), labels, (A, B))
+    errors = main_metrics(np.zeros((1, 2)), labels, (A, B))
     assert errors["a"] == 1.0 and math.isnan(errors["b"])
     write_json(tmp_path / "summary.json", {"mae": errors, "all": [math.inf, (math.nan, 2)]})
     assert json.loads((tmp_path / "summary.json").read_text()) == {
@@ -48,25 +48,25 @@ def test_metrics_of_known_labels():
     """Errors 1, -2, 3 about labels 0, 1, 5 of mean 2; and two targets without a spread of labels."""
     predictions = np.array([[1.0, 4.0], [-1.0, 5.0], [8.0, 7.0], [100.0, 6.0]], np.float32)
     labels = np.array([[0.0, 5.0], [1.0, 5.0], [5.0, np.nan], [np.nan, np.inf]])
-    found = regression_metrics(predictions, labels, (A, B))
+    found = target_metrics(predictions, labels, (A, B))
     assert found["a"] == pytest.approx({"mae": 2.0, "rmse": math.sqrt(14 / 3), "r2": 1 - 14 / 14})
     assert found["b"] == {"mae": 0.5, "rmse": math.sqrt(0.5), "r2": None}
-    alone = regression_metrics(predictions[:1], labels[:1], (A, B))
+    alone = target_metrics(predictions[:1], labels[:1], (A, B))
     assert alone["a"] == {"mae": 1.0, "rmse": 1.0, "r2": None}
-    assert regression_metrics(predictions[3:], labels[3:], (A, B))["a"] == {"mae": None, "rmse": None, "r2": None}
+    assert target_metrics(predictions[3:], labels[3:], (A, B))["a"] == {"mae": None, "rmse": None, "r2": None}
     with pytest.raises(ValueError, match="shape"):
-        regression_metrics(predictions, labels[:, :1], (A, B))
+        target_metrics(predictions, labels[:, :1], (A, B))
 
 
 def test_metrics_are_summed_in_float64():
     """Labels that float32 cannot tell apart."""
     labels = 1e6 + np.array([[0.0], [1e-3], [2e-3]])
-    found = regression_metrics(labels + 1e-4, labels, (A,))["a"]
+    found = target_metrics(labels + 1e-4, labels, (A,))["a"]
     assert found == pytest.approx({"mae": 1e-4, "rmse": 1e-4, "r2": 1 - 3e-8 / 2e-6}, rel=1e-3)
 
 
 def test_metrics_of_a_prediction_that_is_not_a_number():
-    found = regression_metrics(np.array([[1.0], [np.nan]]), np.array([[0.0], [1.0]]), (A,))["a"]
+    found = target_metrics(np.array([[1.0], [np.nan]]), np.array([[0.0], [1.0]]), (A,))["a"]
     assert not any(np.isfinite(value) for value in found.values())
 
 

@@ -1,18 +1,24 @@
 """Models of the package, by name."""
 
+import hashlib
 import itertools
 import json
 
 import numpy as np
 import pytest
-from support import EXAMPLES, GOLDEN
-from tiny import tiny_config, tiny_runs
+from small_sets import raw_records
+from support import EXAMPLES, GOLDEN, real_crystals
+from tiny import open_tiny, tiny_config, tiny_runs
 
+from crystalframer_jax.cli.evaluate import evaluate_main
 from crystalframer_jax.cli.predict import predict_main
 from crystalframer_jax.data.registry import target_set
+from crystalframer_jax.data.seen import SeenCrystals
+from crystalframer_jax.data.store import crystals_of
 from crystalframer_jax.inference import shipped
 from crystalframer_jax.inference.predictor import Predictor
 from crystalframer_jax.runs.checkpoints import CheckpointError, Checkpoints
+from crystalframer_jax.runs.run_directory import warn
 from crystalframer_jax.structures.crystal import Crystal
 from crystalframer_jax.training.start import train
 
@@ -123,3 +129,62 @@ def test_the_model_of_the_materials_project_predicts_what_it_did_when_it_was_mad
 def test_it_warns_of_what_it_has_not_seen():
     with pytest.warns(UserWarning, match="not among the elements of the training set: Po"):
         Predictor.load("mp-2018").predict(Crystal(np.array([84]), np.zeros((1, 3)), 3.35 * np.eye(3)))
+
+
+# What they were trained on
+
+
+@pytest.fixture
+def seen_half(run, models):
+    """The test crystals that the model "tiny" has seen, half of them, by other ids."""
+    dataset = open_tiny(tiny_config(run.parent / "data"))
+    rows = dataset.splits["test"][::2]
+    ids = np.array([f"other-{row}" for row in rows])
+    seen = SeenCrystals.of(ids, crystals_of(dataset.table, rows))
+    index = json.loads((models / "index.json").read_text())
+    index["tiny"]["seen"] = shipped.write_seen(models / "tiny.seen.npz", seen)
+    (models / "index.json").write_text(json.dumps(index))
+    return dataset, rows
+
+
+def test_crystals_that_the_model_was_pretrained_on_are_told(run, seen_half, models, tmp_path, capsys):
+    dataset, seen = seen_half
+    data = str(run.parent / "data")
+    config = tiny_config(data, n_epochs=1, swa_epochs=0, pretrained_model="tiny", element_references=True)
+    train(config, tmp_path / "tuned")
+    told = "tiny was trained on 3 of 6 test crystals of small, with labels of e_form: errors on them"
+    assert "warning: tiny was trained on 3 of 6 test crystals, with labels of e_form" in capsys.readouterr().out
+    for model in (str(tmp_path / "tuned"), "tiny"):
+        warn.cache_clear()  # it tells nothing twice
+        assert evaluate_main([model, f"--data_dir={data}", f"--output={tmp_path / 'out.csv'}"]) == 0
+        out, err = capsys.readouterr()
+        assert told in err and "e_form, without leaks" in out
+        assert len((tmp_path / "out.csv").read_text().splitlines()) == 7
+        arguments = [f"--data_dir={data}", "--exclude-leaked", f"--output={tmp_path / 'out.csv'}"]
+        assert evaluate_main([model, *arguments]) == 0
+        assert "3 of 6 test crystals are left out" in (out := capsys.readouterr().out) and "without leaks" not in out
+        left = {line.split(",")[0] for line in (tmp_path / "out.csv").read_text().splitlines()[1:]}
+        assert left == set(dataset.table.ids[dataset.splits["test"]]) - set(dataset.table.ids[seen])
+    config.update(targets="e_above_hull", element_references=False)
+    train(config, tmp_path / "other")
+    assert "was trained on" not in capsys.readouterr().out
+    assert evaluate_main([str(tmp_path / "other")]) == 0
+    assert "was trained on" not in capsys.readouterr().err
+
+
+def test_the_crystals_of_mp_2018():
+    """Their ids are those of which the card has the checksum; most bundled crystals of 2015 are among them."""
+    model = shipped.read_model("mp-2018")
+    checksum = hashlib.sha256("\n".join(model.seen.ids).encode()).hexdigest()
+    assert checksum in model.card and len(model.seen.ids) == len(model.seen.traces) == 31_623
+    ids = np.array([record["id"] for record in raw_records(100)])
+    by_id = np.isin(ids, model.seen.ids)
+    by_structure = model.seen.hold(np.char.add("my-", ids), real_crystals(ids))
+    assert by_id.sum() == 68 and (by_id & by_structure).sum() >= 0.9 * by_id.sum()
+    assert (~by_id & by_structure).sum() <= 5
+
+
+def test_damaged_lists_of_crystals(seen_half, models):
+    (models / "tiny.seen.npz").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"tiny: .*tiny\.seen\.npz, a file of the package, is missing; install"):
+        Predictor.load("tiny")

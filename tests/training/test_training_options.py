@@ -15,7 +15,7 @@ from crystalframer_jax.batching.targets import TargetStatistics
 from crystalframer_jax.config import ConfigError, validate
 from crystalframer_jax.inference.evaluation import groups_of
 from crystalframer_jax.parallel.interruption import Interruption, TrainingInterrupted
-from crystalframer_jax.reporting.metrics import mean_absolute_errors
+from crystalframer_jax.reporting.metrics import main_metrics
 from crystalframer_jax.runs.checkpoints import CheckpointError
 from crystalframer_jax.training.logging import read_metrics
 from crystalframer_jax.training.loop import Run
@@ -92,7 +92,7 @@ def train_into_the_second_epoch(config, workdir: Path, monkeypatch) -> None:
 def errors_on_test(predictor: Predictor, dataset) -> dict[str, float]:
     indices = dataset.splits["test"]
     predictions = predictor.predict_table(dataset.table, groups_of(indices, 16), predictor.parts)
-    return mean_absolute_errors(predictions.value, dataset.labels[indices], predictor.targets)
+    return main_metrics(predictions.value, dataset.labels[indices], predictor.targets)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from crystalframer_jax.data.custom.labels import MISSING, complaint, fault, kind, number
+from crystalframer_jax.data.custom.labels import MISSING, class_of, complaint, fault, is_class_word, kind, number
 from crystalframer_jax.data.records import BadRecord, DataError, Record, text_of
 from crystalframer_jax.structures.crystal import Crystal
 from crystalframer_jax.text import brief, escaped, unsafe_character
@@ -74,11 +74,25 @@ class Seen:
     unknown: int = 0
     other: int = 0
     faulty: int = 0  # of `other`, those that look like labels: see `complaint`
+    words: int = 0  # of `other`, those that name a class: True, False, yes, no
+    binary: int = 0  # of `number`, 0 and 1
     first: str = ""  # of `other`: where it is, and what is wrong with it
 
+    @property
+    def are_classes(self) -> bool:
+        """Whether the field holds classes: words for them rather than numbers but 0 and 1."""
+        return self.words > self.number - self.binary
 
-def target_fields(items: Items, options: CustomData) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Chooses the fields that are targets, with notes on those that look as if they should be.
+    @property
+    def has_labels(self) -> bool:
+        """Whether any of the values is a label."""
+        return self.number + self.words > 0
+
+
+def target_fields(items: Items, options: CustomData) -> tuple[dict[str, bool], tuple[str, ...]]:
+    """Chooses the fields that are targets, by name whether of classes, with notes on those that look like targets.
+
+    Fields of classes are chosen if they are named, or if there are no fields of numbers.
 
     Raises DataError if there are none, or if a name in the options is not found.
     """
@@ -91,7 +105,7 @@ def target_fields(items: Items, options: CustomData) -> tuple[tuple[str, ...], t
     found, folds = _survey(items, columns.values(), options)
     known = ", ".join(map(short, list(found)[:30])) + (", ..." if len(found) > 30 else "") or "nothing but structures"
     for name in options.targets:
-        if not (name in found and found[name].number):
+        if not (name in found and found[name].has_labels):
             problem = "there are no numbers in" if name in found else "there is no"
             first = f" (first: {found[name].first})" if name in found and found[name].first else ""
             raise DataError(f"{items.name}: {problem} field {name!r} of --targets; choose among {known}{first}")
@@ -105,10 +119,10 @@ def target_fields(items: Items, options: CustomData) -> tuple[tuple[str, ...], t
     no_labels |= {options.id_column, options.group_column, options.split_column, options.fold_column}
     open_to_choice = {name: seen for name, seen in found.items() if not seen.nested and name not in no_labels}
     chosen = tuple(name for name, seen in open_to_choice.items() if seen.number > seen.other)
-    faulty = [
-        seen.first for name, seen in open_to_choice.items() if name not in chosen and 2 * seen.faulty > seen.other
-    ]
-    fields = options.targets or chosen
+    left = {name: seen for name, seen in open_to_choice.items() if name not in chosen}
+    classes = tuple(name for name, seen in left.items() if seen.are_classes and 2 * seen.words > seen.other)
+    faulty = [seen.first for name, seen in left.items() if name not in classes and 2 * seen.faulty > seen.other]
+    fields = options.targets or chosen or classes
     if not fields and faulty:
         raise DataError(f"{items.name}: no field holds numbers as labels, first: {faulty[0]}")
     if not fields:
@@ -119,9 +133,11 @@ def target_fields(items: Items, options: CustomData) -> tuple[tuple[str, ...], t
             problem = f"the name of field {short(escaped(name))} has the character {unsafe}"
             raise DataError(f"{items.name}: {problem}; rename it, or name --targets without it")
     notes = [] if options.targets else [f"no target, although it looks like one: {first}" for first in faulty]
+    if not options.targets and chosen and classes:
+        notes.append(f"no target, although of classes: {', '.join(map(short, classes))}; name --targets to learn them")
     if options.fold_column in found and not options.test_fold and options.fold_column not in fields:
         notes.append(f"the folds of column {options.fold_column} are not used: name the one for test with --test_fold")
-    return fields, tuple(notes)
+    return {name: found[name].are_classes for name in fields}, tuple(notes)
 
 
 def _survey(items: Items, columns: Iterable[str], options: CustomData) -> tuple[dict[str, Seen], set[str]]:
@@ -139,7 +155,7 @@ def _survey(items: Items, columns: Iterable[str], options: CustomData) -> tuple[
             _look_at(item, item.values, found)
             if options.test_fold and len(folds) < MOST_FIELDS:
                 folds.add(_fold(item, options))
-        has_targets = all(name in found and found[name].number for name in options.targets)
+        has_targets = all(name in found and found[name].has_labels for name in options.targets)
         has_fold = not options.test_fold or options.test_fold in folds
         if count >= SAMPLE and has_targets and has_fold and found.keys() >= set(columns):
             break
@@ -160,7 +176,10 @@ def _look_at(item: Item, values: Mapping[str, Any], found: dict[str, Seen], pref
         seen = found.setdefault(name, Seen(nested=bool(prefix)))
         kind_ = kind(value)
         setattr(seen, kind_, getattr(seen, kind_) + 1)
+        if kind_ == "number":
+            seen.binary += number(value) in (0, 1)
         if kind_ == "other":
+            seen.words += is_class_word(value)
             seen.faulty += bool(complaint(value))
             seen.first = seen.first or f"{item.where}: {fault(short(name), value)}"
         if isinstance(value, Mapping):
@@ -174,15 +193,15 @@ def _fold(item: Item, options: CustomData) -> str:
     return options.test_fold if fold and number_ is not None and number_ == wanted else fold
 
 
-def record_of(item: Item | BadRecord, fields: tuple[str, ...], options: CustomData) -> Record | BadRecord:
-    """Makes the record of an item, with the labels in `fields`."""
+def record_of(item: Item | BadRecord, fields: Mapping[str, bool], options: CustomData) -> Record | BadRecord:
+    """Makes the record of an item, with the labels in `fields`, of which some are of classes."""
     if isinstance(item, BadRecord):
         return item
     labels = []
-    for name in fields:
+    for name, of_classes in fields.items():
         value = field(item.values, name)
-        if (label := number(value)) is None:
-            return BadRecord(item.id, item.where, fault(name, value))
+        if (label := (class_of if of_classes else number)(value)) is None:
+            return BadRecord(item.id, item.where, fault(name, value, of_classes))
         labels.append(label)
     if options.test_fold:
         if not (fold := _fold(item, options)):

@@ -25,7 +25,8 @@ def custom_source(path: Path, options: CustomData) -> Source:
     """Opens the crystals and labels of a file or folder; what is in it is told by names, see `READERS`.
 
     Labels are the fields in `options.targets`, or all that hold numbers rather than other text in the first 1000
-    items. Raises DataError for what concerns all items: no such file, no labels, unknown names.
+    items, or, without such, those that hold classes: True and False, yes and no become 1 and 0. Raises DataError for
+    what concerns all items: no such file, no labels, unknown names.
     """
     items = _items(path, options)
     fields, notes = target_fields(items, options)

@@ -23,7 +23,7 @@ from crystalframer_jax.data.custom.fields import (
     text,
 )
 from crystalframer_jax.data.custom.folders import SUFFIXES, DiskFolder, Folder, find_structure, suffix_of, text_of_table
-from crystalframer_jax.data.custom.labels import MINUS, MISSING, complaint, fault, is_number
+from crystalframer_jax.data.custom.labels import MINUS, MISSING, complaint, fault, is_class_word, is_number
 from crystalframer_jax.data.io.streams import check_unpacked
 from crystalframer_jax.data.records import BadRecord, DataError
 from crystalframer_jax.data.structures import from_json, from_text
@@ -120,7 +120,7 @@ def _check_has_header(table: Table, line: int, cells: list[str]) -> None:
     """Raises DataError if the first row is that of a crystal; it tells of a label that is no number."""
     if not any(map(is_number, cells)) and not (any(map(complaint, cells)) and any(map(table.has_structure, cells))):
         return
-    faulty = next((cell for cell in cells if complaint(cell)), "")
+    faulty = next((cell for cell in cells if complaint(cell) and not is_class_word(cell)), "")
     reason = f" ({fault('a label', faulty)})" if faulty else ""
     raise DataError(f"{table.name}:{line}: no header; name the columns on the first line{reason}")
 
