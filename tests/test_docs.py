@@ -3,6 +3,8 @@
 import ast
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -124,3 +126,14 @@ def test_the_table_of_classes_is_made_and_read(tmp_path, monkeypatch):
     records = [*custom_source(tmp_path / "hull.jsonl", CustomData(targets=("on_hull",))).records()]
     energies = [raw["e_above_hull"] for raw in raw_records()]
     assert [record.labels for record in records] == [(float(energy == 0),) for energy in energies]
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    """Every page is reached from the first, every link within the site has its place, docstrings are read."""
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-d", tmp_path / "doctrees", ROOT / "docs"]
+    built = subprocess.run([*command, tmp_path / "site"], capture_output=True, text=True, timeout=600)
+    assert built.returncode == 0 and built.stderr == "", built.stderr
+    front = (tmp_path / "site" / "index.html").read_text()
+    assert all(f'href="{page.stem}.html"' in front for page in PAGES[1:] if page.stem != "index")
+    assert "load" in (tmp_path / "site" / "api" / "inference.html").read_text()
+    assert (tmp_path / "site" / "searchindex.js").exists()
