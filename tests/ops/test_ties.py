@@ -23,10 +23,10 @@ from support import (
     random_variables,
     real_crystals,
     rotated,
+    rows_from,
     small_config,
 )
 
-from crystalframer_jax.batching.batch import Rows
 from crystalframer_jax.batching.shapes import BatchShape
 from crystalframer_jax.config import BatchParts
 from crystalframer_jax.model.frames import block_frames
@@ -334,6 +334,7 @@ def test_only_neighbors_within_the_tolerance_are_ties(method):
     batch = batch_of([primitive("rock salt")], RADIUS, shapes=SHAPE, parts=PARTS)
     place = atom_places(batch)[0]
     batch.rows.vector[place, 1:4] *= 1.0005  # 0.25 * 2.82^2 * 0.001 = 2e-3 less
+    batch.rows.square[place, 1:4] *= 1.0005**2
     seeds = seeds_of(jax.random.key(3), batch)
     frames = np.asarray(compiled(method, *alike(batch, DRAWS), batch, TIE_TOLERANCE, seeds))
     unit = batch.rows.vector[place, 4:7] / 2.82
@@ -503,7 +504,7 @@ def rows_of(vectors, columns=64):
     vector[0, 1 : len(vectors) + 1] = vectors
     index, count = np.zeros((4, columns), np.int32), np.array([len(vectors) + 1, 0, 0, 0], np.int32)
     batch = batch_of([primitive("fcc")], 4.0, np.float64, shapes=BatchShape(4, columns, 1))
-    return dataclasses.replace(batch, rows=Rows(index, vector, index, count))
+    return dataclasses.replace(batch, rows=rows_from(index, vector, index, count))
 
 
 def seen_along(frame, vectors, exponent):
