@@ -343,6 +343,30 @@ def test_only_neighbors_within_the_tolerance_are_ties(method):
     assert_shares([uniform(np.bincount(cosine.argmax(axis=1), minlength=3))])
 
 
+@pytest.mark.parametrize("method", ["max", "max_static"])
+def test_a_turned_crystal_has_the_same_ties_even_at_the_tolerance(method):
+    """Gaps between the two kinds of nearest neighbors that differ from the tolerance by no more than some rounding."""
+    rng, edge, exponent = np.random.default_rng(12), 3.35, 1.0 if method == "max_static" else 0.25
+    gaps = TIE_TOLERANCE * (1 + np.linspace(-0.01, 0.01, 41))
+    crystals = [
+        Crystal([84], np.zeros((1, 3)), np.diag([edge, edge, np.sqrt(edge**2 + gap / exponent)])) for gap in gaps
+    ]
+
+    def are_tied(turns):
+        turned = [rotated(crystal, turn) for crystal, turn in zip(crystals, turns, strict=True)]
+        batch = batch_of(turned, 4.0, parts=PARTS)
+        seeds = seeds_of(jax.random.key(6), batch, 32)
+        q, k, a = alike(batch, 32, exponent=-exponent)
+        frames = np.asarray(compiled(method, 3 * q, k, a, batch, TIE_TOLERANCE, seeds))[atom_places(batch)]
+        along = np.einsum("nhx,nx->nh", frames[:, :, 0], np.array(turns)[:, :, 2])
+        return np.any(np.abs(along) > 0.9, axis=1)
+
+    expected = are_tied([np.eye(3)] * len(crystals))
+    assert 10 < expected.sum() < 31
+    for _ in range(3):
+        np.testing.assert_array_equal(are_tied([random_rotation(rng) for _ in crystals]), expected)
+
+
 @pytest.mark.parametrize(("gap", "equal"), [(0.5, True), (2.0, False)])
 def test_eigenvalues_closer_than_the_tolerance_times_their_sum_count_as_equal(gap, equal):
     """A cubic cell with its last edge longer, so that the two neighbors there come last but have the largest weight."""
