@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from crystalframer_jax.batching.batch import Rows
 from crystalframer_jax.kernels.backend import load, run, store
-from crystalframer_jax.kernels.rows import Chunk, Inputs, Place, gathered, logits_of, over_chunks, place, vector_of
+from crystalframer_jax.kernels.rows import Chunk, Inputs, Place, gathered, over_chunks, place, vector_of
 from crystalframer_jax.ops.frames import Attention
 from crystalframer_jax.ops.random_bits import draw, mix
 from crystalframer_jax.ops.ties import MARKER, second_scores
@@ -64,7 +64,7 @@ def frames_kernel(
 ) -> None:
     """The frame of one atom and head; `seeing` is None if the scores are the logits of the attention that sees."""
     at = place(inputs.a.shape[1])
-    row = Row(inputs.rows, at, _scores(Attention(inputs.q, inputs.k, inputs.a), at), tie_tolerance)
+    row = Row(inputs.rows, at, _scores(inputs.rows, Attention(inputs.q, inputs.k, inputs.a), at), tie_tolerance)
     seed = None if inputs.seeds is None else load(inputs.seeds, tuple(at))
     best = _best(row, row.scores)
     first, firsts = _pick(row, row.scores, best, seed)
@@ -77,7 +77,7 @@ def frames_kernel(
     if crystal_chooses:
         first, second = jax.lax.cond(
             (firsts > 1) | (seconds > 1),
-            lambda: _chosen(row, best, seeing and _scores(seeing, at), first, second),
+            lambda: _chosen(row, best, seeing and _scores(row.rows, seeing, at), first, second),
             lambda: (first, second),
         )
     for axis, e in enumerate(_frame(_direction(row, first), _direction(row, second))):
@@ -85,12 +85,16 @@ def frames_kernel(
             store(frames, (at.atom, at.head, axis, x), e[x])
 
 
-def _scores(attention: Attention, at: Place) -> Scores:
-    """The logits of an attention; -inf for the atom itself and padding."""
+def _scores(rows: Rows, attention: Attention, at: Place) -> Scores:
+    """The logits of an attention, less that of the nearest neighbor; -inf for the atom itself and padding."""
     q, a, scale = vector_of(attention.q, at), load(attention.a, tuple(at)), attention.q.shape[-1] ** -0.5
+    is_any = load(rows.count, (at.atom,)) > 1
+    nearest, square = (load(x, (at.atom, 1), is_any) for x in (rows.index, rows.square))
+    dot = jnp.sum(vector_of(attention.k, Place(nearest, at.head)) * q, axis=0)
 
     def scores(chunk: Chunk) -> jax.Array:
-        logits = logits_of(q, gathered(attention.k, chunk, at.head), a, scale, chunk)
+        dots = jnp.sum(gathered(attention.k, chunk, at.head) * q[:, None], axis=0)
+        logits = (dots - dot) * scale + a * (chunk.square - square)
         return jnp.where(chunk.square > 0, logits, -jnp.inf)
 
     return scores
@@ -216,7 +220,7 @@ def _direction(row: Row, column: jax.Array) -> Vector:
     rows, atom = row.rows, row.at.atom
     is_real = column < load(rows.count, (atom,))
     x, y, z = (jnp.where(is_real, load(rows.vector, (atom, column, axis)), 0) for axis in range(3))
-    return _divided((x, y, z), jnp.sqrt(_dot((x, y, z), (x, y, z))))
+    return _divided((x, y, z), jnp.sqrt(load(rows.square, (atom, column))))
 
 
 def _frame(e1: Vector, u2: Vector) -> tuple[Vector, Vector, Vector]:

@@ -56,7 +56,7 @@ def over_chunks(rows: Rows, atom: jax.Array, step: Callable[[Chunk, Any], Any], 
         column = number * CHUNK + lane
         real = column < count
         vector = tuple(load(rows.vector, (atom, column, axis), real) for axis in range(3))
-        square = vector[0] * vector[0] + vector[1] * vector[1] + vector[2] * vector[2]
+        square = load(rows.square, (atom, column), real)
         return step(Chunk(column, real, load(rows.index, (atom, column), real), vector, square), carry)
 
     return jax.lax.fori_loop(jnp.int32(0), jax.lax.div(count + (CHUNK - 1), jnp.int32(CHUNK)), body, start)

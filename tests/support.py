@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import crystalframer_jax
-from crystalframer_jax.batching.batch import Batch, pack, unpacked
+from crystalframer_jax.batching.batch import Batch, Rows, pack, unpacked
 from crystalframer_jax.batching.shapes import BatchShape, shape_for, shared_out
 from crystalframer_jax.batching.table import make_table
 from crystalframer_jax.config import NO_PARTS, BatchParts, ModelConfig, validate
@@ -158,6 +158,16 @@ def batch_of(
 
 
 _unpacked = jax.jit(unpacked)
+
+
+def rows_with(rows: Rows, vector: np.ndarray, **changes) -> Rows:
+    """The rows with other vectors to the neighbors [N, M, 3]."""
+    return dataclasses.replace(rows, vector=vector, square=(vector**2).sum(axis=-1), **changes)
+
+
+def rows_from(index: np.ndarray, vector: np.ndarray, reverse: np.ndarray, count: np.ndarray) -> Rows:
+    """Rows made by hand."""
+    return Rows(index, vector, (vector**2).sum(axis=-1), reverse, count)
 
 
 def atom_places(batch: Batch) -> np.ndarray:

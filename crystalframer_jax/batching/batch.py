@@ -29,6 +29,7 @@ class Rows:
 
     index: jax.Array  # [N, M] int32 neighbor atom
     vector: jax.Array  # [N, M, 3] p_j + nL - p_i, Å
+    square: jax.Array | None  # [N, M] d^2, Å^2; None in CellRows
     reverse: jax.Array  # [N, M] int32 place (row * M + column) of the reverse neighbor
     count: jax.Array  # [N] int32 length of the row
 
@@ -61,7 +62,7 @@ class PackedRows:
     reverse: jax.Array  # [E] uint16 or uint32 place of the reverse neighbor, counted within the crystal
     coarse: jax.Array  # [N, 3] int32
     fine: jax.Array  # [N, 3] at most 1 / 8192
-    basis: jax.Array  # [B, 3, 3] reduced basis of the lattice, rows, Å
+    basis: jax.Array  # [B, 2, 3, 3] reduced basis of the lattice, rows, Å: rounded, and what the rounding left
     row_length: int = dataclasses.field(metadata={"static": True})  # M
 
 
@@ -183,10 +184,12 @@ def unpacked(batch: Batch) -> Batch:
     reverse = rows.crystal_start[center] + rows.reverse.astype(jnp.int32)
     neighbor = center[reverse]
     steps = coarse[neighbor] - coarse[center] + STEPS * rows.image.astype(jnp.int32)
-    fractional = steps.astype(fine.dtype) / STEPS + (fine[neighbor] - fine[center])
-    basis = rows.basis[crystal[center]]  # [E, 3, 3]; sums of products, because a matrix product may round its factors
-    x, y, z = fractional.T
-    vector = x[:, None] * basis[:, 0] + y[:, None] * basis[:, 1] + z[:, None] * basis[:, 2]
+    with jax.enable_x64(True):  # rounded once: so d^2 has the same bits however the crystal is written down
+        fractional = steps.astype(np.float64) / STEPS + (fine[neighbor].astype(np.float64) - fine[center])
+        basis = jnp.sum(rows.basis.astype(np.float64), axis=1)[crystal[center]]  # [E, 3, 3]
+        x, y, z = fractional.T
+        exact = x[:, None] * basis[:, 0] + y[:, None] * basis[:, 1] + z[:, None] * basis[:, 2]
+        vector, square = exact.astype(fine.dtype), jnp.sum(exact**2, axis=-1).astype(fine.dtype)
 
     column = jnp.arange(rows.row_length, dtype=jnp.int32)
     is_real = column < count[:, None]
@@ -197,7 +200,7 @@ def unpacked(batch: Batch) -> Batch:
 
     # Padding refers to the atom itself: what is not finite there, times a weight of 0, then stays where it is.
     index = jnp.where(is_real, neighbor[edge], jnp.arange(len(count), dtype=jnp.int32)[:, None])
-    return dataclasses.replace(batch, rows=Rows(index, in_rows(vector), in_rows(slot[reverse]), count))
+    return dataclasses.replace(batch, rows=Rows(index, in_rows(vector), in_rows(square), in_rows(slot[reverse]), count))
 
 
 def fill_factors(batch: Batch) -> Fill:
@@ -224,6 +227,12 @@ def fractional_parts(
     return coarse, (fractional - steps / STEPS).astype(dtype)
 
 
+def in_two_parts(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Returns float64 values [n, ...] as rounded to `dtype`, and what the rounding left, [n, 2, ...]."""
+    rounded = values.astype(dtype)
+    return np.stack([rounded, (values - rounded).astype(dtype)], axis=1)
+
+
 def _rows(layout: Layout) -> PackedRows:
     """Packs the neighbors of the crystals, one after the other."""
     table, indices, shape, counts = layout.table, layout.indices, layout.shape, layout.counts
@@ -240,7 +249,7 @@ def _rows(layout: Layout) -> PackedRows:
         reverse=_joined(table.reverse, table.edge_offset, indices, shape.edges),
         coarse=layout.per_atom(coarse, np.int32),
         fine=layout.per_atom(fine, dtype),
-        basis=layout.per_crystal(basis, dtype),
+        basis=layout.per_crystal(in_two_parts(basis, dtype), dtype),
         row_length=shape.row_length,
     )
 
@@ -265,6 +274,7 @@ def _cells(layout: Layout) -> CellRows:
     return CellRows(
         index=in_rows(place[neighbor], np.int32),
         vector=in_rows(difference - np.rint(difference), dtype),
+        square=None,
         reverse=in_rows(place[neighbor] * width + (center - first_atom[center]), np.int32),
         count=layout.per_atom(lengths, np.int32),
         metric=layout.per_atom((4 * np.pi**2 * inverse.swapaxes(1, 2) @ inverse)[crystal], dtype),

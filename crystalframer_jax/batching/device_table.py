@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crystalframer_jax.batching.batch import Batch, PackedRows, fractional_parts
+from crystalframer_jax.batching.batch import Batch, PackedRows, fractional_parts, in_two_parts
 from crystalframer_jax.batching.shapes import BatchShape, Shared
 from crystalframer_jax.batching.table import CrystalTable
 from crystalframer_jax.config import BatchParts
@@ -199,7 +199,7 @@ def columns_of(table: CrystalTable, labels: np.ndarray, dtype: str) -> Columns:
     return Columns(
         atom_offset=table.atom_offset.astype(np.int32),
         edge_offset=table.edge_offset.astype(np.int32),
-        basis=table.basis.astype(dtype),
+        basis=in_two_parts(table.basis, dtype),
         species=np.asarray(table.species),
         coarse=coarse,
         fine=fine,

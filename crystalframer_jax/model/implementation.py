@@ -96,7 +96,7 @@ def check_rows(dtype: np.dtype, on_grid: bool = False) -> Rows:
     index[-1, 0], reverse[-1, 0] = atoms + 1, (atoms + 1) * columns
     vector = np.zeros((CHECK_ATOMS, columns, 3), dtype)
     vector[:atoms] = position[neighbor] - position[:, None]
-    rows: Any = index, vector, reverse, np.array([columns] * atoms + [0, 1], np.int32)
+    rows: Any = index, vector, np.sum(vector**2, axis=-1), reverse, np.array([columns] * atoms + [0, 1], np.int32)
     return Rows(*rows)
 
 

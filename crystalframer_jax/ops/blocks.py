@@ -72,15 +72,21 @@ def in_words(rows: Rows) -> Rows:
     return _with_columns(rows, lambda x: jnp.pad(x, ((0, 0), (0, extra), *((0, 0),) * (x.ndim - 2)))) if extra else rows
 
 
+def first_columns(rows: Rows, number: int) -> Rows:
+    """The rows with their first columns only."""
+    return _with_columns(rows, lambda x: x[:, :number])
+
+
 def _with_columns(rows: Rows, change: Callable[[jax.Array], jax.Array]) -> Rows:
     """The rows with their columns changed by a function of arrays [n, M, ...]."""
-    changed = {name: change(getattr(rows, name)) for name in ("index", "vector", "reverse")}
-    return dataclasses.replace(rows, **changed)
+    columns = rows.index, rows.vector, rows.square, rows.reverse
+    index, vector, square, reverse = jax.tree.map(change, columns)
+    return dataclasses.replace(rows, index=index, vector=vector, square=square, reverse=reverse)
 
 
 def directions(rows: Rows) -> jax.Array:
     """Unit vectors [n, M, 3] of the neighbors; zeros for the atom itself and padding."""
-    distance = jnp.linalg.norm(rows.vector, axis=-1, keepdims=True)
+    distance = jnp.sqrt(rows.square)[..., None]
     return rows.vector / jnp.where(distance > 0, distance, 1)
 
 
@@ -149,7 +155,7 @@ def spatial_logits(a: jax.Array, rows: Rows, waves: WaveVectors | None = None) -
     """
     if waves is not None:
         return waves.log_sums(a, cast(CellRows, rows))
-    return a[:, :, None] * jnp.sum(rows.vector**2, axis=-1)[:, None, :]
+    return a[:, :, None] * rows.square[:, None, :]
 
 
 def gathered_dots(x: jax.Array, y: jax.Array, rows: Rows) -> jax.Array:

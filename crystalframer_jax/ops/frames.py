@@ -4,6 +4,7 @@ Frames carry no gradient. Where symmetry leaves several frames equally good, the
 random seeds, one of them is drawn.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,15 @@ import jax.numpy as jnp
 from crystalframer_jax.batching.batch import Batch, Rows
 from crystalframer_jax.ops import ties
 from crystalframer_jax.ops.basis import EXACT
-from crystalframer_jax.ops.blocks import attention_logits, directions, in_words, map_blocks, weighted_sums
+from crystalframer_jax.ops.blocks import (
+    directions,
+    first_columns,
+    gathered_dots,
+    in_words,
+    is_neighbor,
+    map_blocks,
+    weighted_sums,
+)
 from crystalframer_jax.ops.eigen import eigh3, principal_frames
 from crystalframer_jax.ops.random_bits import mix
 
@@ -55,7 +64,7 @@ def max_frames(
             values, axes = (x[row // q.shape[1], 0] for x in anchored)
             return pca_frames(values, axes, frames, tie_tolerance, None)
 
-        found = ties.scores_of(rows, a, lambda rows, _: _logits_of_others(q, k, a, rows))
+        found = ties.scores_of(rows, a, _relative_logits(q, k, a, rows))
         first = ties.best_of(rows, found, tie_tolerance, seeds)
 
         def of_seconds(rows: Rows, number: jax.Array) -> jax.Array:
@@ -74,9 +83,7 @@ def max_frames(
         def choose() -> jax.Array:
             logits = found
             if not is_own:
-                logits = ties.scores_of(
-                    rows, a, lambda rows, _: _logits_of_others(of_rows[0], seeing.k, of_rows[1], rows)
-                )
+                logits = ties.scores_of(rows, a, _relative_logits(of_rows[0], seeing.k, of_rows[1], rows))
             return ties.choose(rows, found, jnp.where(several, first.tied, 0), logits, tie_tolerance, frames, final)
 
         return jax.lax.cond(jnp.any(several), choose, lambda: frames)
@@ -98,7 +105,7 @@ def weighted_pca_axes(q: jax.Array, k: jax.Array, a: jax.Array, rows: Rows) -> t
             unit = directions(rows)
             return jnp.einsum("nhm,nmx,nmy->nhxy", weights, unit, unit, precision=EXACT)
 
-        return weighted_sums(rows, lambda rows: _logits_of_others(q, k, a, rows), scatter).sums
+        return weighted_sums(rows, _relative_logits(q, k, a, rows), scatter).sums
 
     matrix = map_blocks(block, rows, q, a)
     trace = jnp.trace(matrix, axis1=-2, axis2=-1)
@@ -153,7 +160,7 @@ def lattice_frames(batch: Batch, seeds: jax.Array | None, seeing: Attention | No
                 along = jnp.einsum("ncx,nmx->ncm", ties.marker_of(own), directions(rows), precision=EXACT)
                 return jnp.einsum("nhm,ncm->nhc", weights, jnp.exp(along), precision=EXACT)
 
-            seen = weighted_sums(rows, lambda rows: _logits_of_others(q, seeing.k, a, rows), marked).sums
+            seen = weighted_sums(rows, _relative_logits(q, seeing.k, a, rows), marked).sums
             number = jnp.argmax(jnp.where(are_real[:, None], seen, -jnp.inf), axis=-1)
             return jnp.take_along_axis(own, number[..., None, None], axis=1)
 
@@ -165,7 +172,18 @@ def lattice_frames(batch: Batch, seeds: jax.Array | None, seeing: Attention | No
     return map_blocks(block, batch.rows, seeing.q, seeing.a, batch.crystal_of_atom)
 
 
-def _logits_of_others(q: jax.Array, k: jax.Array, a: jax.Array, rows: Rows) -> jax.Array:
-    """The logits of a block, [n, H, M]; -inf for the atom itself and padding."""
-    is_other = jnp.any(rows.vector != 0, axis=-1)
-    return jnp.where(is_other[:, None, :], attention_logits(q, k, a, rows), -jnp.inf)
+def _relative_logits(q: jax.Array, k: jax.Array, a: jax.Array, rows: Rows) -> Callable[..., jax.Array]:
+    """A function of some columns of the rows of a block: their logits, less that of the nearest neighbor of the row.
+
+    [n, H, m], -inf for the atom itself and padding. What is large and common to all cancels before it is rounded.
+    """
+    nearest = first_columns(rows, 2)
+    dots_of_nearest = gathered_dots(q, k, nearest)[..., -1:]
+
+    def logits(columns: Rows, *_: Any) -> jax.Array:
+        dots = (gathered_dots(q, k, columns) - dots_of_nearest) * q.shape[-1] ** -0.5
+        distant = a[:, :, None] * (columns.square - nearest.square[:, -1:])[:, None, :]
+        is_other = is_neighbor(columns) & (columns.square > 0)
+        return jnp.where(is_other[:, None, :], dots + distant, -jnp.inf)
+
+    return logits

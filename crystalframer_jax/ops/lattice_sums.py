@@ -73,14 +73,13 @@ def _forward(options, q, k, v, a, rows, frames, seeds):
             """Sums over some columns of the rows: of values, distance and angle bases."""
             if seeds is not None:
                 weights *= _kept(rows, own_seeds, seeds, options.dropout, weights.dtype)
-            distance = jnp.sqrt(jnp.sum(rows.vector**2, axis=-1))
             dist_sum = jnp.zeros((*a.shape, 0), q.dtype)
             if bases.distance:
-                dist_sum = jnp.einsum("nhm,nmt->nht", weights, bases.distance(distance), precision=EXACT)
+                dist_sum = jnp.einsum("nhm,nmt->nht", weights, bases.distance(jnp.sqrt(rows.square)), precision=EXACT)
             angle_sum = jnp.zeros((*a.shape, 3, 0), q.dtype)
             if bases.angle:
                 cosine = _cosines(bases.angle, rows, frames)
-                of_others = jnp.broadcast_to(_without_self(weights, distance)[:, :, None], cosine.shape)
+                of_others = jnp.broadcast_to(_without_self(weights, rows)[:, :, None], cosine.shape)
                 angle_sum = bases.angle.weighted_sum(cosine, of_others)
             return gathered_sum(weights, v, rows), dist_sum, angle_sum
 
@@ -107,14 +106,13 @@ def _backward(options, residuals, gradients):
         def add(rows, first_column, carry):
             (q_grad, a_grad), stored = carry
             weights = exp_relative(attention_logits(q, k, a, rows, options.waves), log_sum[..., None])
-            distance = jnp.sqrt(jnp.sum(rows.vector**2, axis=-1))
             weight_grad = gathered_dots(value_grad, v, rows)
             if bases.distance:
-                basis = bases.distance(distance)
+                basis = bases.distance(jnp.sqrt(rows.square))
                 weight_grad += jnp.einsum("nht,nmt->nhm", dist_grad, basis, precision=EXACT)
             if bases.angle:
                 from_angles = bases.angle.combination(_cosines(bases.angle, rows, frames), angle_grad)
-                weight_grad += _without_self(from_angles, distance)
+                weight_grad += _without_self(from_angles, rows)
             summed_weights = weights
             if seeds is not None:
                 kept = _kept(rows, own_seeds, seeds, options.dropout, weights.dtype)
@@ -164,9 +162,9 @@ def _kept(rows: Rows, own_seeds: jax.Array, seeds: jax.Array, dropout: float, dt
     return kept(draw(own_seeds[:, :, None], jnp.asarray(seeds)[rows.index].swapaxes(1, 2)), dropout, dtype)
 
 
-def _without_self(x: jax.Array, distance: jax.Array) -> jax.Array:
-    """x [n, H, M] with 0 where the neighbor is the atom itself (distance [n, M] is 0)."""
-    return jnp.where((distance > 0)[:, None, :], x, 0)
+def _without_self(x: jax.Array, rows: Rows) -> jax.Array:
+    """x [n, H, M] with 0 where the neighbor is the atom itself."""
+    return jnp.where((rows.square > 0)[:, None, :], x, 0)
 
 
 def _cosines(angle: AngleBasis, rows: Rows, frames: jax.Array) -> jax.Array:

@@ -18,7 +18,7 @@ from crystalframer_jax.model.encoder import value_bases
 
 KINDS = ("exponentials", "flops", "bytes")  # a multiplication and an addition are two flops; of ceilings, per second
 NUMBER = 4  # bytes of a float32 or int32
-ROW_BYTES = 4 * NUMBER  # of a neighbor: its index and vector
+ROW_BYTES = 5 * NUMBER  # of a neighbor: its index, vector and square
 PACKED_BYTES = NUMBER + 3 + 2 + ROW_BYTES + NUMBER  # of a neighbor, packed read and unpacked written
 UPDATE_FLOPS = 20  # per parameter: clipping, two moments with bias correction, decay, the step
 UPDATE_BYTES = 8 * NUMBER  # per parameter: itself and both moments read and written, the gradient written and read

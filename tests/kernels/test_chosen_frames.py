@@ -10,9 +10,8 @@ import functools
 import jax
 import numpy as np
 import pytest
-from support import SYMMETRIC, batch_of, primitive
+from support import SYMMETRIC, batch_of, primitive, rows_from, rows_with
 
-from crystalframer_jax.batching.batch import Rows
 from crystalframer_jax.kernels import frames as kernels
 from crystalframer_jax.model.implementation import check_rows
 from crystalframer_jax.ops import frames as operations
@@ -121,7 +120,7 @@ def found_frames(scores, seeing, rows, tolerance=TIE_TOLERANCE, dtype=np.float32
     with jax.enable_x64(dtype == np.float64):
         is_own = seeing is scores
         scores, seeing = ([x.astype(dtype) for x in attention] for attention in (scores, seeing))
-        rows = dataclasses.replace(rows, vector=rows.vector.astype(dtype))
+        rows = dataclasses.replace(rows, vector=rows.vector.astype(dtype), square=rows.square.astype(dtype))
         seeing = None if is_own else seeing
         return {kind: np.asarray(compiled(kind, is_own)(*scores, rows, tolerance, seeing)) for kind in MAX_FRAMES}
 
@@ -194,7 +193,7 @@ def test_the_tolerance_decides_what_is_a_tie(gap):
     square = np.sum(rows.vector**2, axis=-1)
     better = np.random.default_rng(34).random(square.shape) < 0.3
     nearer = np.sqrt(np.where(square > 0, 1 - better * gap * tolerance / (0.25 * np.maximum(square, 1)), 1))
-    moved = dataclasses.replace(rows, vector=rows.vector * nearer[..., None])
+    moved = rows_with(rows, rows.vector * nearer[..., None])
     seeing = random_attention(rows)
     before, after = (
         assert_choice(found_frames(scores, seeing, x, tolerance), scores, seeing, x, tolerance)[1]
@@ -211,7 +210,7 @@ def test_attention_that_sees_what_scores_do_not():
     vector = np.zeros((3, 3, 3))
     vector[0, 1:] = [[0, 0, 2], [0, 0, -2]]
     index = np.array([[0, 1, 2]] + [[1, 1, 1]] * 2, np.int32)
-    rows = Rows(index, vector, np.zeros_like(index), np.array([3, 0, 0], np.int32))
+    rows = rows_from(index, vector, np.zeros_like(index), np.array([3, 0, 0], np.int32))
     scores = alike(rows)
     for sign in (1, -1):
         k = sign * np.array([0.0, -1, 1])[:, None, None] * np.ones((3, 2, 1))
@@ -225,11 +224,8 @@ def test_attention_that_sees_what_scores_do_not():
 def test_what_stands_in_the_padding_does_not_matter(is_own):
     rows = inputs()[0]
     padding = np.arange(rows.index.shape[1]) >= rows.count[:, None]
-    scrambled = dataclasses.replace(
-        rows,
-        index=np.where(padding, len(padding) - 1, rows.index).astype(np.int32),
-        vector=np.where(padding[..., None], 1e3, rows.vector),
-    )
+    index = np.where(padding, len(padding) - 1, rows.index).astype(np.int32)
+    scrambled = rows_with(rows, np.where(padding[..., None], 1e3, rows.vector), index=index)
     _, scores, other = inputs()
     before, after = (found_frames(scores, scores if is_own else other, x)["pallas"] for x in (rows, scrambled))
     np.testing.assert_array_equal(before, after)

@@ -16,7 +16,17 @@ import numpy as np
 import pytest
 from benchmarking import cases
 from dense_sums import dense_sums
-from support import atom_places, batch_of, primitive, random_crystal, random_rotation, random_variables, small_config
+from support import (
+    atom_places,
+    batch_of,
+    primitive,
+    random_crystal,
+    random_rotation,
+    random_variables,
+    rows_from,
+    rows_with,
+    small_config,
+)
 
 from crystalframer_jax.batching.batch import Rows
 from crystalframer_jax.kernels import backend
@@ -80,7 +90,7 @@ def rows_of_groups(rng, sizes, padding):
         index[atoms, :size], vector[atoms, :size] = start + order, difference[i, order]
         reverse[atoms, :size] = (start + order) * width + column[order, i]
         count[atoms] = size
-    return Rows(index.astype(np.int32), vector, reverse.astype(np.int32), count.astype(np.int32))
+    return rows_from(index.astype(np.int32), vector, reverse.astype(np.int32), count.astype(np.int32))
 
 
 @functools.cache
@@ -213,7 +223,7 @@ def test_results_repeat_to_the_bit(kind):
 def test_what_stands_in_the_padding_does_not_matter():
     rows = make_rows("crystals")
     padding = np.arange(rows.index.shape[1]) >= rows.count[:, None]
-    scrambled = Rows(
+    scrambled = rows_from(
         np.where(padding, len(padding) - 1, rows.index).astype(np.int32),
         np.where(padding[..., None], 1e3, rows.vector),
         np.where(padding, -7, rows.reverse).astype(np.int32),
@@ -245,7 +255,7 @@ def test_far_ends_of_rows_are_skipped():
         np.arange(rows.index.shape[1]) // kernel_rows.CHUNK * kernel_rows.CHUNK >= np.sum(distance < 6, axis=1)[:, None]
     )
     assert far[0].sum() > 800
-    poisoned = dataclasses.replace(rows, vector=np.where(far[..., None], np.inf, rows.vector))
+    poisoned = rows_with(rows, np.where(far[..., None], np.inf, rows.vector))
     for kind, skips in (("pallas", True), ("xla", False)):
         plain, with_poison = (
             run("1,000 neighbors", kind, np.float32, a=narrow, rows=some)[0] for some in (rows, poisoned)
@@ -290,7 +300,7 @@ def test_kernels_draw_among_ties_as_xla_does():
 def test_kernels_find_a_frame_where_scores_round_differently(factor):
     """Without a tolerance, or with scores so large that it is less than their rounding, each atom has its frame."""
     rows = make_rows("crystals")
-    rows = dataclasses.replace(rows, vector=rows.vector.astype(np.float32))
+    rows = dataclasses.replace(rows, vector=rows.vector.astype(np.float32), square=rows.square.astype(np.float32))
     rng = np.random.default_rng(27)
     q, k = factor * rng.normal(size=(2, len(rows.count), 8, 16)).astype(np.float32)
     a = np.full(q.shape[:2], -0.25, np.float32)

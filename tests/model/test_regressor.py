@@ -9,7 +9,7 @@ import functools
 import jax
 import numpy as np
 import pytest
-from support import atom_places, batch_of, primitive, random_crystal, random_variables, small_config
+from support import atom_places, batch_of, primitive, random_crystal, random_variables, rows_with, small_config
 from tiny_models import (
     CRYSTALFORMER,
     FRAME_METHODS,
@@ -239,7 +239,7 @@ def test_an_atom_that_is_not_finite_spoils_its_own_crystal_alone():
     variables = random_variables(config)
     batch = batch_of([primitive(name) for name in ("rock salt", "fcc", "diamond")], 5.0)
     is_broken = (batch.crystal_of_atom == 1)[:, None, None]
-    rows = dataclasses.replace(batch.rows, vector=np.where(is_broken, np.nan, batch.rows.vector))
+    rows = rows_with(batch.rows, np.where(is_broken, np.nan, batch.rows.vector))
     batch = dataclasses.replace(batch, rows=rows)
     predictions = np.asarray(jax.jit(CrystalFramer(config).apply)(variables, batch))[:3, 0]
     np.testing.assert_array_equal(np.isnan(predictions), [False, True, False])

@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import atom_places, batch_of, primitive, random_crystal, random_rotation, rotated
+from support import atom_places, batch_of, primitive, random_crystal, random_rotation, rotated, rows_from
 
-from crystalframer_jax.batching.batch import Rows
 from crystalframer_jax.batching.shapes import BatchShape
 from crystalframer_jax.config import BatchParts
 from crystalframer_jax.model.frames import block_frames
@@ -243,7 +242,7 @@ def test_padding_and_atoms_without_neighbors_give_finite_frames():
     vector[1, 1:3] = [[2, 0, 0], [-2, 0, 0]]
     count = np.array([1, 3, 0, 0], np.int32)
     index = np.zeros((4, 48), np.int32)
-    rows = Rows(index, vector, index, count)
+    rows = rows_from(index, vector, index, count)
     q = k = np.ones((4, HEADS, K_DIM), np.float32)
     a = np.full((4, HEADS), -0.25, np.float32)
     batch = batch_of([primitive("fcc")], 4.0, shapes=BatchShape(4, 48, 1))

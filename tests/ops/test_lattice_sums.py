@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from dense_sums import dense_sums
-from support import atom_places, batch_of, random_crystal, random_rotation
+from support import atom_places, batch_of, random_crystal, random_rotation, rows_with
 
 from crystalframer_jax.batching.shapes import BatchShape
 from crystalframer_jax.model.attention import ValueEncoding, framed_attention
@@ -218,6 +218,7 @@ def test_padding_has_no_influence_and_no_results(dtype):
             inputs.rows.reverse, padding_column, lambda shape: rng.integers(0, padding_column.size, shape)
         ),
         vector=scramble(inputs.rows.vector, padding_column, large),
+        square=scramble(inputs.rows.square, padding_column, large),
     )
     changes = {name: scramble(getattr(inputs, name), padding_atom, large) for name in ("q", "k", "v")}
     changes["a"] = scramble(inputs.a, padding_atom, lambda shape: -rng.uniform(0, 10, shape))
@@ -235,7 +236,7 @@ def test_positions_and_frames_get_no_gradient():
     @jax.jit
     @functools.partial(jax.grad, argnums=(0, 1))
     def gradients(vector, frames):
-        rows = dataclasses.replace(inputs.rows, vector=vector)
+        rows = rows_with(inputs.rows, vector)
         sums = lattice_sums(SumOptions(bases), inputs.q, inputs.k, inputs.v, inputs.a, rows, frames)
         return sum(jnp.sum(s) for s in sums)
 

@@ -23,10 +23,10 @@ from support import (
     random_variables,
     real_crystals,
     rotated,
+    rows_from,
     small_config,
 )
 
-from crystalframer_jax.batching.batch import Rows
 from crystalframer_jax.batching.shapes import BatchShape
 from crystalframer_jax.config import BatchParts
 from crystalframer_jax.model.frames import block_frames
@@ -334,12 +334,37 @@ def test_only_neighbors_within_the_tolerance_are_ties(method):
     batch = batch_of([primitive("rock salt")], RADIUS, shapes=SHAPE, parts=PARTS)
     place = atom_places(batch)[0]
     batch.rows.vector[place, 1:4] *= 1.0005  # 0.25 * 2.82^2 * 0.001 = 2e-3 less
+    batch.rows.square[place, 1:4] *= 1.0005**2
     seeds = seeds_of(jax.random.key(3), batch)
     frames = np.asarray(compiled(method, *alike(batch, DRAWS), batch, TIE_TOLERANCE, seeds))
     unit = batch.rows.vector[place, 4:7] / 2.82
     cosine = frames[place, :, 0] @ unit.T
     np.testing.assert_allclose(cosine.max(axis=1), 1, atol=1e-6)
     assert_shares([uniform(np.bincount(cosine.argmax(axis=1), minlength=3))])
+
+
+@pytest.mark.parametrize("method", ["max", "max_static"])
+def test_a_turned_crystal_has_the_same_ties_even_at_the_tolerance(method):
+    """Gaps between the two kinds of nearest neighbors that differ from the tolerance by no more than some rounding."""
+    rng, edge, exponent = np.random.default_rng(12), 3.35, 1.0 if method == "max_static" else 0.25
+    gaps = TIE_TOLERANCE * (1 + np.linspace(-0.01, 0.01, 41))
+    crystals = [
+        Crystal([84], np.zeros((1, 3)), np.diag([edge, edge, np.sqrt(edge**2 + gap / exponent)])) for gap in gaps
+    ]
+
+    def are_tied(turns):
+        turned = [rotated(crystal, turn) for crystal, turn in zip(crystals, turns, strict=True)]
+        batch = batch_of(turned, 4.0, parts=PARTS)
+        seeds = seeds_of(jax.random.key(6), batch, 32)
+        q, k, a = alike(batch, 32, exponent=-exponent)
+        frames = np.asarray(compiled(method, 3 * q, k, a, batch, TIE_TOLERANCE, seeds))[atom_places(batch)]
+        along = np.einsum("nhx,nx->nh", frames[:, :, 0], np.array(turns)[:, :, 2])
+        return np.any(np.abs(along) > 0.9, axis=1)
+
+    expected = are_tied([np.eye(3)] * len(crystals))
+    assert 10 < expected.sum() < 31
+    for _ in range(3):
+        np.testing.assert_array_equal(are_tied([random_rotation(rng) for _ in crystals]), expected)
 
 
 @pytest.mark.parametrize(("gap", "equal"), [(0.5, True), (2.0, False)])
@@ -503,7 +528,7 @@ def rows_of(vectors, columns=64):
     vector[0, 1 : len(vectors) + 1] = vectors
     index, count = np.zeros((4, columns), np.int32), np.array([len(vectors) + 1, 0, 0, 0], np.int32)
     batch = batch_of([primitive("fcc")], 4.0, np.float64, shapes=BatchShape(4, columns, 1))
-    return dataclasses.replace(batch, rows=Rows(index, vector, index, count))
+    return dataclasses.replace(batch, rows=rows_from(index, vector, index, count))
 
 
 def seen_along(frame, vectors, exponent):

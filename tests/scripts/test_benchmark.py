@@ -13,9 +13,9 @@ from benchmarking import report, roofline
 from benchmarking.cases import CASES, SMALL, unit_cell
 from benchmarking.measure import ATTENTION, Variant, describe_case, make_program, measure_case, over_atoms, slope
 from benchmarking.timing import Program, Timing, take_turns
-from support import batch_of, random_crystal, random_variables, small_config
+from support import batch_of, random_crystal, random_variables, rows_from, small_config
 
-from crystalframer_jax.batching.batch import Batch, Rows, pack
+from crystalframer_jax.batching.batch import Batch, pack
 from crystalframer_jax.batching.shapes import shape_for
 from crystalframer_jax.batching.table import make_table
 from crystalframer_jax.config import validate
@@ -113,7 +113,7 @@ def full_rows(num_atoms, length):
     index = rng.integers(0, num_atoms, (num_atoms, length)).astype(np.int32)
     vector = rng.normal(size=(num_atoms, length, 3)).astype(np.float32)
     vector[:, 0] = 0
-    rows = Rows(index, vector, np.zeros_like(index), np.full(num_atoms, length, np.int32))
+    rows = rows_from(index, vector, np.zeros_like(index), np.full(num_atoms, length, np.int32))
     sizes = np.array([num_atoms], np.int32)
     zeros = np.zeros(num_atoms, np.int32)
     return Batch(
