@@ -23,6 +23,7 @@ PAPER = ("jarvis", "megnet", "oqmd")  # see test_paper_configs.py
 
 # One value that is not available for each key of ALLOWED_VALUES, of the type of the key.
 REFUSED = {
+    "task": "ranking",
     "domain": "reci-multihead",
     "frame_method": "max_wo_orthogonal",
     "t_activation": "tanh",

@@ -285,6 +285,6 @@ def test_a_warning_of_a_structure_is_kept(tmp_path, capsys):
 
 def test_one_line_for_what_cannot_be_prepared(tmp_path):
     write_cifs(tmp_path / "source")
-    (tmp_path / "source" / "id_prop.csv").write_text(table(["True"] * 12))
+    (tmp_path / "source" / "id_prop.csv").write_text(table(["metal"] * 12))
     message = refused(tmp_path / "data", tmp_path / "source")
-    assert "id_prop.csv:1: target is 'True'; it names a class" in message
+    assert "id_prop.csv:1: target is 'metal'; write a number with a decimal point, or na" in message
