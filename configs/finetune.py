@@ -16,5 +16,5 @@ def get_config() -> ConfigDict:
     """Peaks of phonons (the first fold of matbench_phonons), 40 epochs."""
     config = recommended.get_config("lightweight")
     config.update(target_set="matbench_phonons-fold_0", targets="last_phdos_peak")
-    config.update(pretrained_model="mp-2018", lr=1e-3, n_epochs=40)
+    config.update(pretrained_model="mp-2018", tie_tolerance=1e-3, lr=1e-3, n_epochs=40)
     return config
