@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from crystalframer_jax.batching.targets import TargetStatistics
-from crystalframer_jax.cli.common import model_parser, reporting_errors
+from crystalframer_jax.cli.arguments import evaluate_parser
+from crystalframer_jax.cli.common import parsed, reporting_errors
 from crystalframer_jax.config import ConfigError
 from crystalframer_jax.data.datasets import open_dataset, open_dataset_of_run
 from crystalframer_jax.data.records import DataError
@@ -24,27 +25,21 @@ from crystalframer_jax.runs.run_directory import warn
 from crystalframer_jax.text import table
 
 
-@reporting_errors()
 def evaluate_main(argv: Sequence[str] | None = None) -> int:
+    """Is scripts/evaluate.py."""
+    return run(parsed(evaluate_parser("evaluate.py", model_first=True), argv))
+
+
+@reporting_errors()
+def run(arguments: argparse.Namespace) -> int:
     """Prints the errors of a trained model or an ensemble on a split of its dataset."""
-    parser = model_parser("evaluate.py", "Errors of a trained model or an ensemble on a split of its dataset.")
-    parser.add_argument("--split", choices=("train", "val", "test"), default="test")
-    parser.add_argument("--output", type=Path, help="write id, labels and predictions to this CSV file")
-    data_help = "where the data are prepared; default: where the run has them, only read, or the user's cache folder"
-    parser.add_argument("--data_dir", default="", metavar="DIR", help=data_help)
-    plot_help = """draw predictions against labels or, of an ensemble, errors against standard deviations (a figure for
-        each target, its name added to FILE)"""
-    parser.add_argument("--plot", type=_png, metavar="FILE.png", help=plot_help)
-    suspects_help = "write the labels of all splits that all models of an ensemble agree against to this CSV file"
-    parser.add_argument("--suspects", type=Path, help=suspects_help)
-    arguments = parser.parse_args(argv)
     for file, beginning in ((arguments.output, b"id,target"), (arguments.suspects, b"split,id,formula")):
         if file:
             check_replaceable(file.expanduser(), beginning)
-    model = load_model(arguments.run, arguments.weights)
+    model = load_model(arguments.model, arguments.weights)
     if arguments.suspects and not isinstance(model, Ensemble):
-        raise ConfigError(f"--suspects needs the models of an ensemble to agree, and {arguments.run} is one model")
-    dataset = dataset_of(model, arguments.run, arguments.data_dir)
+        raise ConfigError(f"--suspects needs the models of an ensemble to agree, and {arguments.model} is one model")
+    dataset = dataset_of(model, arguments.model, arguments.data_dir)
     indices = dataset.splits[arguments.split]
     predictions = model.predict_dataset(dataset, indices, arguments.num_frame_samples)
     over = model.spread_over(arguments.num_frame_samples)
@@ -137,10 +132,3 @@ def plot_errors(
         return plot_calibration(file, labels, *predictions, model.targets)[0]
     plot_parity(file, labels, predictions.value, model.targets, split)
     return [file]
-
-
-def _png(text: str) -> Path:
-    """Reads the name of a figure."""
-    if not text.lower().endswith(".png"):
-        raise argparse.ArgumentTypeError(f"{text!r} does not end in .png")
-    return Path(text)

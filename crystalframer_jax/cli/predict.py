@@ -1,27 +1,23 @@
 """Predict structure files with a trained model."""
 
+import argparse
 import itertools
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from crystalframer_jax.cli.common import model_parser, reporting_errors
+from crystalframer_jax.cli.arguments import DEFAULT_MODEL, predict_parser
+from crystalframer_jax.cli.common import parsed, reporting_errors
 from crystalframer_jax.data.custom.source import structures_in
 from crystalframer_jax.files import check_replaceable, write_csv
 from crystalframer_jax.inference.doubts import PredictionWarning, doubts, summary
 from crystalframer_jax.inference.ensemble import load_model
 from crystalframer_jax.structures.crystal import Crystal, CrystalError
-from crystalframer_jax.structures.files import ACCEPTED_FILES
 from crystalframer_jax.structures.neighbors import LatticeBox, check_neighbors
 from crystalframer_jax.text import escaped, table, with_unit
-
-DESCRIPTION = """Predict structure files with a trained model or an ensemble. A warning tells, in a line for each file,
-of doubtful structures: elements that were not in the training set, cells or numbers of atoms far outside its range,
-atoms without neighbors, and what was noticed on reading."""
 
 
 class Read(NamedTuple):
@@ -32,16 +28,17 @@ class Read(NamedTuple):
     warnings: list[str]
 
 
-@reporting_errors()
 def predict_main(argv: Sequence[str] | None = None) -> int:
+    """Is scripts/predict.py."""
+    return run(parsed(predict_parser("predict.py", model_first=True), argv))
+
+
+@reporting_errors()
+def run(arguments: argparse.Namespace) -> int:
     """Predicts files; returns 1 if any of them could not be used (the others are predicted all the same)."""
-    parser = model_parser("predict.py", DESCRIPTION)
-    parser.add_argument("files", metavar="FILE", nargs="+", help=f"{ACCEPTED_FILES}; CSV, JSON, .zip, ASE .db or .traj")
-    parser.add_argument("--output", type=Path, help="write the predictions, and the warnings, to this CSV file")
-    arguments = parser.parse_args(argv)
     if arguments.output:
         check_replaceable(arguments.output.expanduser(), b"structure,formula,atoms")
-    model = load_model(arguments.run, arguments.weights)
+    model = load_model(arguments.model or DEFAULT_MODEL, arguments.weights)
     cutoffs = {member.cutoff for member in getattr(model, "members", (model,))}
     found, errors = read_all(arguments.files, cutoffs)
     crystals = [read.crystal for read in found]
