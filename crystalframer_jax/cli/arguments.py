@@ -80,7 +80,8 @@ def predict_parser(prog: str = "crystalframer predict", model_first: bool = Fals
     description = """Predict crystals with a trained model or an ensemble; without --model, with the one of the package. A
         warning tells, in a line for each file, of doubtful structures: elements that were not in the training set,
         cells or numbers of atoms far outside its range, atoms without neighbors, and what was noticed on reading. A
-        file that cannot be used is told, and the others are predicted. Where files have labels, errors are printed too."""
+        file that cannot be used is told, and the others are predicted. Where files have labels, errors are
+        printed too."""
     parser = model_parser(prog, description, "" if model_first else examples, model_first)
     parser.add_argument("files", metavar="FILE", nargs="+", help=CRYSTALS)
     _add_labels(parser)
@@ -138,9 +139,10 @@ def prepare_parser(prog: str = "crystalframer prepare") -> Parser:
   crystalframer prepare --target_set=mp_flla_2015
   crystalframer prepare --target_set=mine --source=FOLDER --targets=band_gap --units=eV"""
     description = """Prepare a target set for training: one that is known (without --target_set they are listed), or
-        your own crystals. --source names them: a folder with id_prop.csv, or with train, val and test; a CSV file with a column
-        of structure files (.csv, .tsv), extended XYZ (.extxyz, .xyz), JSON (.json, .jsonl), any of these as .gz; a .zip of structures and their table, or of JSON; an ASE database or trajectory (.db, .traj); or pickles of the
-        official project."""
+        your own crystals. --source names them: a folder with id_prop.csv, or with train, val and test; a CSV file with
+        a column of structure files (.csv, .tsv), extended XYZ (.extxyz, .xyz), JSON (.json, .jsonl), any of these as
+        .gz; a .zip of structures and their table, or of JSON; an ASE database or trajectory (.db, .traj); or pickles of
+        the official project."""
     parser = Parser(prog, description, examples)
     add = parser.add_argument
     add("--target_set", default="", metavar="NAME", help="a known target set, or a name for your own")

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from crystalframer_jax.batching.batch import pack
 from crystalframer_jax.batching.coverage import Coverage
