@@ -77,11 +77,11 @@ def predict_parser(prog: str = "crystalframer predict", model_first: bool = Fals
   crystalframer predict 'examples/*.cif' --json=-
   ls examples/*.cif | crystalframer predict -
   crystalframer predict --model=runs/quickstart examples/NaCl.cif"""
-    description = """Predict crystals with a trained model or an ensemble; without --model, with the one of the package. A
-        warning tells, in a line for each file, of doubtful structures: elements that were not in the training set,
+    description = """Predict crystals with a trained model or an ensemble; without --model, with the one of the package.
+        A warning tells, in a line for each file, of doubtful structures: elements that were not in the training set,
         cells or numbers of atoms far outside its range, atoms without neighbors, and what was noticed on reading. A
-        file that cannot be used is told, and the others are predicted. Where files have labels, errors are
-        printed too."""
+        file that cannot be used is told, and the others are predicted. Where files have labels, errors are printed
+        too."""
     parser = model_parser(prog, description, "" if model_first else examples, model_first)
     parser.add_argument("files", metavar="FILE", nargs="+", help=CRYSTALS)
     _add_labels(parser)

@@ -14,6 +14,7 @@ import numpy as np
 from crystalframer_jax.cli.arguments import DEFAULT_MODEL, predict_parser
 from crystalframer_jax.cli.common import parsed, reporting_errors
 from crystalframer_jax.cli.inputs import Read, read_all
+from crystalframer_jax.config import ConfigError
 from crystalframer_jax.files import check_replaceable, json_text, write_csv, write_json
 from crystalframer_jax.inference.doubts import PredictionWarning, doubts, summary
 from crystalframer_jax.inference.ensemble import Ensemble, load_model
@@ -56,8 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     to_stdout = STDOUT in (arguments.output, arguments.json)
     model = model_of(arguments)
     cutoffs = {member.cutoff for member in getattr(model, "members", (model,))}
-    fields = arguments.labels or tuple(target.name for target in model.targets)
-    found, errors = read_all(arguments.files, cutoffs, fields)
+    found, errors = read_all(arguments.files, cutoffs, label_fields(model, arguments.labels))
     answer = predict(model, found, arguments.num_frame_samples, errors)
     if found and not to_stdout:
         print(table(*rows_of(answer)))
@@ -78,6 +78,14 @@ def model_of(arguments: argparse.Namespace) -> Predictor | Ensemble:
         line = f"model {DEFAULT_MODEL}, as none is named by --model: {card_line(DEFAULT_MODEL)}"
         print(line, file=sys.stderr, flush=True)
     return load_model(arguments.model or DEFAULT_MODEL, arguments.weights)
+
+
+def label_fields(model: Predictor | Ensemble, given: tuple[str, ...]) -> tuple[str, ...]:
+    """Names the fields with the labels of the targets; ConfigError if others are given than one for each."""
+    targets = tuple(target.name for target in model.targets)
+    if given and len(given) != len(targets):
+        raise ConfigError(f"--labels={','.join(given)} must name one field for each target ({', '.join(targets)})")
+    return given or targets
 
 
 def predict(model: Predictor | Ensemble, found: list[Read], samples: int | None, errors: list[str]) -> Answer:
@@ -162,4 +170,4 @@ def _write_json(file: Path, answer: Answer) -> None:
     else:
         file.expanduser().parent.mkdir(parents=True, exist_ok=True)
         write_json(file.expanduser(), content)
-        print(f"wrote {file}", file=sys.stdout)
+        print(f"wrote {file}")
