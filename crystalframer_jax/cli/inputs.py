@@ -44,14 +44,18 @@ def named_files(arguments: Iterable[str]) -> Iterator[str | CrystalError]:
                 problem = f"a model, not a file with crystals; name it by --model={argument}"
                 yield CrystalError(f"{argument}: {problem}")
             elif os.path.isdir(argument) and not has_table(Path(argument)):
-                yield from _in_folder(Path(argument)) or [CrystalError(f"{argument}: no file with crystals is in it")]
+                yield from _or_error(_in_folder(Path(argument)), f"{argument}: no file with crystals is in it")
             elif glob.has_magic(argument) and not os.path.lexists(argument):
                 found = sorted(glob.glob(argument, recursive=True))
-                yield from found or [CrystalError(f"{argument}: no file has such a name; correct the pattern")]
+                yield from _or_error(found, f"{argument}: no file has such a name; correct the pattern")
             else:
                 yield argument
         except OSError as error:
             yield CrystalError(f"{argument}: cannot be read ({error.strerror})")
+
+
+def _or_error(found: list[str], problem: str) -> list[str] | list[CrystalError]:
+    return found or [CrystalError(problem)]
 
 
 def _in_folder(folder: Path) -> list[str]:

@@ -14,9 +14,7 @@ import jax
 import joblib
 import numpy as np
 
-from benchmarking.cases import BUNDLED, CUTOFF, bundled_source
 from benchmarking.measure import filled
-from benchmarking.timing import Record
 from crystalframer_jax.config import ConfigError
 from crystalframer_jax.data.datasets import folder_of, open_dataset
 from crystalframer_jax.data.loader import TrainingBatches
@@ -24,6 +22,8 @@ from crystalframer_jax.data.prepare import Preparation, prepare
 from crystalframer_jax.data.registry import TARGET_SETS
 from crystalframer_jax.data.store import Dataset, load_dataset, read_set_manifest, targets_of
 from crystalframer_jax.files import FileError
+from crystalframer_jax.measuring.cases import BUNDLED, CUTOFF, bundled_source
+from crystalframer_jax.measuring.timing import Record
 
 BATCH_SIZES = (64, 256)
 PASSES = 5
