@@ -290,3 +290,21 @@ def export_torch_parser(prog: str = "crystalframer export torch") -> Parser:
     add("--weights", choices=("best", "last", "swa"), help=WEIGHTS_HELP)
     add("--overwrite", action="store_true", help="replace FILE.ckpt if it exists")
     return parser
+
+
+# The machine
+
+
+def doctor_parser(prog: str = "crystalframer doctor") -> Parser:
+    """Makes the parser of doctor."""
+    examples = """\
+  crystalframer doctor
+  crystalframer doctor --gpu --json=gpu.json"""
+    description = """Tell whether all works here: versions, devices, kernels, folders with their sizes, and a prediction
+        against a stored number. --gpu measures a GPU instead, in at most six minutes: kernels and XLA against sums in
+        float64, times of training steps and predictions of three models, memory, a cell of 10,000 atoms."""
+    parser = Parser(prog, description, examples)
+    parser.add_argument("--gpu", action="store_true", help="measure the GPU of this machine")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was found to this file")
+    parser.add_argument("--size", choices=("full", "small"), default="full", help=argparse.SUPPRESS)  # for tests
+    return parser

@@ -38,6 +38,7 @@ COMMANDS = {
     "export torch": Command(
         arguments.export_torch_parser, "convert", "export_run", "an official PyTorch checkpoint of a run"
     ),
+    "doctor": Command(arguments.doctor_parser, "doctor", "run", "does all work here; how fast is this GPU"),
 }
 
 
