@@ -99,6 +99,33 @@ def _add_labels(parser: Parser) -> None:
     parser.add_argument("--labels", type=names, default=(), metavar="FIELD,...", help=labels_help)
 
 
+def embed_parser(prog: str = "crystalframer embed") -> Parser:
+    """Makes the parser of embed."""
+    examples = """\
+  crystalframer embed examples --output=vectors.npz
+  crystalframer embed examples/NaCl.cif --atoms --output=atoms.csv
+  crystalframer embed examples/NaCl.cif --nearest=5 --among=vectors.npz"""
+    description = """Write the vectors of crystals, and of their atoms, that a model has before its output layers, as
+        features for other programs; or tell which crystals of a set are nearest by them."""
+    parser = model_parser(prog, description, examples)
+    add = parser.add_argument
+    add("files", metavar="FILE", nargs="+", help=CRYSTALS)
+    add("--output", type=_vectors_file, metavar="FILE", help="file of vectors to write, .npz or .csv")
+    add("--atoms", action="store_true", help="also the vectors of all atoms (.npz), or these instead (.csv)")
+    add("--nearest", type=_count, default=0, metavar="N", help="tell the N nearest crystals of --among")
+    among_help = "a target set, or a file of vectors that this command wrote; default: mp_flla_2015"
+    add("--among", default="mp_flla_2015", metavar="SET", help=among_help)
+    add("--data_dir", default="", metavar="DIR", help="where prepared data are kept; default: the user's cache folder")
+    return parser
+
+
+def _vectors_file(text: str) -> Path:
+    """Reads the name of a file of vectors."""
+    if not text.endswith((".npz", ".csv")):
+        raise argparse.ArgumentTypeError(f"{text!r} ends neither in .npz nor in .csv")
+    return Path(text)
+
+
 # Evaluation
 
 

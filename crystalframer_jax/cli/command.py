@@ -34,6 +34,7 @@ COMMANDS = {
     "train": Command(arguments.train_parser, "train", "run", "train a model, or continue a training"),
     "evaluate": Command(arguments.evaluate_parser, "evaluate", "run", "errors of a model on crystals with labels"),
     "predict": Command(arguments.predict_parser, "predict", "run", "properties of crystals in files"),
+    "embed": Command(arguments.embed_parser, "embed", "run", "vectors of crystals and atoms; which crystals are near"),
     "import": Command(arguments.import_parser, "convert", "import_run", "a run of an official PyTorch checkpoint"),
     "export torch": Command(
         arguments.export_torch_parser, "convert", "export_run", "an official PyTorch checkpoint of a run"

@@ -74,9 +74,12 @@ def folders() -> list[list[str]]:
     """Lists the folders that are used: what for, where, how large, whether they can be written."""
     cache = data_folder("")
     programs = jax.config.jax_compilation_cache_dir or cache / "xla"  # type: ignore[attr-defined]
-    rows = [["package", Path(crystalframer_jax.__file__).parent], ["compiled programs", Path(programs)]]
+    rows: list[tuple[str, Path]] = [
+        ("package", Path(crystalframer_jax.__file__).parent),
+        ("compiled programs", Path(programs)),
+    ]
     sets = sorted(folder for folder in cache.glob("*") if (folder / "crystals").is_dir())
-    rows += [["data", cache], *([f"  {folder.name}", folder] for folder in sets)]
+    rows += [("data", cache), *((f"  {folder.name}", folder) for folder in sets)]
     return [[what, str(folder), _size(folder), _state(folder)] for what, folder in rows]
 
 
