@@ -94,7 +94,7 @@ def predict_parser(prog: str = "crystalframer predict", model_first: bool = Fals
 
 def _add_labels(parser: Parser) -> None:
     labels_help = (
-        "fields of the files with the labels, in the order of the targets; default: those named as the targets"
+        "fields of the files with the labels, in the order of the targets, - for none; default: named as these"
     )
     parser.add_argument("--labels", type=names, default=(), metavar="FIELD,...", help=labels_help)
 
@@ -133,11 +133,20 @@ def evaluate_parser(prog: str = "crystalframer evaluate", model_first: bool = Fa
     """Makes the parser of evaluate."""
     examples = """\
   crystalframer evaluate --model=runs/quickstart --split=test --output=test.csv
-  crystalframer evaluate --model=runs/ensemble --plot=calibration.png"""
-    description = """Errors of a trained model or an ensemble on a split of its dataset."""
+  crystalframer evaluate --model=runs/quickstart --details --exclude_leaked --plot=parity.png
+  crystalframer evaluate FOLDER --labels=energy,gap"""
+    description = """Errors of a trained model or an ensemble: on the data that it was trained on, on another target set
+        that is prepared, or on files with labels."""
     parser = model_parser(prog, description, "" if model_first else examples, model_first)
     add = parser.add_argument
-    add("--split", choices=SPLITS, default="test")
+    data_help = "a target set by name, or files and folders with labels; default: the data of the training"
+    add("data", metavar="DATA", nargs="*", help=data_help)
+    _add_labels(parser)
+    add("--split", choices=(*SPLITS, "all"), default="test", help="of a target set; default: test")
+    details_help = "also errors by number of atoms and by element, and the ten largest"
+    add("--details", action="store_true", help=details_help)
+    leaked_help = "leave out crystals of validation and test that are in training too"
+    add("--exclude_leaked", "--exclude-leaked", action="store_true", help=leaked_help)
     add("--output", type=Path, help="write id, labels and predictions to this CSV file")
     data_help = "where the data are prepared; default: where the run has them, only read, or the user's cache folder"
     add("--data_dir", default="", metavar="DIR", help=data_help)

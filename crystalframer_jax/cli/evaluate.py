@@ -1,28 +1,39 @@
 """Errors of a trained model on the splits of its dataset."""
 
 import argparse
+import dataclasses
+import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from crystalframer_jax.batching.table import table_of
 from crystalframer_jax.batching.targets import TargetStatistics
-from crystalframer_jax.cli.arguments import evaluate_parser
+from crystalframer_jax.cli.arguments import DEFAULT_MODEL, evaluate_parser
 from crystalframer_jax.cli.common import parsed, reporting_errors
+from crystalframer_jax.cli.inputs import read_all
+from crystalframer_jax.cli.predict import label_fields, model_of
 from crystalframer_jax.config import ConfigError
-from crystalframer_jax.data.datasets import open_dataset, open_dataset_of_run
-from crystalframer_jax.data.records import DataError
-from crystalframer_jax.data.store import Dataset
+from crystalframer_jax.data.datasets import open_dataset, open_dataset_of_run, prepared_sets, target_names
+from crystalframer_jax.data.records import DataError, Target
+from crystalframer_jax.data.registry import TARGET_SETS
+from crystalframer_jax.data.splits import SPLITS
+from crystalframer_jax.data.store import Dataset, data_folder
 from crystalframer_jax.errors import UserError
 from crystalframer_jax.files import check_replaceable
-from crystalframer_jax.inference.ensemble import Ensemble, load_model
+from crystalframer_jax.inference.ensemble import Ensemble
 from crystalframer_jax.inference.evaluation import Predictions
 from crystalframer_jax.inference.predictor import Predictor
+from crystalframer_jax.reporting.breakdown import breakdown
 from crystalframer_jax.reporting.metrics import mean_predictor_errors, regression_metrics
 from crystalframer_jax.reporting.predictions import figure_files, plot_calibration, plot_parity, write_predictions
 from crystalframer_jax.reporting.suspects import suspect_labels, write_suspects
 from crystalframer_jax.runs.run_directory import warn
-from crystalframer_jax.text import table
+from crystalframer_jax.text import escaped, table
+
+NO_LABEL = "-"  # in place of a field, for a target without labels
 
 
 def evaluate_main(argv: Sequence[str] | None = None) -> int:
@@ -36,15 +47,18 @@ def run(arguments: argparse.Namespace) -> int:
     for file, beginning in ((arguments.output, b"id,target"), (arguments.suspects, b"split,id,formula")):
         if file:
             check_replaceable(file.expanduser(), beginning)
-    model = load_model(arguments.model, arguments.weights)
+    model = model_of(arguments)
     if arguments.suspects and not isinstance(model, Ensemble):
         raise ConfigError(f"--suspects needs the models of an ensemble to agree, and {arguments.model} is one model")
-    dataset = dataset_of(model, arguments.model, arguments.data_dir)
+    dataset, given_errors = data_of(model, arguments)
     indices = dataset.splits[arguments.split]
     predictions = model.predict_dataset(dataset, indices, arguments.num_frame_samples)
     over = model.spread_over(arguments.num_frame_samples)
     print(model.origin)
-    print(error_table(model.targets, dataset, arguments.split, predictions, over))
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # of targets without any label
+        print(error_table(model.targets, dataset, arguments.split, predictions, over))
+    if arguments.details:
+        print("\n" + breakdown(dataset.table, indices, predictions.value, dataset.labels[indices], model.targets))
     if arguments.output:
         ids, labels = dataset.table.ids[indices], dataset.labels[indices]
         spread = predictions.spread if over else None
@@ -58,7 +72,81 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.plot:
         for file in plot_errors(arguments.plot, model, dataset, arguments.split, predictions):
             print(f"wrote {file}")
-    return 0
+    for error in given_errors:
+        print(f"error: {escaped(' '.join(error.split()))}", file=sys.stderr)
+    return 1 if given_errors else 0
+
+
+def data_of(model: Predictor | Ensemble, arguments: argparse.Namespace) -> tuple[Dataset, list[str]]:
+    """Opens the crystals to evaluate on, with a line for each that could not be used: see `arguments.data`.
+
+    A set that is known or prepared, files with labels (which are in every split), or the data of the training.
+    """
+    fields, names = label_fields(model, arguments.labels), arguments.data
+    errors: list[str] = []
+    if not names:
+        if not arguments.model:
+            raise ConfigError(f"{DEFAULT_MODEL} comes without its data: name a target set, or files with labels")
+        if arguments.labels:
+            raise ConfigError("--labels is for other data than those of the training: name a target set or files")
+        dataset = dataset_of(model, arguments.model, arguments.data_dir)
+    elif len(names) == 1 and not Path(names[0]).exists() and is_set(names[0], arguments.data_dir):
+        dataset = other_set(model, names[0], arguments)
+    else:
+        dataset, errors = dataset_of_files(model, names, fields)
+        if arguments.exclude_leaked:
+            raise ConfigError("--exclude_leaked is for prepared sets: files are in no splits that could leak")
+    labelled = np.flatnonzero(np.isfinite(dataset.labels).any(axis=1))
+    splits = {**dataset.splits, "all": labelled}
+    if arguments.exclude_leaked:
+        splits = {name: rows[~np.isin(rows, dataset.leaked)] for name, rows in splits.items()}
+        if not len(splits[arguments.split]):
+            raise DataError(f"{dataset.name}: all crystals of {arguments.split} are in training too")
+    return dataclasses.replace(dataset, splits=splits), errors
+
+
+def other_set(model: Predictor | Ensemble, name: str, arguments: argparse.Namespace) -> Dataset:
+    """Opens a target set that has labels of at least one target of a model; those of the others are unknown."""
+    known = target_names(name, arguments.data_dir)
+    fields = arguments.labels or tuple(s.name if s.name in known else NO_LABEL for s in model.targets)
+    chosen = [t for t, field in enumerate(fields) if field != NO_LABEL]
+    if not chosen:
+        raise ConfigError(f"{name} has labels of none of the targets ({', '.join(known)}); name them by --labels")
+    dataset = open_dataset(name, tuple(fields[t] for t in chosen), model.cutoff, arguments.data_dir)
+    for t, target in zip(chosen, dataset.targets, strict=True):
+        if target.unit != model.targets[t].unit and target.unit and model.targets[t].unit:
+            raise ConfigError(f"{name} has {target.name} in {target.unit}, the model predicts {model.targets[t].unit}")
+    labels = np.full((len(dataset.table), len(fields)), np.nan)
+    labels[:, chosen] = dataset.labels
+    targets = tuple(Target(field, field, s.unit) for field, s in zip(fields, model.targets, strict=True))
+    return dataclasses.replace(dataset, labels=labels, targets=targets)
+
+
+def dataset_of_files(
+    model: Predictor | Ensemble, files: Sequence[str], fields: tuple[str, ...]
+) -> tuple[Dataset, list[str]]:
+    """Makes a data set of the crystals with labels that files hold; all of them are in every split."""
+    found, errors = read_all(files, [model.cutoff], fields)
+    read = [one for one in found if np.isfinite(one.labels).any()]
+    if not read:
+        first = f" ({errors[0]})" if errors else ""
+        raise DataError(f"no crystal has a label {' or '.join(fields)}; name the fields by --labels{first}")
+    rows = np.arange(len(read))
+    dataset = Dataset(
+        name=files[0] if len(files) == 1 else f"{len(files)} files",
+        table=table_of([one.crystal for one in read], model.cutoff),
+        targets=tuple(Target(name, name, s.unit) for name, s in zip(fields, model.targets, strict=True)),
+        labels=np.array([one.labels for one in read]),
+        splits=dict.fromkeys(SPLITS, rows),
+        leaked=np.zeros(0, int),
+        digest="",
+    )
+    return dataset, errors
+
+
+def is_set(name: str, data_dir: str) -> bool:
+    """Tells whether a target set of that name is known or prepared."""
+    return name in TARGET_SETS or name in prepared_sets(data_folder(data_dir))
 
 
 def dataset_of(model: Predictor | Ensemble, run: str, data_dir: str = "") -> Dataset:
