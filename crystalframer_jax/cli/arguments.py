@@ -328,6 +328,51 @@ def export_torch_parser(prog: str = "crystalframer export torch") -> Parser:
     return parser
 
 
+# Leaderboards
+
+
+def export_jarvis_parser(prog: str = "crystalframer export jarvis") -> Parser:
+    """Makes the parser of export jarvis."""
+    examples = """\
+  crystalframer export jarvis runs/jarvis --output=crystalframer_jax --author_email=you@there.org"""
+    description = """Write a contribution to the JARVIS-Leaderboard: the predictions of a run for the test crystals of a
+        benchmark (csv.zip), metadata.json, of which the rest is to be filled in, and run.sh."""
+    parser = Parser(prog, description, examples)
+    add = parser.add_argument
+    add("run", metavar="RUN", help="run directory, of one model or of an ensemble")
+    add("--output", type=Path, required=True, metavar="DIR", help="folder to write")
+    add("--weights", choices=WEIGHTS, help=WEIGHTS_HELP)
+    add("--target", default="", metavar="NAME", help="of the run; default: the first that has a benchmark")
+    add("--benchmark", default="", metavar="PROPERTY-DATASET", help="default: that of the target set and target")
+    ids_help = "file of the benchmark from the leaderboard: predictions are for its test crystals, in its order"
+    add("--ids", type=Path, metavar="FILE.json.zip", help=ids_help)
+    add("--data_dir", default="", metavar="DIR", help="where the data are prepared")
+    add("--model_name", default="CrystalFramer", metavar="TEXT")
+    for name in ("team_name", "author_email", "project_url", "database_version"):
+        add(f"--{name}", default="", metavar="TEXT")
+    return parser
+
+
+def export_matbench_parser(prog: str = "crystalframer export matbench") -> Parser:
+    """Makes the parser of export matbench."""
+    examples = """\
+  crystalframer export matbench runs/phonons/fold_* --output=crystalframer_jax --authors='A. Author'"""
+    description = """Write the results of five runs, trained on matbench_NAME-fold_0 to -fold_4, as Matbench v0.1 takes
+        them: results.json.gz, info.json and run.py."""
+    parser = Parser(prog, description, examples)
+    add = parser.add_argument
+    add("runs", metavar="RUN", nargs=5, help="run directories, in any order")
+    add("--output", type=Path, required=True, metavar="DIR", help="folder to write")
+    add("--weights", choices=WEIGHTS, help=WEIGHTS_HELP)
+    add("--data_dir", default="", metavar="DIR", help="where the data are prepared")
+    add("--authors", default="", metavar="TEXT")
+    add("--algorithm", default="CrystalFramer (JAX)", metavar="TEXT")
+    long_default = "Transformer over the periodic neighbors of atoms with dynamic frames (ICLR 2025), crystalframer_jax"
+    add("--algorithm_long", default=long_default, metavar="TEXT")
+    add("--notes", default="", metavar="TEXT")
+    return parser
+
+
 # The machine
 
 

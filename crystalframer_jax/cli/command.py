@@ -39,6 +39,12 @@ COMMANDS = {
     "export torch": Command(
         arguments.export_torch_parser, "convert", "export_run", "an official PyTorch checkpoint of a run"
     ),
+    "export jarvis": Command(
+        arguments.export_jarvis_parser, "export_jarvis", "run", "a contribution to the JARVIS-Leaderboard"
+    ),
+    "export matbench": Command(
+        arguments.export_matbench_parser, "export_matbench", "run", "results of five folds for Matbench"
+    ),
     "doctor": Command(arguments.doctor_parser, "doctor", "run", "does all work here; how fast is this GPU"),
 }
 
