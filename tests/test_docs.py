@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shlex
 from pathlib import Path
 
 import jax
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 from support import random_variables, small_config
 
+from crystalframer_jax.cli.arguments import shipped_configs
+from crystalframer_jax.cli.command import COMMANDS
 from crystalframer_jax.config.hyperparameters import ALLOWED_VALUES, WITHOUT_COUNTERPART
 from crystalframer_jax.configs import default
 
@@ -108,3 +111,25 @@ def test_options_on_command_lines_exist(page):
             elif option.startswith("--"):
                 name = option.split("=")[0]
                 assert name in source or f'"{name.removeprefix("--")}"' in source, line
+
+
+def command_lines(page):
+    """The words of the command lines of a page, without comments; a line that ends in a backslash goes on."""
+    text = re.sub(r"\\\n *", "", page.read_text())
+    lines = re.findall(r"^(?:srun )?crystalframer ((?:[a-z]+) .*|doctor)$", text, re.MULTILINE)
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_command_lines_are_ones(page):
+    """Every subcommand takes the arguments; hyperparameters and configurations exist."""
+    known = default.get_config()
+    for words in command_lines(page):
+        name = " ".join(words[: 1 + (words[0] == "export")])
+        others = [word for word in words[name.count(" ") + 1 :] if not word.startswith("--config.")]
+        for word in words:
+            if word.startswith("--config."):
+                assert word.removeprefix("--config.").split("=")[0] in known, words
+        arguments = COMMANDS[name].parser().parse_args(others)
+        if name == "train" and not arguments.config.startswith(("runs/", "configs/", "...")):
+            assert arguments.config.split(":")[0] in shipped_configs(), words

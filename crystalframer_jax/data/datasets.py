@@ -22,7 +22,7 @@ NAME = r"\w[\w.+-]*"  # of a target set
 def open_dataset(name: str, targets: tuple[str, ...], cutoff: float | LatticeBox, data_dir: str = "") -> Dataset:
     """Opens the target set of that name with its `targets` and neighbor rows within `cutoff`, see `neighbor_rows`.
 
-    A bundled set is prepared if need be; others are prepared by scripts/prepare_data.py. An empty `data_dir` stands
+    A bundled set is prepared if need be; others are prepared by crystalframer prepare. An empty `data_dir` stands
     for the user's cache folder. Raises ConfigError for an unknown name, DataError for a set that is not prepared.
     """
     folder = folder_of(name, data_dir)
@@ -33,7 +33,7 @@ def open_dataset(name: str, targets: tuple[str, ...], cutoff: float | LatticeBox
         prepared = ", ".join(prepared_sets(folder.parent)) or "none"
         raise ConfigError(
             f"target_set={name!r} is not known; allowed: {', '.join(TARGET_SETS)}, and what was prepared in "
-            f"{folder.parent} ({prepared}). Your own crystals become a target set by scripts/prepare_data.py"
+            f"{folder.parent} ({prepared}). Your own crystals become a target set by crystalframer prepare"
         )
     return load_dataset(folder, targets, cutoff)
 
