@@ -56,23 +56,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         _refuse(words)
     found, others = COMMANDS[name], words[name.count(" ") + 1 :]
-    if name == "train":
-        return _module(found).train_main(others, f"crystalframer {name}") if not _asks_help(others) else _help(found)
-    return getattr(_module(found), found.function)(parsed(found.parser(), others))
+    if name == "train" and not {"--help", "-h"} & set(others):  # its configuration is for ml_collections
+        return _module(found).train_main(others, f"crystalframer {name}")
+    given = parsed(found.parser(), others)  # before what takes long is imported
+    return getattr(_module(found), found.function)(given)
 
 
 def _module(command: Command) -> Any:
     return importlib.import_module(f"crystalframer_jax.cli.{command.module}")
-
-
-def _asks_help(words: Sequence[str]) -> bool:
-    return "--help" in words or "-h" in words
-
-
-@reporting_errors()
-def _help(command: Command) -> int:
-    command.parser().print_help()
-    return 0
 
 
 @reporting_errors()
