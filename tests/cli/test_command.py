@@ -1,6 +1,8 @@
 """The command crystalframer: help, exit statuses, what each subcommand prints and writes."""
 
 import csv
+import dataclasses
+import gzip
 import io
 import json
 import re
@@ -8,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -16,7 +19,7 @@ from support import EXAMPLES, ROOT
 from tiny import tiny_config, tiny_runs
 
 import crystalframer_jax
-from crystalframer_jax.cli import arguments, command, doctor, evaluate, predict, train
+from crystalframer_jax.cli import arguments, command, doctor, evaluate, export_jarvis, export_matbench, predict, train
 from crystalframer_jax.cli.command import COMMANDS, main
 from crystalframer_jax.config import ConfigError
 from crystalframer_jax.data.assignment import Preparation
@@ -281,6 +284,57 @@ def test_other_data_and_where_the_errors_are(place, capsys):
     assert (place / "e.csv").read_text().count("\n") == 3
     with pytest.raises(SystemExit, match="files are in no splits"):
         main(["evaluate", "examples", "--exclude-leaked"])
+
+
+# Leaderboards
+
+
+def test_a_contribution_to_jarvis(place, monkeypatch, capsys):
+    assert status_of(["export", "jarvis", "runs/quickstart", "--output=out"]) == 1  # of a set that has no benchmark
+    monkeypatch.setitem(export_jarvis.JARVIS, ("small", "e_form"), "e_form-small")
+    assert main(["export", "jarvis", "runs/quickstart", "--output=out", "--author_email=a@b.org"]) == 0
+    out = capsys.readouterr().out
+    with zipfile.ZipFile("out/AI-SinglePropertyPrediction-e_form-small-test-mae.csv.zip") as archive:
+        rows = list(csv.DictReader(io.StringIO(archive.read(archive.namelist()[0]).decode())))
+    assert len(rows) == 6 and "6 test crystals" in out
+    error = np.mean([abs(float(row["target"]) - float(row["prediction"])) for row in rows])
+    assert f"MAE {error:.4f}" in out
+    assert json.loads((place / "out" / "metadata.json").read_text())["author_email"] == "a@b.org"
+    assert (place / "out" / "config.json").is_file()
+    test_ids = {"test": {row["id"]: 0 for row in reversed(rows[:4])}}
+    with zipfile.ZipFile("ids.json.zip", "w") as archive:
+        archive.writestr("ids.json", json.dumps(test_ids))
+    assert main(["export", "jarvis", "runs/quickstart", "--output=out", "--ids=ids.json.zip"]) == 0
+    assert "4 test crystals" in capsys.readouterr().out
+
+
+def test_results_for_matbench(place, run, monkeypatch, capsys):
+    model = Predictor.load(run)
+    dataset = evaluate.dataset_of(model, "run", str(run.parent / "data"))
+
+    def load(path, *_):
+        fold = Predictor.load(run)
+        fold.config = dataclasses.replace(model.config, target_set=f"matbench_small-{path}")
+        return fold
+
+    def data(model, *_):
+        rows = dataset.splits["train"][int(model.config.target_set[-1]) * 5 :][:5]
+        return dataclasses.replace(dataset, splits={"test": rows})
+
+    monkeypatch.setattr(export_matbench, "load_model", load)
+    monkeypatch.setattr(export_matbench, "dataset_of", data)
+    folds = [f"fold_{number}" for number in (1, 0, 2, 4, 3)]
+    assert main(["export", "matbench", *folds, "--output=out", "--authors=A. Author"]) == 0
+    assert capsys.readouterr().out.count("5 test crystals, MAE") == 5
+    results = json.loads(gzip.decompress((place / "out" / "results.json.gz").read_bytes()))
+    assert set(results["tasks"]["matbench_small"]["results"]["fold_4"]["scores"]) == {
+        "mae",
+        "rmse",
+        "mape",
+        "max_error",
+    }
+    assert json.loads((place / "out" / "info.json").read_text())["authors"] == "A. Author"
+    assert status_of(["export", "matbench", *folds[:4], "fold_1", "--output=again"]) == 1  # a fold twice
 
 
 # The machine

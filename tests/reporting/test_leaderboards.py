@@ -27,6 +27,7 @@ METADATA = {
     "project_url": "",
     "time_taken_seconds": 5,
 }
+NO_PARAMETERS: dict = {fold: {} for fold in FOLDS}
 
 
 def test_a_contribution_to_jarvis(tmp_path):
@@ -106,13 +107,13 @@ def test_results_that_matbench_would_refuse():
     given = folds()
     given["fold_1"][2][0] = np.nan
     with pytest.raises(LeaderboardError, match="fold_1: 1 of 4 predictions are not finite"):
-        matbench_results("t", given, dict.fromkeys(FOLDS, {}), "")
+        matbench_results("t", given, NO_PARAMETERS, "")
     given = folds()
     given["fold_2"][0][0] = given["fold_0"][0][0]
     with pytest.raises(LeaderboardError, match="of fold_2 is in the test set of another"):
-        matbench_results("t", given, dict.fromkeys(FOLDS, {}), "")
+        matbench_results("t", given, NO_PARAMETERS, "")
     with pytest.raises(LeaderboardError, match="fold_4 are missing"):
-        matbench_results("t", {fold: folds()[fold] for fold in FOLDS[:4]}, dict.fromkeys(FOLDS, {}), "")
+        matbench_results("t", {fold: folds()[fold] for fold in FOLDS[:4]}, NO_PARAMETERS, "")
 
 
 def test_the_package_itself_reads_them(tmp_path):
@@ -120,5 +121,5 @@ def test_the_package_itself_reads_them(tmp_path):
     metadata = pytest.importorskip("matbench.metadata")
     splits = metadata.mbv01_validation.splits["matbench_phonons"]
     given = {fold: (list(splits[fold].test), np.ones(253), np.full(253, 1.5)) for fold in FOLDS}
-    results = matbench_results("matbench_phonons", given, dict.fromkeys(FOLDS, {}), "2026.01.02 03:04.05")
+    results = matbench_results("matbench_phonons", given, NO_PARAMETERS, "2026.01.02 03:04.05")
     assert bench.MatbenchBenchmark.from_dict(results).is_valid
