@@ -1,6 +1,6 @@
 """JARVIS-DFT 3D 2021, the first benchmark of the paper: five targets, each with a model of its own.
 
-    python scripts/train.py --config=configs/jarvis.py --workdir=runs/jarvis/default/formation_energy
+    crystalframer train --config=jarvis --workdir=runs/jarvis/default/formation_energy
     scripts/reproduce.sh jarvis
 
 The second command trains all targets, one after the other. Another target:

@@ -1,6 +1,6 @@
 """matbench_phonons (highest peak of the phonon density of states), by the recommended recipe: fold 0 of five.
 
-    python scripts/train.py --config=configs/matbench_phonons.py --workdir=runs/matbench_phonons/default/fold_0
+    crystalframer train --config=matbench_phonons --workdir=runs/matbench_phonons/default/fold_0
     scripts/reproduce.sh matbench_phonons
 
 The second command trains all folds, one after the other. The test crystals of each fold are those of Matbench v0.1.

@@ -1,6 +1,6 @@
 """The Materials Project crystals of MEGNet (2018.6.1), the second benchmark of the paper: four targets.
 
-    python scripts/train.py --config=configs/megnet.py --workdir=runs/megnet/default/e_form
+    crystalframer train --config=megnet --workdir=runs/megnet/default/e_form
     scripts/reproduce.sh megnet
 
 The second command trains all targets, one after the other. Another target:

@@ -1,6 +1,6 @@
 """Full default model on the bundled Materials Project set (3,938 crystals, formation energy).
 
-python scripts/train.py --config=configs/mp_flla.py --workdir=runs/mp_flla
+crystalframer train --config=mp_flla --workdir=runs/mp_flla
 """
 
 from ml_collections import ConfigDict

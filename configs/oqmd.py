@@ -1,6 +1,6 @@
 """OQMD, the large benchmark of the paper (817,636 crystals): three targets.
 
-    python scripts/train.py --config=configs/oqmd.py --workdir=runs/oqmd/default/delta_e
+    crystalframer train --config=oqmd --workdir=runs/oqmd/default/delta_e
     scripts/reproduce.sh oqmd
 
 The second command trains all targets, one after the other. Another target:

@@ -1,6 +1,6 @@
 """A small model of formation energies that trains in a few minutes on a laptop, by the recommended recipe.
 
-    python scripts/train.py --config=configs/quickstart.py --workdir=runs/quickstart
+    crystalframer train --config=quickstart --workdir=runs/quickstart
 
 Two blocks with the paper's lightweight angle encoding, on the bundled Materials Project set (3,938 crystals).
 """

@@ -1,7 +1,7 @@
 """The recommended recipe: what to train with unless published numbers are to be reproduced.
 
-    python scripts/train.py --config=configs/recommended.py --workdir=runs/e_form
-    python scripts/train.py --config=configs/recommended.py:lightweight --workdir=runs/lightweight
+    crystalframer train --config=recommended --workdir=runs/e_form
+    crystalframer train --config=recommended:lightweight --workdir=runs/lightweight
 
 Muon for the matrices of the blocks, a learning rate that goes to zero, and small batches; the model is the paper's.
 docs/training.md has what each of these is worth. Variants: those of configs/variants.py, default and lightweight among

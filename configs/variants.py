@@ -1,6 +1,6 @@
 """The models that the paper compares, as changes of configs/default.py; the name after a colon chooses one.
 
-    python scripts/train.py --config=configs/jarvis.py:lightweight --workdir=runs/jarvis/lightweight/formation_energy
+    crystalframer train --config=jarvis:lightweight --workdir=runs/jarvis/lightweight/formation_energy
 
 default        max frames, 64 Gaussians for each angle
 lightweight    max frames, 16 narrower Gaussians for each angle

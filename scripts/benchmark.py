@@ -19,14 +19,15 @@ from typing import Any
 import jax
 import joblib
 from benchmarking import report
-from benchmarking.cases import BUNDLED, CASES, SMALL
 from benchmarking.devices import CPU_DEVICES, measure_devices
-from benchmarking.measure import ATTENTION, STEPS, Variant, describe_case, measure_case, over_atoms
+from benchmarking.measure import ATTENTION, STEPS, describe_case, measure_case, over_atoms
 from benchmarking.pipeline import any_target, measure_pipeline
 from benchmarking.roofline import KINDS, measure_ceilings
 
 from crystalframer_jax.cli.common import reporting_errors
 from crystalframer_jax.configs.variants import VARIANTS
+from crystalframer_jax.measuring.cases import BUNDLED, CASES, SMALL
+from crystalframer_jax.measuring.programs import Variant
 
 MEASURES = {"steps": STEPS, "attention": ATTENTION, "atoms": (*STEPS, *ATTENTION), "pipeline": ()}  # of the parts
 SLOW_ON_CPU = ("bundled-1024",)

@@ -7,11 +7,7 @@ SIGTERM, SIGUSR1, Ctrl-C and the end of --max_minutes save the training and end 
 All devices of this machine share the work; several processes and machines do as docs/distributed.md says.
 """
 
-from absl import flags
-
-from crystalframer_jax.cli import train
-
-flags.adopt_module_key_flags(train)  # for --help
+from crystalframer_jax.cli.train import train_main
 
 if __name__ == "__main__":
-    train.train_main()
+    raise SystemExit(train_main())

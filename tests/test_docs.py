@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ import pytest
 from small_sets import raw_records
 from support import random_variables, small_config
 
+from crystalframer_jax.cli.arguments import shipped_configs
+from crystalframer_jax.cli.command import COMMANDS
 from crystalframer_jax.config.hyperparameters import ALLOWED_VALUES, WITHOUT_COUNTERPART
 from crystalframer_jax.configs import default
 from crystalframer_jax.data.custom.fields import CustomData
@@ -137,3 +140,25 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert all(f'href="{page.stem}.html"' in front for page in PAGES[1:] if page.stem != "index")
     assert "load" in (tmp_path / "site" / "api" / "inference.html").read_text()
     assert (tmp_path / "site" / "searchindex.js").exists()
+
+
+def command_lines(page):
+    """The words of the command lines of a page, without comments; a line that ends in a backslash goes on."""
+    text = re.sub(r"\\\n *", "", page.read_text())
+    lines = re.findall(r"^(?:srun )?crystalframer ((?:[a-z]+) .*|doctor)$", text, re.MULTILINE)
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_command_lines_are_ones(page):
+    """Every subcommand takes the arguments; hyperparameters and configurations exist."""
+    known = default.get_config()
+    for words in command_lines(page):
+        name = " ".join(words[: 1 + (words[0] == "export")])
+        others = [word for word in words[name.count(" ") + 1 :] if not word.startswith("--config.")]
+        for word in words:
+            if word.startswith("--config."):
+                assert word.removeprefix("--config.").split("=")[0] in known, words
+        arguments = COMMANDS[name].parser().parse_args(others)
+        if name == "train" and not arguments.config.startswith(("runs/", "configs/", "...")):
+            assert arguments.config.split(":")[0] in shipped_configs(), words

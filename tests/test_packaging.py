@@ -66,6 +66,8 @@ def test_the_wheel_holds_every_module_and_the_data(wheel):
     assert "crystalframer_jax/data/bundled/mp_flla_2015.jsonl.gz" in expected and len(expected) > 30
     assert {name for name in names if ".dist-info/" not in name} == expected
     assert any(name.endswith("licenses/LICENSE") for name in names)
+    (points,) = [name for name in names if name.endswith("entry_points.txt")]
+    assert "crystalframer = crystalframer_jax.cli.command:main" in zipfile.ZipFile(wheel).read(points).decode()
 
 
 def test_the_installed_wheel_works_away_from_the_repository(wheel, tmp_path):
@@ -101,3 +103,33 @@ def test_constraints_name_a_version_within_bounds_for_every_dependency():
             ]
             assert len(found) == 1, f"{needed.name} under Python {python}"
             assert needed.specifier.contains(str(found[0]).removeprefix("=="))
+
+
+@pytest.mark.slow
+def test_the_installed_command_predicts_offline_with_a_home_that_cannot_be_written(wheel, tmp_path):
+    """pip makes the command; files are predicted by the model of the package, and its configurations have names."""
+    environment = tmp_path / "environment"
+    venv.create(environment, symlinks=True, with_pip=True)
+    (packages,) = environment.glob("lib/python*/site-packages")
+    pip = [environment / "bin" / "python", "-m", "pip", "install", "-q", "--no-deps", "--no-index", wheel]
+    subprocess.run(pip, check=True, timeout=300)
+    (packages / "dependencies.pth").write_text("\n".join(site.getsitepackages()) + "\n")
+    (tmp_path / "file").write_text("")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "JAX", "XLA"))}
+    clean |= {
+        "HOME": str(tmp_path / "file"),
+        "XDG_CACHE_HOME": str(tmp_path / "file"),
+        "https_proxy": "http://0.0.0.0:9",
+    }
+
+    def command(*words: object) -> subprocess.CompletedProcess:
+        words = (environment / "bin" / "crystalframer", *words)
+        return subprocess.run(words, cwd=tmp_path, env=clean, capture_output=True, text=True, timeout=300)
+
+    shutil.copy(ROOT / "examples" / "NaCl.cif", tmp_path)
+    found = command("predict", "NaCl.cif")
+    assert found.returncode == 0 and "model mp-2018" in found.stderr and "e_form (eV/atom)" in found.stdout
+    assert command("--version").stdout.startswith("crystalframer_jax ")
+    assert command("doctor").returncode == 0
+    wrong = command("train", "--config=recommended:lightweight", f"--workdir={tmp_path / 'run'}", "--config.lrr=1")
+    assert wrong.returncode == 2 and "'lr'" in wrong.stderr

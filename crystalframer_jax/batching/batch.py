@@ -29,7 +29,7 @@ class Rows:
 
     index: jax.Array  # [N, M] int32 neighbor atom
     vector: jax.Array  # [N, M, 3] p_j + nL - p_i, Å
-    square: jax.Array | None  # [N, M] d^2, Å^2; None in CellRows
+    square: Any  # [N, M] d^2, Å^2; None in CellRows
     reverse: jax.Array  # [N, M] int32 place (row * M + column) of the reverse neighbor
     count: jax.Array  # [N] int32 length of the row
 

@@ -1,19 +1,16 @@
-"""The command lines of scripts/: arguments, tables, files of results, errors in one line."""
+"""What all commands have in common: errors in one line, closed pipes, Ctrl-C."""
 
-import argparse
 import contextlib
 import errno
 import io
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator, Sequence
 
 from crystalframer_jax.errors import UserError
-from crystalframer_jax.inference.predictor import WEIGHTS
 from crystalframer_jax.text import escaped
-
-WEIGHTS_HELP = "default: those that the finished run selected by validation error, else best"
 
 PIPE_CLOSED = 141  # the exit status of a command that SIGPIPE ends
 
@@ -53,17 +50,7 @@ def _told(error: Exception) -> str:
     return f"{error.filename}: {error.strerror}{'; name a place that you may use' if is_forbidden else ''}"
 
 
-def model_parser(prog: str, description: str) -> argparse.ArgumentParser:
-    """Makes a parser of what every command that predicts takes: the run, its weights, draws of frames."""
-    parser = argparse.ArgumentParser(prog, description=description, allow_abbrev=False)
-    run_help = "run directory, of one model or of an ensemble, a checkpoint (RUN/checkpoints/STEP), or a model by name"
-    parser.add_argument("run", metavar="RUN", help=run_help)
-    parser.add_argument("--weights", choices=WEIGHTS, help=WEIGHTS_HELP)
-    samples_help = "average K draws among equally good frames and show their spread; default: as configured for the run"
-    parser.add_argument("--num_frame_samples", type=int, metavar="K", help=samples_help)
-    return parser
-
-
-def names(text: str) -> tuple[str, ...]:
-    """Reads names separated by commas."""
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+@reporting_errors()
+def parsed(parser: ArgumentParser, argv: Sequence[str] | None) -> Namespace:
+    """Parses a command line, None for that of this process."""
+    return parser.parse_args(argv)

@@ -2,60 +2,67 @@
 
 import argparse
 import dataclasses
+import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from crystalframer_jax.batching.table import table_of
 from crystalframer_jax.batching.targets import TargetStatistics, check_transform
-from crystalframer_jax.cli.common import model_parser, reporting_errors
+from crystalframer_jax.cli.arguments import DEFAULT_MODEL, evaluate_parser
+from crystalframer_jax.cli.common import parsed, reporting_errors
+from crystalframer_jax.cli.inputs import read_all
+from crystalframer_jax.cli.predict import label_fields, model_of
 from crystalframer_jax.config import ConfigError
-from crystalframer_jax.data.datasets import open_dataset, open_dataset_of_run
-from crystalframer_jax.data.records import DataError
-from crystalframer_jax.data.store import Dataset
+from crystalframer_jax.data.datasets import open_dataset, open_dataset_of_run, prepared_sets, target_names
+from crystalframer_jax.data.records import DataError, Target
+from crystalframer_jax.data.registry import TARGET_SETS
+from crystalframer_jax.data.splits import SPLITS
+from crystalframer_jax.data.store import Dataset, data_folder
 from crystalframer_jax.errors import UserError
 from crystalframer_jax.files import check_replaceable
-from crystalframer_jax.inference.ensemble import Ensemble, load_model
+from crystalframer_jax.inference.ensemble import Ensemble
 from crystalframer_jax.inference.evaluation import Predictions
 from crystalframer_jax.inference.predictor import Predictor
 from crystalframer_jax.inference.pretraining import pretraining_of, starts_of
+from crystalframer_jax.reporting.breakdown import breakdown
 from crystalframer_jax.reporting.metrics import mean_predictor_errors, metrics_for, target_metrics
 from crystalframer_jax.reporting.predictions import figure_files, plot_calibration, plot_predictions, write_predictions
 from crystalframer_jax.reporting.suspects import suspect_labels, write_suspects
 from crystalframer_jax.runs.run_directory import warn
-from crystalframer_jax.text import table
+from crystalframer_jax.text import escaped, table
+
+NO_LABEL = "-"  # in place of a field, for a target without labels
+
+
+def evaluate_main(argv: Sequence[str] | None = None) -> int:
+    """Is scripts/evaluate.py."""
+    return run(parsed(evaluate_parser("evaluate.py", model_first=True), argv))
 
 
 @reporting_errors()
-def evaluate_main(argv: Sequence[str] | None = None) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Prints the errors of a trained model or an ensemble on a split of its dataset."""
-    parser = model_parser("evaluate.py", "Errors of a trained model or an ensemble on a split of its dataset.")
-    parser.add_argument("--split", choices=("train", "val", "test"), default="test")
-    parser.add_argument("--output", type=Path, help="write id, labels and predictions to this CSV file")
-    data_help = "where the data are prepared; default: where the run has them, only read, or the user's cache folder"
-    parser.add_argument("--data_dir", default="", metavar="DIR", help=data_help)
-    plot_help = """draw predictions against labels or, of an ensemble, errors against standard deviations (a figure for
-        each target, its name added to FILE); of classes, ROC curves"""
-    leaks_help = "leave out crystals that are also in training, or in that of the model of the package it started from"
-    parser.add_argument("--exclude-leaked", "--exclude_leaked", action="store_true", help=leaks_help)
-    parser.add_argument("--plot", type=_png, metavar="FILE.png", help=plot_help)
-    suspects_help = "write the labels of all splits that all models of an ensemble agree against to this CSV file"
-    parser.add_argument("--suspects", type=Path, help=suspects_help)
-    arguments = parser.parse_args(argv)
     for file, beginning in ((arguments.output, b"id,target"), (arguments.suspects, b"split,id,formula")):
         if file:
             check_replaceable(file.expanduser(), beginning)
-    model = load_model(arguments.run, arguments.weights)
+    model = model_of(arguments)
     if arguments.suspects and not isinstance(model, Ensemble):
-        raise ConfigError(f"--suspects needs the models of an ensemble to agree, and {arguments.run} is one model")
-    dataset = with_pretraining_leaks(model, dataset_of(model, arguments.run, arguments.data_dir), arguments.split)
+        raise ConfigError(f"--suspects needs the models of an ensemble to agree, and {arguments.model} is one model")
+    dataset, given_errors = data_of(model, arguments)
+    dataset = with_pretraining_leaks(model, dataset, arguments.split)
     if arguments.exclude_leaked:
         dataset = without_leaks(dataset, arguments.split)
     indices = dataset.splits[arguments.split]
     predictions = model.predict_dataset(dataset, indices, arguments.num_frame_samples)
     over = model.spread_over(arguments.num_frame_samples)
     print(model.origin)
-    print(error_table(model.targets, dataset, arguments.split, predictions, over))
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # of targets without any label
+        print(error_table(model.targets, dataset, arguments.split, predictions, over))
+    if arguments.details:
+        print("\n" + breakdown(dataset.table, indices, predictions.value, dataset.labels[indices], model.targets))
     if arguments.output:
         ids, labels = dataset.table.ids[indices], dataset.labels[indices]
         spread = predictions.spread if over else None
@@ -69,7 +76,74 @@ def evaluate_main(argv: Sequence[str] | None = None) -> int:
     if arguments.plot:
         for file in plot_errors(arguments.plot, model, dataset, arguments.split, predictions):
             print(f"wrote {file}")
-    return 0
+    for error in given_errors:
+        print(f"error: {escaped(' '.join(error.split()))}", file=sys.stderr)
+    return 1 if given_errors else 0
+
+
+def data_of(model: Predictor | Ensemble, arguments: argparse.Namespace) -> tuple[Dataset, list[str]]:
+    """Opens the crystals to evaluate on, with a line for each that could not be used: see `arguments.data`.
+
+    A set that is known or prepared, files with labels (which are in every split), or the data of the training.
+    """
+    fields, names = label_fields(model, arguments.labels), arguments.data
+    errors: list[str] = []
+    if not names:
+        if not arguments.model:
+            raise ConfigError(f"{DEFAULT_MODEL} comes without its data: name a target set, or files with labels")
+        if arguments.labels:
+            raise ConfigError("--labels is for other data than those of the training: name a target set or files")
+        dataset = dataset_of(model, arguments.model, arguments.data_dir)
+    elif len(names) == 1 and not Path(names[0]).exists() and is_set(names[0], arguments.data_dir):
+        dataset = other_set(model, names[0], arguments)
+    else:
+        dataset, errors = dataset_of_files(model, names, fields)
+    labelled = np.flatnonzero(np.isfinite(dataset.labels).any(axis=1))
+    return dataclasses.replace(dataset, splits={**dataset.splits, "all": labelled}), errors
+
+
+def other_set(model: Predictor | Ensemble, name: str, arguments: argparse.Namespace) -> Dataset:
+    """Opens a target set that has labels of at least one target of a model; those of the others are unknown."""
+    known = target_names(name, arguments.data_dir)
+    fields = arguments.labels or tuple(s.name if s.name in known else NO_LABEL for s in model.targets)
+    chosen = [t for t, field in enumerate(fields) if field != NO_LABEL]
+    if not chosen:
+        raise ConfigError(f"{name} has labels of none of the targets ({', '.join(known)}); name them by --labels")
+    dataset = open_dataset(name, tuple(fields[t] for t in chosen), model.cutoff, arguments.data_dir)
+    for t, target in zip(chosen, dataset.targets, strict=True):
+        if target.unit != model.targets[t].unit and target.unit and model.targets[t].unit:
+            raise ConfigError(f"{name} has {target.name} in {target.unit}, the model predicts {model.targets[t].unit}")
+    labels = np.full((len(dataset.table), len(fields)), np.nan)
+    labels[:, chosen] = dataset.labels
+    targets = tuple(Target(field, field, s.unit) for field, s in zip(fields, model.targets, strict=True))
+    return dataclasses.replace(dataset, labels=labels, targets=targets)
+
+
+def dataset_of_files(
+    model: Predictor | Ensemble, files: Sequence[str], fields: tuple[str, ...]
+) -> tuple[Dataset, list[str]]:
+    """Makes a data set of the crystals with labels that files hold; all of them are in every split."""
+    found, errors = read_all(files, [model.cutoff], fields)
+    read = [one for one in found if np.isfinite(one.labels).any()]
+    if not read:
+        first = f" ({errors[0]})" if errors else ""
+        raise DataError(f"no crystal has a label {' or '.join(fields)}; name the fields by --labels{first}")
+    rows = np.arange(len(read))
+    dataset = Dataset(
+        name=files[0] if len(files) == 1 else f"{len(files)} files",
+        table=table_of([one.crystal for one in read], model.cutoff),
+        targets=tuple(Target(name, name, s.unit) for name, s in zip(fields, model.targets, strict=True)),
+        labels=np.array([one.labels for one in read]),
+        splits=dict.fromkeys(SPLITS, rows),
+        leaked=np.zeros(0, int),
+        digest="",
+    )
+    return dataset, errors
+
+
+def is_set(name: str, data_dir: str) -> bool:
+    """Tells whether a target set of that name is known or prepared."""
+    return name in TARGET_SETS or name in prepared_sets(data_folder(data_dir))
 
 
 def dataset_of(model: Predictor | Ensemble, run: str, data_dir: str = "") -> Dataset:
@@ -106,7 +180,7 @@ def with_pretraining_leaks(model: Predictor | Ensemble, dataset: Dataset, split:
     rows = dataset.splits[split]
     found = pretraining_of(starts_of(model), dataset, rows, f"{split} crystals of {dataset.name}")
     if found.told:
-        warn(f"{found.told}: errors on them are those of training; --exclude-leaked leaves them out")
+        warn(f"{found.told}: errors on them are those of training; --exclude_leaked leaves them out")
     return dataclasses.replace(dataset, leaked=np.union1d(dataset.leaked, rows[found.seen]))
 
 
@@ -117,7 +191,7 @@ def without_leaks(dataset: Dataset, split: str) -> Dataset:
     print(f"{len(rows) - len(kept):,} of {len(rows):,} {split} crystals are left out: they were also in training")
     if not len(kept):
         raise DataError(
-            f"{dataset.name}: no {split} crystal is left; evaluate on other data, or without --exclude-leaked"
+            f"{dataset.name}: no {split} crystal is left; evaluate on other data, or without --exclude_leaked"
         )
     return dataclasses.replace(dataset, splits=dataset.splits | {split: kept})
 
@@ -168,10 +242,3 @@ def plot_errors(
         return plot_calibration(file, labels, *predictions, model.targets)[0]
     plot_predictions(file, labels, predictions.value, model.targets, split)
     return [file]
-
-
-def _png(text: str) -> Path:
-    """Reads the name of a figure."""
-    if not text.lower().endswith(".png"):
-        raise argparse.ArgumentTypeError(f"{text!r} does not end in .png")
-    return Path(text)

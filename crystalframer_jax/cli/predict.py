@@ -1,112 +1,174 @@
-"""Predict structure files with a trained model."""
+"""Predict crystals in files with a trained model."""
 
+import argparse
+import csv
 import itertools
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from crystalframer_jax.cli.common import model_parser, reporting_errors
-from crystalframer_jax.data.custom.source import structures_in
-from crystalframer_jax.files import check_replaceable, write_csv
+from crystalframer_jax.cli.arguments import DEFAULT_MODEL, predict_parser
+from crystalframer_jax.cli.common import parsed, reporting_errors
+from crystalframer_jax.cli.inputs import Read, read_all
+from crystalframer_jax.config import ConfigError
+from crystalframer_jax.files import check_replaceable, json_text, write_csv, write_json
 from crystalframer_jax.inference.doubts import PredictionWarning, doubts, summary
-from crystalframer_jax.inference.ensemble import load_model
-from crystalframer_jax.structures.crystal import Crystal, CrystalError
-from crystalframer_jax.structures.files import ACCEPTED_FILES
-from crystalframer_jax.structures.neighbors import LatticeBox, check_neighbors
-from crystalframer_jax.text import escaped, table, with_unit
+from crystalframer_jax.inference.ensemble import Ensemble, load_model
+from crystalframer_jax.inference.evaluation import Predictions
+from crystalframer_jax.inference.predictor import Predictor
+from crystalframer_jax.inference.shipped import card_line
+from crystalframer_jax.reporting.metrics import metrics_for, target_metrics
+from crystalframer_jax.text import csv_cell, escaped, table, with_unit
 
-DESCRIPTION = """Predict structure files with a trained model or an ensemble. A warning tells, in a line for each file,
-of doubtful structures: elements that were not in the training set, cells or numbers of atoms far outside its range,
-atoms without neighbors, and what was noticed on reading."""
+STDOUT = Path("-")
+MANY = 100  # crystals: predicting more of them shows a bar
 
 
-class Read(NamedTuple):
-    """A crystal of a file, and what was noticed on reading it."""
+class Answer(NamedTuple):
+    """Crystals with what was predicted of them."""
 
-    crystal: Crystal
-    file: str
-    warnings: list[str]
+    model: Predictor | Ensemble
+    read: list[Read]
+    predictions: Predictions
+    over: str  # what the spread is over; empty: there is none
+    errors: list[str]  # of what could not be used
+
+    @property
+    def has_labels(self) -> bool:
+        """Tells whether any label is known."""
+        return any(np.isfinite(read.labels).any() for read in self.read)
+
+
+def predict_main(argv: Sequence[str] | None = None) -> int:
+    """Is scripts/predict.py."""
+    return run(parsed(predict_parser("predict.py", model_first=True), argv))
 
 
 @reporting_errors()
-def predict_main(argv: Sequence[str] | None = None) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Predicts files; returns 1 if any of them could not be used (the others are predicted all the same)."""
-    parser = model_parser("predict.py", DESCRIPTION)
-    parser.add_argument("files", metavar="FILE", nargs="+", help=f"{ACCEPTED_FILES}; CSV, JSON, .zip, ASE .db or .traj")
-    parser.add_argument("--output", type=Path, help="write the predictions, and the warnings, to this CSV file")
-    arguments = parser.parse_args(argv)
-    if arguments.output:
-        check_replaceable(arguments.output.expanduser(), b"structure,formula,atoms")
-    model = load_model(arguments.run, arguments.weights)
+    for file, beginning in ((arguments.output, b"structure,formula,atoms"), (arguments.json, b'{\n "model"')):
+        if file and file != STDOUT:
+            check_replaceable(file.expanduser(), beginning)
+    to_stdout = STDOUT in (arguments.output, arguments.json)
+    model = model_of(arguments)
     cutoffs = {member.cutoff for member in getattr(model, "members", (model,))}
-    found, errors = read_all(arguments.files, cutoffs)
-    crystals = [read.crystal for read in found]
-    if crystals:
-        found = [read._replace(warnings=[*read.warnings, *doubts(model, read.crystal)]) for read in found]
-        for file, group in itertools.groupby(found, lambda read: read.file):
-            if told := summary([(escaped(read.crystal.id.removeprefix(file)), read.warnings) for read in group]):
-                print(f"warning: {escaped(file)}: {told}", file=sys.stderr)
-        progress = len(crystals) > 100 and sys.stderr.isatty()
-        with warnings.catch_warnings(action="ignore", category=PredictionWarning):  # they are told
-            predictions = model.predict_with_spread(crystals, arguments.num_frame_samples, progress)
-        header = ["structure", "formula", "atoms", *(t.title for t in model.targets)]
-        values = predictions.value
-        if over := model.spread_over(arguments.num_frame_samples):
-            header += [with_unit(f"{t.name} std over {over}", t.unit) for t in model.targets]
-            values = np.concatenate(predictions, axis=1)
-        rows = [
-            [crystal.id, crystal.formula, crystal.num_atoms, *line]
-            for crystal, line in zip(crystals, values.tolist(), strict=True)
-        ]
-        print(table(header, rows))
-        finite = np.isfinite(predictions.value).all(axis=1)
-        errors += [f"{crystals[i].id}: the prediction is not finite" for i in np.flatnonzero(~finite)]
-    for error in errors:
+    found, errors = read_all(arguments.files, cutoffs, label_fields(model, arguments.labels))
+    answer = predict(model, found, arguments.num_frame_samples, errors)
+    if found and not to_stdout:
+        print(table(*rows_of(answer)))
+    for error in answer.errors:
         print(f"error: {escaped(' '.join(error.split()))}", file=sys.stderr)
-    if crystals and arguments.output:
-        lines = [[*row, "; ".join(read.warnings)] for row, read in zip(rows, found, strict=True)]
-        write_csv(arguments.output, [*header, "warnings"], lines)
-        print(f"wrote {arguments.output}")
-    return 1 if errors else 0
+    if answer.has_labels:
+        print(f"\n{errors_text(answer)}", file=sys.stderr if to_stdout else sys.stdout)
+    if found and arguments.output:
+        _write_csv(arguments.output, answer)
+    if arguments.json:
+        _write_json(arguments.json, answer)
+    return 1 if answer.errors else 0
 
 
-def read_all(files: Sequence[str], cutoffs: Iterable[float | LatticeBox] = ()) -> tuple[list[Read], list[str]]:
-    """Reads the crystals of all files, and a line for each file or structure in it that cannot be used.
-
-    They must have neighbor rows for the `cutoffs`.
-    """
-    read: list[Read] = []
-    errors: list[str] = []
-    for file in files:
-        with warnings.catch_warnings(record=True) as of_file:
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("always", UserWarning)
-            try:
-                found = structures_in(file)
-            except (CrystalError, MemoryError) as error:
-                errors.append(_line(file, error))
-                continue
-        for number, make in enumerate(found, 1):
-            with warnings.catch_warnings(record=True) as of_crystal:
-                warnings.simplefilter("ignore")
-                warnings.simplefilter("always", UserWarning)
-                try:
-                    crystal = make()
-                    for cutoff in cutoffs:
-                        check_neighbors(crystal, cutoff)
-                except (CrystalError, MemoryError) as error:
-                    errors.append(_line(f"{file}#{number}", error))
-                    continue
-            texts = [escaped(" ".join(str(warning.message).split())) for warning in (*of_file, *of_crystal)]
-            names = [f"{escaped(name)}: " for name in (crystal.id, file)]
-            texts = [text.removeprefix(names[0]).removeprefix(names[1]) for text in texts]
-            read.append(Read(crystal, file, texts))
-    return read, errors
+def model_of(arguments: argparse.Namespace) -> Predictor | Ensemble:
+    """Loads the model that is asked for; without any, that of the package, which is said in a line."""
+    if not arguments.model:
+        line = f"model {DEFAULT_MODEL}, as none is named by --model: {card_line(DEFAULT_MODEL)}"
+        print(line, file=sys.stderr, flush=True)
+    return load_model(arguments.model or DEFAULT_MODEL, arguments.weights)
 
 
-def _line(where: str, error: Exception) -> str:
-    return str(error) if isinstance(error, CrystalError) else f"{where}: the memory is too small for it"
+def label_fields(model: Predictor | Ensemble, given: tuple[str, ...]) -> tuple[str, ...]:
+    """Names the fields with the labels of the targets; ConfigError if others are given than one for each."""
+    targets = tuple(target.name for target in model.targets)
+    if given and len(given) != len(targets):
+        raise ConfigError(f"--labels={','.join(given)} must name one field for each target ({', '.join(targets)})")
+    return given or targets
+
+
+def predict(model: Predictor | Ensemble, found: list[Read], samples: int | None, errors: list[str]) -> Answer:
+    """Predicts what was read, and warns, in a line for each file, of what is doubtful."""
+    crystals = [read.crystal for read in found]
+    over = model.spread_over(samples)
+    if not crystals:
+        empty = np.zeros((0, len(model.targets)))
+        return Answer(model, found, Predictions(empty, empty), over, errors)
+    found = [read._replace(warnings=[*read.warnings, *doubts(model, read.crystal)]) for read in found]
+    for file, group in itertools.groupby(found, lambda read: read.file):
+        if told := summary([(escaped(read.crystal.id.removeprefix(file)), read.warnings) for read in group]):
+            print(f"warning: {escaped(file)}: {told}", file=sys.stderr)
+    progress = len(crystals) > MANY and sys.stderr.isatty()
+    with warnings.catch_warnings(action="ignore", category=PredictionWarning):  # they are told
+        predictions = model.predict_with_spread(crystals, samples, progress)
+    finite = np.isfinite(predictions.value).all(axis=1)
+    errors = errors + [f"{crystals[i].id}: the prediction is not finite" for i in np.flatnonzero(~finite)]
+    return Answer(model, found, predictions, over, errors)
+
+
+def rows_of(answer: Answer) -> tuple[list[str], list[list[Any]]]:
+    """Tabulates predictions: header and rows, with spreads and labels where there are any."""
+    targets, values = answer.model.targets, [answer.predictions.value]
+    header = ["structure", "formula", "atoms", *(t.title for t in targets)]
+    if answer.over:
+        header += [with_unit(f"{t.name} std over {answer.over}", t.unit) for t in targets]
+        values.append(answer.predictions.spread)
+    if answer.has_labels:
+        header += [with_unit(f"{t.name} label", t.unit) for t in targets]
+        values.append(np.array([read.labels for read in answer.read]))
+    lines = np.concatenate(values, axis=1).tolist()
+    crystals = [read.crystal for read in answer.read]
+    return header, [[c.id, c.formula, c.num_atoms, *line] for c, line in zip(crystals, lines, strict=True)]
+
+
+def errors_text(answer: Answer) -> str:
+    """Tells the errors of predictions for which there are labels."""
+    labels = np.array([read.labels for read in answer.read])
+    titles = metrics_for(answer.model.targets).titles.values()
+    metrics = target_metrics(answer.predictions.value, labels, answer.model.targets)
+    known = np.isfinite(labels).sum(axis=0).tolist()
+    rows = [
+        [t.name, t.unit or None, count, *metrics[t.name].values()]
+        for t, count in zip(answer.model.targets, known, strict=True)
+    ]
+    return table(["errors", "unit", "crystals", *titles], rows)
+
+
+def _write_csv(file: Path, answer: Answer) -> None:
+    header, rows = rows_of(answer)
+    lines = [[*row, "; ".join(read.warnings)] for row, read in zip(rows, answer.read, strict=True)]
+    lines = [["" if isinstance(cell, float) and np.isnan(cell) else cell for cell in line] for line in lines]
+    if file == STDOUT:
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerows([csv_cell(cell) for cell in line] for line in [[*header, "warnings"], *lines])
+    else:
+        write_csv(file, [*header, "warnings"], lines)
+        print(f"wrote {file}")
+
+
+def _write_json(file: Path, answer: Answer) -> None:
+    names = [target.name for target in answer.model.targets]
+    predictions: list[dict[str, Any]] = []
+    for read, value, spread in zip(answer.read, *(part.tolist() for part in answer.predictions), strict=True):
+        crystal = read.crystal
+        one: dict[str, Any] = {"structure": crystal.id, "formula": crystal.formula, "atoms": crystal.num_atoms}
+        one["predictions"] = dict(zip(names, value, strict=True))
+        if answer.over:
+            one["std"] = dict(zip(names, spread, strict=True))
+        if answer.has_labels:
+            one["labels"] = dict(zip(names, read.labels, strict=True))
+        predictions.append(one | {"warnings": read.warnings})
+    content = {
+        "model": answer.model.origin,
+        "units": {target.name: target.unit for target in answer.model.targets},
+        "std_over": answer.over or None,
+        "structures": predictions,
+        "errors": answer.errors,
+    }
+    if file == STDOUT:
+        sys.stdout.write(json_text(content, indent=1))
+    else:
+        file.expanduser().parent.mkdir(parents=True, exist_ok=True)
+        write_json(file.expanduser(), content)
+        print(f"wrote {file}")

@@ -1,18 +1,18 @@
-"""The command line of scripts/prepare_data.py."""
+"""Prepare a target set for training, or list them."""
 
 import argparse
 import dataclasses
 import os
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
-from crystalframer_jax.cli.common import names, reporting_errors
+from crystalframer_jax.cli.arguments import FOLD_VAL_SHARE, prepare_parser
+from crystalframer_jax.cli.common import parsed, reporting_errors
 from crystalframer_jax.config import ConfigError, TrainConfig
 from crystalframer_jax.data.custom.fields import CustomData
-from crystalframer_jax.data.custom.source import ACCEPTED, custom_source
+from crystalframer_jax.data.custom.source import custom_source
 from crystalframer_jax.data.datasets import folder_of, prepared_sets
 from crystalframer_jax.data.owned import MANIFEST
 from crystalframer_jax.data.prepare import Preparation, prepare
@@ -23,16 +23,17 @@ from crystalframer_jax.data.store import ANOTHER_FOLDER, data_folder, load_datas
 from crystalframer_jax.files import FileError, is_disk_full, locked
 from crystalframer_jax.text import escaped, table, with_unit
 
-DESCRIPTION = f"""Prepare a target set for training: one that is known (without --target_set they are listed), or your
-own crystals. --source names them: {ACCEPTED}."""
-FOLD_VAL_SHARE = 0.1  # of the crystals of the other folds
 CUSTOM_FLAGS = tuple(field.name for field in dataclasses.fields(CustomData))
 
 
-@reporting_errors("; the same command goes on from here", leave_at_once=False)
 def prepare_main(argv: Sequence[str] | None = None) -> int:
+    """Is scripts/prepare_data.py."""
+    return run(parsed(prepare_parser("prepare_data.py"), argv))
+
+
+@reporting_errors("; the same command goes on from here", leave_at_once=False)
+def run(arguments: argparse.Namespace) -> int:
     """Prepares a target set, or lists them."""
-    arguments = _parser().parse_args(argv)
     try:
         if arguments.target_set:
             _prepare(arguments.target_set, arguments)
@@ -68,60 +69,6 @@ def _prepare(name: str, arguments: argparse.Namespace) -> None:
     flags = [f"--config.target_set={name}", f"--config.targets={','.join(trainable)}"]
     flags += [f"--config.data_dir={arguments.data_dir}"] if arguments.data_dir else []
     print(f"train on it with {shlex.join(flags)}")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("prepare_data.py", description=DESCRIPTION, allow_abbrev=False)
-    add = parser.add_argument
-    add("--target_set", default="", metavar="NAME", help="a known target set, or a name for your own")
-    add(
-        "--source",
-        type=lambda text: Path(text).expanduser(),
-        help="file or folder to read; known target sets are downloaded without it",
-    )
-    add("--data_dir", default="", metavar="DIR", help="where prepared data are kept; default: the user's cache folder")
-    add("--unofficial", action="store_true", help="take a source whose splits are not those of published numbers")
-    share = Preparation.max_bad_share
-    add("--max_bad_share", type=_share, default=share, metavar="SHARE", help=f"of records to skip; default: {share}")
-    add("--workers", type=_count, default=0, metavar="N", help="processes; default: one for each core")
-    add("--split_seed", type=int, default=Preparation.split_seed, metavar="SEED", help="of random splits")
-    add = parser.add_argument_group("your own crystals").add_argument
-    add("--targets", type=names, default=(), metavar="NAME,...", help="labels to take; default: all numeric ones")
-    add("--units", type=names, default=(), metavar="UNIT,...", help="their units, such as eV/atom,GPa")
-    add("--structure_column", default=CustomData.structure_column, metavar="NAME", help="of the file names in a CSV")
-    add("--id_column", default=CustomData.id_column, metavar="NAME", help="column or field with the names of crystals")
-    add("--split_column", default=CustomData.split_column, metavar="NAME", help="column or field with train, val, test")
-    add("--group_column", default=CustomData.group_column, metavar="NAME", help="groups that must not be split up")
-    add(
-        "--test_fold",
-        default=CustomData.test_fold,
-        metavar="FOLD",
-        help=f"this fold is the test set; of the others, --val_share (default: {FOLD_VAL_SHARE}) is for validation",
-    )
-    add("--fold_column", default=CustomData.fold_column, metavar="NAME", help="column or field with the folds")
-    add(
-        "--val_share",
-        type=_share,
-        default=0.0,
-        metavar="SHARE",
-        help="of the training crystals to take for validation, where only train and test are given",
-    )
-    add("--allow_pickle", action="store_true", help="read .pkl files, through an allow-list")
-    return parser
-
-
-def _share(text: str) -> float:
-    share = float(text)
-    if not 0 <= share <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return share
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return number
 
 
 def _known_source(known: TargetSet, arguments: argparse.Namespace) -> Source:

@@ -1,4 +1,4 @@
-"""The configuration of a run as a configuration file: train.py takes a config.json, or a run directory, as --config."""
+"""The configuration of a run as a configuration file: train takes a config.json, or a run directory, as --config."""
 
 from pathlib import Path
 

@@ -1,68 +1,33 @@
 """Train a model, or continue a training that was interrupted."""
 
+import argparse
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
 
 from crystalframer_jax.cli import stored_config
+from crystalframer_jax.cli.arguments import shipped_configs, train_parser
 from crystalframer_jax.cli.common import reporting_errors
 from crystalframer_jax.config import ConfigError, check_overrides
 
 CONFIG_FILE = "config.json"  # in the directory of a run
 START = time.monotonic()
-ARGUMENTS: list[str] = []  # the command line as ml_collections is to see it
-CONFIG_HELP = """File of hyperparameters, such as configs/quickstart.py, or FILE:VARIANT; or a run directory, or its
-    config.json, for those of that run."""
-CONFIG = config_flags.DEFINE_config_file("config", None, CONFIG_HELP, sys_argv=ARGUMENTS)
-WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, summary.")
-RESUME_WITH_CHANGES = flags.DEFINE_list(
-    "resume_with_changes", [], "Hyperparameters, separated by commas, that may differ from those of the run so far."
-)
-SKIP_NONFINITE = flags.DEFINE_integer(
-    "skip_nonfinite",
-    0,
-    "How many steps may be skipped because their loss or gradient is not finite.",
-    lower_bound=0,
-    upper_bound=10**9,
-)
-MAX_MINUTES = flags.DEFINE_float(
-    "max_minutes", None, "Save and stop so many minutes after the start, at the latest.", lower_bound=0
-)
-IMPLEMENTATION = flags.DEFINE_enum(
-    "implementation",
-    "auto",
-    ["auto", "xla", "pallas"],
-    "Of the attention: GPU kernels (pallas) where they work, or XLA.",
-)
-WANDB = flags.DEFINE_string("wandb", "", "Weights & Biases project to log to as well (pip install '.[wandb]').")
-DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False, "Train together with the other processes that SLURM, Open MPI or Kubernetes has started."
-)
-COORDINATOR_ADDRESS = flags.DEFINE_string(
-    "coordinator_address", None, "Train together with other processes: host:port of process 0, with a free port."
-)
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train together.", lower_bound=1)
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
-WATCHDOG_MINUTES = flags.DEFINE_float(
-    "watchdog_minutes",
-    10.0,
-    "End processes that train together if one makes no progress for so long.",
-    lower_bound=0.05,
-    upper_bound=10**6,
-)
-for name in ("max_minutes", "watchdog_minutes"):
-    flags.register_validator(name, lambda minutes: minutes is None or minutes == minutes, "is not a number")
-flags.mark_flags_as_required(["config", "workdir"])
+
+
+def train_main(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:
+    """Trains as the command line says; returns 1 if a file of results could not be written, though all is trained."""
+    return run(parse(sys.argv[1:] if argv is None else argv, prog))
 
 
 @reporting_errors(if_interrupted=" at once; the same command continues from the last checkpoint")
-def main(argv: list[str]) -> int:
-    """Trains with the flags given; returns 1 if a file of results could not be written, though all is trained."""
-    if argv[1:]:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+def run(arguments: argparse.Namespace) -> int:
+    """Trains with the arguments, of which `config` is read."""
+    flags.FLAGS(["train"])  # those of absl's logging have their defaults
+    logging.use_absl_handler()
     logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a checkpoint otherwise
     # Slow, and after START: a misspelt flag is told at once, and --max_minutes count this as well.
     from crystalframer_jax.parallel.interruption import Interruption, TrainingInterrupted
@@ -71,26 +36,69 @@ def main(argv: list[str]) -> int:
     from crystalframer_jax.training.loop import Options
     from crystalframer_jax.training.start import train
 
-    interruption = Interruption(MAX_MINUTES.value, START)
-    processes = COORDINATOR_ADDRESS.value, NUM_PROCESSES.value, PROCESS_ID.value
-    if DISTRIBUTED.value or processes != (None, None, None):
+    interruption = Interruption(arguments.max_minutes, START)
+    processes = arguments.coordinator_address, arguments.num_processes, arguments.process_id
+    if arguments.distributed or processes != (None, None, None):
         start(*processes)
     try:
-        with failing_together(60 * WATCHDOG_MINUTES.value) as watchdog:
+        with failing_together(60 * arguments.watchdog_minutes) as watchdog:
             options = Options(
-                RESUME_WITH_CHANGES.value,
-                SKIP_NONFINITE.value,
-                WANDB.value,
-                implementation=IMPLEMENTATION.value,  # type: ignore[arg-type]  # one of its values
+                list(arguments.resume_with_changes),
+                arguments.skip_nonfinite,
+                arguments.wandb,
+                implementation=arguments.implementation,
                 report=watchdog.report,
             )
-            summary = train(CONFIG.value, WORKDIR.value or "", options, interruption)
+            summary = train(arguments.config, arguments.workdir, options, interruption)
     except TrainingInterrupted as interrupted:
         say(str(interrupted))
         return 0
     if missing := summary.get("not_written"):
-        say(f"weights and summary are complete in {WORKDIR.value}; not written: {', '.join(missing)}")
+        say(f"weights and summary are complete in {arguments.workdir}; not written: {', '.join(missing)}")
     return 1 if missing else 0
+
+
+@reporting_errors()
+def parse(argv: Sequence[str], prog: str) -> argparse.Namespace:
+    """Parses the command line and reads the configuration; what is wrong with either is told in one line."""
+    parser = train_parser(prog)
+    of_config, others = _split(argv)
+    arguments = parser.parse_args([*others, *(["--config=given"] if of_config else [])])
+    try:
+        check_overrides(of_config)
+        arguments.config = _config(with_config_files(of_config))
+    except BrokenPipeError:
+        raise
+    except (ConfigError, flags.Error, OSError) as error:  # of a configuration file, without its traceback
+        parser.error(str(error).rpartition("ConfigError: ")[2])
+    return arguments
+
+
+def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Splits arguments into those about the configuration, which are for ml_collections, and others."""
+    of_config: list[str] = []
+    others: list[str] = []
+    chosen, may_follow = others, False
+    for word in argv:
+        if not (may_follow and not word.startswith("--")):  # else the value of the option before
+            name, has_value, _ = word.partition("=")
+            is_of_config = name.lstrip("-").removeprefix("no").split(".")[0] == "config" and name.startswith("-")
+            chosen, may_follow = (of_config, not has_value) if is_of_config else (others, False)
+        else:
+            may_follow = False
+        chosen.append(word)
+    return of_config, others
+
+
+def _config(argv: list[str]) -> ConfigDict:
+    """Reads the configuration that arguments name and change."""
+    values, words = flags.FlagValues(), ["train", *argv]
+    holder = config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=words)
+    if unexpected := values(words)[1:]:
+        raise ConfigError(f"unexpected arguments: {' '.join(unexpected)}")
+    if holder.value is None:
+        raise ConfigError("--config is missing")
+    return holder.value
 
 
 def with_config_files(argv: list[str]) -> list[str]:
@@ -106,30 +114,13 @@ def with_config_files(argv: list[str]) -> list[str]:
 
 
 def _config_file(value: str) -> str:
-    file = Path(value.partition(":")[0]).expanduser()  # what follows names a variant
-    if file.is_dir() and value:
+    name, colon, variant = value.partition(":")
+    file = Path(name).expanduser()
+    if value and (file / CONFIG_FILE).is_file():
         file /= CONFIG_FILE
+    if not file.is_file() and name in shipped_configs():
+        return f"{shipped_configs()[name]}{colon}{variant}"
     if not file.is_file():
-        raise ConfigError(f"--config={file if value else ''}: there is no such file; see the folder configs/")
+        known = ", ".join(shipped_configs())
+        raise ConfigError(f"--config={name}: there is no such file, nor a configuration of that name ({known})")
     return f"{stored_config.__file__}:{file}" if file.suffix == ".json" else value
-
-
-@reporting_errors()
-def parse(argv: list[str]) -> list[str]:
-    """Parses the command line; a misspelt hyperparameter is an error in one line."""
-    check_overrides(argv)
-    ARGUMENTS[:] = argv = with_config_files(["--help" if argument == "-h" else argument for argument in argv])
-    try:
-        return flags.FLAGS(argv)
-    except SystemExit:  # of --help, with the status of an error
-        sys.exit(0)
-    except BrokenPipeError:
-        raise
-    except (flags.Error, OSError) as error:
-        text = str(error).rpartition("ConfigError: ")[2]  # of a configuration file, without its traceback
-        sys.exit("error: " + " ".join(text.split()))
-
-
-def train_main() -> None:
-    """Trains as the command line says."""
-    app.run(main, flags_parser=parse)

@@ -57,7 +57,7 @@ def in_parallel(
                 raise
     except TerminatedWorkerError as error:
         raise DataError(
-            f"{title}: a worker process was killed, probably for want of memory; go on with scripts/prepare_data.py "
+            f"{title}: a worker process was killed, probably for want of memory; go on with crystalframer prepare "
             "--workers=1: what is done is kept"
         ) from error
     return results

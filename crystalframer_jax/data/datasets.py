@@ -11,7 +11,8 @@ from crystalframer_jax.data.prepare import is_current, prepare
 from crystalframer_jax.data.records import DataError, Source
 from crystalframer_jax.data.registry import TARGET_SETS
 from crystalframer_jax.data.sources import Bundled
-from crystalframer_jax.data.store import Dataset, data_folder, load_dataset, read_dataset
+from crystalframer_jax.data.store import Dataset, data_folder, load_dataset, read_dataset, read_set_manifest, targets_of
+from crystalframer_jax.files import FileError
 from crystalframer_jax.structures.neighbors import LatticeBox
 from crystalframer_jax.text import escaped
 
@@ -21,7 +22,7 @@ NAME = r"\w[\w.+-]*"  # of a target set
 def open_dataset(name: str, targets: tuple[str, ...], cutoff: float | LatticeBox, data_dir: str = "") -> Dataset:
     """Opens the target set of that name with its `targets` and neighbor rows within `cutoff`, see `neighbor_rows`.
 
-    A bundled set is prepared if need be; others are prepared by scripts/prepare_data.py. An empty `data_dir` stands
+    A bundled set is prepared if need be; others are prepared by crystalframer prepare. An empty `data_dir` stands
     for the user's cache folder. Raises ConfigError for an unknown name, DataError for a set that is not prepared.
     """
     folder = folder_of(name, data_dir)
@@ -32,7 +33,7 @@ def open_dataset(name: str, targets: tuple[str, ...], cutoff: float | LatticeBox
         prepared = ", ".join(prepared_sets(folder.parent)) or "none"
         raise ConfigError(
             f"target_set={name!r} is not known; allowed: {', '.join(TARGET_SETS)}, and what was prepared in "
-            f"{folder.parent} ({prepared}). Your own crystals become a target set by scripts/prepare_data.py"
+            f"{folder.parent} ({prepared}). Your own crystals become a target set by crystalframer prepare"
         )
     return load_dataset(folder, targets, cutoff)
 
@@ -72,6 +73,17 @@ def folder_of(name: str, data_dir: str = "") -> Path:
     if not re.fullmatch(NAME, name):
         raise ConfigError(f"target_set={name!r} must be a name of letters, digits and _ . + -")
     return data_folder(data_dir) / name
+
+
+def target_names(name: str, data_dir: str = "") -> tuple[str, ...]:
+    """Names the targets of a set that is known or prepared; ConfigError if there is no such set."""
+    if name in TARGET_SETS:
+        return tuple(target.name for target in TARGET_SETS[name].targets)
+    folder = folder_of(name, data_dir)
+    try:
+        return tuple(target.name for target in targets_of(read_set_manifest(folder)))
+    except FileError as error:
+        raise ConfigError(f"target_set={name!r} is not known, and not prepared in {folder.parent} ({error})") from error
 
 
 def prepared_sets(root: Path) -> list[str]:

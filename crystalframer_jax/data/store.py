@@ -48,7 +48,7 @@ ROWS_FORMAT = 4  # to be raised when neighbor rows or their columns change
 CHUNK_ATOMS = 9_000  # atoms whose neighbors a worker process finds at a time; about 100 MB
 LABEL_COLUMNS = ("labels", "leaked", *SPLITS)
 SET_COLUMNS = (*CRYSTAL_COLUMNS, *LABEL_COLUMNS)
-ANOTHER_FOLDER = "name another folder by --data_dir, or to train.py by --config.data_dir"
+ANOTHER_FOLDER = "name another folder by --data_dir, or to train by --config.data_dir"
 MANIFEST_KEYS = {"format": int, "source": str, "key": str, "remark": str, "targets": list, "crystals": int}
 
 
@@ -146,7 +146,7 @@ def _columns(folder: Path, cutoff: float | LatticeBox) -> tuple[dict[str, Any], 
         state = "damaged" if (folder / "crystals").exists() else "not prepared"
         source = [] if folder.name in TARGET_SETS else ["--source=..."]
         where = [] if folder.parent == data_folder("") else [f"--data_dir={folder.parent}"]
-        command = shlex.join(["scripts/prepare_data.py", f"--target_set={folder.name}", *source, *where])
+        command = shlex.join(["crystalframer", "prepare", f"--target_set={folder.name}", *source, *where])
         raise DataError(f"target set {folder.name} is {state} in {folder.parent}; run {command}")
     rows = read_columns(_rows_folder(folder, crystals[0], cutoff), ROW_COLUMNS)
     return *crystals, rows[1] if rows and _rows_fit(crystals[1], rows[1]) else None

@@ -1,3 +1,4 @@
+from .calculator import energy_calculator as energy_calculator
 from .ensemble import Ensemble as Ensemble
 from .ensemble import load_model as load_model
 from .evaluation import Predictions as Predictions

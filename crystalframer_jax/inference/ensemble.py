@@ -65,6 +65,8 @@ class Ensemble:
                 )
         return cls([Predictor.load(folder / name, weights) for name in names], names, folder)
 
+    card = ""  # as of a `Predictor` that does not come with the package
+
     @property
     def cutoff(self) -> float | LatticeBox:
         """Radius of the neighbor rows that serve all members, Å; ConfigError if they have different ones."""
@@ -73,13 +75,18 @@ class Ensemble:
         return self._common("has the cutoff", cutoffs, why)
 
     def predict(
-        self, structures: Iterable[Any] | Any, num_frame_samples: int | None = None, progress: bool = False
-    ) -> np.ndarray:
+        self,
+        structures: Iterable[Any] | Any,
+        num_frame_samples: int | None = None,
+        progress: bool = False,
+        return_std: bool = False,
+    ) -> Any:
         """Predicts the median, or mean (`ensemble_combine`), over the members [B, T] in label units.
 
-        Arguments and errors as for `Predictor.predict`.
+        Arguments and errors as for `Predictor.predict`; the standard deviation is that over the members.
         """
-        return self.predict_with_spread(structures, num_frame_samples, progress).value
+        found = self.predict_with_spread(structures, num_frame_samples, progress)
+        return found.pair(self.spread_over(num_frame_samples)) if return_std else found.value
 
     def predict_with_spread(
         self, structures: Iterable[Any] | Any, num_frame_samples: int | None = None, progress: bool = False

@@ -38,6 +38,10 @@ class Predictions(NamedTuple):
         value = np.median(samples, axis=0) if combine == "median" else samples.mean(axis=0)
         return cls(value, samples.std(axis=0, ddof=min(1, len(samples) - 1)))
 
+    def pair(self, over: str) -> tuple[np.ndarray, np.ndarray | None]:
+        """Returns value and spread; None in its place if it is over nothing, see `Predictor.spread_over`."""
+        return self.value, self.spread if over else None
+
 
 def frame_draws(config: TrainConfig, num_frame_samples: int | None = None) -> int:
     """Tells how many draws among equally good frames a prediction averages: as asked for, or (None) as configured.

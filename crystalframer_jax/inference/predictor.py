@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from crystalframer_jax.batching.batch import pack
 from crystalframer_jax.batching.coverage import Coverage
@@ -23,6 +23,7 @@ from crystalframer_jax.data.custom.source import structures_in
 from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.inference.compilation import keep_compiled_programs
 from crystalframer_jax.inference.doubts import PredictionWarning, doubts, summary
+from crystalframer_jax.inference.embedding import Vectors, vectors_of
 from crystalframer_jax.inference.evaluation import Predictions, frame_draws, groups_by_atoms, groups_of, predict_rows
 from crystalframer_jax.inference.forward import Forward, make_forward, working_precision
 from crystalframer_jax.inference.shipped import is_model_name, read_model
@@ -136,17 +137,23 @@ class Predictor:
         return cls(config, variables, targets, weights, step, origin, digest, coverage)
 
     def predict(
-        self, structures: Iterable[Any] | Any, num_frame_samples: int | None = None, progress: bool = False
-    ) -> np.ndarray:
+        self,
+        structures: Iterable[Any] | Any,
+        num_frame_samples: int | None = None,
+        progress: bool = False,
+        return_std: bool = False,
+    ) -> Any:
         """Predicts [B, T] in label units (`targets` names T and their units), in the order given.
 
         `structures`: pymatgen Structures, ASE Atoms, Crystals or paths of structure files, one or a list; a file
         with several structures gives as many rows. `num_frame_samples`: how many draws among equally good frames are
         averaged (1: none is drawn, the crystal chooses; None: as configured). Raises CrystalError naming the
         first structure that cannot be used; one among others of its file is a warning and a row of NaN instead. A
-        PredictionWarning tells of crystals unlike all of the training set, see `inference.doubts`.
+        PredictionWarning tells of crystals unlike all of the training set, see `inference.doubts`. With `return_std`
+        the result is a pair: the second is the standard deviation over draws of frames, None if there are none to draw.
         """
-        return self.predict_with_spread(structures, num_frame_samples, progress).value
+        found = self.predict_with_spread(structures, num_frame_samples, progress)
+        return found.pair(self.spread_over(num_frame_samples)) if return_std else found.value
 
     def predict_with_spread(
         self, structures: Iterable[Any] | Any, num_frame_samples: int | None = None, progress: bool = False
@@ -204,6 +211,34 @@ class Predictor:
                 frame_draws(self.config, num_frame_samples),
                 devices=devices,
             )
+
+    def embed(
+        self, structures: Iterable[Any] | Any, atoms: bool = False, progress: bool = False
+    ) -> np.ndarray | tuple[np.ndarray, list[np.ndarray]]:
+        """Returns the vectors [B, D] that the output layers read, a row for each structure; see `predict` for these.
+
+        With `atoms` also those of the atoms of each structure, B arrays [n, D] in the order of its sites; their mean
+        (or maximum, by `pooling`) is that of the structure. Raises CrystalError for a structure that cannot be used.
+        """
+        found = crystals_of(structures)
+        for item in found:
+            if isinstance(item, CrystalError):
+                raise item
+        vectors = self.embed_table(
+            table_of([item for item in found if isinstance(item, Crystal)], self.cutoff), progress
+        )
+        if not atoms:
+            return vectors.crystals
+        ends = np.cumsum([crystal.num_atoms for crystal in found if isinstance(crystal, Crystal)])
+        return vectors.crystals, np.split(vectors.atoms, ends[:-1])
+
+    def embed_table(self, table: CrystalTable, progress: bool = False) -> Vectors:
+        """Computes the vectors of all rows of a table with this predictor's cutoff."""
+        groups = groups_by_atoms(table)
+        shapes = request_shapes(table, groups, self.parts, 1)
+        shown = tqdm(groups, desc="embedding", unit=" batches", disable=not progress)
+        with working_precision(self.config):
+            return vectors_of(self.config.model, self.variables, table, shown, shapes)
 
     def spread_over(self, num_frame_samples: int | None = None) -> str:
         """Tells what the spread of predictions is over, such as "16 draws"; empty without draws, where it is 0."""

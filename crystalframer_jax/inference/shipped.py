@@ -110,6 +110,12 @@ def card_text(name: str, entry: Mapping[str, Any]) -> str:
     return "\n".join([f"{name}, version {entry['version']}", *lines])
 
 
+def card_line(name: str) -> str:
+    """Tells in a line what a model predicts and how well."""
+    card = _index()[name]["card"]
+    return "; ".join(text for key in ("predicts", "errors") if (text := card.get(key)))
+
+
 def _folder() -> Traversable:
     return importlib.resources.files("crystalframer_jax").joinpath("models")
 

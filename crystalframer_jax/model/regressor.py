@@ -45,7 +45,8 @@ class CrystalFramer(nn.Module):
         given_frames: Sequence[jax.Array] | None = None,
         train: bool = False,
         freeze_norm: bool = False,
-    ) -> jax.Array:
+        only_vectors: bool = False,
+    ) -> Any:
         """Standardised predictions [B, T]; 0-atom padding crystals get meaningless finite numbers.
 
         Args:
@@ -55,6 +56,7 @@ class CrystalFramer(nn.Module):
           given_frames: frames [N, H, 3, 3] of every block, instead of computing them.
           train: dropout (needs an rng "dropout") and BatchNorm by this batch (needs `mutable=["batch_stats"]`).
           freeze_norm: BatchNorm by its running averages all the same.
+          only_vectors: return what the output layers read, the vectors of the atoms [N, D] and pooled ones [B, D].
         """
         batch = unpacked(batch)
         config, by_batch = self.config, train and not freeze_norm
@@ -70,7 +72,10 @@ class CrystalFramer(nn.Module):
             x = head_norm(config, x, batch.species > 0, "pre_pooling_norm", by_batch, self.axis)
         if config.pre_pooling_op.endswith("relu"):
             x = nn.relu(x)
+        atoms = x
         x = _pool(x, batch, config.pooling)
+        if only_vectors:
+            return atoms, x
         for i, width in enumerate(widths):
             x = head_layer(config, x, width, f"dense_{i}")
             x = nn.relu(head_norm(config, x, batch.crystal_sizes > 0, f"dense_{i}_norm", by_batch, self.axis))

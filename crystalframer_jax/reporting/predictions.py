@@ -55,7 +55,7 @@ def reporting(file: Path, not_written: list[str]) -> Iterator[None]:
             raise
         not_written.append(file.name)
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        later = "the same command tries again, and scripts/evaluate.py with --output or --plot writes such files"
+        later = "the same command tries again, and crystalframer evaluate with --output or --plot writes such files"
         tqdm.write(f"warning: {file} could not be written ({escaped(reason)}); {later}", file=sys.stderr)
 
 

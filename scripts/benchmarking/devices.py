@@ -7,11 +7,12 @@ import jax
 import joblib
 import numpy as np
 
-from benchmarking.cases import SEED, bundled_set
-from benchmarking.measure import Variant, filled, train_program
-from benchmarking.timing import Program, Record, Timing, quotient, take_turns
+from benchmarking.measure import filled
 from crystalframer_jax.batching.batch import Batch
 from crystalframer_jax.data.loader import TrainingBatches
+from crystalframer_jax.measuring.cases import SEED, bundled_set
+from crystalframer_jax.measuring.programs import Variant, train_program
+from crystalframer_jax.measuring.timing import Program, Record, Timing, quotient, take_turns
 from crystalframer_jax.model.implementation import Implementation
 from crystalframer_jax.parallel.devices import Devices, sum_in_order
 

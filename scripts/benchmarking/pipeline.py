@@ -14,16 +14,14 @@ import jax
 import joblib
 import numpy as np
 
-from benchmarking.cases import BUNDLED, CUTOFF, bundled_source
 from benchmarking.measure import filled
-from benchmarking.timing import Record
-from crystalframer_jax.config import ConfigError
-from crystalframer_jax.data.datasets import folder_of, open_dataset
+from crystalframer_jax.data.datasets import folder_of, open_dataset, target_names
 from crystalframer_jax.data.loader import TrainingBatches
 from crystalframer_jax.data.prepare import Preparation, prepare
 from crystalframer_jax.data.registry import TARGET_SETS
-from crystalframer_jax.data.store import Dataset, load_dataset, read_set_manifest, targets_of
-from crystalframer_jax.files import FileError
+from crystalframer_jax.data.store import Dataset, load_dataset
+from crystalframer_jax.measuring.cases import BUNDLED, CUTOFF, bundled_source
+from crystalframer_jax.measuring.timing import Record
 
 BATCH_SIZES = (64, 256)
 PASSES = 5
@@ -48,13 +46,7 @@ def measure_pipeline(target_set: str, data_dir: str = "") -> Record:
 
 def any_target(name: str, data_dir: str) -> str:
     """Finds a target of a set; ConfigError if there is no such set."""
-    if name in TARGET_SETS:
-        return TARGET_SETS[name].targets[0].name
-    folder = folder_of(name, data_dir)
-    try:
-        return targets_of(read_set_manifest(folder))[0].name
-    except FileError as error:
-        raise ConfigError(f"target_set={name!r} is not known, and not prepared in {folder.parent} ({error})") from error
+    return target_names(name, data_dir)[0]
 
 
 def preparation(folder: Path) -> dict[str, float]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarking.measure import ATTENTION, STEPS
-from benchmarking.timing import Record
+from crystalframer_jax.measuring.timing import Record
 from crystalframer_jax.text import table
 
 # Title, format and unit of the entries of records for which they do not follow from name and value, see `cell`.

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarking.timing import Program, take_turns
 from crystalframer_jax.batching.batch import Batch
 from crystalframer_jax.config import ModelConfig
+from crystalframer_jax.measuring.timing import Program, take_turns
 from crystalframer_jax.model.encoder import value_bases
 
 KINDS = ("exponentials", "flops", "bytes")  # a multiplication and an addition are two flops; of ceilings, per second

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from benchmarking import cases
 from dense_sums import dense_sums
 from support import (
     atom_places,
@@ -31,6 +30,7 @@ from support import (
 from crystalframer_jax.batching.batch import Rows
 from crystalframer_jax.kernels import backend
 from crystalframer_jax.kernels import rows as kernel_rows
+from crystalframer_jax.measuring import cases
 from crystalframer_jax.model import attention, frames, implementation
 from crystalframer_jax.model.attention import ValueEncoding, framed_attention
 from crystalframer_jax.model.frames import block_frames

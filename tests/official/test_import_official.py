@@ -312,7 +312,7 @@ def test_the_scripts(averaged_file, tmp_path):
     assert process.returncode == 0 and process.stderr == ""
     for words in ("1 block, frames max, domain real", "e_form  eV/atom    -2", "swa is used by default"):
         assert words in process.stdout
-    assert f"scripts/predict.py {run}" in process.stdout and f"scripts/evaluate.py {run}" in process.stdout
+    assert f"predict --model={run}" in process.stdout and f"evaluate --model={run}" in process.stdout
     process = script("export_torch_checkpoint", run, file, "--weights=last")
     assert process.returncode == 0 and process.stderr == "" and "last weights of" in process.stdout
     assert_same(read_checkpoint(file).state, read_checkpoint(averaged_file).state)

@@ -10,9 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from benchmarking import report, roofline
-from benchmarking.cases import CASES, SMALL, unit_cell
-from benchmarking.measure import ATTENTION, Variant, describe_case, make_program, measure_case, over_atoms, slope
-from benchmarking.timing import Program, Timing, take_turns
+from benchmarking.measure import ATTENTION, describe_case, make_program, measure_case, over_atoms, slope
 from support import batch_of, random_crystal, random_variables, rows_from, small_config
 
 from crystalframer_jax.batching.batch import Batch, pack
@@ -21,6 +19,9 @@ from crystalframer_jax.batching.table import make_table
 from crystalframer_jax.config import validate
 from crystalframer_jax.configs import default
 from crystalframer_jax.configs.variants import VARIANTS, with_variant
+from crystalframer_jax.measuring.cases import CASES, SMALL, unit_cell
+from crystalframer_jax.measuring.programs import Variant
+from crystalframer_jax.measuring.timing import Program, Timing, take_turns
 from crystalframer_jax.model.layers import Dense
 from crystalframer_jax.ops import ties
 from crystalframer_jax.structures.neighbors import neighbor_rows

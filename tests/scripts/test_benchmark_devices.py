@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from benchmarking import devices, report
 from benchmarking.devices import Setting, device_counts, series, step_record
-from benchmarking.timing import Timing, take_turns
+
+from crystalframer_jax.measuring.timing import Timing, take_turns
 
 # The model on paper
 

@@ -26,6 +26,7 @@ from tiny import assert_equal_trees, assert_same_run, nan_at, open_tiny, stored_
 
 from crystalframer_jax.batching.targets import TargetStatistics, standardise, to_label_units
 from crystalframer_jax.cli import train as cli
+from crystalframer_jax.cli.arguments import train_parser
 from crystalframer_jax.config import ConfigError, validate
 from crystalframer_jax.data.loader import TrainingBatches
 from crystalframer_jax.data.records import Target
@@ -636,13 +637,8 @@ def test_tensorboard_that_fails_costs_no_training(tmp_path, capfd, monkeypatch, 
 
 
 def test_results_that_could_not_be_written_make_the_status(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "WORKDIR", types.SimpleNamespace(value="run"))
-    flags = ("CONFIG", "RESUME_WITH_CHANGES", "SKIP_NONFINITE", "WANDB", "MAX_MINUTES", "COORDINATOR_ADDRESS")
-    for flag in (*flags, "NUM_PROCESSES", "PROCESS_ID", "DISTRIBUTED"):
-        monkeypatch.setattr(cli, flag, types.SimpleNamespace(value=None))
-    monkeypatch.setattr(cli, "IMPLEMENTATION", types.SimpleNamespace(value="auto"))
-    monkeypatch.setattr(cli, "WATCHDOG_MINUTES", types.SimpleNamespace(value=10.0))
+    arguments = train_parser().parse_args(["--config=quickstart", "--workdir=run"])
     for missing, status in ((["parity_test.png"], 1), ([], 0)):
         monkeypatch.setattr(start, "train", lambda *_, missing=missing: {"not_written": missing} if missing else {})
-        assert cli.main(["train.py"]) == status
+        assert cli.run(arguments) == status
     assert "weights and summary are complete in run; not written: parity_test.png" in capsys.readouterr().out

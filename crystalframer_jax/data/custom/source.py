@@ -3,14 +3,16 @@
 import functools
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from crystalframer_jax.data.custom.ase_items import database_items, trajectory_items, xyz_items
-from crystalframer_jax.data.custom.fields import CustomData, Item, Items, record_of, target_fields
+from crystalframer_jax.data.custom.fields import CustomData, Item, Items, field, record_of, target_fields
 from crystalframer_jax.data.custom.folders import ZipFolder, fail, is_structure
 from crystalframer_jax.data.custom.json_items import item_of, json_items
+from crystalframer_jax.data.custom.labels import number as number_in
 from crystalframer_jax.data.custom.split_parts import joined, split_of, split_paths
 from crystalframer_jax.data.custom.tables import Table, folder_items, id_prop_of, table_items
 from crystalframer_jax.data.records import BadRecord, DataError, Record, Source, Target
@@ -46,26 +48,59 @@ def custom_source(path: Path, options: CustomData) -> Source:
     return Source(targets, checksum, records, items.count, (path,), notes)
 
 
-def structures_in(path: str | os.PathLike[str]) -> list[Callable[[], Crystal]]:
+Maker = Callable[[], Crystal]  # makes the crystal of a structure, or raises CrystalError
+
+
+def structures_in(path: str | os.PathLike[str]) -> list[Maker]:
     """Finds the structures in a file of any kind: what makes the crystal of each, or raises CrystalError.
 
     That is a structure file, or a table, JSON, archive, database or trajectory of which labels are passed over; these
     are told by their ids. Raises CrystalError if the file as a whole cannot be read.
     """
+    return [make for make, _ in labelled_in(path)]
+
+
+def labelled_in(path: str | os.PathLike[str], fields: tuple[str, ...] = ()) -> list[tuple[Maker, tuple[float, ...]]]:
+    """Finds the structures in a file of any kind as `structures_in`, or in a folder with id_prop.csv, and their labels.
+
+    Labels are the numbers in `fields`, NaN where there is none; the columns of an id_prop.csv without a header are
+    these fields if they are as many.
+    """
     path = Path(path)
-    if not path.name.lower().endswith(CONTAINERS):
-        return structures_in_file(path)
+    is_folder = path.is_dir() and has_table(path)
+    if not is_folder and not path.name.lower().endswith(CONTAINERS):
+        return [(make, (math.nan,) * len(fields)) for make in structures_in_file(path)]
     try:
-        if not path.is_file():
+        if not is_folder and not path.is_file():
             raise DataError(f"{path}: there is no such file")
         if path.suffix.lower() == ".zip" and _is_of_structures(archive := ZipFolder(path)):
-            return [archive.loader(name, name) for name in archive.names() if is_structure(name)]
-        return [_loader(item) for item in _items(path, CustomData()).read()]
+            makers = [archive.loader(name, name) for name in archive.names() if is_structure(name)]
+            return [(make, (math.nan,) * len(fields)) for make in makers]
+        return [(_loader(item), _labels(item, fields)) for item in _items_with(path, fields).read()]
     except (DataError, OSError) as error:
         raise CrystalError(str(error)) from error
 
 
-def _loader(item: Item | BadRecord) -> Callable[[], Crystal]:
+def has_table(folder: Path) -> bool:
+    """Tells whether a folder holds crystals with an id_prop.csv."""
+    return bool(id_prop_of(path.name for path in folder.iterdir()))
+
+
+def _items_with(path: Path, fields: tuple[str, ...]) -> Items:
+    """Reads the items of a file or folder; columns without names have those of the fields if they are as many."""
+    try:
+        return _items(path, CustomData(targets=fields))
+    except DataError:
+        return _items(path, CustomData())
+
+
+def _labels(item: Item | BadRecord, fields: tuple[str, ...]) -> tuple[float, ...]:
+    values = item.values if isinstance(item, Item) else {}
+    found = (number_in(field(values, name)) for name in fields)
+    return tuple(math.nan if label is None else label for label in found)
+
+
+def _loader(item: Item | BadRecord) -> Maker:
     return item.load if isinstance(item, Item) else functools.partial(fail, f"{item.where}: {item.reason}")
 
 

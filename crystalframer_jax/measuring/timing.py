@@ -105,5 +105,10 @@ def runs_of(program: Program, timing: Timing) -> Iterator[None]:
             arguments = program.advance(arguments, result)
             del result  # its memory is for the others
     except Exception as error:  # of many kinds: the compiler, the allocator, an implementation that is not there
-        lines = str(error).strip().splitlines() or [""]
-        timing.failure = f"{type(error).__name__}: {lines[0]}".rstrip(": ")[:200]
+        timing.failure = reason_of(error)
+
+
+def reason_of(error: Exception) -> str:
+    """Tells an error in a line."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}".rstrip(": ")[:200]
