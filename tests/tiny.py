@@ -2,8 +2,9 @@
 
 import contextlib
 import functools
+import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -22,7 +23,7 @@ from crystalframer_jax.data.registry import TARGET_SETS
 from crystalframer_jax.parallel.interruption import Interruption
 from crystalframer_jax.reporting import plots
 from crystalframer_jax.runs.checkpoints import Checkpoints
-from crystalframer_jax.training import loop
+from crystalframer_jax.training import loop, validation
 from crystalframer_jax.training.logging import read_metrics
 from crystalframer_jax.training.loop import Run
 from crystalframer_jax.training.state import TrainState
@@ -36,13 +37,30 @@ def jit_as_users_do() -> Iterator[None]:
         yield
 
 
+MAKERS = [(loop, "make_recipe"), (loop, "make_loss"), (loop, "make_train_step"), (validation, "make_forward")]
+
+
+def remembered(make: Callable) -> Callable:
+    """`make`, which gives equal arguments what it gave before: a function that is traced and compiled already."""
+    made = {}
+
+    @functools.wraps(make)
+    def make_once(*args):
+        known = tuple(np.asarray(jax.random.key_data(x)).tobytes() if isinstance(x, jax.Array) else x for x in args)
+        if known not in made:
+            made[known] = make(*args)
+        return made[known]
+
+    return make_once
+
+
 @contextlib.contextmanager
 def tiny_runs(as_users_do: bool = False) -> Iterator[None]:
-    """Register the target set "small" (60 crystals), and draw figures with few points.
+    """Register the target set "small" (60 crystals), draw figures of few points, make equal programs once.
 
     Training steps are compiled in haste, or as users compile them.
     """
-    make = loop.make_train_step
+    make = inspect.unwrap(loop.make_train_step)
 
     def make_as_users_do(*args):
         with jit_as_users_do():
@@ -53,6 +71,8 @@ def tiny_runs(as_users_do: bool = False) -> Iterator[None]:
         patch.setitem(plots.STYLE, "figure.dpi", 30)
         if as_users_do:
             patch.setattr(loop, "make_train_step", make_as_users_do)
+        for module, name in MAKERS:
+            patch.setattr(module, name, remembered(inspect.unwrap(getattr(module, name))))
         yield
 
 
