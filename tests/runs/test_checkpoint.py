@@ -495,8 +495,9 @@ def test_a_kill_at_any_moment_leaves_the_newest_verified_checkpoint(tmp_path, ca
         lines = [process.stdout.readline()]
         time.sleep(rng.uniform(0, 0.6))
         process.kill()
-        lines += process.communicate()[0].splitlines()
-        assert process.returncode == -signal.SIGKILL
+        output, errors = process.communicate()
+        lines += output.splitlines()
+        assert (process.returncode, errors) == (-signal.SIGKILL, "")
         verified = max(map(int, lines))
         with writer(tmp_path / str(number)) as checkpoints:
             found = checkpoints.restore_latest(like_of(state_of(1, width=100)))
