@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 # Most of the time is spent compiling. Programs are compiled in haste, but for those that tests want as users compile
@@ -17,6 +18,11 @@ os.environ.setdefault("XLA_FLAGS", flags)  # one device: users have one for each
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(PROGRAMS))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("CRYSTALFRAMER_COMPILATION_CACHE", "off")  # the user's folder is left alone
+
+# Files of tests stand in memory where there is room: checkpoints and prepared sets wait for the disk to have them.
+MEMORY = "/dev/shm"
+if "TMPDIR" not in os.environ and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 4 * 10**9:
+    tempfile.tempdir = os.environ["TMPDIR"] = MEMORY
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402

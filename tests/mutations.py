@@ -6,12 +6,13 @@ import random
 import re
 import resource
 import signal
-import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import forks
 
 SECONDS, BYTES = 2.0, 1 << 30  # that a file may take
 EXTREME = ["1e308", "-0", "nan", "inf", "1000000000", "-1", "0", "1e-320", "1e999999"]
@@ -74,9 +75,7 @@ CHANGES: list[Callable[[bytes, random.Random], bytes]] = [
 
 def numbers_of_last_line(script: str, folder: Path, first: int, end: int) -> list[int]:
     """Runs `script FOLDER FIRST END`, which prints a number before it reads the file of that number, to its end."""
-    command = [sys.executable, script, folder, str(first), str(end)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", timeout=600)
+    done = forks.run(script, folder, first, end)
     lines = done.stdout.splitlines()
     assert done.returncode == 0, f"it ended in number {lines[-1] if lines else '?'}: {done.stderr[-2000:]}"
     assert lines[-1].startswith("read"), done.stdout

@@ -2,16 +2,16 @@
 
 import contextlib
 import functools
+import inspect
 import json
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from forks import Fork
 from ml_collections import ConfigDict
 from small_sets import small_set
 from support import AS_USERS_DO
@@ -21,8 +21,9 @@ from crystalframer_jax.configs import default
 from crystalframer_jax.data.datasets import open_dataset
 from crystalframer_jax.data.registry import TARGET_SETS
 from crystalframer_jax.parallel.interruption import Interruption
+from crystalframer_jax.reporting import plots
 from crystalframer_jax.runs.checkpoints import Checkpoints
-from crystalframer_jax.training import loop
+from crystalframer_jax.training import loop, validation
 from crystalframer_jax.training.logging import read_metrics
 from crystalframer_jax.training.loop import Run
 from crystalframer_jax.training.state import TrainState
@@ -36,10 +37,30 @@ def jit_as_users_do() -> Iterator[None]:
         yield
 
 
+MAKERS = [(loop, "make_recipe"), (loop, "make_loss"), (loop, "make_train_step"), (validation, "make_forward")]
+
+
+def remembered(make: Callable) -> Callable:
+    """`make`, which gives equal arguments what it gave before: a function that is traced and compiled already."""
+    made = {}
+
+    @functools.wraps(make)
+    def make_once(*args):
+        known = tuple(np.asarray(jax.random.key_data(x)).tobytes() if isinstance(x, jax.Array) else x for x in args)
+        if known not in made:
+            made[known] = make(*args)
+        return made[known]
+
+    return make_once
+
+
 @contextlib.contextmanager
 def tiny_runs(as_users_do: bool = False) -> Iterator[None]:
-    """Register the target set "small" (60 crystals). Training steps are compiled in haste, or as users compile them."""
-    make = loop.make_train_step
+    """Register the target set "small" (60 crystals), draw figures of few points, make equal programs once.
+
+    Training steps are compiled in haste, or as users compile them.
+    """
+    make = inspect.unwrap(loop.make_train_step)
 
     def make_as_users_do(*args):
         with jit_as_users_do():
@@ -47,8 +68,11 @@ def tiny_runs(as_users_do: bool = False) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(TARGET_SETS, "small", small_set())
+        patch.setitem(plots.STYLE, "figure.dpi", 30)
         if as_users_do:
             patch.setattr(loop, "make_train_step", make_as_users_do)
+        for module, name in MAKERS:
+            patch.setattr(module, name, remembered(inspect.unwrap(getattr(module, name))))
         yield
 
 
@@ -79,7 +103,7 @@ def assert_equal_trees(a, b) -> None:
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=jax.tree_util.keystr(path))
 
 
-def start_training(config: ConfigDict, workdir: Path, *flags: str, seconds_per_step: float = 0.0) -> subprocess.Popen:
+def start_training(config: ConfigDict, workdir: Path, *flags: str, seconds_per_step: float = 0.0) -> Fork:
     """scripts/train.py in a process of its own; its configuration is written beside `config.data_dir`."""
     file = Path(config.data_dir).parent / f"{workdir.name}_config.py"
     file.write_text(
@@ -87,12 +111,7 @@ def start_training(config: ConfigDict, workdir: Path, *flags: str, seconds_per_s
         f"def get_config():\n    return ConfigDict({config.to_dict()!r}, convert_dict=False)\n"
     )
     arguments = [str(seconds_per_step), f"--config={file}", f"--workdir={workdir}"]
-    return subprocess.Popen(
-        [sys.executable, Path(__file__).parent / "train_tiny.py", *arguments, *flags],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return Fork(Path(__file__).parent / "train_tiny.py", *arguments, *flags)
 
 
 class StopAt(Interruption):

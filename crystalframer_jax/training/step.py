@@ -48,7 +48,13 @@ def initial_state(
     model: CrystalFramer, recipe: Recipe, batch: Batch, key: jax.Array, devices: Devices = ONE_DEVICE
 ) -> TrainState:
     """Draws random weights and calibrates the Gaussian widths on `batch`, the first of the training; on all devices."""
-    model, key_data = model.clone(axis=devices.axis), jax.random.key_data(key)
+    build = _state_builder(model.clone(axis=devices.axis), recipe, devices)
+    return build(batch, devices.replicate(jax.random.key_data(key)))
+
+
+@functools.lru_cache(maxsize=1)  # the shapes of a state are asked for before the state: it is traced once
+def _state_builder(model: CrystalFramer, recipe: Recipe, devices: Devices) -> Callable[[Batch, jax.Array], TrainState]:
+    """Compiles the function of `initial_state`."""
 
     def build(batch: Batch, key_data: jax.Array) -> TrainState:
         variables = model.init(jax.random.wrap_key_data(key_data), batch)
@@ -56,7 +62,7 @@ def initial_state(
         batch_stats = jax.tree.map(lambda x: x.astype(model.config.dtype), variables.get("batch_stats", {}))
         return new_state(recipe, variables["params"], calibrated.get("calibration", {}), batch_stats)
 
-    return devices.each(build, split=(0,), runs_often=False)(batch, devices.replicate(key_data))
+    return devices.each(build, split=(0,), runs_often=False)
 
 
 def new_state(recipe: Recipe, params: Tree, calibration: Tree, batch_stats: Tree) -> TrainState:

@@ -11,9 +11,9 @@ import sys
 import time
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
-from forked_commands import run_commands
 from small_sets import literal_split, raw_records
 from support import ROOT
 
@@ -58,8 +58,7 @@ def environment(tmp_path_factory) -> dict[str, str]:
 
 def script(environment: dict[str, str], name: str, *arguments: object) -> subprocess.CompletedProcess:
     """Run scripts/NAME.py to its end, in the root of the repository."""
-    command = [sys.executable, f"scripts/{name}.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return forks.run(f"scripts/{name}.py", *arguments, environment=environment)
 
 
 def assert_one_error(process: subprocess.CompletedProcess, *words: str) -> None:
@@ -173,8 +172,8 @@ def wrong(run, environment, tmp_path_factory) -> dict[str, tuple[subprocess.Comp
     folder = tmp_path_factory.mktemp("wrong")
     workdirs = [folder / f"run-{number}" for number in range(len(WRONG))]
     lines = [(f"--workdir={workdir}", *words.split()) for words, workdir in zip(WRONG, workdirs, strict=True)]
-    commands = [("train", "--config=configs/quickstart.py", *line) for line in lines]
-    return dict(zip(WRONG, zip(run_commands(folder, environment, commands), workdirs, strict=True), strict=True))
+    results = [script(environment, "train", "--config=configs/quickstart.py", *line) for line in lines]
+    return dict(zip(WRONG, zip(results, workdirs, strict=True), strict=True))
 
 
 @pytest.mark.parametrize("arguments", WRONG)

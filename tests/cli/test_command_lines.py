@@ -6,8 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
-from forked_commands import run_commands
 from support import EXAMPLES, ROOT, random_variables
 from tiny import tiny_config
 
@@ -48,12 +48,9 @@ def run(tmp_path_factory) -> Path:
 
 def test_help_of_scripts(tmp_path):
     """With an empty cache: what is started is seen."""
-    cache, printed = tmp_path / "cache", tmp_path / "printed"
-    printed.mkdir()
-    environment = os.environ | {"XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(ROOT / "scripts")}
-    for name, process in zip(
-        SCRIPTS, run_commands(printed, environment, [(name, "--help") for name in SCRIPTS]), strict=True
-    ):
+    cache = tmp_path / "cache"
+    for name in SCRIPTS:
+        process = forks.run(f"scripts/{name}.py", "--help", environment=os.environ | {"XDG_CACHE_HOME": str(cache)})
         assert (process.returncode, process.stderr) == (0, ""), name
         assert len(process.stdout.splitlines()) > 5, name
     assert not (cache / "crystalframer_jax").exists()
@@ -177,8 +174,7 @@ def test_configurations_that_are_not_there(tmp_path, words):
 def test_training_with_the_configuration_of_a_run(run, tmp_path):
     """The whole way through flags: an override comes after it, and the command is recorded as it was given."""
     flags = ["--config", run, f"--workdir={tmp_path / 'new'}", "--config.target_set=nothing", "--config.n_epochs=1"]
-    command = [sys.executable, ROOT / "scripts" / "train.py", *flags, "--config.swa_epochs=0"]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    process = forks.run("scripts/train.py", *flags, "--config.swa_epochs=0")
     assert process.returncode == 1 and process.stderr.startswith("error: target_set='nothing' is not known")
     assert str(run / "data") in process.stderr  # which only the configuration of the run says
 

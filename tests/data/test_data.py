@@ -8,10 +8,9 @@ import os
 import random
 import signal
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import small_sets
@@ -352,19 +351,12 @@ small_sets.open_small(Path(sys.argv[1]))
 """
 
 
-def in_process(code: str, *arguments: object) -> subprocess.Popen:
-    """Start a Python process that can import this file."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.Popen(command, cwd=Path(__file__).parents[1], stderr=subprocess.PIPE, text=True)
-
-
 @pytest.mark.parametrize(
     "moment", [2, 6, 7, 8, 9, 11, 12]
 )  # after some of: 6 parts, two reports, crystals, parts, rows
 def test_a_killed_preparation_goes_on(tmp_path, monkeypatch, moment):
-    with in_process(KILLED_PREPARATION, tmp_path, moment) as process:
-        _, errors = process.communicate(timeout=120)
-    assert process.returncode == -signal.SIGKILL, errors
+    process = forks.run("-c", KILLED_PREPARATION, tmp_path, moment)
+    assert process.returncode == -signal.SIGKILL, process.stderr
     is_prepared = (tmp_path / "small" / "crystals").exists()
     assert is_prepared == (moment >= 9)
     parts = {file: file.stat().st_mtime_ns for file in (tmp_path / "small").glob(".*.parts/part-*.npz")}
@@ -432,7 +424,7 @@ small_sets.open_small(folder / "data")
 
 
 def test_of_two_processes_that_need_a_store_one_prepares_it(tmp_path):
-    processes = [in_process(ONE_OF_TWO_PREPARATIONS, tmp_path, *names) for names in (("a", "b"), ("b", "a"))]
+    processes = [forks.Fork("-c", ONE_OF_TWO_PREPARATIONS, tmp_path, *names) for names in (("a", "b"), ("b", "a"))]
     for process in processes:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors

@@ -6,16 +6,14 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 from small_sets import CUTOFF, assert_same_dataset, open_small, prepare_small, rows_folder, small_set
-from support import ROOT
 from test_files import NOT_OBJECTS
 from test_prepare import write_cifs
 
@@ -449,8 +447,7 @@ def test_a_reader_in_the_gap_gets_rows_as_well(tmp_path, between_steps):
 
 
 def test_a_kill_at_any_step_leaves_the_old_or_the_new_and_the_next_call_mends_all(tmp_path):
-    command = [sys.executable, ROOT / "tests" / "prepare_killed.py", tmp_path]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    result = forks.run("tests/prepare_killed.py", tmp_path)
     assert result.returncode == 0, result.stderr
     steps = [line.split()[2:] for line in result.stdout.splitlines() if line.startswith("steps of")]
     assert [name for name, _ in steps] == ["first", "replaced", "damaged"]

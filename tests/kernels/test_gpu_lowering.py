@@ -39,7 +39,9 @@ OTHERS = {  # than those of configs/
     "odd sizes": lambda: changed(head_num=3, k_dim=5, v_dim=7, value_pe_angle_real=15, value_pe_dist_real=10),
     "moduli": lambda: changed(cos_abs=1),
 }
-FAST = [("max_static", "evaluation")]  # of OTHERS: there another attention than that of the scores chooses
+# There another attention than that of the scores chooses. Lightweight models are lowered as the quickstart.
+FAST = [("max_static", "evaluation")]
+SLOW = [*OTHERS, "jarvis:lightweight"]
 CONFIGS = {
     "default": default.get_config,
     "mp_flla": mp_flla.get_config,
@@ -133,7 +135,7 @@ def test_every_configuration_is_among_them():
 @pytest.mark.parametrize(
     ("name", "program"),
     [
-        pytest.param(name, program, marks=[pytest.mark.slow] * (name in OTHERS and (name, program) not in FAST))
+        pytest.param(name, program, marks=[pytest.mark.slow] * (name in SLOW and (name, program) not in FAST))
         for name, program in itertools.product(different_models(), PROGRAMS)
     ],
 )

@@ -196,7 +196,9 @@ def assert_equal(actual, wanted, tolerance, least_size=0.0):
 
 
 @pytest.mark.parametrize("kind", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "lightweight")) for name in CASES]
+)
 def test_attention_and_gradients_equal_those_of_dense_sums(name, kind):
     assert_equal(run(name, kind, np.float32), expected(name), TOLERANCE[np.float32])
 

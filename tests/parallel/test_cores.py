@@ -1,9 +1,8 @@
 """The cores of a CPU as devices."""
 
 import os
-import subprocess
-import sys
 
+import forks
 import pytest
 
 PROGRAM = """
@@ -36,6 +35,5 @@ def test_every_core_is_a_device_unless_somebody_has_chosen(cores, before, variab
         name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")
     }
     environment |= {"JAX_PLATFORMS": "cpu", **variables}
-    command = [sys.executable, "-c", PROGRAM.format(cores=cores, before=before)]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    found = forks.run("-c", PROGRAM.format(cores=cores, before=before), environment=environment)
     assert int(found.stdout) == expected

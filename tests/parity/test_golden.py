@@ -161,15 +161,7 @@ NEEDS_FOLDER = pytest.mark.skipif(
     not os.environ.get(EXTRA_FOLDER), reason=f"{EXTRA_FOLDER} is unset: it names a folder with more golden files"
 )
 # In float64 too; the other variations in float64 are among the slow tests.
-IN_FLOAT64 = (
-    "max",
-    "max_large_cell",
-    "max_single_atom_cells",
-    "max_official_truncation",
-    "crystalformer_real_reci",
-    "lattice",
-    "pca_given_frames",
-)
+IN_FLOAT64 = ("max", "max_large_cell", "max_single_atom_cells", "max_official_truncation", "crystalformer_real_reci")
 
 
 def marks_of(name, dtype):

@@ -16,12 +16,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import forks
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import ROOT
 from tiny import assert_equal_trees
 
 from crystalframer_jax.runs import checksums
@@ -490,14 +490,14 @@ def test_a_kill_at_any_moment_leaves_the_newest_verified_checkpoint(tmp_path, ca
     processes = []
     for number in range(4):
         call = f"from runs import test_checkpoint; test_checkpoint.save_until_killed({str(tmp_path / str(number))!r})"
-        command = [sys.executable, "-c", call]
-        processes.append(subprocess.Popen(command, cwd=ROOT / "tests", stdout=subprocess.PIPE, text=True))
+        processes.append(forks.Fork("-c", call))
     for number, process in enumerate(processes):
         lines = [process.stdout.readline()]
         time.sleep(rng.uniform(0, 0.6))
         process.kill()
-        lines += process.communicate()[0].splitlines()
-        assert process.returncode == -signal.SIGKILL
+        output, errors = process.communicate()
+        lines += output.splitlines()
+        assert (process.returncode, errors) == (-signal.SIGKILL, "")
         verified = max(map(int, lines))
         with writer(tmp_path / str(number)) as checkpoints:
             found = checkpoints.restore_latest(like_of(state_of(1, width=100)))
@@ -696,9 +696,8 @@ def dying(function, left: list[int], folder: str):
 
 def test_death_at_any_change_of_names_leaves_a_whole_checkpoint(tmp_path, capfd):
     call = f"from runs import test_checkpoint; test_checkpoint.die_at_every_call({str(tmp_path)!r})"
-    command = [sys.executable, "-c", call]
-    process = subprocess.run(command, cwd=ROOT / "tests", stdout=subprocess.PIPE, text=True, timeout=300)
-    assert process.returncode == 0
+    process = forks.run("-c", call)
+    assert process.returncode == 0, process.stderr
     calls = int(process.stdout)
     assert calls > 10
     like, newest = like_of(state_of(1)), []

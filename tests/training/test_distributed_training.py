@@ -3,12 +3,12 @@
 import os
 import signal
 import socket
-import subprocess
 import time
 from pathlib import Path
 
 import jax
 import pytest
+from forks import Fork
 from process_helpers import environment, free_port
 from test_interruptions import steps_of
 from tiny import assert_same_run, start_training, tiny_config, tiny_runs
@@ -48,7 +48,7 @@ class Processes:
             for process in range(number)
         ]
 
-    def __enter__(self) -> list[subprocess.Popen]:
+    def __enter__(self) -> list[Fork]:
         return self.all
 
     def __exit__(self, *_):
@@ -57,13 +57,13 @@ class Processes:
             process.communicate()
 
 
-def outcome(process: subprocess.Popen) -> tuple[int, str, list[str]]:
+def outcome(process: Fork) -> tuple[int, str, list[str]]:
     """Exit status, standard output, and the lines of standard error without the remarks of Gloo."""
     output, errors = process.communicate(timeout=120)
     return process.returncode, output, [line for line in errors.splitlines() if "connected" not in line]
 
 
-def wait_for(process: subprocess.Popen, beginning: str) -> str:
+def wait_for(process: Fork, beginning: str) -> str:
     """Wait for a line that begins so, and return all that came before it."""
     lines = []
     for line in process.stdout:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from forks import Fork
 from tiny import assert_same_run, start_training, stored_state, tiny_config, tiny_runs
 
 from crystalframer_jax.errors import UserError
@@ -35,7 +36,7 @@ def finished(folder):
     return config, folder / "finished"
 
 
-def wait_for_training(process: subprocess.Popen) -> None:
+def wait_for_training(process: Fork) -> None:
     """Return when the process has told what it will train."""
     for line in process.stdout:
         if "atom slots" in line or "; continuing" in line:
@@ -48,7 +49,7 @@ def steps_of(workdir: Path) -> list[int]:
     return sorted(int(file.parent.name) for file in (workdir / "checkpoints").glob("*/SHA256SUMS"))
 
 
-def stop(process: subprocess.Popen, number: int) -> str:
+def stop(process: Fork, number: int) -> str:
     """Send a signal; the process must end well, without a word on stderr. Returns what it printed."""
     process.send_signal(number)
     output, errors = process.communicate(timeout=120)
