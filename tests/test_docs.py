@@ -154,7 +154,7 @@ def test_command_lines_are_ones(page):
     """Every subcommand takes the arguments; hyperparameters and configurations exist."""
     known = default.get_config()
     for words in command_lines(page):
-        name = " ".join(words[: 1 + (words[0] == "export")])
+        name = " ".join(words[: 1 + (words[0] in ("export", "show"))])
         others = [word for word in words[name.count(" ") + 1 :] if not word.startswith("--config.")]
         for word in words:
             if word.startswith("--config."):

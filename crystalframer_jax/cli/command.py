@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import crystalframer_jax
-from crystalframer_jax.cli import arguments
+from crystalframer_jax.cli import arguments, show_arguments
 from crystalframer_jax.cli.arguments import Parser
 from crystalframer_jax.cli.common import parsed, reporting_errors
 
@@ -35,6 +35,14 @@ COMMANDS = {
     "evaluate": Command(arguments.evaluate_parser, "evaluate", "run", "errors of a model on crystals with labels"),
     "predict": Command(arguments.predict_parser, "predict", "run", "properties of crystals in files"),
     "embed": Command(arguments.embed_parser, "embed", "run", "vectors of crystals and atoms; which crystals are near"),
+    "show frames": Command(
+        show_arguments.show_frames_parser, "show", "run_frames", "what the heads of a model see from an atom"
+    ),
+    "show attention": Command(
+        show_arguments.show_attention_parser, "show", "run_attention", "attention weights against distance"
+    ),
+    "show crystal": Command(show_arguments.show_crystal_parser, "show", "run_crystal", "the cell with its atoms"),
+    "show runs": Command(show_arguments.show_runs_parser, "show", "run_runs", "validation errors of several trainings"),
     "import": Command(arguments.import_parser, "convert", "import_run", "a run of an official PyTorch checkpoint"),
     "export torch": Command(
         arguments.export_torch_parser, "convert", "export_run", "an official PyTorch checkpoint of a run"
@@ -47,12 +55,13 @@ COMMANDS = {
     ),
     "doctor": Command(arguments.doctor_parser, "doctor", "run", "does all work here; how fast is this GPU"),
 }
+GROUPS = (["export"], ["show"])  # first words of subcommands of two
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Is the command `crystalframer`; returns its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
-    name = " ".join(words[: 1 + (words[:1] == ["export"])])
+    name = " ".join(words[: 1 + (words[:1] in GROUPS)])
     if name not in COMMANDS:
         _refuse(words)
     found, others = COMMANDS[name], words[name.count(" ") + 1 :]
@@ -69,7 +78,7 @@ def _module(command: Command) -> Any:
 @reporting_errors()
 def _refuse(words: list[str]) -> NoReturn:
     """Tells what there is: --help and --version are asked for, or the subcommand is missing or wrong."""
-    group = "export " if words[:1] == ["export"] else ""
+    group = f"{words[0]} " if words[:1] in GROUPS else ""
     found = {name.removeprefix(group): command for name, command in COMMANDS.items() if name.startswith(group)}
     words = words[bool(group) :]
     parser = Parser(f"crystalframer {group}".strip(), DESCRIPTION, "" if group else EXAMPLES)

@@ -35,7 +35,7 @@ def named_files(arguments: Iterable[str]) -> Iterator[str | CrystalError]:
 
     In place of what names none stands an error.
     """
-    for argument in arguments:
+    for argument in map(str, arguments):
         try:
             if argument == STDIN:
                 lines = (line.strip() for line in sys.stdin)

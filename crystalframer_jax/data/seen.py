@@ -11,8 +11,6 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from crystalframer_jax.data.build import in_parallel
-from crystalframer_jax.data.leakage import CHUNK, fingerprint
 from crystalframer_jax.structures.crystal import Crystal
 
 SUMS = (0, 3)  # of a fingerprint: number of neighbors within 4 Å, charges within 6 Å
@@ -49,6 +47,8 @@ class SeenCrystals:
 
 def trace_of(crystal: Crystal) -> int:
     """Returns the 8 bytes of a crystal: 4 of the formula, 2 of each sum."""
+    from crystalframer_jax.data.leakage import fingerprint  # with the matcher of pymatgen, which takes long
+
     elements, counts = np.unique(crystal.species, return_counts=True)
     formula = np.stack([elements, counts // math.gcd(*counts.tolist())]).astype("<u4")
     digest = int.from_bytes(hashlib.blake2b(formula.tobytes(), digest_size=4).digest(), "big")
@@ -57,6 +57,9 @@ def trace_of(crystal: Crystal) -> int:
 
 
 def _traces(crystals: Iterable[Crystal], total: int, workers: int) -> np.ndarray:
+    from crystalframer_jax.data.build import in_parallel
+    from crystalframer_jax.data.leakage import CHUNK
+
     return np.array(in_parallel(trace_of, crystals, "fingerprints", total, workers, CHUNK), np.uint64)
 
 

@@ -348,6 +348,6 @@ def _number(value: float, digits: int = 3) -> str:
 
 @style()
 def write(figure: Figure, file: Path) -> None:
-    """Writes a PNG; a reader sees the old figure or the new."""
+    """Writes a figure in the format that the file ends in; a reader sees the old one or the new."""
     with replacing(file) as temporary:
-        figure.savefig(temporary, format="png")
+        figure.savefig(temporary, format=file.suffix[1:].lower() or "png")

@@ -73,11 +73,7 @@ def frames_figure(view: Any, heads: Sequence[int], title: str, dark: bool = Fals
             width = _panel(axes, view, head)
             axes.set_title(f"head {head}, {width:.0f} Å wide", fontsize=7, pad=1)
         figure.suptitle(title)
-        elements = sorted({int(number) for number in view.species})
-        marks = [
-            Line2D([], [], ls="", marker="o", ms=6, mfc=color_of(z), mec="black", mew=0.4, label=symbol_of(z))
-            for z in elements
-        ]
+        marks = element_marks(view.species)
         if view.frames is not None:
             marks += [Line2D([], [], color=color, lw=2, label=f"e{n}") for n, color in enumerate(AXES, 1)]
         figure.legend(handles=marks, loc="outside lower center", ncols=min(len(marks), 8), handlelength=1.2)
@@ -86,19 +82,14 @@ def frames_figure(view: Any, heads: Sequence[int], title: str, dark: bool = Fals
 
 def _panel(axes: Axes, view: Any, head: int) -> float:
     """Draws one head, seen from CAMERA without perspective, what is farther away paler; returns the width in Å."""
-    to_screen, ground = _screen(), np.array(axes.figure.get_facecolor()[:3])
+    to_screen = screen()
     neighbors, weights = shown_neighbors(view.weights[head], view.vectors), view.weights[head]
     share = weights / weights[neighbors].max(initial=1e-300)  # of the heaviest
     reach = 1.25 * np.linalg.norm(view.vectors[neighbors], axis=1).max(initial=1.0)
     spheres = [(to_screen @ view.vectors[m], 0.16 * reach * np.sqrt(share[m]), view.species[m]) for m in neighbors]
     spheres.append((np.zeros(3), 0.12 * reach, view.species[-1]))
     for (x, y, depth), radius, number in spheres:
-        paleness = 0.3 * (1 - depth / reach)
-        order = 3 + 2 * depth / reach  # what is in front is drawn last
-        face = (1 - paleness) * np.array(color_of(number)) + paleness * ground
-        axes.add_patch(Circle((x, y), radius, fc=face, ec="black", lw=0.5, zorder=order))
-        shine = (x - 0.3 * radius, y + 0.3 * radius)
-        axes.add_patch(Circle(shine, 0.35 * radius, fc="white", ec="none", alpha=0.45, zorder=order))
+        draw_sphere(axes, (x, y), radius, number, depth / reach)
     for m in neighbors:
         x, y, depth = to_screen @ view.vectors[m]
         axes.plot([0, x], [0, y], color="gray", lw=1.5 * share[m], alpha=0.5, zorder=3 + min(depth, 0) / reach)
@@ -112,12 +103,29 @@ def _panel(axes: Axes, view: Any, head: int) -> float:
     return 2 * reach
 
 
-def _screen() -> np.ndarray:
+def screen() -> np.ndarray:
     """Returns the rows right, up and towards the viewer."""
     toward = np.array(CAMERA) / np.linalg.norm(CAMERA)
     right = np.cross([0, 0, 1], toward)
     right /= np.linalg.norm(right)
     return np.stack([right, np.cross(toward, right), toward])
+
+
+def draw_sphere(axes: Axes, place: Any, radius: float, number: int, depth: float) -> None:
+    """Draws an atom of an element; `depth` from -1, behind and paler, to 1, in front and drawn last."""
+    paleness, ground = 0.3 * (1 - depth), np.array(axes.figure.get_facecolor()[:3])
+    face = (1 - paleness) * np.array(color_of(number)) + paleness * ground
+    axes.add_patch(Circle(place, radius, fc=np.clip(face, 0, 1), ec="black", lw=0.5, zorder=3 + 2 * depth))
+    shine = place[0] - 0.3 * radius, place[1] + 0.3 * radius
+    axes.add_patch(Circle(shine, 0.35 * radius, fc="white", ec="none", alpha=0.45, zorder=3 + 2 * depth))
+
+
+def element_marks(species: np.ndarray) -> list[Line2D]:
+    """Makes the entries of a legend that names the elements among atomic numbers."""
+    return [
+        Line2D([], [], ls="", marker="o", ms=6, mfc=color_of(z), mec="black", mew=0.4, label=symbol_of(z))
+        for z in sorted({int(number) for number in species})
+    ]
 
 
 def attention_figure(view: Any, title: str, dark: bool = False) -> Figure:

@@ -12,8 +12,8 @@ from crystalframer_jax.reporting.view_figures import AXES, color_of, shown_neigh
 LARGEST = 46  # pixels: diameter of the neighbor with most weight
 
 
-def write_frames_page(view: Any, title: str, file: Path) -> None:
-    """Writes the page of an `inference.views.View` (4 MB, most of it plotly.js), with a menu of its heads."""
+def write_frames_page(view: Any, title: str, file: Path, first: int = 0) -> None:
+    """Writes the page of an `inference.views.View` (4 MB, mostly plotly.js) with a menu of its heads from `first`."""
     heads = len(view.weights)
     traces = [_traces(view, head) for head in range(heads)]
     figure = go.Figure([trace for of_head in traces for trace in of_head])
@@ -23,11 +23,11 @@ def write_frames_page(view: Any, title: str, file: Path) -> None:
         for head in range(heads)
     ]
     for trace, head in zip(figure.data, owner, strict=True):
-        trace.visible = bool(head == 0)
+        trace.visible = bool(head == first)
     hidden: dict[str, Any] = {"visible": False, "showspikes": False}
     figure.update_layout(
         title=title,
-        updatemenus=[{"buttons": buttons, "x": 0, "xanchor": "left", "y": 1, "yanchor": "top"}],
+        updatemenus=[{"buttons": buttons, "active": first, "x": 0, "xanchor": "left", "y": 1, "yanchor": "top"}],
         scene={"xaxis": hidden, "yaxis": hidden, "zaxis": hidden, "aspectmode": "data"},
         legend={"orientation": "h", "y": 0},
         margin={"l": 0, "r": 0, "b": 0, "t": 50},

@@ -17,8 +17,8 @@ USUAL_RADIUS = 1.7  # Å, of elements that the table lacks
 
 
 @functools.lru_cache(maxsize=1)
-def _radii() -> np.ndarray:
-    """Covalent radii [99] by atomic number, in Å: Cordero et al., Dalton Trans. 2008, 2832."""
+def covalent_radii() -> np.ndarray:
+    """Returns covalent radii [99] by atomic number, Å: Cordero et al., Dalton Trans. 2008, 2832."""
     from pymatgen.analysis.molecule_structure_comparator import CovalentRadius
     from pymatgen.core import Element
 
@@ -30,7 +30,7 @@ def warn_of_close_atoms(crystal: Crystal) -> Crystal:
 
     Atoms that exclude each other, with occupancies that sum to 1 at most, may be closer.
     """
-    radii = _radii()[crystal.species]
+    radii = covalent_radii()[crystal.species]
     radius = max(SHORTEST, 2 * SHARE * float(radii.max()))
     try:
         i, j, _, distance = pairs_within(

@@ -19,7 +19,17 @@ from support import EXAMPLES, ROOT
 from tiny import tiny_config, tiny_runs
 
 import crystalframer_jax
-from crystalframer_jax.cli import arguments, command, doctor, evaluate, export_jarvis, export_matbench, predict, train
+from crystalframer_jax.cli import (
+    arguments,
+    command,
+    doctor,
+    evaluate,
+    export_jarvis,
+    export_matbench,
+    predict,
+    show,
+    train,
+)
 from crystalframer_jax.cli.command import COMMANDS, main
 from crystalframer_jax.config import ConfigError
 from crystalframer_jax.data.assignment import Preparation
@@ -285,6 +295,33 @@ def test_other_data_and_where_the_errors_are(place, capsys):
     assert (place / "e.csv").read_text().count("\n") == 3
     assert main(["evaluate", "examples", "--exclude_leaked"]) == 1
     assert "0 of 2 test crystals are left out" in capsys.readouterr().out
+
+
+# Pictures
+
+
+def test_pictures_are_drawn_and_what_cannot_be_is_told(place, capsys):
+    files = {
+        "frames.png": ["frames", "examples/SrTiO3.cif", "--atom=1", "--head=0"],
+        "frames.html": ["frames", "examples/SrTiO3.cif", "--head=1", "--model=runs/quickstart"],
+        "attention.svg": ["attention", "examples/SrTiO3.cif", "--dark"],
+        "crystal.pdf": ["crystal", "examples/SrTiO3.cif"],
+        "runs.png": ["runs", "runs/quickstart"],
+    }
+    for name, words in files.items():
+        assert main(["show", *words, f"--output=new/{name}"]) == 0
+        assert (place / "new" / name).read_bytes().startswith(show.BEGINNINGS[(place / name).suffix])
+        assert main(["show", *words, f"--output=new/{name}"]) == 0  # its own figure may be replaced
+    capsys.readouterr()
+    for words, message in (
+        (["frames", "examples/SrTiO3.cif", "--atom=5"], "--atom=5: examples/SrTiO3.cif has atoms 0 to 4"),
+        (["frames", "examples/SrTiO3.cif", "--head=9"], "--head=9: the model has heads 0 to 1"),
+        (["attention", "examples/SrTiO3.cif", "--block=7"], "block 7 does not exist"),
+        (["runs", "runs/quickstart", "--target=gap"], "no run has a validation error of gap"),
+    ):
+        assert status_of(["show", *words, "--output=x.png"]) == 1
+        assert message in capsys.readouterr().err
+    assert status_of(["show", "crystal", "examples/SrTiO3.cif", "--output=x.gif"]) == 2
 
 
 # Leaderboards

@@ -134,7 +134,7 @@ def test_every_experiment_file_can_be_run(name):
     else:
         assert name in PAPER, "an experiment on data that nobody can get"
     if name != "default":
-        assert f"--config=configs/{name}.py" in module.__doc__, "the file states the command that runs it"
+        assert f"crystalframer train --config={name}" in module.__doc__, "the file states the command that runs it"
 
 
 def test_an_unknown_key_is_refused_with_the_nearest_name():

@@ -109,7 +109,7 @@ def test_the_documented_table_is_what_the_script_compares_with(name):
         if row[0] == name
     ]
     assert stated == [(b.target_set, b.target, unit_of(b), dict(b.published_mae)) for b in module.BENCHMARKS]
-    for command in (f"--config=configs/{name}.py", f"scripts/reproduce.sh {name}"):
+    for command in (f"crystalframer train --config={name}", f"scripts/reproduce.sh {name}"):
         assert command in module.__doc__, "the file states the commands that run it"
 
 

@@ -298,7 +298,7 @@ def test_damage_is_noticed_and_preparation_mends_it(tmp_path, how):
     for file in files:
         damage(file, how)
         if file.parent.name == "crystals":
-            with pytest.raises(DataError, match=r"small is damaged in .*; run scripts/prepare_data\.py"):
+            with pytest.raises(DataError, match=r"small is damaged in .*; run crystalframer prepare"):
                 load_dataset(tmp_path / "small", ("e_form",), CUTOFF)
             with pytest.raises(AssertionError, match="records were asked for"):
                 prepare_small(tmp_path, UNREADABLE)
@@ -315,7 +315,7 @@ def copy_of(dataset: Dataset) -> Dataset:
 
 def test_a_set_that_was_not_prepared(tmp_path):
     with pytest.raises(
-        DataError, match=r"megnet is not prepared in .*; run scripts/prepare_data\.py --target_set=jarvis__megnet"
+        DataError, match=r"megnet is not prepared in .*; run crystalframer prepare --target_set=jarvis__megnet"
     ):
         open_dataset("jarvis__megnet", ("e_form",), CUTOFF, str(tmp_path))
     with pytest.raises(ConfigError, match=r"'mine' is not known; allowed: mp_flla_2015, .*\(none\)"):

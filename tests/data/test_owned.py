@@ -251,7 +251,7 @@ def test_a_broken_manifest_costs_its_own_line_only(tmp_path, capsys, kind):
     assert prepare_main([f"--data_dir={tmp_path}"]) == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert lines["small"].endswith("damaged") and lines["another"].endswith("60 crystals")
-    with pytest.raises(DataError, match=r"small is damaged in .*; run scripts/prepare_data\.py"):
+    with pytest.raises(DataError, match=r"small is damaged in .*; run crystalframer prepare"):
         load_dataset(tmp_path / "small", ("e_form",), CUTOFF)
     assert prepare_small(tmp_path) and len(open_small(tmp_path).table) == 60
 
@@ -281,7 +281,7 @@ def test_columns_that_do_not_fit_each_other_are_damage(tmp_path, name):
     del manifest["check"]
     (file.parent / "manifest.json").write_text(json.dumps(manifest | {"check": digest_of(manifest)}))
     if name.startswith("crystals"):
-        with pytest.raises(DataError, match=r"small is damaged in .*; run scripts/prepare_data\.py"):
+        with pytest.raises(DataError, match=r"small is damaged in .*; run crystalframer prepare"):
             load_dataset(tmp_path / "small", ("e_form",), CUTOFF)
         assert prepare_small(tmp_path)
     expected = open_small(tmp_path / "elsewhere")

@@ -1,5 +1,7 @@
 """What `doctor --gpu` measures, at a small size on a CPU."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -16,7 +18,7 @@ def one_variant(monkeypatch):
 
 def test_checks_against_float64_and_what_is_left_out(one_variant, monkeypatch):
     said: list[str] = []
-    clock = iter([0.0, 0.0, *[1000.0] * 9])
+    clock = itertools.chain([0.0, 0.0], itertools.repeat(1000.0))
     monkeypatch.setattr(gpu.time, "monotonic", lambda: next(clock))
     found = measure_gpu(SMALL, ("xla", "none"), say=said.append)
     assert said == ["sums and gradients, lightweight ..."]

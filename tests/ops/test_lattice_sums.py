@@ -218,7 +218,7 @@ def test_padding_has_no_influence_and_no_results(dtype):
             inputs.rows.reverse, padding_column, lambda shape: rng.integers(0, padding_column.size, shape)
         ),
         vector=scramble(inputs.rows.vector, padding_column, large),
-        square=scramble(inputs.rows.square, padding_column, large),
+        square=scramble(inputs.rows.square, padding_column, lambda shape: large(shape) ** 2),
     )
     changes = {name: scramble(getattr(inputs, name), padding_atom, large) for name in ("q", "k", "v")}
     changes["a"] = scramble(inputs.a, padding_atom, lambda shape: -rng.uniform(0, 10, shape))
