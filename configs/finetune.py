@@ -1,8 +1,7 @@
 """Fine-tune mp-2018, the model that comes with the package, on a small set of another property.
 
-    python scripts/train.py --config=configs/finetune.py --workdir=runs/phonons
-    python scripts/train.py --config=configs/finetune.py --config.target_set=mine --config.targets=modulus \
-        --workdir=runs/mine
+    crystalframer train --config=finetune --workdir=runs/phonons
+    crystalframer train --config=finetune --config.target_set=mine --config.targets=modulus --workdir=runs/mine
 
 The model is that of mp-2018, the recipe the recommended one at a smaller rate. docs/training.md has what it gains.
 """
