@@ -155,6 +155,8 @@ def evaluate_parser(prog: str = "crystalframer evaluate", model_first: bool = Fa
     plot_help = """draw predictions against labels or, of an ensemble, errors against standard deviations (a figure for
         each target, its name added to FILE); of classes, ROC curves"""
     add("--plot", type=_png, metavar="FILE.png", help=plot_help)
+    elements_help = "draw the mean absolute error of the crystals with each element as a periodic table"
+    add("--plot_elements", type=_png, metavar="FILE.png", help=elements_help)
     suspects_help = "write the labels of all splits that all models of an ensemble agree against to this CSV file"
     add("--suspects", type=Path, metavar="FILE", help=suspects_help)
     return parser

@@ -27,7 +27,7 @@ from crystalframer_jax.inference.ensemble import Ensemble
 from crystalframer_jax.inference.evaluation import Predictions
 from crystalframer_jax.inference.predictor import Predictor
 from crystalframer_jax.inference.pretraining import pretraining_of, starts_of
-from crystalframer_jax.reporting.breakdown import breakdown
+from crystalframer_jax.reporting.breakdown import breakdown, errors_by_element
 from crystalframer_jax.reporting.metrics import mean_predictor_errors, metrics_for, target_metrics
 from crystalframer_jax.reporting.predictions import figure_files, plot_calibration, plot_predictions, write_predictions
 from crystalframer_jax.reporting.suspects import suspect_labels, write_suspects
@@ -75,6 +75,9 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"wrote {arguments.suspects}, {len(suspects):,} labels that all models agree against")
     if arguments.plot:
         for file in plot_errors(arguments.plot, model, dataset, arguments.split, predictions):
+            print(f"wrote {file}")
+    if arguments.plot_elements:
+        for file in plot_elements(arguments.plot_elements, model, dataset, arguments.split, predictions):
             print(f"wrote {file}")
     for error in given_errors:
         print(f"error: {escaped(' '.join(error.split()))}", file=sys.stderr)
@@ -242,3 +245,22 @@ def plot_errors(
         return plot_calibration(file, labels, *predictions, model.targets)[0]
     plot_predictions(file, labels, predictions.value, model.targets, split)
     return [file]
+
+
+def plot_elements(
+    file: Path, model: Predictor | Ensemble, dataset: Dataset, split: str, predictions: Predictions
+) -> list[Path]:
+    """Draws the errors by element, a figure for each target with labels; returns the files written."""
+    from crystalframer_jax.reporting.element_figures import periodic_table  # imports matplotlib
+    from crystalframer_jax.reporting.plots import write
+
+    rows, written = dataset.splits[split], []
+    off = np.abs(predictions.value - dataset.labels[rows])
+    for s, column, figure in zip(model.targets, off.T, figure_files(file, model.targets), strict=True):
+        if errors := errors_by_element(dataset.table, rows, column):
+            check_replaceable(figure, b"\x89PNG")
+            figure.parent.mkdir(parents=True, exist_ok=True)
+            title = f"{dataset.name}, {split}: {int(np.isfinite(column).sum()):,} crystals"
+            write(periodic_table(errors, f"mean absolute error of {s.title}", title), figure)
+            written.append(figure)
+    return written

@@ -53,6 +53,13 @@ def breakdown(
     return "\n\n".join(parts)
 
 
+def errors_by_element(crystals: CrystalTable, rows: np.ndarray, off: np.ndarray) -> dict[int, float]:
+    """Returns the mean of |errors| [C] over the crystals that hold an element, by atomic number; NaN are left out."""
+    known = np.isfinite(off)
+    holds = amounts_of(crystals, rows)[known] > 0
+    return {int(z) + 1: float(off[known][holds[:, z]].mean()) for z in np.flatnonzero(holds.any(axis=0))}
+
+
 def _by_size(num_atoms: np.ndarray, off: np.ndarray) -> list[list[Any]]:
     """Lists the groups of SIZES that there are, with their number of crystals and mean errors."""
     lines = []

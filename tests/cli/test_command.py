@@ -288,6 +288,9 @@ def test_other_data_and_where_the_errors_are(place, capsys):
     assert re.search(r"^e_form +eV/atom +60 ", out, re.MULTILINE)
     counts = [int(x) for x in re.findall(r"^\d+ to \d+ +(\d+) ", out, re.MULTILINE)]
     assert sum(counts) == 60 and len(re.findall(r"^mp-\d+ ", out, re.MULTILINE)) == 10
+    assert main(["evaluate", "--model=runs/quickstart", "--plot_elements=new/elements.png"]) == 0
+    assert "wrote new/elements.png" in capsys.readouterr().out
+    assert (place / "new" / "elements.png").read_bytes().startswith(b"\x89PNG")
     (place / "examples" / "id_prop.csv").write_text("NaCl,-2\nSrTiO3,-3.5\nnothing,1\n")
     assert main(["evaluate", "examples", "--output=e.csv"]) == 1  # one file is missing
     printed = capsys.readouterr()
