@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import gzip
 import io
+import itertools
 import json
 import re
 import shlex
@@ -14,9 +15,11 @@ import zipfile
 
 import numpy as np
 import pytest
+from pymatgen.core import Structure
 from small_sets import raw_records
 from support import EXAMPLES, ROOT
 from tiny import tiny_config, tiny_runs
+from user_files import write_cifs
 
 import crystalframer_jax
 from crystalframer_jax.cli import (
@@ -37,6 +40,7 @@ from crystalframer_jax.data.custom.fields import CustomData
 from crystalframer_jax.inference import shipped
 from crystalframer_jax.inference.predictor import WEIGHTS, Predictor
 from crystalframer_jax.runs.checkpoints import Checkpoints
+from crystalframer_jax.structures import read_crystals
 from crystalframer_jax.training.start import train as train_run
 
 HEAVY = ("jax", "pymatgen", "absl", "ml_collections", "scipy", "matplotlib")
@@ -211,6 +215,50 @@ def test_files_folders_patterns_and_what_is_none(place, capsys):
     errors = [line for line in printed.err.splitlines() if line.startswith("error: ")]
     expected = ["bad.cif: ", "x*.cif: no file has", "empty: no file with", "tiny: a model", "runs/quickstart: a model"]
     assert len(errors) == 5 and all(f"error: {text}" in line for text, line in zip(expected, errors, strict=True))
+
+
+def test_fifty_files_are_predicted_and_twenty_broken_ones_told(place, capsys):
+    """Each broken file costs one line that names it; the table has the others, in the order given."""
+    written = [record["id"] for record in write_cifs(place / "many", 50)]
+    whole = (place / "many" / f"{written[0]}.cif").read_text()
+    first_number = re.compile(r"(_cell_length_a +)\S+")
+    broken = {
+        "empty": "",
+        "binary": "\0\1\2",
+        "words": "not a crystal",
+        "no_atoms": whole[: whole.index("_atom_site")],
+        "no_cell": re.sub(r"_cell_\S+ +\S+\n", "", whole),
+        "flat": first_number.sub(r"\g<1>0.0", whole),
+        "endless": first_number.sub(r"\g<1>1e300", whole),
+        "unknown": re.sub(r"\n[A-Z][a-z]?(\d+) [A-Z][a-z]? ", r"\nQq\1 Qq ", whole),
+        "question": first_number.sub(r"\g<1>?", whole),
+        "html": "<html><body>404 not found</body></html>",
+    }
+    names = [f"{name}_{copy}" for copy in range(2) for name in broken]
+    for name in names:
+        (place / "many" / f"{name}.cif").write_text(broken[name[:-2]])
+    files = [f"many/{name}.cif" for pair in itertools.zip_longest(written, names) for name in pair if name]
+    assert main(["predict", "--model=runs/quickstart", *files, "--csv=out.csv", "--json=out.json"]) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert [name for name in names if not any(f"many/{name}.cif" in line for line in errors)] == []
+    assert len(errors) == 20
+    rows = list(csv.DictReader((place / "out.csv").open()))
+    assert [row["structure"] for row in rows] == [f"many/{name}.cif" for name in written]
+    assert all(np.isfinite(float(row["e_form (eV/atom)"])) for row in rows)
+    found = json.loads((place / "out.json").read_text())
+    assert len(found["structures"]) == 50 and len(found["errors"]) == 20
+
+
+def test_python_takes_every_kind_of_structure(run, place):
+    predictor, file = Predictor.load(run), place / "examples" / "SrTiO3.cif"
+    structure = Structure.from_file(file)
+    (crystal,) = read_crystals(file)
+    kinds = [str(file), file, structure, crystal, structure.to_ase_atoms()]
+    expected = predictor.predict(file)
+    for kind in kinds:
+        np.testing.assert_allclose(predictor.predict(kind), expected, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(predictor.embed(kind), predictor.embed(file), rtol=0, atol=1e-5)
+    assert predictor.predict(kinds).shape == (5, 1) and predictor.predict([]).shape == (0, 1)
 
 
 def test_labels_of_a_folder_make_errors(place, capsys):
