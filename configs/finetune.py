@@ -3,7 +3,8 @@
     crystalframer train --config=finetune --workdir=runs/phonons
     crystalframer train --config=finetune --config.target_set=mine --config.targets=modulus --workdir=runs/mine
 
-The model is that of mp-2018, the recipe the recommended one at a smaller rate. docs/training.md has what it gains.
+The model is that of mp-2018, the recipe the recommended one: smaller rates do not get as far in as many steps.
+docs/training.md has what it gains.
 """
 
 from ml_collections import ConfigDict
@@ -15,5 +16,5 @@ def get_config() -> ConfigDict:
     """Peaks of phonons (the first fold of matbench_phonons), 40 epochs."""
     config = recommended.get_config("lightweight")
     config.update(target_set="matbench_phonons-fold_0", targets="last_phdos_peak")
-    config.update(pretrained_model="mp-2018", tie_tolerance=1e-3, lr=1e-3, n_epochs=40)
+    config.update(pretrained_model="mp-2018", tie_tolerance=1e-3, n_epochs=40)
     return config

@@ -26,7 +26,7 @@ from crystalframer_jax.data.datasets import open_dataset
 from crystalframer_jax.text import table
 
 CONFIG = "configs/finetune.py"
-FROM_SCRATCH = {"pretrained_model": "", "lr": 3e-3}  # the recommended recipe
+FROM_SCRATCH = {"pretrained_model": ""}
 
 
 class Case(NamedTuple):
