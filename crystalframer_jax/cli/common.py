@@ -7,12 +7,13 @@ import logging
 import os
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from crystalframer_jax.errors import UserError
 from crystalframer_jax.text import escaped
 
 PIPE_CLOSED = 141  # the exit status of a command that SIGPIPE ends
+MANY = 100  # crystals: work on more of them shows a bar
 
 
 @contextlib.contextmanager
@@ -54,3 +55,14 @@ def _told(error: Exception) -> str:
 def parsed(parser: ArgumentParser, argv: Sequence[str] | None) -> Namespace:
     """Parses a command line, None for that of this process."""
     return parser.parse_args(argv)
+
+
+def tell(errors: Iterable[str]) -> None:
+    """Prints what could not be used, a line for each."""
+    for error in errors:
+        print(f"error: {escaped(' '.join(error.split()))}", file=sys.stderr)
+
+
+def shows_progress(crystals: int) -> bool:
+    """Tells whether work on so many crystals shows a bar."""
+    return crystals > MANY and sys.stderr.isatty()

@@ -10,16 +10,16 @@ import numpy as np
 from pymatgen.core import Element
 
 from crystalframer_jax.batching.table import table_of
-from crystalframer_jax.cli.common import reporting_errors
+from crystalframer_jax.cli.common import reporting_errors, shows_progress, tell
 from crystalframer_jax.cli.inputs import read_all
-from crystalframer_jax.cli.predict import MANY, model_of
+from crystalframer_jax.cli.predict import model_of
 from crystalframer_jax.config import ConfigError
 from crystalframer_jax.data.datasets import open_dataset, target_names
 from crystalframer_jax.files import FileError, check_replaceable, open_regular, replacing, write_csv
 from crystalframer_jax.inference.embedding import Vectors, nearest
 from crystalframer_jax.inference.predictor import Predictor
 from crystalframer_jax.structures.crystal import Crystal
-from crystalframer_jax.text import escaped, table
+from crystalframer_jax.text import table
 
 
 class Known(NamedTuple):
@@ -43,20 +43,15 @@ def run(arguments: argparse.Namespace) -> int:
         )
     read, errors = read_all(arguments.files, [model.cutoff])
     crystals = [found.crystal for found in read]
-    for error in errors:
-        print(f"error: {escaped(' '.join(error.split()))}", file=sys.stderr)
+    tell(errors)
     if crystals:
-        vectors = model.embed_table(table_of(crystals, model.cutoff), _shows_progress(len(crystals)))
+        vectors = model.embed_table(table_of(crystals, model.cutoff), shows_progress(len(crystals)))
         if arguments.nearest:
             print(nearest_table(crystals, vectors.crystals, known_vectors(model, arguments), arguments.nearest))
         if arguments.output:
             write_vectors(arguments.output.expanduser(), crystals, vectors, arguments.atoms)
             print(f"wrote {arguments.output}: {len(crystals):,} crystals, {vectors.crystals.shape[1]} features")
     return 1 if errors else 0
-
-
-def _shows_progress(number: int) -> bool:
-    return number > MANY and sys.stderr.isatty()
 
 
 def known_vectors(model: Predictor, arguments: argparse.Namespace) -> Known:
@@ -71,7 +66,7 @@ def known_vectors(model: Predictor, arguments: argparse.Namespace) -> Known:
     dataset = open_dataset(among, target_names(among, arguments.data_dir)[:1], model.cutoff, arguments.data_dir)
     rows = len(dataset.table)
     print(f"embedding the {rows:,} crystals of {among}; --output and --among=FILE.npz spare that", file=sys.stderr)
-    return Known(dataset.table.ids, model.embed_table(dataset.table, _shows_progress(rows)).crystals)
+    return Known(dataset.table.ids, model.embed_table(dataset.table, shows_progress(rows)).crystals)
 
 
 def nearest_table(crystals: list[Crystal], vectors: np.ndarray, known: Known, number: int) -> str:

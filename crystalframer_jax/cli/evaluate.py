@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 from crystalframer_jax.batching.table import table_of
 from crystalframer_jax.batching.targets import TargetStatistics, check_transform
 from crystalframer_jax.cli.arguments import DEFAULT_MODEL, evaluate_parser
-from crystalframer_jax.cli.common import parsed, reporting_errors
+from crystalframer_jax.cli.common import parsed, reporting_errors, tell
 from crystalframer_jax.cli.inputs import read_all
 from crystalframer_jax.cli.predict import label_fields, model_of
 from crystalframer_jax.config import ConfigError
@@ -32,7 +31,7 @@ from crystalframer_jax.reporting.metrics import mean_predictor_errors, metrics_f
 from crystalframer_jax.reporting.predictions import figure_files, plot_calibration, plot_predictions, write_predictions
 from crystalframer_jax.reporting.suspects import suspect_labels, write_suspects
 from crystalframer_jax.runs.run_directory import warn
-from crystalframer_jax.text import escaped, table
+from crystalframer_jax.text import table
 
 NO_LABEL = "-"  # in place of a field, for a target without labels
 
@@ -79,8 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.plot_elements:
         for file in plot_elements(arguments.plot_elements, model, dataset, arguments.split, predictions):
             print(f"wrote {file}")
-    for error in given_errors:
-        print(f"error: {escaped(' '.join(error.split()))}", file=sys.stderr)
+    tell(given_errors)
     return 1 if given_errors else 0
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from crystalframer_jax.cli.arguments import DEFAULT_MODEL, predict_parser
-from crystalframer_jax.cli.common import parsed, reporting_errors
+from crystalframer_jax.cli.common import parsed, reporting_errors, shows_progress, tell
 from crystalframer_jax.cli.inputs import Read, read_all
 from crystalframer_jax.config import ConfigError
 from crystalframer_jax.files import check_replaceable, json_text, write_csv, write_json
@@ -25,7 +25,6 @@ from crystalframer_jax.reporting.metrics import metrics_for, target_metrics
 from crystalframer_jax.text import csv_cell, escaped, table, with_unit
 
 STDOUT = Path("-")
-MANY = 100  # crystals: predicting more of them shows a bar
 
 
 class Answer(NamedTuple):
@@ -61,8 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     answer = predict(model, found, arguments.num_frame_samples, errors)
     if found and not to_stdout:
         print(table(*rows_of(answer)))
-    for error in answer.errors:
-        print(f"error: {escaped(' '.join(error.split()))}", file=sys.stderr)
+    tell(answer.errors)
     if answer.has_labels:
         print(f"\n{errors_text(answer)}", file=sys.stderr if to_stdout else sys.stdout)
     if found and arguments.output:
@@ -99,7 +97,7 @@ def predict(model: Predictor | Ensemble, found: list[Read], samples: int | None,
     for file, group in itertools.groupby(found, lambda read: read.file):
         if told := summary([(escaped(read.crystal.id.removeprefix(file)), read.warnings) for read in group]):
             print(f"warning: {escaped(file)}: {told}", file=sys.stderr)
-    progress = len(crystals) > MANY and sys.stderr.isatty()
+    progress = shows_progress(len(crystals))
     with warnings.catch_warnings(action="ignore", category=PredictionWarning):  # they are told
         predictions = model.predict_with_spread(crystals, samples, progress)
     finite = np.isfinite(predictions.value).all(axis=1)

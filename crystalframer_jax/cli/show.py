@@ -14,8 +14,7 @@ from crystalframer_jax.reporting.plots import validation_curves, write
 from crystalframer_jax.reporting.view_figures import attention_figure, frames_figure, symbol_of
 from crystalframer_jax.reporting.view_page import write_frames_page
 from crystalframer_jax.runs.run_directory import read_config
-from crystalframer_jax.structures.crystal import Crystal, CrystalError
-from crystalframer_jax.structures.files import read_crystals
+from crystalframer_jax.structures.files import only_crystal
 from crystalframer_jax.text import escaped
 from crystalframer_jax.training.logging import read_metrics
 
@@ -46,7 +45,7 @@ def run_attention(arguments: argparse.Namespace) -> int:
 @reporting_errors()
 def run_crystal(arguments: argparse.Namespace) -> int:
     """Draws a crystal."""
-    file, crystal = _output(arguments), _only(arguments.file)
+    file, crystal = _output(arguments), only_crystal(arguments.file)
     write(crystal_figure(crystal, f"{Path(arguments.file).name}: {crystal.formula}", arguments.dark), file)
     return _told(file)
 
@@ -66,7 +65,7 @@ def run_runs(arguments: argparse.Namespace) -> int:
 
 def _seen(arguments: argparse.Namespace) -> tuple[View, str]:
     """Looks at the atom that is asked for, and tells in a line what that is; of an ensemble by its first model."""
-    crystal, model = _only(arguments.file), model_of(arguments)
+    crystal, model = only_crystal(arguments.file), model_of(arguments)
     predictor = model.members[0] if isinstance(model, Ensemble) else model
     block = arguments.block if arguments.block != -1 else predictor.config.num_layers - 1
     found = views(predictor, crystal, block)
@@ -78,14 +77,6 @@ def _seen(arguments: argparse.Namespace) -> tuple[View, str]:
         raise ConfigError(f"--head={head}: the model has heads 0 to {heads - 1}")
     element = symbol_of(view.species[-1])
     return view, f"{escaped(Path(arguments.file).name)}: atom {arguments.atom}, {element}, block {block}"
-
-
-def _only(file: str) -> Crystal:
-    """Reads the only crystal of a file."""
-    crystals = read_crystals(file)
-    if len(crystals) != 1:
-        raise CrystalError(f"{file}: {len(crystals)} structures; give one of them")
-    return crystals[0]
 
 
 def _output(arguments: argparse.Namespace) -> Path:

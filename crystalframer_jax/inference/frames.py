@@ -13,8 +13,7 @@ from crystalframer_jax.config.hyperparameters import LARGEST_CUTOFF
 from crystalframer_jax.model.frames import block_frames
 from crystalframer_jax.ops.frames import METHODS, Attention
 from crystalframer_jax.ops.random_bits import keys_by_place, row_seeds
-from crystalframer_jax.structures.crystal import CrystalError
-from crystalframer_jax.structures.files import as_crystals
+from crystalframer_jax.structures.files import only_crystal
 
 _compiled = jax.jit(block_frames, static_argnums=(0, 5))
 _unpacked = jax.jit(unpacked)
@@ -55,10 +54,7 @@ def compute_frames(
         raise ConfigError(f"cutoff_radius={cutoff_radius!r} must be a positive number of Å, at most {LARGEST_CUTOFF:g}")
     if not tie_tolerance >= 0:
         raise ConfigError(f"tie_tolerance={tie_tolerance!r} must not be negative")
-    crystals = as_crystals(structure)
-    if len(crystals) != 1:
-        raise CrystalError(f"{structure}: {len(crystals)} structures; give one of them")
-    crystal = crystals[0]
+    crystal = only_crystal(structure)
     tells_species = q is None and k is None
     q, k, a = _weights(crystal.num_atoms, q, k, a)
     seen_k = np.broadcast_to(crystal.species[:, None, None] / 98, k.shape)

@@ -14,8 +14,7 @@ from crystalframer_jax.inference.forward import working_precision
 from crystalframer_jax.inference.predictor import Predictor
 from crystalframer_jax.model.regressor import CrystalFramer
 from crystalframer_jax.parallel.devices import Tree
-from crystalframer_jax.structures.crystal import CrystalError
-from crystalframer_jax.structures.files import as_crystals
+from crystalframer_jax.structures.files import only_crystal
 
 
 class View(NamedTuple):
@@ -45,10 +44,7 @@ def views(predictor: Predictor, structure: Any, block: int) -> list[View]:
         raise ConfigError(
             f"block {block} attends in reciprocal space (domain={config.domain!r}), so no weight is that of a neighbor"
         )
-    crystals = as_crystals(structure)
-    if len(crystals) != 1:
-        raise CrystalError(f"{structure}: {len(crystals)} structures; give one of them")
-    table, first = table_of(crystals, predictor.cutoff), np.array([0])
+    table, first = table_of([only_crystal(structure)], predictor.cutoff), np.array([0])
     (shape,) = request_shapes(table, [first], predictor.parts)
     batch, places = pack(table, first, shape), Layout(table, first, shape).place
     with working_precision(predictor.config):

@@ -59,6 +59,14 @@ def as_crystals(item: Crystal | Structure | Atoms | str | os.PathLike[str]) -> l
     raise CrystalError(f"cannot make a crystal of {type(item).__name__!r}; pass {kinds}")
 
 
+def only_crystal(item: Crystal | Structure | Atoms | str | os.PathLike[str]) -> Crystal:
+    """Makes the crystal of what `as_crystals` takes; CrystalError if a file holds none or several."""
+    crystals = as_crystals(item)
+    if len(crystals) != 1:
+        raise CrystalError(f"{item}: {len(crystals)} structures; give one of them")
+    return crystals[0]
+
+
 def read_crystals(path: str | os.PathLike[str]) -> list[Crystal]:
     """Reads all crystals of a structure file, see `ACCEPTED_FILES`, in the order of the file.
 
