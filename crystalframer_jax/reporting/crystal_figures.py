@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 from matplotlib.figure import Figure
 
-from crystalframer_jax.reporting.plots import COLUMN
-from crystalframer_jax.reporting.view_figures import draw_sphere, element_marks, screen, styled
+from crystalframer_jax.reporting.plots import COLUMN, style
+from crystalframer_jax.reporting.view_figures import draw_sphere, element_marks, screen
 from crystalframer_jax.structures.bonds import covalent_radii
 from crystalframer_jax.structures.crystal import Crystal
 
@@ -30,7 +30,7 @@ def crystal_figure(crystal: Crystal, title: str, dark: bool = False) -> Figure:
     depths = np.array([corner[2] for corner in corners.values()])
     middle, half = (depths.max() + depths.min()) / 2, max((depths.max() - depths.min()) / 2, 1e-9)
     radii = covalent_radii()
-    with styled(dark):
+    with style(dark):
         figure = Figure(figsize=(COLUMN, COLUMN), layout="constrained")
         axes = figure.subplots()
         for place, number in zip(places, numbers, strict=True):

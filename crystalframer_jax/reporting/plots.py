@@ -4,7 +4,6 @@ Sizes are those of a column of a journal, so that figures are included without s
 300 dots per inch, and colours that colour-blind readers can tell apart (Okabe and Ito).
 """
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -51,13 +50,20 @@ STYLE: Any = {
     "ytick.minor.width": 0.4,
     "text.parse_math": False,  # names of targets are shown as they are
 }
+DARK: Any = {
+    "figure.facecolor": "#1b1e23",
+    "axes.facecolor": "#1b1e23",
+    "savefig.facecolor": "#1b1e23",
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), "#e6e6e6"),
+}
 
 SCATTER_POINTS = 1500  # more crystals than this are shown by their density
 MAX_BINS, POINTS_PER_BIN = 10, 20  # of a reliability diagram
 
 
-# Matplotlib's own defaults and STYLE, whatever the settings of the user; they come back afterwards.
-style = functools.partial(matplotlib.style.context, STYLE, after_reset=True)
+def style(dark: bool = False) -> Any:
+    """Matplotlib's own defaults and STYLE, DARK if wanted, whatever the user's settings; these come back afterwards."""
+    return matplotlib.style.context(STYLE | (DARK if dark else {}), after_reset=True)
 
 
 @style()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib.style
+import matplotlib
 import numpy as np
 import pymatgen.core
 from matplotlib.axes import Axes
@@ -16,22 +16,11 @@ from matplotlib.patches import Circle
 from monty.serialization import loadfn
 from pymatgen.core import Element
 
-from crystalframer_jax.reporting.plots import BLUE, COLUMN, GREEN, STYLE, VERMILION
+from crystalframer_jax.reporting.plots import BLUE, COLUMN, GREEN, VERMILION, style
 
 AXES = (VERMILION, GREEN, BLUE)  # colours of e1, e2, e3
 CAMERA = (0.62, -0.70, 0.35)  # direction from which the atom is seen, in the frame of the file
 SHOWN = 0.99  # of the attention weight: neighbors beyond are left out
-DARK: Any = {
-    "figure.facecolor": "#1b1e23",
-    "axes.facecolor": "#1b1e23",
-    "savefig.facecolor": "#1b1e23",
-    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), "#e6e6e6"),
-}
-
-
-def styled(dark: bool = False) -> Any:
-    """The style of all figures, on a dark ground if wanted."""
-    return matplotlib.style.context(STYLE | (DARK if dark else {}), after_reset=True)
 
 
 @functools.cache
@@ -64,7 +53,7 @@ def frames_figure(view: Any, heads: Sequence[int], title: str, dark: bool = Fals
     columns = min(4, len(heads))
     rows = math.ceil(len(heads) / columns)
     side = COLUMN if len(heads) == 1 else 2 * COLUMN / columns
-    with styled(dark):
+    with style(dark):
         figure = Figure(figsize=(side * columns, side * rows + 0.55), layout="constrained")
         panels = figure.subplots(rows, columns, squeeze=False)
         for axes in panels.flat[len(heads) :]:
@@ -131,7 +120,7 @@ def element_marks(species: np.ndarray) -> list[Line2D]:
 def attention_figure(view: Any, title: str, dark: bool = False) -> Figure:
     """Draws the attention weights of every head against the distance of the neighbors, those of a shell summed."""
     heads = len(view.weights)
-    with styled(dark):
+    with style(dark):
         figure = Figure(figsize=(COLUMN, 2.5), layout="constrained")
         axes = figure.subplots()
         distance = np.round(np.linalg.norm(view.vectors, axis=1), 3)

@@ -12,7 +12,8 @@ from tiny import tiny_config
 from crystalframer_jax.config import ConfigError, validate
 from crystalframer_jax.inference.predictor import Predictor
 from crystalframer_jax.inference.views import views
-from crystalframer_jax.reporting.view_figures import attention_figure, frames_figure, shown_neighbors, styled
+from crystalframer_jax.reporting.plots import style
+from crystalframer_jax.reporting.view_figures import attention_figure, frames_figure, shown_neighbors
 from crystalframer_jax.reporting.view_page import write_frames_page
 from crystalframer_jax.structures.crystal import CrystalError
 
@@ -103,7 +104,7 @@ def test_neighbors_are_left_out_together_with_those_that_are_equal():
 def ink(figure, dark):
     """The share of pixels that are not the ground, and how bright that is."""
     file = io.BytesIO()
-    with styled(dark):
+    with style(dark):
         figure.savefig(file, format="png", dpi=60)
     file.seek(0)
     pixels = matplotlib.image.imread(file)[..., :3]
