@@ -169,7 +169,8 @@ class Checkpoints:
 
     def last(self) -> int | None:
         """Gives the newest finished step, if any; a reader gets CheckpointError if there are only unfinished ones."""
-        finished, steps = self._finished(), steps_in(self.folder)
+        steps = steps_in(self.folder)  # read once: a training may put another in their place meanwhile
+        finished = self._finished(steps)
         if steps and not finished and not self.writable:
             self._verify(steps[-1])
         return max(finished, default=None)
@@ -337,8 +338,9 @@ class Checkpoints:
             line = f"warning: checkpoint {self.path(step)} cannot be used: {wrong}; moved to {target}; {then}"
             tqdm.write(line, file=sys.stderr)
 
-    def _finished(self) -> list[int]:
-        return [step for step in steps_in(self.folder) if (self.path(step) / checksums.NAME).is_file()]
+    def _finished(self, steps: list[int] | None = None) -> list[int]:
+        steps = steps_in(self.folder) if steps is None else steps
+        return [step for step in steps if (self.path(step) / checksums.NAME).is_file()]
 
     def path(self, step: int) -> Path:
         """Gives the folder of a step."""
@@ -373,9 +375,12 @@ def _items(state: Tree) -> dict[str, dict[str, Tree]]:
 
 
 def steps_in(folder: Path) -> list[int]:
-    """Lists the steps that have a folder there, in ascending order."""
-    paths = folder.iterdir() if folder.is_dir() else ()  # not glob, which takes a folder it may not list for empty
-    return sorted(int(path.name) for path in paths if re.fullmatch("0|[1-9][0-9]*", path.name) and path.is_dir())
+    """Lists the steps that have a folder there, in ascending order; also one that is deleted while they are listed."""
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:  # not glob, which takes a folder it may not list for empty
+        names = [entry.name for entry in entries if entry.is_dir()]  # as the list says, without another look
+    return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
 
 
 def _reason(error: Exception) -> str:
