@@ -1,16 +1,17 @@
 """How much predictions depend on how a crystal is written down: its atoms in another order, another cell, a supercell.
 
-python scripts/check_descriptions.py RUN [--target_set=mp_flla_2015] [--data_dir=DIR] [--crystals=400] [--most_atoms=25]
+python scripts/check_descriptions.py RUN [--target_set=mp_flla_2015] [--data_dir=DIR] [--crystals=400]
+    [--most_atoms=25] [--precision=float32]
 """
 
 import argparse
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 from scipy.spatial.transform import Rotation
 
+from crystalframer_jax.cli.arguments import PRECISIONS
 from crystalframer_jax.cli.common import reporting_errors
 from crystalframer_jax.data.datasets import folder_of
 from crystalframer_jax.data.store import crystal_at, read_set
@@ -84,15 +85,16 @@ DESCRIPTIONS: dict[str, Description] = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Predicts crystals in all descriptions and prints how far the predictions move."""
     parser = argparse.ArgumentParser("check_descriptions.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("run", metavar="RUN", help="run directory")
+    parser.add_argument("run", metavar="RUN", help="run directory, or a model of the package")
     parser.add_argument(
         "--target_set", default="mp_flla_2015", metavar="NAME", help="prepared target set of the crystals"
     )
     parser.add_argument("--data_dir", default="", metavar="DIR")
     parser.add_argument("--crystals", type=int, default=400, metavar="N", help="how many, drawn at random")
     parser.add_argument("--most_atoms", type=int, default=25, metavar="N", help="of a crystal")
+    parser.add_argument("--precision", choices=PRECISIONS, help="to predict with; default: float64 on a CPU")
     arguments = parser.parse_args(argv)
-    model = load_model(Path(arguments.run))
+    model = load_model(arguments.run, precision=arguments.precision)
     found = read_set(folder_of(arguments.target_set, arguments.data_dir))
     if found is None:
         raise UserError(f"{arguments.target_set} is not prepared; run scripts/prepare_data.py")
@@ -110,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             share = np.mean(moved[:, t] > 1e-3)
             found_here = unit * np.array([moved[:, t].mean(), np.percentile(moved[:, t], 99), moved[:, t].max()])
             name = f"m{s.unit}" if unit > 1 else s.unit
-            lines.append([title, s.name, name or None, f"{share:.1%}", *(f"{x:.4f}" for x in found_here)])
+            lines.append([title, s.name, name or None, f"{share:.1%}", *(f"{x:.2g}" for x in found_here)])
     print(table([f"{len(crystals)} crystals", "target", "unit", "moved by 0.001", "mean", "99 %", "largest"], lines, 3))
 
 

@@ -18,7 +18,7 @@ from crystalframer_jax.batching.table import make_table
 from crystalframer_jax.config import NO_PARTS, BatchParts, ModelConfig, validate
 from crystalframer_jax.configs import default
 from crystalframer_jax.model.regressor import CrystalFramer
-from crystalframer_jax.parallel.devices import FOR_CPU
+from crystalframer_jax.parallel.devices import TO_RUN_OFTEN
 from crystalframer_jax.structures.crystal import Crystal
 from crystalframer_jax.structures.neighbors import LatticeBox, neighbor_rows
 
@@ -30,7 +30,7 @@ BUNDLED = Path(crystalframer_jax.__file__).parent / "data" / "bundled" / "mp_fll
 # Programs
 
 AS_USERS_DO = {  # options of jax.jit that undo the haste of conftest.py
-    **FOR_CPU,
+    **TO_RUN_OFTEN,
     "xla_llvm_disable_expensive_passes": False,
     "xla_backend_extra_options": "",
 }

@@ -12,6 +12,7 @@ from crystalframer_jax.text import escaped
 
 DEFAULT_MODEL = "mp-2018"  # of the package
 WEIGHTS = ("best", "last", "swa", "ema")
+PRECISIONS = ("float32", "float64")
 WEIGHTS_HELP = "default: those that the finished run selected by validation error, else best"
 MODEL_HELP = """run directory, of one model or of an ensemble, a checkpoint (RUN/checkpoints/STEP), or a model of the
     package by name"""
@@ -63,6 +64,8 @@ def model_parser(prog: str, description: str, examples: str = "", model_first: b
     parser.add_argument("--weights", choices=WEIGHTS, help=WEIGHTS_HELP)
     samples_help = "average K draws among equally good frames and show their spread; default: as configured for the run"
     parser.add_argument("--num_frame_samples", type=int, metavar="K", help=samples_help)
+    precision_help = "to compute with; default: float64 on a CPU, on a GPU that of the training, twice as fast"
+    parser.add_argument("--precision", choices=PRECISIONS, help=precision_help)
     return parser
 
 

@@ -75,7 +75,7 @@ def model_of(arguments: argparse.Namespace) -> Predictor | Ensemble:
     if not arguments.model:
         line = f"model {DEFAULT_MODEL}, as none is named by --model: {card_line(DEFAULT_MODEL)}"
         print(line, file=sys.stderr, flush=True)
-    return load_model(arguments.model or DEFAULT_MODEL, arguments.weights)
+    return load_model(arguments.model or DEFAULT_MODEL, arguments.weights, arguments.precision)
 
 
 def label_fields(model: Predictor | Ensemble, given: tuple[str, ...]) -> tuple[str, ...]:

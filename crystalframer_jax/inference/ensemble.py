@@ -12,7 +12,8 @@ from crystalframer_jax.config import ConfigError
 from crystalframer_jax.data.splits import SPLITS
 from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.inference.evaluation import Predictions
-from crystalframer_jax.inference.predictor import Predictor, predict_usable
+from crystalframer_jax.inference.given import predict_usable
+from crystalframer_jax.inference.predictor import Predictor
 from crystalframer_jax.reporting import metrics
 from crystalframer_jax.reporting.predictions import plot_calibration, reporting, write_split
 from crystalframer_jax.reporting.suspects import SUSPECTS_FILE, suspect_labels, write_suspects
@@ -51,8 +52,8 @@ class Ensemble:
         self.origin = of_folder if folder else f"ensemble of {self.spread_over()}"
 
     @classmethod
-    def load(cls, run_dir: str | Path, weights: str | None = None) -> "Ensemble":
-        """Loads the ensemble of a run directory with member_0, member_1, ...; `weights` as for `Predictor.load`.
+    def load(cls, run_dir: str | Path, weights: str | None = None, precision: str | None = None) -> "Ensemble":
+        """Loads the ensemble of a run directory with member_0, member_1, ...; the rest as for `Predictor.load`.
 
         Raises CheckpointError, naming it, for a member that is missing or not trained to its end.
         """
@@ -63,7 +64,7 @@ class Ensemble:
                 raise CheckpointError(
                     f"{folder / name} is not trained to its end; the training command of the ensemble continues it"
                 )
-        return cls([Predictor.load(folder / name, weights) for name in names], names, folder)
+        return cls([Predictor.load(folder / name, weights, precision) for name in names], names, folder)
 
     card = ""  # as of a `Predictor` that does not come with the package
 
@@ -152,9 +153,9 @@ def _members(folder: Path) -> list[int]:
     return [int(match[1]) for match in matches if match]
 
 
-def load_model(run_dir: str | Path, weights: str | None = None) -> Predictor | Ensemble:
+def load_model(run_dir: str | Path, weights: str | None = None, precision: str | None = None) -> Predictor | Ensemble:
     """Loads the ensemble or the single model of a run directory, or the model of RUN/checkpoints/STEP."""
-    return (Ensemble if is_ensemble(Path(run_dir).expanduser()) else Predictor).load(run_dir, weights)
+    return (Ensemble if is_ensemble(Path(run_dir).expanduser()) else Predictor).load(run_dir, weights, precision)
 
 
 # Evaluation

@@ -2,14 +2,13 @@
 
 import dataclasses
 import functools
-import os
 import re
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
@@ -18,14 +17,13 @@ from crystalframer_jax.batching.coverage import Coverage
 from crystalframer_jax.batching.shapes import BatchShape, request_shapes
 from crystalframer_jax.batching.table import CrystalTable, table_of
 from crystalframer_jax.batching.targets import TargetStatistics
-from crystalframer_jax.config import BatchParts, ModelConfig, TrainConfig
-from crystalframer_jax.data.custom.source import structures_in
+from crystalframer_jax.config import BatchParts, ConfigError, ModelConfig, TrainConfig
 from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.inference.compilation import keep_compiled_programs
-from crystalframer_jax.inference.doubts import PredictionWarning, doubts, summary
 from crystalframer_jax.inference.embedding import Vectors, vectors_of
 from crystalframer_jax.inference.evaluation import Predictions, frame_draws, groups_by_atoms, groups_of, predict_rows
 from crystalframer_jax.inference.forward import Forward, make_forward, working_precision
+from crystalframer_jax.inference.given import crystals_of, predict_usable
 from crystalframer_jax.inference.shipped import is_model_name, read_model
 from crystalframer_jax.model.regressor import CrystalFramer
 from crystalframer_jax.parallel.cores import use_cores
@@ -34,11 +32,11 @@ from crystalframer_jax.runs.checkpoints import FOLDER, MODEL_FIELDS, CheckpointE
 from crystalframer_jax.runs.metadata import checked
 from crystalframer_jax.runs.run_directory import CONFIG_FILE, read_config, read_summary, warn
 from crystalframer_jax.structures.crystal import Crystal, CrystalError
-from crystalframer_jax.structures.files import as_crystals
-from crystalframer_jax.text import brief, escaped
+from crystalframer_jax.text import brief
 
 AVERAGES = {"swa": "swa_epochs", "ema": "ema_decay"}  # averaged weights, and what switches them on
 WEIGHTS = ("best", "last", *AVERAGES)
+PRECISIONS = ("float32", "float64")  # to predict with
 
 
 class Predictor:
@@ -55,6 +53,9 @@ class Predictor:
       coverage: what these data held; None if that is not told.
       name: of a model of the package; empty for others.
       card: what there is to know about it, text.
+      precision: that it computes with. Models of float32 predict in float64 on a CPU: how a crystal is written down
+        then makes no difference, and reading files takes longer than predicting all the same.
+      model: hyperparameters of the model, of this precision.
     """
 
     name, card = "", ""
@@ -69,30 +70,35 @@ class Predictor:
         origin: str = "given parameters",
         data_digest: str = "",
         coverage: Coverage | None = None,
+        precision: str | None = None,
     ):
+        """Raises ConfigError for a precision that is none of PRECISIONS."""
         self.config, self.variables, self.targets = config, variables, targets
         self.weights, self.step, self.origin, self.data_digest = weights, step, origin, data_digest
         self.coverage, self.cutoff = coverage, config.cutoff
-        self.parts = config.model.parts
+        self.precision = _precision(config.precision, precision)
+        self.model = dataclasses.replace(config.model, precision=self.precision)
+        self.parts = self.model.parts
         self.devices = Devices.of_this_process()
         keep_compiled_programs()
 
     @classmethod
-    def load(cls, run_dir: str | Path, weights: str | None = None) -> "Predictor":
+    def load(cls, run_dir: str | Path, weights: str | None = None, precision: str | None = None) -> "Predictor":
         """Loads the model of a run directory, of one of its checkpoints (RUN/checkpoints/STEP), or of the package.
 
         Models of the package are asked for by name, see `shipped.model_names`; a directory of that name comes first.
 
         `weights`: "best" (smallest validation loss), "last", "swa" (average over the last epochs) or "ema" (exponential
         moving average). Without it, those that the finished run selected by validation loss, or the best so far.
+        `precision` to compute with: one of PRECISIONS; without it float64 on a CPU, on a GPU that of the training.
 
-        Raises CheckpointError if there is no such model.
+        Raises CheckpointError if there is no such model, ConfigError for an unknown precision.
         """
         use_cores()
         if is_model_name(run_dir):
             if weights:
                 raise CheckpointError(f"{run_dir} has one set of weights; leave weights={weights!r} out")
-            return cls._of_package(str(run_dir))
+            return cls._of_package(str(run_dir), precision)
         workdir, step = run_and_step(run_dir)
         if step is not None and weights == "best":
             raise CheckpointError(
@@ -112,29 +118,42 @@ class Predictor:
             fields = checkpoints.restore_model(step, _abstract_model(config))
         _check_average(weights, fields, config, workdir, step)
         origin = f"{weights} weights of {workdir}, step {step}"
-        return cls._as_told(config, variables_in(fields, weights), meta, weights, step, origin)
+        return cls._as_told(config, variables_in(fields, weights), meta, weights, step, origin, precision)
 
     @classmethod
-    def _of_package(cls, name: str) -> "Predictor":
+    def _of_package(cls, name: str, precision: str | None) -> "Predictor":
         """Loads a model that comes with the package."""
         config, variables, meta, card, _ = read_model(name)
         expected = jax.tree.map(lambda x: x.shape, {k: v for k, v in _abstract_model(config).items() if k in variables})
         if jax.tree.map(np.shape, variables) != expected:
             raise CheckpointError(f"{name} is of another model than its configuration; install the package again")
         origin = f"the model {name} of the package"
-        predictor = cls._as_told(config, variables, meta, "given", meta.get("step", 0), origin)
+        predictor = cls._as_told(config, variables, meta, "given", meta.get("step", 0), origin, precision)
         predictor.name, predictor.card = name, card
         return predictor
 
     @classmethod
     def _as_told(
-        cls, config: TrainConfig, variables: Tree, meta: dict[str, Any], weights: str, step: int, origin: str
+        cls,
+        config: TrainConfig,
+        variables: Tree,
+        meta: dict[str, Any],
+        weights: str,
+        step: int,
+        origin: str,
+        precision: str | None,
     ) -> "Predictor":
         """Makes one with what the meta data of a checkpoint tell of targets and training data."""
         targets = tuple(TargetStatistics(**target) for target in meta["targets"])
         digest = meta.get("data", {}).get("digest", "")
         coverage = Coverage.from_json(meta["training_set"]) if "training_set" in meta else None
-        return cls(config, variables, targets, weights, step, origin, digest, coverage)
+        return cls(config, variables, targets, weights, step, origin, digest, coverage, precision)
+
+    @functools.cached_property
+    def weights_at_work(self) -> Tree:
+        """The variables in the precision that it computes with."""
+        with working_precision(self.model):
+            return jax.tree.map(lambda x: jnp.asarray(x, self.model.dtype), self.variables)
 
     def predict(
         self,
@@ -170,14 +189,14 @@ class Predictor:
     ) -> Predictions:
         """Predicts all rows of a table with this predictor's cutoff, with a progress bar if wanted.
 
-        One device is enough if it can take all crystals at once.
+        One device is enough if it can take all crystals at once, and their program is compiled in haste.
         """
         groups, devices = groups_by_atoms(table), ONE_DEVICE
         if len(groups) > 1:
             groups, devices = groups_by_atoms(table, self.devices.count), self.devices
         shapes = request_shapes(table, groups, self.parts, devices.count)
         shown = tqdm(groups, desc=title, unit=" batches", disable=not progress)
-        return self.predict_table(table, shown, shapes, num_frame_samples, devices)
+        return self.predict_table(table, shown, shapes, num_frame_samples, devices, len(groups) > 1)
 
     def predict_dataset(self, dataset: Dataset, rows: np.ndarray, num_frame_samples: int | None = None) -> Predictions:
         """Predicts rows of a data set with this predictor's cutoff, in batches as in training."""
@@ -194,16 +213,17 @@ class Predictor:
         shapes: Sequence[BatchShape] | BatchParts,
         num_frame_samples: int | None = None,
         devices: Devices | None = None,
+        runs_often: bool = True,
     ) -> Predictions:
         """Predicts groups of rows of a table whose neighbor rows have this predictor's cutoff.
 
-        Each group is shared by all `devices` (default: those of the predictor).
+        Each group is shared by all `devices` (default: those of the predictor); `runs_often`: see `make_forward`.
         """
         devices = devices or self.devices
-        with working_precision(self.config):
+        with working_precision(self.model):
             return predict_rows(
-                _forward_of(self.config.model, devices),
-                self.variables,
+                _forward_of(self.model, devices, runs_often),
+                self.weights_at_work,
                 table,
                 groups,
                 self.targets,
@@ -237,8 +257,8 @@ class Predictor:
         groups = groups_by_atoms(table)
         shapes = request_shapes(table, groups, self.parts, 1)
         shown = tqdm(groups, desc="embedding", unit=" batches", disable=not progress)
-        with working_precision(self.config):
-            return vectors_of(self.config.model, self.variables, table, shown, shapes)
+        with working_precision(self.model):
+            return vectors_of(self.model, self.weights_at_work, table, shown, shapes)
 
     def spread_over(self, num_frame_samples: int | None = None) -> str:
         """Tells what the spread of predictions is over, such as "16 draws"; empty without draws, where it is 0."""
@@ -246,66 +266,19 @@ class Predictor:
         return f"{draws} draws" if draws > 1 else ""
 
 
-def predict_usable(
-    model: Any, structures: Iterable[Any] | Any, predict: Callable[[list[Crystal]], Predictions]
-) -> Predictions:
-    """Predicts what `Predictor.predict` takes, NaN for an unusable structure among others of its file; warns of it."""
-    found = crystals_of(structures)
-    is_usable = np.array([isinstance(item, Crystal) for item in found], bool)
-    crystals = [item for item in found if isinstance(item, Crystal)]
-    for error in found:
-        if isinstance(error, CrystalError):
-            warnings.warn(f"{error}; its predictions are NaN", stacklevel=4)
-    names = [escaped(crystal.id) or f"#{number}" for number, crystal in enumerate(crystals, 1)]
-    if told := summary([(name, doubts(model, crystal)) for name, crystal in zip(names, crystals, strict=True)]):
-        name = f"{escaped(crystals[0].id)}: " if len(crystals) == 1 and crystals[0].id else ""
-        warnings.warn(name + told, PredictionWarning, stacklevel=4)
-    predictions = predict(crystals)
-    if is_usable.all():
-        return predictions
-    filled = np.full((2, len(found), len(model.targets)), np.nan)
-    filled[:, is_usable] = predictions
-    return Predictions(*filled)
-
-
-def crystals_of(structures: Iterable[Any] | Any) -> list[Crystal | CrystalError]:
-    """Reads the crystals of what `Predictor.predict` takes: one structure or path of a file, or several.
-
-    In place of an unusable one among others of its file stands its error.
-    """
-    is_one = (
-        _is_path(structures)
-        or isinstance(structures, Crystal)
-        or any(
-            hasattr(structures, name)
-            for name in ("lattice", "cell", "species_and_occu")  # pymatgen, ASE
-        )
-    )
-    items: Iterable[Any] = [structures] if is_one else structures
-    return [crystal for item in items for crystal in (_in_file(item) if _is_path(item) else as_crystals(item))]
-
-
-def _is_path(item: Any) -> bool:
-    return isinstance(item, str | os.PathLike)
-
-
-def _in_file(path: str | os.PathLike[str]) -> list[Crystal | CrystalError]:
-    found: list[Crystal | CrystalError] = []
-    for make in structures_in(path):
-        try:
-            found.append(make())
-        except CrystalError as error:
-            found.append(error)
-    errors = [item for item in found if isinstance(item, CrystalError)]
-    if errors and len(errors) == len(found):
-        raise errors[0]
-    return found
-
-
 @functools.lru_cache(maxsize=8)
-def _forward_of(model: ModelConfig, devices: Devices) -> Forward:
+def _forward_of(model: ModelConfig, devices: Devices, runs_often: bool) -> Forward:
     """Compiles the forward pass of a model, once for all predictors of the same hyperparameters."""
-    return make_forward(CrystalFramer(model), devices)
+    return make_forward(CrystalFramer(model), devices, runs_often)
+
+
+def _precision(trained: str, asked: str | None) -> str:
+    """Chooses what to compute with; a model trained in bfloat16 is another one without its rounding."""
+    if asked is not None and asked not in PRECISIONS:
+        raise ConfigError(f"precision={brief(asked)} does not exist; allowed: {', '.join(PRECISIONS)}")
+    if asked is None and trained == "float32" and jax.default_backend() == "cpu":
+        return "float64"
+    return asked or trained
 
 
 def run_and_step(path: str | Path) -> tuple[Path, int | None]:

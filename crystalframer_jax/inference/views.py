@@ -37,7 +37,7 @@ def views(predictor: Predictor, structure: Any, block: int) -> list[View]:
     Raises ConfigError for a block that the model has not, or whose heads attend in reciprocal space, where weights
     belong to pairs of atoms of the cell; CrystalError for a structure that cannot be used.
     """
-    config = predictor.config.model
+    config = predictor.model
     if not 0 <= block < config.num_layers:
         raise ConfigError(f"block {block} does not exist; this model has blocks 0 to {config.num_layers - 1}")
     if config.domain_of_block(block) != "real":
@@ -47,8 +47,8 @@ def views(predictor: Predictor, structure: Any, block: int) -> list[View]:
     table, first = table_of([only_crystal(structure)], predictor.cutoff), np.array([0])
     (shape,) = request_shapes(table, [first], predictor.parts)
     batch, places = pack(table, first, shape), Layout(table, first, shape).place
-    with working_precision(predictor.config):
-        seen, rows = jax.tree.map(np.asarray, _seen(config, block, predictor.variables, batch))
+    with working_precision(config):
+        seen, rows = jax.tree.map(np.asarray, _seen(config, block, predictor.weights_at_work, batch))
     return [_view(seen, rows, np.asarray(batch.species), place) for place in places.tolist()]
 
 

@@ -1,7 +1,7 @@
 """The devices that share the work of a batch, of one process or of several, and sums over them."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,10 +13,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from crystalframer_jax.config import ConfigError
 
 AXIS = "devices"
-FOR_CPU = {  # compiled in four fifths of the time, and a tenth faster
+# How programs are compiled for a CPU. Such a program cannot be part of another one.
+TO_RUN_OFTEN: dict[str, Any] = {  # compiled in four fifths of the time, and a tenth faster
     "xla_backend_optimization_level": 1,
     "xla_cpu_prefer_vector_width": 512,
 }
+TO_RUN_ONCE = dict(TO_RUN_OFTEN)  # compiled in two thirds of the time, and a third slower
+if jax.__version_info__ < (0, 11):  # later ones leave no choice
+    TO_RUN_ONCE["xla_cpu_use_fusion_emitters"] = False
 ROUNDS = 10  # of sharing out, that are dealt one by one, and at most as many times several
 LEVELS = 16  # of work
 FEW = 256  # numbers are sorted exactly
@@ -78,18 +82,18 @@ class Devices:
         splits_result: bool = False,
         static: Sequence[str] = (),
         donate: Sequence[int] = (),
-        runs_often: bool = True,
+        for_cpu: Mapping[str, Any] = TO_RUN_OFTEN,
     ) -> Any:
         """Compiles a function (jax.jit) to run on every device.
 
         Of the arguments whose numbers are in `split` every device gets its own part (see `put`), of others the whole
         (see `replicate`). The results are parts as well if it `splits_result`, else the same on all devices. `static`
-        are names of keyword arguments, `donate` numbers of arguments that are consumed, as in jax.jit. What
-        `runs_often` is compiled with the options that suit the machine; JAX takes such a function in no other one.
+        are names of keyword arguments, `donate` numbers of arguments that are consumed, as in jax.jit. `for_cpu` are
+        options of the compiler where the devices are those of a CPU.
         """
         options: dict[str, Any] = {"static_argnames": static, "donate_argnums": donate}
-        if runs_often and jax.default_backend() == "cpu" and not jax.config.read("jax_disable_most_optimizations"):
-            options["compiler_options"] = FOR_CPU
+        if for_cpu and jax.default_backend() == "cpu" and not jax.config.read("jax_disable_most_optimizations"):
+            options["compiler_options"] = for_cpu
         if not self.all:
             return jax.jit(function, **options)
 

@@ -62,7 +62,7 @@ def _state_builder(model: CrystalFramer, recipe: Recipe, devices: Devices) -> Ca
         batch_stats = jax.tree.map(lambda x: x.astype(model.config.dtype), variables.get("batch_stats", {}))
         return new_state(recipe, variables["params"], calibrated.get("calibration", {}), batch_stats)
 
-    return devices.each(build, split=(0,), runs_often=False)
+    return devices.each(build, split=(0,), for_cpu={})
 
 
 def new_state(recipe: Recipe, params: Tree, calibration: Tree, batch_stats: Tree) -> TrainState:

@@ -38,7 +38,7 @@ from crystalframer_jax.config import ConfigError
 from crystalframer_jax.data.assignment import Preparation
 from crystalframer_jax.data.custom.fields import CustomData
 from crystalframer_jax.inference import shipped
-from crystalframer_jax.inference.predictor import WEIGHTS, Predictor
+from crystalframer_jax.inference.predictor import PRECISIONS, WEIGHTS, Predictor
 from crystalframer_jax.runs.checkpoints import Checkpoints
 from crystalframer_jax.structures import read_crystals
 from crystalframer_jax.training.start import train as train_run
@@ -166,7 +166,7 @@ def test_defaults_of_the_command_line_are_those_of_the_library():
     assert (given.max_bad_share, given.split_seed) == (Preparation.max_bad_share, Preparation.split_seed)
     for name in vars(CustomData()):
         assert getattr(given, name) == getattr(CustomData, name), name
-    assert set(arguments.WEIGHTS) == set(WEIGHTS)
+    assert set(arguments.WEIGHTS) == set(WEIGHTS) and arguments.PRECISIONS == PRECISIONS
 
 
 # Training

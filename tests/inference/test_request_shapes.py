@@ -80,7 +80,7 @@ def test_sixty_structures_one_by_one_compile_one_program():
         Crystal(rng.integers(1, 90, n), rng.uniform(0, (16 * n) ** (1 / 3), (n, 3)), (16 * n) ** (1 / 3) * np.eye(3))
         for n in range(1, 61)
     ]
-    forward = predictor._forward_of(whole.model, predictor.ONE_DEVICE)
+    forward = predictor._forward_of(model.model, predictor.ONE_DEVICE, False)
     before = forward._cache_size()
     alone = np.concatenate([model.predict(crystal) for crystal in crystals])
     assert forward._cache_size() - before == 1
