@@ -35,6 +35,11 @@ def pytest_configure(config):
         shutil.rmtree(PROGRAMS)
 
 
+def pytest_collection_modifyitems(items):
+    """Begins with those that wait most of their time: at the end nothing else would be left to do meanwhile."""
+    items.sort(key=lambda item: item.get_closest_marker("waits") is None)
+
+
 def pytest_collection_finish():
     """Looks for garbage less often, and not among what was imported: that took an eighth of the time."""
     gc.freeze()
