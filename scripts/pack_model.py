@@ -10,6 +10,8 @@ import argparse
 import json
 from pathlib import Path
 
+import numpy as np
+
 from crystalframer_jax.cli.common import reporting_errors
 from crystalframer_jax.cli.evaluate import dataset_of
 from crystalframer_jax.data.seen import SeenCrystals
@@ -35,7 +37,7 @@ def main() -> None:
     file = MODELS / f"{arguments.name}.npz"
     checksum = write_model(file, predictor.variables, predictor.config, meta | {"step": predictor.step})
     dataset = dataset_of(predictor, arguments.run)
-    rows = dataset.splits["train"]
+    rows = np.concatenate([dataset.splits["train"], dataset.splits["val"]])  # it was chosen by these
     seen = SeenCrystals.of(dataset.table.ids[rows], crystals_of(dataset.table, rows))
     index = json.loads((MODELS / "index.json").read_text())
     version = index.get(arguments.name, {}).get("version", 0) + 1
