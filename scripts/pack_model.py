@@ -3,7 +3,7 @@
     python scripts/pack_model.py RUN NAME CARD.json
 
 Writes crystalframer_jax/models/NAME.npz, NAME.seen.npz (by which its training crystals are known again) and its entry
-in index.json; CARD.json is what the card says, words by subject.
+in index.json; CARD.json is what the card says, words by subject, "in short" among them.
 """
 
 import argparse

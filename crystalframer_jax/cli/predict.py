@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
 def model_of(arguments: argparse.Namespace) -> Predictor | Ensemble:
     """Loads the model that is asked for; without any, that of the package, which is said in a line."""
     if not arguments.model:
-        line = f"model {DEFAULT_MODEL}, as none is named by --model: {card_line(DEFAULT_MODEL)}"
+        line = f"model {DEFAULT_MODEL} (no --model given): {card_line(DEFAULT_MODEL)}"
         print(line, file=sys.stderr, flush=True)
     return load_model(arguments.model or DEFAULT_MODEL, arguments.weights, arguments.precision)
 

@@ -112,8 +112,7 @@ def card_text(name: str, entry: Mapping[str, Any]) -> str:
 
 def card_line(name: str) -> str:
     """Tells in a line what a model predicts and how well."""
-    card = _index()[name]["card"]
-    return "; ".join(text for key in ("predicts", "errors") if (text := card.get(key)))
+    return _index()[name]["card"]["in short"]
 
 
 def _folder() -> Traversable:

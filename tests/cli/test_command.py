@@ -56,7 +56,7 @@ def run(tmp_path_factory):
         models.mkdir()
         meta = Checkpoints(folder / "run").meta(predictor.step) | {"step": predictor.step}
         checksum = shipped.write_model(models / "tiny.npz", predictor.variables, predictor.config, meta)
-        card = {"predicts": "energies", "errors": "large ones"}
+        card = {"in short": "energies, far off"}
         entry = {"file": "tiny.npz", "sha256": checksum, "version": 1, "card": card}
         (models / "index.json").write_text(json.dumps({"tiny": entry}))
         patch.setattr(shipped, "_folder", lambda: models)
@@ -195,7 +195,7 @@ def test_prediction_without_a_model_says_which_it_is(place, capsys):
     assert main(["predict", "examples/NaCl.cif"]) == 0
     printed = capsys.readouterr()
     line, *warnings = printed.err.splitlines(keepends=True)
-    assert line == "model tiny, as none is named by --model: energies; large ones\n"
+    assert line == "model tiny (no --model given): energies, far off\n"
     assert "e_form (eV/atom)" in printed.out
     assert main(["predict", "--model=runs/quickstart", "examples/NaCl.cif"]) == 0
     again = capsys.readouterr()
