@@ -64,7 +64,7 @@ def model_parser(prog: str, description: str, examples: str = "", model_first: b
     parser.add_argument("--weights", choices=WEIGHTS, help=WEIGHTS_HELP)
     samples_help = "average K draws among equally good frames and show their spread; default: as configured for the run"
     parser.add_argument("--num_frame_samples", type=int, metavar="K", help=samples_help)
-    precision_help = "to compute with; default: float64 on a CPU, on a GPU that of the training, twice as fast"
+    precision_help = "default: float64 on a CPU (float32 takes half the time), on a GPU that of the training"
     parser.add_argument("--precision", choices=PRECISIONS, help=precision_help)
     return parser
 
