@@ -21,12 +21,12 @@ from pymatgen.core import Element, Structure
 
 from crystalframer_jax.cli.common import reporting_errors
 from crystalframer_jax.config import TrainConfig
-from crystalframer_jax.configs import finetune
+from crystalframer_jax.configs import finetune, recommended
 from crystalframer_jax.data.datasets import open_dataset
 from crystalframer_jax.text import table
 
 CONFIG = "configs/finetune.py"
-FROM_SCRATCH = {"pretrained_model": ""}
+FROM_SCRATCH = {"pretrained_model": "", "reinit_layers": "", "weight_decay": recommended.get_config().weight_decay}
 
 
 class Case(NamedTuple):
