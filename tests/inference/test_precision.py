@@ -21,10 +21,10 @@ def crystals():
 
 def small_model(precision: str, asked: str | None = None) -> Predictor:
     config = default.get_config()
-    config.update(num_layers=1, model_dim=16, head_num=2, ff_dim=32, embedding_dim=(16,), precision=precision)
-    whole = validate(config)
-    variables = random_variables(whole.model)
-    return Predictor(whole, variables, (TargetStatistics("e_form", "eV/atom", 0.0, 1.0),), precision=asked)
+    config.update(num_layers=1, model_dim=16, head_num=2, ff_dim=32, embedding_dim=(16,))
+    variables = random_variables(validate(config).model)  # the same numbers, of float32, for all
+    config.precision = precision
+    return Predictor(validate(config), variables, (TargetStatistics("e_form", "eV/atom", 0.0, 1.0),), precision=asked)
 
 
 def test_the_way_a_crystal_lies_in_space_makes_no_difference(crystals):
