@@ -15,7 +15,7 @@ from small_sets import raw_records
 from support import random_variables, small_config
 
 from crystalframer_jax.cli.arguments import shipped_configs
-from crystalframer_jax.cli.command import COMMANDS
+from crystalframer_jax.cli.command import COMMANDS, GROUPS
 from crystalframer_jax.config.hyperparameters import ALLOWED_VALUES, WITHOUT_COUNTERPART
 from crystalframer_jax.configs import default
 from crystalframer_jax.data.custom.fields import CustomData
@@ -154,7 +154,7 @@ def test_command_lines_are_ones(page):
     """Every subcommand takes the arguments; hyperparameters and configurations exist."""
     known = default.get_config()
     for words in command_lines(page):
-        name = " ".join(words[: 1 + (words[0] in ("export", "show"))])
+        name = " ".join(words[: 1 + (words[:1] in GROUPS)])
         others = [word for word in words[name.count(" ") + 1 :] if not word.startswith("--config.")]
         for word in words:
             if word.startswith("--config."):

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from crystalframer_jax.config import ConfigError
 
 AXIS = "devices"
-# How programs are compiled for a CPU. Such a program cannot be part of another one.
+# How programs are compiled for a CPU.
 TO_RUN_OFTEN: dict[str, Any] = {  # compiled in four fifths of the time, and a tenth faster
     "xla_backend_optimization_level": 1,
     "xla_cpu_prefer_vector_width": 512,
@@ -89,7 +89,7 @@ class Devices:
         Of the arguments whose numbers are in `split` every device gets its own part (see `put`), of others the whole
         (see `replicate`). The results are parts as well if it `splits_result`, else the same on all devices. `static`
         are names of keyword arguments, `donate` numbers of arguments that are consumed, as in jax.jit. `for_cpu` are
-        options of the compiler where the devices are those of a CPU.
+        options of the compiler where the devices are those of a CPU; none for a function that other programs take in.
         """
         options: dict[str, Any] = {"static_argnames": static, "donate_argnums": donate}
         if for_cpu and jax.default_backend() == "cpu" and not jax.config.read("jax_disable_most_optimizations"):
