@@ -16,10 +16,11 @@ from crystalframer_jax.ops.reciprocal import WaveVectors
 WORD = 32  # bits of a word, and neighbors in a word of them
 
 
-def map_blocks(function: Callable[..., Any], rows: Rows, *per_atom: Any, stored: Any = None) -> Any:
+def map_blocks(function: Callable[..., Any], rows: Rows, *per_atom: Any, like: Any, stored: Any = None) -> Any:
     """`function(rows, *per_atom)` evaluated for one block of atoms after the other, results joined along atoms.
 
-    `per_atom` are pytrees of arrays [N, ...], and `function` returns one of arrays [n, ...]. Blocks without any
+    `per_atom` are pytrees of arrays [N, ...], and `function` returns one of arrays [n, ...]. `like` has the shapes and
+    types of what comes out, [N, ...]: finding them by tracing takes as long as tracing for good. Blocks without any
     neighbor are left out and give zeros. Given `stored`, arrays [N, ...] that blocks write into, the call is
     `function(rows, *per_atom, first_atom, stored)`, and it returns `stored` after the result, as this does.
     """
@@ -34,19 +35,16 @@ def map_blocks(function: Callable[..., Any], rows: Rows, *per_atom: Any, stored:
     longest = jnp.max(data[0].count.reshape(-1, block), axis=1)
     last = jnp.max(jnp.where(longest > 0, jnp.arange(1, len(longest) + 1, dtype=jnp.int32), 0))
 
-    def evaluated(number: jax.Array, stored: Any) -> tuple[Any, Any]:
-        own = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, number * block, block), data)
-        return (function(*own), None) if stored is None else function(*own, number * block, stored)
-
     def one_block(number: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
-        found, stored = evaluated(number, carry[1])
+        results, stored = carry
+        own = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, number * block, block), data)
+        found, stored = (function(*own), None) if stored is None else function(*own, number * block, stored)
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=number * block, axis=0)
-        return jax.tree.map(put, carry[0], found), stored
+        return jax.tree.map(put, results, found), stored
 
-    stored = jax.tree.map(padded, stored)
-    shapes, _ = jax.eval_shape(evaluated, jnp.int32(0), stored)
-    results = jax.tree.map(lambda x: jnp.zeros((num_atoms + extra, *x.shape[1:]), x.dtype), shapes)
-    results, stored = jax.lax.fori_loop(jnp.int32(0), last, one_block, (results, stored))
+    results = jax.tree.map(lambda x: jnp.zeros((num_atoms + extra, *x.shape[1:]), x.dtype), like)
+    start = results, jax.tree.map(padded, stored)
+    results, stored = jax.lax.fori_loop(jnp.int32(0), last, one_block, start)
     results, stored = jax.tree.map(lambda x: x[:num_atoms], (results, stored))
     return results if stored is None else (results, stored)
 
@@ -99,9 +97,9 @@ class WeightedSums(NamedTuple):
 
 
 def weighted_sums(
-    rows: Rows, logits: Callable[[Rows], jax.Array], sums: Callable[[Rows, jax.Array], Any]
+    rows: Rows, logits: Callable[[Rows], jax.Array], sums: Callable[[Rows, jax.Array], Any], zeros: Any
 ) -> WeightedSums:
-    """Adds `sums(columns, weights [n, H, m])` with weights exp(logits(columns)), which may be of any size."""
+    """Adds `sums(columns, weights [n, H, m])` to zeros [n, H, ...], with weights exp(logits(columns)) of any size."""
 
     def add(columns: Rows, _: Any, so_far: WeightedSums) -> WeightedSums:
         new = logits(columns)
@@ -111,13 +109,8 @@ def weighted_sums(
         more = sums(columns, weights)
         return WeightedSums(largest, total, jax.tree.map(lambda s, x: times(s, factor) + x, so_far.sums, more))
 
-    def of_any(rows: Rows) -> tuple[jax.Array, Any]:
-        weights = logits(rows)
-        return weights, sums(rows, weights)
-
-    weights, shapes = jax.eval_shape(of_any, rows)
-    zeros: Any = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    total = jnp.zeros(weights.shape[:2], weights.dtype)
+    first = jax.tree.leaves(zeros)[0]
+    total = jnp.zeros(first.shape[:2], first.dtype)
     return over_columns(add, rows, WeightedSums(jnp.full_like(total, -jnp.inf), total, zeros))
 
 

@@ -88,7 +88,8 @@ def max_frames(
 
         return jax.lax.cond(jnp.any(several), choose, lambda: frames)
 
-    return map_blocks(block, in_words(rows), scores.q, scores.a, seeds, seeing and (seeing.q, seeing.a), anchored)
+    of_rows = seeing and (seeing.q, seeing.a)
+    return map_blocks(block, in_words(rows), scores.q, scores.a, seeds, of_rows, anchored, like=_axes_like(scores.a))
 
 
 def static_attention(a: jax.Array) -> Attention:
@@ -105,9 +106,10 @@ def weighted_pca_axes(q: jax.Array, k: jax.Array, a: jax.Array, rows: Rows) -> t
             unit = directions(rows)
             return jnp.einsum("nhm,nmx,nmy->nhxy", weights, unit, unit, precision=EXACT)
 
-        return weighted_sums(rows, _relative_logits(q, k, a, rows), scatter).sums
+        zeros = jnp.zeros((*a.shape, 3, 3), a.dtype)
+        return weighted_sums(rows, _relative_logits(q, k, a, rows), scatter, zeros).sums
 
-    matrix = map_blocks(block, rows, q, a)
+    matrix = map_blocks(block, rows, q, a, like=_axes_like(a))
     trace = jnp.trace(matrix, axis1=-2, axis2=-1)
     return eigh3(matrix / jnp.where(trace > 0, trace, 1)[..., None, None])
 
@@ -160,7 +162,8 @@ def lattice_frames(batch: Batch, seeds: jax.Array | None, seeing: Attention | No
                 along = jnp.einsum("ncx,nmx->ncm", ties.marker_of(own), directions(rows), precision=EXACT)
                 return jnp.einsum("nhm,ncm->nhc", weights, jnp.exp(along), precision=EXACT)
 
-            seen = weighted_sums(rows, _relative_logits(q, seeing.k, a, rows), marked).sums
+            zeros = jnp.zeros((*a.shape, are_real.shape[1]), a.dtype)
+            seen = weighted_sums(rows, _relative_logits(q, seeing.k, a, rows), marked, zeros).sums
             number = jnp.argmax(jnp.where(are_real[:, None], seen, -jnp.inf), axis=-1)
             return jnp.take_along_axis(own, number[..., None, None], axis=1)
 
@@ -169,7 +172,12 @@ def lattice_frames(batch: Batch, seeds: jax.Array | None, seeing: Attention | No
 
         return jax.lax.cond(jnp.any(are_real[:, 1]), choose, only)
 
-    return map_blocks(block, batch.rows, seeing.q, seeing.a, batch.crystal_of_atom)
+    return map_blocks(block, batch.rows, seeing.q, seeing.a, batch.crystal_of_atom, like=_axes_like(seeing.a))
+
+
+def _axes_like(a: jax.Array) -> jax.ShapeDtypeStruct:
+    """Three vectors [N, H, 3, 3] for every atom and head of a [N, H]."""
+    return jax.ShapeDtypeStruct((*a.shape, 3, 3), a.dtype)
 
 
 def _relative_logits(q: jax.Array, k: jax.Array, a: jax.Array, rows: Rows) -> Callable[..., jax.Array]:

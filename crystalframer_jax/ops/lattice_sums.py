@@ -68,27 +68,31 @@ def lattice_sums(
 def _forward(options, q, k, v, a, rows, frames, seeds):
     bases = options.bases
 
+    def zeros(a):
+        """Sums of values, distance and angle bases, without any neighbor."""
+        distances, angles = bases.sizes
+        return tuple(jnp.zeros((*a.shape, *shape), q.dtype) for shape in (v.shape[2:], (distances,), (3, angles)))
+
     def block(rows, q, a, frames, own_seeds):
         def sums(rows, weights):
-            """Sums over some columns of the rows: of values, distance and angle bases."""
+            """The sums over some columns of the rows."""
             if seeds is not None:
                 weights *= _kept(rows, own_seeds, seeds, options.dropout, weights.dtype)
-            dist_sum = jnp.zeros((*a.shape, 0), q.dtype)
+            _, dist_sum, angle_sum = zeros(a)
             if bases.distance:
                 dist_sum = jnp.einsum("nhm,nmt->nht", weights, bases.distance(jnp.sqrt(rows.square)), precision=EXACT)
-            angle_sum = jnp.zeros((*a.shape, 3, 0), q.dtype)
             if bases.angle:
                 cosine = _cosines(bases.angle, rows, frames)
                 of_others = jnp.broadcast_to(_without_self(weights, rows)[:, :, None], cosine.shape)
                 angle_sum = bases.angle.weighted_sum(cosine, of_others)
             return gathered_sum(weights, v, rows), dist_sum, angle_sum
 
-        found = weighted_sums(rows, lambda rows: attention_logits(q, k, a, rows, options.waves), sums)
+        found = weighted_sums(rows, lambda rows: attention_logits(q, k, a, rows, options.waves), sums, zeros(a))
         inverse = 1 / jnp.where(found.total > 0, found.total, 1)
         log_sum = jnp.where(jnp.isfinite(found.largest), found.largest, 0) + jnp.log(found.total)
         return tuple(times(x, inverse) for x in found.sums), log_sum
 
-    sums, log_sum = map_blocks(block, rows, q, a, frames, seeds)
+    sums, log_sum = map_blocks(block, rows, q, a, frames, seeds, like=(zeros(a), a))
     return sums, (q, k, v, a, rows, frames, seeds, log_sum, sums)
 
 
@@ -130,7 +134,7 @@ def _backward(options, residuals, gradients):
 
     stored = [jnp.zeros((*rows.index.shape, q.shape[1]), q.dtype)] * 2
     (q_grad, a_grad), stored = map_blocks(
-        rows_pass, rows, q, a, frames, seeds, log_sum, mean_gradient, gradients, stored=stored
+        rows_pass, rows, q, a, frames, seeds, log_sum, mean_gradient, gradients, like=(q, a), stored=stored
     )
     logit_grad, weights = (x.reshape(-1, x.shape[-1]) for x in stored)
 
@@ -147,7 +151,7 @@ def _backward(options, residuals, gradients):
 
         return over_columns(add, rows, tuple(jnp.zeros((len(rows.count), *x.shape[1:]), x.dtype) for x in (k, v)))
 
-    k_grad, v_grad = map_blocks(reverse_pass, rows)
+    k_grad, v_grad = map_blocks(reverse_pass, rows, like=(k, v))
     return q_grad, k_grad, v_grad, a_grad, None, None, None
 
 
