@@ -11,4 +11,4 @@ ruff check .
 ruff format --check .
 mypy
 # In the end it names what took over 20 s: none should on two quiet cores (tests/durations.md).
-python -m pytest -n 2 --dist worksteal --durations=0 --durations-min=20 "$@"
+python -m pytest -n 3 --dist worksteal --durations=0 --durations-min=20 "$@"

@@ -88,6 +88,7 @@ def tiny_config(data_dir: Path, **changes) -> ConfigDict:
 
 
 STEPS_PER_EPOCH = 3
+NO_FRAMES = {"value_pe_angle_real": 0, "frame_method": "no"}  # for tests about other things: compiled sooner
 
 
 def open_tiny(config: ConfigDict | TrainConfig):

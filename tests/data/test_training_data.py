@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 from test_prepare import RECORDS, archive, prepare, write_cifs
-from tiny import tiny_config, tiny_runs
+from tiny import NO_FRAMES, tiny_config, tiny_runs
 
 from crystalframer_jax.cli import prepare as prepare_cli
 from crystalframer_jax.cli.evaluate import evaluate_main
@@ -22,7 +22,9 @@ def compiled(tmp_path_factory):
 
 
 def one_epoch(folder, target_set: str, targets: str, **changes):
-    return tiny_config(folder / "data", target_set=target_set, targets=targets, n_epochs=1, swa_epochs=0, **changes)
+    return tiny_config(
+        folder / "data", target_set=target_set, targets=targets, n_epochs=1, swa_epochs=0, **NO_FRAMES | changes
+    )
 
 
 @pytest.mark.parametrize(

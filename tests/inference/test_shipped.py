@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from small_sets import raw_records
 from support import EXAMPLES, GOLDEN, real_crystals
-from tiny import open_tiny, tiny_config, tiny_runs
+from tiny import NO_FRAMES, open_tiny, tiny_config, tiny_runs
 
 from crystalframer_jax.cli.evaluate import evaluate_main
 from crystalframer_jax.cli.predict import predict_main
@@ -22,6 +22,7 @@ from crystalframer_jax.runs.run_directory import warn
 from crystalframer_jax.structures.crystal import Crystal
 from crystalframer_jax.training.start import train
 
+SHORT = NO_FRAMES | {"n_epochs": 1, "swa_epochs": 0}
 NACL = EXAMPLES / "NaCl.cif"
 
 
@@ -29,7 +30,7 @@ NACL = EXAMPLES / "NaCl.cif"
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shipped")
     with tiny_runs():
-        train(tiny_config(folder / "data", n_epochs=1, swa_epochs=0, element_references=True), folder / "run")
+        train(tiny_config(folder / "data", **SHORT, element_references=True), folder / "run")
         yield folder / "run"
 
 
@@ -103,7 +104,7 @@ def test_there_is_one_set_of_weights(models):
 
 
 def test_training_may_start_from_a_name(run, models, tmp_path):
-    config = tiny_config(run.parent / "data", n_epochs=1, swa_epochs=0, lr=1e-12, pretrained_model="tiny")
+    config = tiny_config(run.parent / "data", **SHORT, lr=1e-12, pretrained_model="tiny")
     config.element_references = True
     train(config, tmp_path / "tuned")
     np.testing.assert_allclose(
@@ -150,7 +151,7 @@ def seen_half(run, models):
 def test_crystals_that_the_model_was_pretrained_on_are_told(run, seen_half, models, tmp_path, capsys):
     dataset, seen = seen_half
     data = str(run.parent / "data")
-    config = tiny_config(data, n_epochs=1, swa_epochs=0, pretrained_model="tiny", element_references=True)
+    config = tiny_config(data, **SHORT, pretrained_model="tiny", element_references=True)
     train(config, tmp_path / "tuned")
     told = "tiny was trained on 3 of 6 test crystals of small, with labels of e_form: errors on them"
     assert "warning: tiny was trained on 3 of 6 test crystals, with labels of e_form" in capsys.readouterr().out

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from small_sets import raw_records
-from tiny import StopAt, assert_same_run, open_tiny, tiny_config, tiny_runs
+from tiny import NO_FRAMES, StopAt, assert_same_run, open_tiny, tiny_config, tiny_runs
 
 from crystalframer_jax.batching.targets import to_label_units, to_outputs
 from crystalframer_jax.cli.evaluate import evaluate_main
@@ -53,7 +53,8 @@ def prepared(folder, targets=("stable", "low"), of=lambda number, e_form: {}):
 
 
 def config_of(data_dir, **changes):
-    return tiny_config(data_dir, **{"target_set": "mine", "targets": "stable,low", "task": "classification"} | changes)
+    usual = {"target_set": "mine", "targets": "stable,low", "task": "classification"}
+    return tiny_config(data_dir, **NO_FRAMES | usual | changes)
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +167,7 @@ def test_fine_tuning_from_a_model_of_numbers(folder, tmp_path):
     """The layers are those of the old run; its output for a target of that name is not taken for a logit."""
     data_dir, changes = prepared(tmp_path, ("low",), lambda number, e_form: {"low": e_form}), {"targets": "low"}
     changes |= {"n_epochs": 1, "swa_epochs": 0}
-    train(tiny_config(data_dir, target_set="mine", **changes), tmp_path / "old")
+    train(tiny_config(data_dir, target_set="mine", **NO_FRAMES | changes), tmp_path / "old")
     start = {"lr": 1e-12, "pretrained_model": str(tmp_path / "old")}
     train(config_of(folder / "data", **changes, **start), tmp_path / "new")
     old, new = Predictor.load(tmp_path / "old", "last"), Predictor.load(tmp_path / "new", "last")

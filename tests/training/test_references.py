@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 from small_sets import small_set
-from tiny import StopAt, nan_at, open_tiny, tiny_config, tiny_runs
+from tiny import NO_FRAMES, StopAt, nan_at, open_tiny, tiny_config, tiny_runs
 
 from crystalframer_jax.batching.table import compositions_of
 from crystalframer_jax.cli.evaluate import evaluate_main
@@ -29,7 +29,7 @@ from crystalframer_jax.training.pretrained import start_from
 from crystalframer_jax.training.start import train
 from crystalframer_jax.training.targets import kept_references, labels_to_learn, statistics_of
 
-CHANGES = {"element_references": True, "targets": "e_form,e_above_hull", "n_epochs": 2, "swa_epochs": 0}
+CHANGES = NO_FRAMES | {"element_references": True, "targets": "e_form,e_above_hull", "n_epochs": 2, "swa_epochs": 0}
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def test_fine_tuning_of_a_model_without_references_has_none(folder):
 
 # With logarithms, unknown labels and several targets
 
-ALL = {"targets": "e_form,e_above_hull", "target_transform": "none,log10", "element_references": True, "n_epochs": 2}
+ALL = CHANGES | {"target_transform": "none,log10"}
 
 
 @pytest.fixture(scope="module")
@@ -152,11 +152,11 @@ def gaps(folder):
     changes = {i: {"e_above_hull": None if i % 5 == 0 else float(value)} for i, value in enumerate(values)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(TARGET_SETS, "small", small_set(changes=changes))
-        config = tiny_config(folder / "gaps", **ALL, swa_epochs=1)
+        config = tiny_config(folder / "gaps", **ALL | {"swa_epochs": 1})
         with pytest.raises(TrainingInterrupted):
             train(config, folder / "ensemble" / "member_0", interruption=StopAt(4))
         train(config, folder / "ensemble" / "member_0")
-        train(tiny_config(folder / "gaps", **ALL, swa_epochs=1, seed=9), folder / "ensemble" / "member_1")
+        train(tiny_config(folder / "gaps", **ALL | {"swa_epochs": 1}, seed=9), folder / "ensemble" / "member_1")
         yield config, folder / "ensemble", values
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny import STEPS_PER_EPOCH, assert_equal_trees, open_tiny, tiny_config, tiny_runs
+from tiny import NO_FRAMES, STEPS_PER_EPOCH, assert_equal_trees, open_tiny, tiny_config, tiny_runs
 
 from crystalframer_jax import Predictor
 from crystalframer_jax.batching.targets import TargetStatistics
@@ -22,7 +22,6 @@ from crystalframer_jax.training.loop import Run
 from crystalframer_jax.training.pretrained import start_from
 from crystalframer_jax.training.start import train
 
-NO_FRAMES = {"value_pe_angle_real": 0, "frame_method": "no"}
 OPTIONS = {
     "BatchNorm, dropout, another pooling": {
         "norm_type": "bn",
