@@ -52,14 +52,23 @@ def crystals():
 
 
 @functools.cache
-def variables():
-    return random_variables(CONFIG)
+def variables(dtype=np.float32):
+    return random_variables(CONFIG, dtype=dtype)
 
 
-@functools.partial(jax.jit, compiler_options=AS_USERS_DO)  # in haste programs round more
-def evaluate(variables, batch, weights):
-    """Predictions [B], and gradients of sum(weights * predictions) by all parameters."""
+def packed_exactly(crystals, shape=SMALL):
+    """A batch in float64, of which nothing is lost by rounding."""
+    return batch_of(crystals, RADIUS, np.float64, shapes=shape)
 
+
+@jax.enable_x64(True)
+def evaluate(batch, weights):
+    """Predictions [B], and gradients of sum(weights * predictions) by all parameters, in float64."""
+    return jax.tree.map(np.asarray, predictions_and_gradients(variables(np.float64), batch, np.float64(weights)))
+
+
+@jax.jit
+def predictions_and_gradients(variables, batch, weights):
     def weighted(params):
         predictions = CrystalFramer(CONFIG).apply({**variables, "params": params}, batch)[:, 0]
         return jnp.sum(weights * predictions), predictions
@@ -74,16 +83,15 @@ def predict(variables, batch):
 
 
 # Distinct, so that crystals cannot be exchanged unnoticed; those of the crystals in front of the others.
-WEIGHTS = np.float32([1.0, -0.7, 0.5, 0.3])
+WEIGHTS = 1.0, -0.7, 0.5, 0.3
 
 
 def evaluate_packed(packed, shape):
     """Predictions and gradients of crystals(), which `packed` begins with."""
-    batch = batch_of(packed, RADIUS, shapes=shape)
-    weights = np.zeros(shape.num_crystals, np.float32)
+    weights = np.zeros(shape.num_crystals)
     weights[:4] = WEIGHTS
-    predictions, gradients = evaluate(variables(), batch, weights)
-    return np.asarray(predictions)[: len(packed)], jax.tree.map(np.asarray, gradients)
+    predictions, gradients = evaluate(packed_exactly(packed, shape), weights)
+    return predictions[: len(packed)], gradients
 
 
 @pytest.fixture(scope="module")
@@ -92,11 +100,11 @@ def reference():
 
 
 def assert_same_gradients(actual, expected):
-    """To 1e-6 of the largest entry of each parameter (but the biases of keys, whose gradients are zero)."""
+    """To 1e-12 of the largest entry of each parameter (but the biases of keys, whose gradients are zero)."""
     errors = jax.tree.map(lambda a, e: np.abs(a - e).max() / np.abs(e).max(), actual, expected)
     for path, error in jax.tree_util.tree_leaves_with_path(errors):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        assert name.endswith("k/bias") or error < 1e-6, name
+        assert name.endswith("k/bias") or error < 1e-12, name
 
 
 def table_of(packed, radius=RADIUS):
@@ -116,7 +124,7 @@ def packed_of(crystals, shape=None, radius=RADIUS):
 @pytest.mark.parametrize("name", SHAPES)
 def test_padding_changes_no_result(name, reference):
     predictions, gradients = evaluate_packed(crystals(), SHAPES[name])
-    np.testing.assert_allclose(predictions, reference[0], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(predictions, reference[0], rtol=0, atol=1e-12)
     assert_same_gradients(gradients, reference[1])
 
 
@@ -130,20 +138,18 @@ def test_other_crystals_change_no_result(reference):
     others = [random_crystal(rng, size, 18.0) for size in (20, 1, 9)]
     packed = crystals() + others
     predictions, gradients = evaluate_packed(packed, SHAPES["more atoms and crystals"])
-    np.testing.assert_allclose(predictions[:4], reference[0], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(predictions[:4], reference[0], rtol=0, atol=1e-12)
     assert_same_gradients(gradients, reference[1])
 
 
 def test_order_of_crystals_is_kept(reference):
     order = [2, 0, 3, 1]
-    batch = batch_of([crystals()[i] for i in order], RADIUS, shapes=SMALL)
-    predictions, _ = evaluate(variables(), batch, np.zeros(4, np.float32))
-    np.testing.assert_allclose(predictions, reference[0][order], rtol=0, atol=1e-6)
+    predictions, _ = evaluate(packed_exactly([crystals()[i] for i in order]), np.zeros(4))
+    np.testing.assert_allclose(predictions, reference[0][order], rtol=0, atol=1e-12)
 
 
 def test_padding_crystals_get_finite_predictions():
-    batch = batch_of(crystals()[:1], RADIUS, shapes=SMALL)
-    predictions, gradients = evaluate(variables(), batch, np.ones(4, np.float32))
+    predictions, gradients = evaluate(packed_exactly(crystals()[:1]), np.ones(4))
     assert np.isfinite(predictions).all()
     assert all(np.isfinite(gradient).all() for gradient in jax.tree.leaves(gradients))
 

@@ -158,9 +158,10 @@ def test_a_request_of_one_process_is_done_once_by_all(monkeypatch, asked_at):
 # Steps
 
 
+MEASURED = "everything that is measured on a batch"
 MODELS = {
     "default": dict(n_epochs=8),
-    "everything that is measured on a batch": dict(
+    MEASURED: dict(
         n_epochs=8,
         batch_size=13,
         dropout=0.2,
@@ -190,12 +191,15 @@ def twenty_steps(folder: Path, count: int, changes: dict) -> tuple:
         return jax.tree.map(np.asarray, (state.params, state.calibration, state.batch_stats)), np.array(results)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_twenty_steps_are_the_same_on_any_number_of_devices(folder, name):
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [("default", COUNTS[-1:]), pytest.param("default", COUNTS[1:-1], marks=pytest.mark.slow), (MEASURED, COUNTS[-1:])],
+)
+def test_twenty_steps_are_the_same_on_any_number_of_devices(folder, name, counts):
     """Weights, widths and running averages to 1e-6; losses and gradients, which Adam would not show, of every step."""
     expected, results = twenty_steps(folder, 1, MODELS[name])
     assert np.isfinite(results).all() and results[0, 0] > results[-1, 0]
-    for count in COUNTS[1:] if name == "default" else COUNTS[-1:]:
+    for count in counts:
         found, others = twenty_steps(folder, count, MODELS[name])
         np.testing.assert_allclose(others, results, rtol=1e-9, err_msg=f"{count} devices")
         assert max(relative_difference(a, b) for a, b in zip(expected, found, strict=True) if a) < 1e-6

@@ -59,6 +59,9 @@ def changed(config: ConfigDict, **changes) -> ConfigDict:
     return config
 
 
+NEVER = 10**6  # a step that no run takes
+
+
 def new_run(config: ConfigDict, workdir: Path) -> Run:
     """A run that has not started."""
     run = Run(validate(config), workdir, open_tiny(config))
@@ -74,15 +77,13 @@ def finished(folder):
 
 
 @pytest.fixture(scope="module")
-def finished_as_users_do(folder):
-    """(configuration, directory) of such a run whose steps have the bits of steps with a NaN after them.
-
-    Compiled in haste, a loss that can be NaN is rounded differently.
-    """
+def finished_without_nan(folder):
+    """(configuration, directory) of such a run whose loss could be NaN: then it is rounded differently."""
     config = tiny_config(folder / "data")
-    with tiny_runs(as_users_do=True):
-        train(config, folder / "finished-as-users-do")
-    return config, folder / "finished-as-users-do"
+    with pytest.MonkeyPatch.context() as patch:
+        nan_at(patch, NEVER)
+        train(config, folder / "finished-without-nan")
+    return config, folder / "finished-without-nan"
 
 
 # Statistics
@@ -207,11 +208,11 @@ def step_counts(checkpoints: Checkpoints) -> tuple:
 
 
 @pytest.mark.parametrize("step", [pytest.param(3, marks=pytest.mark.slow), 4, pytest.param(5, marks=pytest.mark.slow)])
-def test_a_loss_that_is_not_finite_stops_the_run(finished_as_users_do, folder, monkeypatch, step):
+def test_a_loss_that_is_not_finite_stops_the_run(finished_without_nan, folder, monkeypatch, step):
     """At every place of the second epoch; the run goes on from the checkpoint of the first as if nothing had been."""
-    config, expected = finished_as_users_do
+    config, expected = finished_without_nan
     workdir = folder / f"nan-{step}"
-    with tiny_runs(as_users_do=True), monkeypatch.context() as patch:
+    with monkeypatch.context() as patch:
         nan_at(patch, step)
         with pytest.raises(TrainingError, match=rf"not finite at step {step} \(epoch 2\).*--skip_nonfinite"):
             train(config, workdir)
@@ -225,7 +226,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(finished_as_users_do, folder, m
     assert report["norms"]["output"]["gradient"] == "nan" and report["norms"]["output"]["parameters"] > 0
     labels = run.dataset.labels[run.batches.rows(step), 0]
     assert [crystal["e_form"] for crystal in report["crystals"]] == list(labels)
-    with tiny_runs(as_users_do=True):
+    with monkeypatch.context() as patch:
+        nan_at(patch, NEVER)
         train(config, workdir)
     assert_same_run(config, workdir, expected)
 
