@@ -299,10 +299,19 @@ def test_matbench_phonons_is_the_recommended_recipe_for_80_epochs():
         validate(config)
 
 
-def test_what_is_fine_tuned_is_the_model_of_the_package():
-    config, shipped = validate(finetune.get_config()), read_model(finetune.get_config().pretrained_model).config
+@pytest.mark.parametrize("variant", finetune.VARIANTS)
+def test_what_is_fine_tuned_is_the_model_of_the_package(variant):
+    config = validate(finetune.get_config(variant))
+    shipped = read_model(config.pretrained_model).config
     assert config.model == dataclasses.replace(shipped.model, num_targets=1)
     assert config.cutoff == shipped.cutoff
+    blocks = [f"block_{number}" for number in range(config.num_layers)]
+    assert config.reinit_layers == ",".join(blocks[{"few": 2, "many": 0}[variant] :])
+
+
+def test_a_variant_of_fine_tuning_that_does_not_exist_is_refused():
+    with pytest.raises(ConfigError, match=r"finetune:all: there is no such variant; choose one of few, many"):
+        finetune.get_config("all")
 
 
 def test_a_target_that_fails_does_not_keep_the_others_from_running(checkout):
