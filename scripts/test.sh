@@ -5,6 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 EXTRA=${EXTRA:-test}
+unset PYTHONDONTWRITEBYTECODE  # tests are read by three processes and the package by many more: compiled once for all
 source scripts/environment.sh
 
 ruff check .
