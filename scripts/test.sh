@@ -5,11 +5,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 EXTRA=${EXTRA:-test}
-unset PYTHONDONTWRITEBYTECODE  # tests are read by three processes and the package by many more: compiled once for all
+unset PYTHONDONTWRITEBYTECODE  # the package is read by many processes: compiled once for all
 source scripts/environment.sh
 
 ruff check .
 ruff format --check .
 mypy
 # In the end it names what took over 20 s: none should on two quiet cores (tests/durations.md).
-python -m pytest -n 3 --dist worksteal --durations=0 --durations-min=20 "$@"
+python -m pytest -n 2 --dist worksteal --durations=0 --durations-min=20 "$@"
