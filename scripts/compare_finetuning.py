@@ -51,6 +51,7 @@ CASES = {
     "elastic": Case(*ELASTIC, 40, "many", folds=5),
     "bulk": Case(ELASTIC[0], ("bulk_modulus",), 40, "many", folds=5),
     "elastic_200": Case(*ELASTIC, 80, "few", crystals=200),
+    "bulk_200": Case(ELASTIC[0], ("bulk_modulus",), 80, "few", crystals=200),
 }
 
 
