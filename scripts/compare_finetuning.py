@@ -26,6 +26,7 @@ from crystalframer_jax.cli.common import reporting_errors
 from crystalframer_jax.config import TrainConfig
 from crystalframer_jax.configs import finetune, recommended
 from crystalframer_jax.data.datasets import open_dataset
+from crystalframer_jax.data.registry import target_set
 from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.text import table
 
@@ -59,8 +60,8 @@ def sets_of(name: str, case: Case, folder: Path, data_dir: str) -> list[str]:
     """Prepares what is made of a bundled set, if anything is, and returns the names of the sets to train on."""
     if not case.crystals and not case.folds:
         return [name]
-    targets = max((other.targets for other in CASES.values() if other.target_sets == case.target_sets), key=len)
-    dataset = open_dataset(name, targets, TrainConfig().cutoff, data_dir)
+    labels = tuple(target.name for target in target_set(name).targets)  # all: cases of other targets share the sets
+    dataset = open_dataset(name, labels, TrainConfig().cutoff, data_dir)
     splits = {split: rows.tolist() for split, rows in dataset.splits.items()}
     if case.crystals:
         made = {f"{name}-{case.crystals}": splits | {"train": by_hash(dataset, splits["train"])[: case.crystals]}}
