@@ -11,6 +11,7 @@ from crystalframer_jax.batching.shapes import BatchShape
 from crystalframer_jax.config import BatchParts
 from crystalframer_jax.config.hyperparameters import ALLOWED_VALUES
 from crystalframer_jax.model.regressor import CrystalFramer
+from crystalframer_jax.ops.random_bits import draw, seed_of
 
 RADIUS = 5.0  # Å: rows below 48
 SHAPE = BatchShape(16, 48, 4)
@@ -59,7 +60,7 @@ def evaluate_both(config, variables, batch, train, given_frames):
             batch,
             given_frames=given_frames,
             train=train,
-            rngs={"dropout": jax.random.key(5)},
+            dropout_seeds=draw(seed_of(5), jnp.arange(len(batch.crystal_sizes))),
             mutable=["intermediates", "batch_stats"],
         )
         blocks = [state["intermediates"][f"block_{block}"]["attention"] for block in range(config.num_layers)]

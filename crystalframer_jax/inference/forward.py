@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from crystalframer_jax.batching.batch import Batch
 from crystalframer_jax.config.hyperparameters import ModelKeys
 from crystalframer_jax.model.regressor import CrystalFramer
+from crystalframer_jax.ops.random_bits import draw
 from crystalframer_jax.parallel.devices import ONE_DEVICE, TO_RUN_OFTEN, TO_RUN_ONCE, Devices, Tree
 
 Forward = Callable[..., jax.Array]
@@ -28,11 +29,8 @@ def make_forward(model: CrystalFramer, devices: Devices = ONE_DEVICE, runs_often
     """
 
     def forward(variables: Tree, batch: Batch, sample: int | None = None) -> Any:
-        keys = None
-        if sample is not None:
-            key = jax.random.fold_in(jax.random.key(0), sample)
-            keys = jnp.broadcast_to(key, batch.crystal_sizes.shape)
-        predictions = model.apply(variables, batch, keys)
+        seeds = None if sample is None else jnp.broadcast_to(draw(jnp.uint32(1), sample), batch.crystal_sizes.shape)
+        predictions = model.apply(variables, batch, seeds)
         return predictions if devices.axis is None else jax.lax.all_gather(predictions, devices.axis)
 
     return devices.each(forward, split=(1,), for_cpu=TO_RUN_OFTEN if runs_often else TO_RUN_ONCE)

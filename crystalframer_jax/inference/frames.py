@@ -12,7 +12,7 @@ from crystalframer_jax.config import BatchParts, ConfigError
 from crystalframer_jax.config.hyperparameters import LARGEST_CUTOFF
 from crystalframer_jax.model.frames import block_frames
 from crystalframer_jax.ops.frames import METHODS, Attention
-from crystalframer_jax.ops.random_bits import keys_by_place, row_seeds
+from crystalframer_jax.ops.random_bits import draw, row_seeds, seed_of
 from crystalframer_jax.structures.files import only_crystal
 
 _compiled = jax.jit(block_frames, static_argnums=(0, 5))
@@ -28,7 +28,7 @@ def compute_frames(
     a: np.ndarray | None = None,
     cutoff_radius: float = 6.93,
     tie_tolerance: float = 1e-4,
-    key: jax.Array | None = None,
+    seed: int | None = None,
 ) -> np.ndarray:
     """Computes the frames of every atom, [N, H, 3, 3] float64 with rows e1, e2, e3; atoms in the order of the file.
 
@@ -43,7 +43,7 @@ def compute_frames(
         an untrained model.
       cutoff_radius: of the neighbors, Å.
       tie_tolerance: neighbors whose score is this close to the best are equally good: the crystal chooses, see
-        docs/model.md (without q and k by weights that depend on distance and species), or a random `key` draws.
+        docs/model.md (without q and k by weights that depend on distance and species), or a `seed` draws.
 
     Raises ConfigError for an unknown method or a cutoff that is not positive, CrystalError for a structure that cannot
     be used, ValueError for arrays of the wrong shape.
@@ -70,9 +70,9 @@ def compute_frames(
         seen_q, seen_k = (np.ones_like(scores[0]), layout.per_atom(seen_k, np.float64)) if tells_species else scores[:2]
         seeing = Attention(seen_q, seen_k, scores[2])
         seeds = None
-        if key is not None:
-            keys = keys_by_place(key, batch.crystal_place)
-            seeds = row_seeds(keys, batch.crystal_of_atom, batch.atom_in_crystal, q.shape[1])
+        if seed is not None:
+            of_crystals = draw(seed_of(seed), batch.crystal_place)
+            seeds = row_seeds(of_crystals, batch.crystal_of_atom, batch.atom_in_crystal, q.shape[1])
         frames = _compiled(method, *scores, _unpacked(batch), tie_tolerance, seeds, attention=seeing)
         return np.asarray(frames)[layout.place]
 

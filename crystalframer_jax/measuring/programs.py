@@ -60,7 +60,7 @@ def train_program(
 ) -> Program:
     """Makes the step of a training, from the initial weights on: its state goes from run to run, the batch stays."""
     model, recipe = CrystalFramer(variant.config.model, implementation), make_recipe(variant.config, STEPS_PER_EPOCH)
-    loss = make_loss(model, recipe, STATISTICS, jax.random.key(1), devices.axis)
+    loss = make_loss(model, recipe, STATISTICS, 1, devices.axis)
     return Program(
         make_train_step(recipe, loss, devices=devices),  # consumes its state
         lambda: (devices.replicate(jax.tree.map(jnp.copy, variant.state)), devices.put(batch())),

@@ -14,7 +14,7 @@ from crystalframer_jax.model.frames import block_frames
 from crystalframer_jax.model.implementation import Implementation
 from crystalframer_jax.model.layers import ACTIVATIONS, Initializer, block_layer, layer_norm, t_fixup_gain
 from crystalframer_jax.ops.basis import EXACT, AngleBasis, Bases, DistanceBasis
-from crystalframer_jax.ops.random_bits import keys_by_place, row_seeds, thinned
+from crystalframer_jax.ops.random_bits import draw, row_seeds, thinned
 from crystalframer_jax.ops.reciprocal import WaveVectors
 from crystalframer_jax.parallel.devices import sum_in_order
 
@@ -43,10 +43,10 @@ class SelfAttention(nn.Module):
         self,
         x: jax.Array,
         batch: Batch,
-        frame_keys: jax.Array | None = None,
+        frame_seeds: jax.Array | None = None,
         calibrate: bool = False,
         given_frames: jax.Array | None = None,
-        dropout_key: jax.Array | None = None,
+        dropout_seeds: jax.Array | None = None,
     ) -> jax.Array:
         """x [N, D] -> [N, D]; see EncoderBlock for the other arguments."""
         config = self.config
@@ -58,9 +58,8 @@ class SelfAttention(nn.Module):
         widths = self._width_logits(x, q, batch, calibrate)
 
         seeds = None
-        if dropout_key is not None:
-            keys = keys_by_place(dropout_key, batch.crystal_place)
-            seeds = row_seeds(keys, batch.crystal_of_atom, batch.atom_in_crystal, heads)
+        if dropout_seeds is not None:
+            seeds = row_seeds(dropout_seeds, batch.crystal_of_atom, batch.atom_in_crystal, heads)
         domain = config.domain_of_block(self.block)
         real_heads = {"real": heads, "multihead": heads // 2}.get(domain, 0)
         outputs, exponents = [], []
@@ -71,7 +70,7 @@ class SelfAttention(nn.Module):
             drops: Any = {"dropout": config.dropout, "seeds": None if seeds is None else seeds[:, part]}
             if part.stop <= real_heads:
                 a = -self._rho(widths[:, part], config.gauss_lb_real) / (2 * config.scale_of_block(self.block) ** 2)
-                outputs.append(self._real((*qkv, a), batch, frame_keys, given_frames, drops))
+                outputs.append(self._real((*qkv, a), batch, frame_seeds, given_frames, drops))
             else:
                 if batch.cells is None:
                     raise ValueError("attention in reciprocal space needs batches with cells; see ModelConfig.parts")
@@ -88,15 +87,15 @@ class SelfAttention(nn.Module):
         return block_layer(config, output, config.model_dim, "out", gain)
 
     def _real(
-        self, qkva: tuple, batch: Batch, frame_keys: jax.Array | None, frames: jax.Array | None, drops: Any
+        self, qkva: tuple, batch: Batch, frame_seeds: jax.Array | None, frames: jax.Array | None, drops: Any
     ) -> jax.Array:
         """Attention in real space, with frames if there is an angle basis: [N, H, d_v]; a in 1/Å^2."""
         q, k, v, a = qkva
         config, bases = self.config, value_bases(self.config, self.block)
         if frames is None and bases.angle and not self.is_initializing():
             draws = None
-            if frame_keys is not None:
-                draws = row_seeds(frame_keys, batch.crystal_of_atom, batch.atom_in_crystal, q.shape[1])
+            if frame_seeds is not None:
+                draws = row_seeds(frame_seeds, batch.crystal_of_atom, batch.atom_in_crystal, q.shape[1])
             frames = block_frames(config.frame_method, q, k, a, batch, config.tie_tolerance, draws, self.implementation)
         self.sow("intermediates", "frames", frames)
         shape = v.shape[1:]
@@ -179,12 +178,12 @@ class EncoderBlock(nn.Module):
     axis: str | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, batch: Batch, dropout_key: jax.Array | None = None, **others: Any) -> jax.Array:
+    def __call__(self, x: jax.Array, batch: Batch, dropout_seeds: jax.Array | None = None, **others: Any) -> jax.Array:
         """x [N, D] -> [N, D]; `others` are arguments of SelfAttention.
 
         Args:
-          dropout_key: random key that draws what is dropped; None: nothing.
-          frame_keys: random keys [B] of this block, see CrystalFramer; `calibrate`, `given_frames` as there.
+          dropout_seeds: random numbers [B] uint32 that draw what is dropped in this block; None: nothing.
+          frame_seeds: random numbers [B] uint32 of this block, see CrystalFramer; `calibrate`, `given_frames` as there.
         """
         config = self.config
 
@@ -192,14 +191,14 @@ class EncoderBlock(nn.Module):
             return x if config.t_fixup_init else layer_norm(config, x, name)
 
         def dropped(x: jax.Array, number: int) -> jax.Array:
-            if dropout_key is None:
+            if dropout_seeds is None:
                 return x
-            keys = keys_by_place(jax.random.fold_in(dropout_key, number), batch.crystal_place)
-            return thinned(x, row_seeds(keys, batch.crystal_of_atom, batch.atom_in_crystal, 1), config.dropout)
+            seeds = draw(dropout_seeds, number)
+            return thinned(x, row_seeds(seeds, batch.crystal_of_atom, batch.atom_in_crystal, 1), config.dropout)
 
         gain = t_fixup_gain(config)
         attention = SelfAttention(config, self.block, self.implementation, self.axis, name="attention")
-        x = normed(x + dropped(attention(x, batch, dropout_key=dropout_key, **others), 0), "norm1")
+        x = normed(x + dropped(attention(x, batch, dropout_seeds=dropout_seeds, **others), 0), "norm1")
         hidden = ACTIVATIONS[config.t_activation](block_layer(config, x, config.ff_dim, "linear1", gain))
         return normed(
             x + dropped(block_layer(config, dropped(hidden, 1), config.model_dim, "linear2", gain), 2), "norm2"

@@ -14,7 +14,7 @@ from crystalframer_jax.model.encoder import EncoderBlock
 from crystalframer_jax.model.implementation import Implementation
 from crystalframer_jax.model.layers import head_layer, head_norm, layer_norm
 from crystalframer_jax.ops.basis import EXACT
-from crystalframer_jax.ops.random_bits import fold_in_all
+from crystalframer_jax.ops.random_bits import draw
 from crystalframer_jax.parallel.devices import psum
 
 NUM_ELEMENTS = 98
@@ -40,28 +40,34 @@ class CrystalFramer(nn.Module):
     def __call__(
         self,
         batch: Batch,
-        frame_keys: jax.Array | None = None,
+        frame_seeds: jax.Array | None = None,
         calibrate: bool = False,
         given_frames: Sequence[jax.Array] | None = None,
         train: bool = False,
         freeze_norm: bool = False,
         only_vectors: bool = False,
+        dropout_seeds: jax.Array | None = None,
     ) -> Any:
         """Standardised predictions [B, T]; 0-atom padding crystals get meaningless finite numbers.
 
         Args:
-          frame_keys: random keys [B] that draw one of several equally good frames (training); None: the crystal
-            chooses (evaluation).
+          frame_seeds: random numbers [B] uint32 that draw one of several equally good frames (training); None: the
+            crystal chooses (evaluation).
           calibrate: measure and store the calibration on this batch; needs `mutable=["calibration"]`.
           given_frames: frames [N, H, 3, 3] of every block, instead of computing them.
-          train: dropout (needs an rng "dropout") and BatchNorm by this batch (needs `mutable=["batch_stats"]`).
+          train: dropout (needs `dropout_seeds`) and BatchNorm by this batch (needs `mutable=["batch_stats"]`).
           freeze_norm: BatchNorm by its running averages all the same.
           only_vectors: return what the output layers read, the vectors of the atoms [N, D] and pooled ones [B, D].
+          dropout_seeds: random numbers [B] uint32 that draw what is dropped in training.
         """
         batch = unpacked(batch)
         config, by_batch = self.config, train and not freeze_norm
+        if not (train and config.dropout):
+            dropout_seeds = None
+        elif dropout_seeds is None:
+            raise ValueError("dropout in training needs dropout_seeds")
         x = self._embed(batch, train)
-        x = self._blocks(x, batch, frame_keys, calibrate, given_frames, train)
+        x = self._blocks(x, batch, frame_seeds, calibrate, given_frames, dropout_seeds)
         if not config.t_fixup_init:
             x = layer_norm(config, x, "norm")
 
@@ -85,10 +91,10 @@ class CrystalFramer(nn.Module):
         self,
         x: jax.Array,
         batch: Batch,
-        frame_keys: jax.Array | None,
+        frame_seeds: jax.Array | None,
         calibrate: bool,
         given_frames: Sequence[jax.Array] | None,
-        train: bool,
+        dropout_seeds: jax.Array | None,
     ) -> jax.Array:
         """The transformer blocks, [N, D] -> [N, D]. Blocks of equal settings share one compiled body, in a loop.
 
@@ -96,7 +102,6 @@ class CrystalFramer(nn.Module):
         """
         config, number_of_blocks, period = self.config, self.config.num_layers, self.config.period_of_blocks
         names = [f"block_{number}" for number in range(number_of_blocks)]
-        dropout_key = self.make_rng("dropout") if train and config.dropout else None
         frames_of_blocks = [None] * number_of_blocks if given_frames is None else given_frames
 
         def block(number: int, **others: Any) -> EncoderBlock:
@@ -104,9 +109,9 @@ class CrystalFramer(nn.Module):
 
         def given(number: Any, frames: jax.Array | None) -> dict[str, Any]:
             """The arguments of a block."""
-            keys = None if frame_keys is None else fold_in_all(frame_keys, number)
-            dropout = None if dropout_key is None else jax.random.fold_in(dropout_key, number)
-            return {"frame_keys": keys, "dropout_key": dropout, "given_frames": frames, "calibrate": calibrate}
+            seeds = {"frame_seeds": frame_seeds, "dropout_seeds": dropout_seeds}
+            seeds = {name: None if all_seeds is None else draw(all_seeds, number) for name, all_seeds in seeds.items()}
+            return {**seeds, "given_frames": frames, "calibrate": calibrate}
 
         asks_for_each = self.is_initializing() or self.is_mutable_collection("intermediates")
         if asks_for_each or period == number_of_blocks:

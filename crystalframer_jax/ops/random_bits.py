@@ -1,32 +1,29 @@
 """Random numbers that are the same however a batch is padded or cut into blocks."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
-def row_seeds(keys: jax.Array, crystal_of_atom: jax.Array, atom_in_crystal: jax.Array, heads: int) -> jax.Array:
-    """A random uint32 for every atom and head, [N, H], from the key of its crystal and its number in the crystal.
+def seed_of(*numbers: int) -> np.uint32:
+    """A random uint32 that some numbers >= 0 stand for."""
+    return np.random.SeedSequence(numbers).generate_state(1)[0]
 
-    keys: [B] random keys. How the batch is padded does not matter.
+
+def draw(seeds: Any, numbers: Any) -> jax.Array:
+    """A random uint32 for every seed (uint32) and number (an integer), which are broadcast."""
+    return mix(seeds + jnp.asarray(numbers).astype(jnp.uint32) * jnp.uint32(0x9E3779B9))
+
+
+def row_seeds(seeds: jax.Array, crystal_of_atom: jax.Array, atom_in_crystal: jax.Array, heads: int) -> jax.Array:
+    """A random uint32 for every atom and head, [N, H], from the seed of its crystal and its number in the crystal.
+
+    seeds: [B] uint32. How the batch is padded does not matter.
     """
-    of_crystal = jax.vmap(lambda key: jax.random.bits(key, (), jnp.uint32))(keys)
-    of_atom = draw(of_crystal[crystal_of_atom], atom_in_crystal)
+    of_atom = draw(seeds[crystal_of_atom], atom_in_crystal)
     return draw(of_atom[:, None], jnp.arange(1, heads + 1))
-
-
-def keys_by_place(key: jax.Array, places: jax.Array) -> jax.Array:
-    """Another key for every one of the `places` [B] in a batch."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, places)
-
-
-def fold_in_all(keys: jax.Array, number: int) -> jax.Array:
-    """Every one of the keys [B] folded with a number."""
-    return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
-
-
-def draw(seeds: jax.Array, numbers: jax.Array) -> jax.Array:
-    """A random uint32 for every seed and number (uint32, or converted), which are broadcast."""
-    return mix(seeds + numbers.astype(jnp.uint32) * jnp.uint32(0x9E3779B9))
 
 
 def thinned(x: jax.Array, seeds: jax.Array, dropout: float) -> jax.Array:

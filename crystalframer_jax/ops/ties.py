@@ -48,15 +48,14 @@ class Best(NamedTuple):
 def scores_of(rows: Rows, like: jax.Array, scores: Callable[[Rows, jax.Array], jax.Array]) -> Scores:
     """Collects `scores(columns, number of their word)` [n, H, WORD], of the type of `like` [n, H]."""
 
-    def put(columns: Rows, first: jax.Array, found: Scores) -> Scores:
+    def put(columns: Rows, first: jax.Array, found: jax.Array) -> jax.Array:
         word = first // WORD
-        new = scores(columns, word)
-        highest = jnp.maximum(found.highest, jnp.max(new, axis=-1))
-        return Scores(jax.lax.dynamic_update_index_in_dim(found.of, new, word, 0), highest)
+        return jax.lax.dynamic_update_index_in_dim(found, scores(columns, word), word, 0)
 
-    lowest = jnp.full_like(like, -jnp.inf)
     empty = jnp.full((rows.index.shape[1] // WORD, *like.shape, WORD), -jnp.inf, like.dtype)
-    return over_columns(put, rows, Scores(empty, lowest), WORD)
+    found = over_columns(put, rows, empty, WORD)
+    # Of what is stored: computed again, in the same loop, it may be rounded otherwise, and no score as high as it.
+    return Scores(found, jnp.max(found, axis=(0, -1)))
 
 
 def best_of(rows: Rows, scores: Scores, tie_tolerance: float, seeds: jax.Array | None) -> First:
@@ -148,15 +147,15 @@ def choose(
         row, column, is_real = _listed(firsts, chunk)
         e1 = unit[row // heads, column]
 
-        def score(word: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            new = second_scores(by_row[word, row], cosines(e1, row, word))
-            return found[0].at[word].set(new), jnp.maximum(found[1], jnp.max(new, axis=-1))
+        def score(word: jax.Array, found: jax.Array) -> jax.Array:
+            return found.at[word].set(second_scores(by_row[word, row], cosines(e1, row, word)))
 
         def tie(word: jax.Array, found: jax.Array) -> jax.Array:
             return found.at[:, word].set(_words(_are_tied(second[word], highest, tie_tolerance) & is_real[:, None]))
 
         nothing = jnp.full((words, len(row), WORD), -jnp.inf, by_row.dtype)
-        second, highest = over_words(score, (nothing, nothing[0, :, 0]))
+        second = over_words(score, nothing)
+        highest = jnp.max(second, axis=(0, -1))  # see scores_of
         seconds = over_words(tie, jnp.zeros((len(row), words), jnp.uint32))
         # Where there is none, e2 = 0 is a candidate: the direction of the atom itself.
         is_lone = is_real & jnp.all(seconds == 0, axis=-1)

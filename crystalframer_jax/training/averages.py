@@ -13,6 +13,7 @@ from crystalframer_jax.data.loader import TrainingBatches
 from crystalframer_jax.inference.predictor import variables_in
 from crystalframer_jax.model.layers import BATCH_NORM_MOMENTUM
 from crystalframer_jax.model.regressor import CrystalFramer
+from crystalframer_jax.ops.random_bits import draw
 from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices
 from crystalframer_jax.training.state import TrainState, Tree
 
@@ -97,7 +98,7 @@ def make_batch_statistics(model: CrystalFramer, devices: Devices = ONE_DEVICE) -
             {**variables, "batch_stats": start},
             batch,
             train=True,
-            rngs={"dropout": jax.random.key(0)},
+            dropout_seeds=draw(jnp.uint32(0), batch.crystal_place),
             mutable=["batch_stats"],
         )
         return jax.tree.map(lambda x: x / BATCH_NORM_MOMENTUM, changed["batch_stats"])

@@ -18,6 +18,7 @@ from crystalframer_jax.data.store import Dataset
 from crystalframer_jax.files import is_disk_full, write_json
 from crystalframer_jax.model.implementation import Implementation
 from crystalframer_jax.model.regressor import CrystalFramer
+from crystalframer_jax.ops.random_bits import seed_of
 from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices, on_one_device
 from crystalframer_jax.parallel.interruption import Interruption, TrainingInterrupted
 from crystalframer_jax.parallel.processes import is_first_process, json_from_first_process
@@ -149,8 +150,7 @@ class Run:
 
     def loss(self, axis: str | None, model: CrystalFramer | None = None) -> LossFunction:
         """Makes the loss of the part that every device of `axis` has of a batch, see `make_loss`."""
-        key = jax.random.fold_in(jax.random.key(self.config.seed), 1)
-        return make_loss(model or self.model, self.recipe, self.statistics, key, axis)
+        return make_loss(model or self.model, self.recipe, self.statistics, seed_of(self.config.seed, 1), axis)
 
     def _trace(self, implementation: Implementation) -> None:
         """Raises ImplementationError if a training step cannot be taken so by this process."""

@@ -14,7 +14,7 @@ from crystalframer_jax.batching.device_table import Chunk
 from crystalframer_jax.batching.targets import TargetStatistics, standardise
 from crystalframer_jax.config import TrainConfig
 from crystalframer_jax.model.regressor import CrystalFramer
-from crystalframer_jax.ops.random_bits import keys_by_place
+from crystalframer_jax.ops.random_bits import draw
 from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices, sum_in_order
 from crystalframer_jax.training.averages import averaged
 from crystalframer_jax.training.layer_names import layer_mask
@@ -85,30 +85,25 @@ def new_state(recipe: Recipe, params: Tree, calibration: Tree, batch_stats: Tree
 
 
 def make_loss(
-    model: CrystalFramer,
-    recipe: Recipe,
-    statistics: tuple[TargetStatistics, ...],
-    key: jax.Array,
-    axis: str | None = None,
+    model: CrystalFramer, recipe: Recipe, statistics: tuple[TargetStatistics, ...], seed: int, axis: str | None = None
 ) -> LossFunction:
     """Makes loss(params, state, batch, freeze_norm) -> (sum of losses, (loss of each crystal [B], new batch_stats)).
 
-    Frames (among ties) and dropout are drawn from `key` folded with the step, and with the place of the crystal in the
-    batch, of which every device of `axis` may have a share.
+    Frames (among ties) and dropout are drawn from `seed` (uint32), the step, and the place of the crystal in the batch,
+    of which every device of `axis` may have a share.
     """
-    model = model.clone(axis=axis)
+    model, draws_frames = model.clone(axis=axis), recipe.config.ties == "drawn"
 
     def loss(params: Tree, state: TrainState, batch: Batch, freeze_norm: bool) -> tuple[jax.Array, Any]:
-        frame_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
-        frame_keys = keys_by_place(frame_key, batch.crystal_place) if recipe.config.ties == "drawn" else None
+        seeds = draw(draw(jnp.uint32(seed), state.step), batch.crystal_place)
         variables = {"params": params, "calibration": state.calibration, "batch_stats": state.batch_stats}
         predictions, changed = model.apply(
             variables,
             batch,
-            frame_keys,
+            draw(seeds, 0) if draws_frames else None,
             train=True,
             freeze_norm=freeze_norm,
-            rngs={"dropout": dropout_key},
+            dropout_seeds=draw(seeds, 1),
             mutable=["batch_stats"],
         )
         targets = standardise(batch.targets, statistics)

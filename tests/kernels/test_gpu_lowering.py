@@ -87,7 +87,7 @@ def training_step(config, devices=ONE_DEVICE):
     config = validate(config)
     model, recipe = config.model, make_recipe(config, 10)
     statistics = tuple(TargetStatistics(name, "", 0.0, 1.0) for name in config.targets)
-    loss = make_loss(CrystalFramer(model, "pallas"), recipe, statistics, jax.random.key(0), devices.axis)
+    loss = make_loss(CrystalFramer(model, "pallas"), recipe, statistics, 0, devices.axis)
     batch = small_batch(config)
     state = jax.eval_shape(
         lambda batch: initial_state(CrystalFramer(model, "xla"), recipe, batch, jax.random.key(0)), batch

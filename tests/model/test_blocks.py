@@ -10,6 +10,7 @@ from support import random_variables
 from tiny_models import CRYSTALFORMER, batch, named_leaves, tiny_config
 
 from crystalframer_jax.model.regressor import CrystalFramer
+from crystalframer_jax.ops.random_bits import draw, seed_of
 
 CONFIGS = {
     "equal blocks": {"num_layers": 2, "t_fixup_init": False},
@@ -25,7 +26,7 @@ def run(config, one_by_one, variables, batch, **others):
         variables,
         batch,
         train=True,
-        rngs={"dropout": jax.random.key(4)},
+        dropout_seeds=draw(seed_of(4), jnp.arange(len(batch.crystal_sizes))),
         mutable=["batch_stats", "calibration"] + ["intermediates"] * one_by_one,
         **others,
     )
@@ -34,11 +35,11 @@ def run(config, one_by_one, variables, batch, **others):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def evaluate(config, one_by_one, variables, batch):
     """Predictions while the widths are calibrated, the gradients of a sum of them, and the calibration."""
-    keys = jax.random.split(jax.random.key(3), batch.crystal_sizes.shape[0])
+    seeds = draw(seed_of(3), jnp.arange(len(batch.crystal_sizes)))
 
     def summed(params):
         given = {**variables, "params": params}, batch
-        found, changed = run(config, one_by_one, *given, frame_keys=keys, calibrate=True)
+        found, changed = run(config, one_by_one, *given, frame_seeds=seeds, calibrate=True)
         return jnp.sum(jnp.sin(found)), (found, changed["calibration"])
 
     gradients, (predictions, calibration) = jax.grad(summed, has_aux=True)(variables["params"])

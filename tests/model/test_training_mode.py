@@ -3,12 +3,14 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from support import atom_places, random_variables
 from tiny_models import CRYSTALFORMER, LARGER, SHAPE, batch, tiny_config
 
 from crystalframer_jax.model.encoder import EncoderBlock, SelfAttention
 from crystalframer_jax.model.regressor import CrystalFramer
+from crystalframer_jax.ops.random_bits import draw, seed_of
 from crystalframer_jax.training.averages import make_batch_statistics
 
 # Dropout: of pairs of atoms in the attention, of the result of the attention, and twice in the feed-forward layers
@@ -25,19 +27,19 @@ def random_input(shape=SHAPE):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def draw(layer, variables, x, batch):
+def draw_results(layer, variables, x, batch):
     """Results [DRAWS, N, D] of a layer in training mode."""
 
-    def once(key):
-        return layer.apply(variables, x, batch, dropout_key=key)
+    def once(seed):
+        return layer.apply(variables, x, batch, dropout_seeds=draw(seed, batch.crystal_place))
 
-    return jax.lax.map(once, jax.random.split(jax.random.key(6), DRAWS))
+    return jax.lax.map(once, draw(seed_of(6), jnp.arange(DRAWS)))
 
 
 def drawn(layer, variables, shape=SHAPE):
     """Results [DRAWS, 12, D] of a layer in training mode for random input of the atoms of the crystals."""
     packed = batch(shape=shape)
-    return np.asarray(draw(layer, variables, random_input(shape), packed))[:, atom_places(packed)]
+    return np.asarray(draw_results(layer, variables, random_input(shape), packed))[:, atom_places(packed)]
 
 
 def dropping(**changes):
@@ -104,17 +106,18 @@ def test_features_of_the_feed_forward_layers_are_dropped_twice():
     assert_kept(added_by_block(hidden=1.0), (1 - DROPOUT) ** 2)
 
 
-def test_nothing_is_dropped_outside_training_and_everything_in_it_depends_on_the_key():
+def test_nothing_is_dropped_outside_training_and_everything_in_it_depends_on_the_seed():
     configs = [dropping(dropout=dropout) for dropout in (0.0, DROPOUT)]
     variables = random_variables(configs[0])
     without, with_dropout = (jax.jit(CrystalFramer(config).apply)(variables, batch()) for config in configs)
     np.testing.assert_array_equal(with_dropout, without)
 
     @jax.jit
-    def trained(key):
-        return CrystalFramer(configs[1]).apply(variables, batch(), train=True, rngs={"dropout": key})
+    def trained(seed):
+        seeds = draw(seed, batch().crystal_place)
+        return CrystalFramer(configs[1]).apply(variables, batch(), train=True, dropout_seeds=seeds)
 
-    first, again, second = (np.asarray(trained(jax.random.key(seed)))[:3, 0] for seed in (0, 0, 1))
+    first, again, second = (np.asarray(trained(seed_of(number)))[:3, 0] for number in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - second).min() > 1e-3
     assert np.abs(first - without[:3, 0]).min() > 1e-3

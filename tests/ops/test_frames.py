@@ -14,7 +14,7 @@ from crystalframer_jax.batching.shapes import BatchShape
 from crystalframer_jax.config import BatchParts
 from crystalframer_jax.model.frames import block_frames
 from crystalframer_jax.ops.frames import METHODS
-from crystalframer_jax.ops.random_bits import keys_by_place, row_seeds
+from crystalframer_jax.ops.random_bits import draw, row_seeds, seed_of
 from crystalframer_jax.structures.crystal import Crystal
 from crystalframer_jax.structures.lattice import lattice_frames
 
@@ -41,9 +41,9 @@ def frames_of(method, batch, seeds=None, dtype=np.float32):
     return np.asarray(compiled[dtype](method, *make_inputs(batch, dtype), batch, TIE_TOLERANCE, seeds))
 
 
-def seeds_of(key, batch, heads=HEADS):
-    keys = keys_by_place(key, np.arange(len(batch.crystal_sizes)))
-    return row_seeds(keys, batch.crystal_of_atom, batch.atom_in_crystal, heads)
+def seeds_of(seed, batch, heads=HEADS):
+    seeds = draw(seed_of(seed), np.arange(len(batch.crystal_sizes)))
+    return row_seeds(seeds, batch.crystal_of_atom, batch.atom_in_crystal, heads)
 
 
 def make_inputs(batch, dtype=np.float32):
@@ -163,7 +163,7 @@ def batch_sizes(batch):
 @pytest.mark.parametrize("method", METHODS)
 def test_frames_are_right_handed_and_of_unit_length_and_orthogonal_but_for_lattice(method, dtype):
     batch = batch_without_symmetry(dtype)
-    for seeds in (None, seeds_of(jax.random.key(0), batch)):
+    for seeds in (None, seeds_of(0, batch)):
         frames = frames_of(method, batch, seeds, dtype)[atom_places(batch)].astype(np.float64)
         products = frames @ frames.swapaxes(-1, -2)
         tolerance = 1e-12 if dtype == np.float64 else 1e-6
@@ -202,7 +202,7 @@ def test_without_ties_nothing_is_drawn(method):
     assert unique.sum() >= 6
     frames = frames_of(method, batch)[unique]
     for seed in range(4):
-        drawn = frames_of(method, batch, seeds_of(jax.random.key(seed), batch))
+        drawn = frames_of(method, batch, seeds_of(seed, batch))
         np.testing.assert_allclose(drawn[unique], frames, rtol=0, atol=1e-6)
 
 
@@ -285,7 +285,7 @@ def test_frames_turn_with_the_crystal(method, x64):
     turn = random_rotation(np.random.default_rng(1))
     batch, turned = batch_without_symmetry(np.float64), transformed(turn)
     places = atom_places(batch)
-    for seeds in (None, seeds_of(jax.random.key(1), batch)):
+    for seeds in (None, seeds_of(1, batch)):
         expected = frames_of(method, batch, seeds, np.float64) @ turn.T
         np.testing.assert_allclose(
             frames_of(method, turned, seeds, np.float64)[places], expected[places], rtol=0, atol=1e-10

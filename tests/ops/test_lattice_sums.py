@@ -21,7 +21,7 @@ from crystalframer_jax.batching.shapes import BatchShape
 from crystalframer_jax.model.attention import ValueEncoding, framed_attention
 from crystalframer_jax.ops.basis import AngleBasis, Bases, DistanceBasis
 from crystalframer_jax.ops.lattice_sums import SumOptions, lattice_sums
-from crystalframer_jax.ops.random_bits import keys_by_place, row_seeds, thinned
+from crystalframer_jax.ops.random_bits import draw, row_seeds, seed_of, thinned
 
 HEADS, K_DIM, V_DIM = 2, 6, 5
 SIZES = (1, 12, 24)  # atoms: more than one block of 32 atoms, and padding atoms
@@ -387,8 +387,8 @@ def test_what_is_dropped_does_not_depend_on_the_places_in_a_batch(dtype):
     shares = []
     for crystals, places in (([first, second], [4, 9]), ([second, first], [9, 4])):
         batch = batch_of(crystals, 4.0, dtype)
-        keys = keys_by_place(jax.random.key(3), np.array([*places, 0, 0])[: len(batch.crystal_sizes)])
-        seeds = row_seeds(keys, batch.crystal_of_atom, batch.atom_in_crystal, 2)
+        of_crystals = draw(seed_of(3), np.array([*places, 0, 0])[: len(batch.crystal_sizes)])
+        seeds = row_seeds(of_crystals, batch.crystal_of_atom, batch.atom_in_crystal, 2)
         assert seeds.dtype == np.uint32
         q, k, v = np.ones((3, len(batch.species), 2, 4), dtype)
         a = np.full((len(batch.species), 2), -0.2, dtype)

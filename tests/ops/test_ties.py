@@ -32,7 +32,7 @@ from crystalframer_jax.config import BatchParts
 from crystalframer_jax.model.frames import block_frames
 from crystalframer_jax.model.regressor import CrystalFramer
 from crystalframer_jax.ops.frames import METHODS
-from crystalframer_jax.ops.random_bits import fold_in_all, keys_by_place, row_seeds
+from crystalframer_jax.ops.random_bits import draw, row_seeds, seed_of
 from crystalframer_jax.structures.crystal import Crystal
 
 TIE_TOLERANCE = 1e-4
@@ -86,9 +86,9 @@ def alike(batch, draws=1, exponent=EXPONENT):
     return q, k, np.full((atoms, draws), exponent, dtype)
 
 
-def seeds_of(key, batch, draws=DRAWS):
-    keys = keys_by_place(key, np.arange(len(batch.crystal_sizes)))
-    return compiled_seeds(keys, batch.crystal_of_atom, batch.atom_in_crystal, draws)
+def seeds_of(seed, batch, draws=DRAWS):
+    seeds = draw(seed_of(seed), np.arange(len(batch.crystal_sizes)))
+    return compiled_seeds(seeds, batch.crystal_of_atom, batch.atom_in_crystal, draws)
 
 
 @functools.cache
@@ -96,7 +96,7 @@ def all_drawn_frames(method):
     """Frames of the atoms of each of the CRYSTALS by name, [n, DRAWS, 3, 3]."""
     crystals = [crystal_named(name) for name in CRYSTALS]
     batch = batch_of(crystals, RADIUS, shapes=SHAPE, parts=PARTS)
-    seeds = seeds_of(jax.random.key(0), batch)
+    seeds = seeds_of(0, batch)
     frames = np.asarray(compiled(method, *alike(batch, DRAWS), batch, TIE_TOLERANCE, seeds))[atom_places(batch)]
     ends = np.cumsum([crystal.num_atoms for crystal in crystals])
     return dict(zip(CRYSTALS, np.split(frames, ends[:-1]), strict=True))
@@ -270,7 +270,7 @@ def test_signs_of_principal_axes_are_drawn_uniformly(method):
     exponent = -1.5  # for the reference, which sums to the end of the lattice images: nothing is left at 5 Å
     crystal = random_crystal(np.random.default_rng(20), 4)
     batch = batch_of([crystal], RADIUS, shapes=SHAPE, parts=PARTS)
-    seeds = seeds_of(jax.random.key(1), batch)
+    seeds = seeds_of(1, batch)
     frames = compiled(method, *alike(batch, DRAWS, exponent), batch, TIE_TOLERANCE, seeds)
     frames = np.asarray(frames)[atom_places(batch)]
     inputs = [x[:4] for x in alike(batch, exponent=exponent)]
@@ -311,11 +311,11 @@ def test_draws_differ_between_steps_blocks_atoms_and_heads(method):
     first, second = labels(drawn_frames(method, name)[:2, :, 0])
     assert_independent(first, second)  # atoms
     assert_independent(first[:-1], first[1:])  # heads
-    step, place = jax.random.key(2), atom_places(batch)[0]
+    step, place = seed_of(2), atom_places(batch)[0]
 
     def of_step(number, block):
-        keys = fold_in_all(keys_by_place(jax.random.fold_in(step, number), np.arange(SHAPE.num_crystals)), block)
-        return row_seeds(keys, batch.crystal_of_atom, batch.atom_in_crystal, 1)[:, 0]
+        seeds = draw(draw(draw(step, number), np.arange(SHAPE.num_crystals)), block)
+        return row_seeds(seeds, batch.crystal_of_atom, batch.atom_in_crystal, 1)[:, 0]
 
     e1 = []
     for block in range(2):
@@ -335,7 +335,7 @@ def test_only_neighbors_within_the_tolerance_are_ties(method):
     place = atom_places(batch)[0]
     batch.rows.vector[place, 1:4] *= 1.0005  # 0.25 * 2.82^2 * 0.001 = 2e-3 less
     batch.rows.square[place, 1:4] *= 1.0005**2
-    seeds = seeds_of(jax.random.key(3), batch)
+    seeds = seeds_of(3, batch)
     frames = np.asarray(compiled(method, *alike(batch, DRAWS), batch, TIE_TOLERANCE, seeds))
     unit = batch.rows.vector[place, 4:7] / 2.82
     cosine = frames[place, :, 0] @ unit.T
@@ -355,7 +355,7 @@ def test_a_turned_crystal_has_the_same_ties_even_at_the_tolerance(method):
     def are_tied(turns):
         turned = [rotated(crystal, turn) for crystal, turn in zip(crystals, turns, strict=True)]
         batch = batch_of(turned, 4.0, parts=PARTS)
-        seeds = seeds_of(jax.random.key(6), batch, 32)
+        seeds = seeds_of(6, batch, 32)
         q, k, a = alike(batch, 32, exponent=-exponent)
         frames = np.asarray(compiled(method, 3 * q, k, a, batch, TIE_TOLERANCE, seeds))[atom_places(batch)]
         along = np.einsum("nhx,nx->nh", frames[:, :, 0], np.array(turns)[:, :, 2])
@@ -381,20 +381,23 @@ def test_eigenvalues_closer_than_the_tolerance_times_their_sum_count_as_equal(ga
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_draws_depend_on_nothing_but_the_key_of_the_crystal_and_the_atom(method):
+def test_draws_depend_on_nothing_but_the_seed_of_the_crystal_and_the_atom(method):
     """Not on the place of the crystal in the batch, nor on the other crystals there."""
     names = ("rock salt", "hcp")
-    keys = jax.random.split(jax.random.key(4), SHAPE.num_crystals)
+    of_crystals = draw(seed_of(4), np.arange(SHAPE.num_crystals))
     alone = []
     for i, name in enumerate(names):
         batch = batch_named(name)
-        seeds = compiled_seeds(jnp.roll(keys, -i), batch.crystal_of_atom, batch.atom_in_crystal, DRAWS)
+        seeds = compiled_seeds(jnp.roll(of_crystals, -i), batch.crystal_of_atom, batch.atom_in_crystal, DRAWS)
         frames = compiled(method, *alike(batch, DRAWS), batch, TIE_TOLERANCE, seeds)
         alone.append(np.asarray(frames)[atom_places(batch)])
     crystals = [primitive("perovskite"), primitive("hcp"), crystal_named("SnO2"), primitive("rock salt")]
     batch = batch_of(crystals, RADIUS, shapes=SHAPE, parts=PARTS)
     seeds = compiled_seeds(
-        keys[np.array([2, 1, 3, 0, *range(4, SHAPE.num_crystals)])], batch.crystal_of_atom, batch.atom_in_crystal, DRAWS
+        of_crystals[np.array([2, 1, 3, 0, *range(4, SHAPE.num_crystals)])],
+        batch.crystal_of_atom,
+        batch.atom_in_crystal,
+        DRAWS,
     )
     frames = np.asarray(compiled(method, *alike(batch, DRAWS), batch, TIE_TOLERANCE, seeds))[atom_places(batch)]
     # Sums over longer rows are rounded differently.
@@ -405,39 +408,37 @@ def test_draws_depend_on_nothing_but_the_key_of_the_crystal_and_the_atom(method)
 
 def test_seeds_do_not_depend_on_padding():
     crystals = [primitive("rock salt"), primitive("hcp")]
-    keys = jax.random.split(jax.random.key(4), 5)
+    of_crystals = draw(seed_of(4), np.arange(5))
     seeds = []
     for shape, added in (BatchShape(32, 64, 2), []), (BatchShape(64, 80, 5), [primitive("perovskite")]):
         batch = batch_of(crystals + added, RADIUS, shapes=shape)
         atoms = batch.crystal_of_atom, batch.atom_in_crystal
-        seeds.append(compiled_seeds(keys[: shape.num_crystals], *atoms, 8)[atom_places(batch)[:4]])
+        seeds.append(compiled_seeds(of_crystals[: shape.num_crystals], *atoms, 8)[atom_places(batch)[:4]])
     np.testing.assert_array_equal(*seeds)
 
 
-def test_one_key_for_all_draws_alike_for_equal_crystals_and_keys_by_place_do_not():
+def test_one_seed_for_all_draws_alike_for_equal_crystals_and_seeds_by_place_do_not():
     batch = batch_of([primitive("hcp")] * 2, RADIUS, shapes=BatchShape(32, 64, 3))
-    key = jax.random.key(5)
+    seed = seed_of(5)
     atoms = batch.crystal_of_atom, batch.atom_in_crystal
-    first, second = np.split(np.asarray(compiled_seeds(jnp.repeat(key, 3), *atoms, 8))[atom_places(batch)], 2)
+    first, second = np.split(np.asarray(compiled_seeds(jnp.repeat(seed, 3), *atoms, 8))[atom_places(batch)], 2)
     np.testing.assert_array_equal(first, second)
-    by_place = np.asarray(compiled_seeds(keys_by_place(key, np.arange(3)), *atoms, 8))[atom_places(batch)]
+    by_place = np.asarray(compiled_seeds(draw(seed, np.arange(3)), *atoms, 8))[atom_places(batch)]
     assert len(np.unique(by_place)) == by_place.size == 4 * 8
 
 
-def test_seeds_differ_between_keys_crystals_blocks_atoms_and_heads():
+def test_seeds_differ_between_seeds_crystals_blocks_atoms_and_heads():
     batch = batch_of([primitive("rock salt"), primitive("hcp")], RADIUS, shapes=BatchShape(32, 64, 3))
     atoms = batch.crystal_of_atom, batch.atom_in_crystal
     seeds = [
-        compiled_seeds(fold_in_all(keys_by_place(jax.random.key(seed), np.arange(3)), block), *atoms, 8)[
-            atom_places(batch)
-        ]
+        compiled_seeds(draw(draw(seed_of(seed), np.arange(3)), block), *atoms, 8)[atom_places(batch)]
         for seed, block in itertools.product(range(3), range(4))
     ]
     assert len(np.unique(seeds)) == 3 * 4 * 4 * 8
 
 
 def test_blocks_of_the_model_draw_independently():
-    """The key of a step serves all blocks: they must not all choose the same neighbor."""
+    """The seed of a step serves all blocks: they must not all choose the same neighbor."""
     config = small_config(head_num=8)
     batch = batch_named("rock salt")
     variables = random_variables(config)
@@ -445,7 +446,7 @@ def test_blocks_of_the_model_draw_independently():
         query = variables["params"][f"block_{block}"]["attention"]["q"]
         query["kernel"], query["bias"] = 0 * query["kernel"], 0 * query["bias"]
     apply = jax.jit(functools.partial(CrystalFramer(config).apply, mutable=["intermediates"]))
-    _, state = apply(variables, batch, keys_by_place(jax.random.key(6), np.arange(SHAPE.num_crystals)))
+    _, state = apply(variables, batch, draw(seed_of(6), np.arange(SHAPE.num_crystals)))
     blocks = [state["intermediates"][f"block_{block}"]["attention"]["frames"][0] for block in range(config.num_layers)]
     first, second = labels(np.array([frames[atom_places(batch), :, 0] for frames in blocks]))
     assert len(np.unique(first)) > 3
@@ -509,7 +510,7 @@ def test_draws_turn_with_the_crystal(method, x64):
         """[n, draws, 3, 3]"""
         turned = [rotated(crystal, turn) for crystal in crystals]
         batch = batch_of(turned, RADIUS, np.float64, SHAPE, parts=PARTS)
-        seeds = seeds_of(jax.random.key(0), batch, draws)
+        seeds = seeds_of(0, batch, draws)
         return np.asarray(compiled_x64(method, *alike(batch, draws), batch, TIE_TOLERANCE, seeds))[atom_places(batch)]
 
     expected = frames_of(np.eye(3))

@@ -33,7 +33,7 @@ from crystalframer_jax.batching.shapes import BatchShape
 from crystalframer_jax.config import BatchParts
 from crystalframer_jax.model.regressor import CrystalFramer
 from crystalframer_jax.ops.frames import METHODS
-from crystalframer_jax.ops.random_bits import keys_by_place
+from crystalframer_jax.ops.random_bits import draw, seed_of
 from crystalframer_jax.structures.crystal import Crystal
 from crystalframer_jax.structures.lattice import lattice_frames
 
@@ -210,12 +210,12 @@ def config_of(model, **changes):
     return small_config(**{"value_pe_dist_real": 8, "scale_real": (1.0,), "precision": "float64", **frames, **changes})
 
 
-def evaluate(config, variables, batch, frame_keys=None, given_frames=None):
+def evaluate(config, variables, batch, frame_seeds=None, given_frames=None):
     """Predictions [B, 1] and the intermediates of the attention, queries and keys among them."""
     return CrystalFramer(config).apply(
         variables,
         batch,
-        frame_keys,
+        frame_seeds,
         given_frames=given_frames,
         mutable=["intermediates"],
         capture_intermediates=lambda module, _: module.name in ("q", "k"),
@@ -259,13 +259,13 @@ def batches_of(kind, describe=None, dtype="float64"):
     return [batch_of(group, RADIUS, np.dtype(dtype).type, SHAPE, parts=PARTS) for group in groups]
 
 
-def predict(config, kind, describe=None, frame_key=None, given_frames=None):
+def predict(config, kind, describe=None, seed=None, given_frames=None):
     """Predictions [number of crystals] of a model with random weights."""
-    keys = None if frame_key is None else keys_by_place(frame_key, np.arange(SHAPE.num_crystals))
+    seeds = None if seed is None else draw(seed_of(seed), np.arange(SHAPE.num_crystals))
     predictions = []
     with jax.enable_x64(config.precision == "float64"):
         for batch in batches_of(kind, describe, config.precision):
-            result, _ = COMPILED[config.precision](config, variables_of(config), batch, keys, given_frames)
+            result, _ = COMPILED[config.precision](config, variables_of(config), batch, seeds, given_frames)
             predictions.append(result[batch.crystal_sizes > 0, 0])
     return np.concatenate(predictions)
 
@@ -356,10 +356,10 @@ def test_prediction_in_float32_does_not_depend_on_the_description(describe, kind
 
 
 def test_draws_turn_with_the_crystal():
-    """The same key draws the same neighbors of a turned crystal."""
-    config, key = config_of("max"), jax.random.key(5)
-    drawn = predict(config, "real", frame_key=key)
-    np.testing.assert_allclose(predict(config, "real", turn, key), drawn, rtol=0, atol=TOLERANCE)
+    """The same seed draws the same neighbors of a turned crystal."""
+    config = config_of("max")
+    drawn = predict(config, "real", seed=5)
+    np.testing.assert_allclose(predict(config, "real", turn, 5), drawn, rtol=0, atol=TOLERANCE)
 
 
 # Mirror images
@@ -440,7 +440,7 @@ def test_frames_of_a_given_cell_depend_on_it(model, describe):
 def test_unique_frames_do_not_depend_on_a_draw(kind):
     config, holds = config_of("max"), has_unique_frames("max", kind)
     for seed in range(4):
-        drawn = predict(config, kind, frame_key=jax.random.key(seed))
+        drawn = predict(config, kind, seed=seed)
         np.testing.assert_array_equal(drawn[holds], expected(config, kind)[holds])
 
 
@@ -450,5 +450,5 @@ def test_ties_matter():
     Those of rock salt and its like are: all the frames that are tied there are related by rotations of the crystal.
     """
     assert not has_unique_frames("max", "ties").any()
-    drawn = [predict(config_of("max"), "ties", frame_key=jax.random.key(seed)) for seed in range(6)]
+    drawn = [predict(config_of("max"), "ties", seed=seed) for seed in range(6)]
     assert np.all(np.ptp(drawn, axis=0) > 1e-5)

@@ -14,6 +14,7 @@ from crystalframer_jax import Predictor
 from crystalframer_jax.batching.targets import TargetStatistics
 from crystalframer_jax.config import ConfigError, validate
 from crystalframer_jax.inference.evaluation import groups_of
+from crystalframer_jax.ops.random_bits import draw
 from crystalframer_jax.parallel.interruption import Interruption, TrainingInterrupted
 from crystalframer_jax.reporting.metrics import main_metrics
 from crystalframer_jax.runs.checkpoints import CheckpointError
@@ -130,7 +131,7 @@ def test_averaged_weights_have_batch_statistics_of_their_own(runs, average):
             v,
             batch,
             train=True,
-            rngs={"dropout": jax.random.key(0)},
+            dropout_seeds=draw(np.uint32(0), batch.crystal_place),
             mutable=["batch_stats", "intermediates"],
             capture_intermediates=lambda module, _: module.name in ("pre_pooling", "dense_0"),
         )[1]["intermediates"]
