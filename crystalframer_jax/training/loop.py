@@ -150,7 +150,7 @@ class Run:
 
     def loss(self, axis: str | None, model: CrystalFramer | None = None) -> LossFunction:
         """Makes the loss of the part that every device of `axis` has of a batch, see `make_loss`."""
-        return make_loss(model or self.model, self.recipe, self.statistics, seed_of(self.config.seed, 1), axis)
+        return make_loss(model or self.model, self.recipe, self.statistics, int(seed_of(self.config.seed, 1)), axis)
 
     def _trace(self, implementation: Implementation) -> None:
         """Raises ImplementationError if a training step cannot be taken so by this process."""
