@@ -25,6 +25,7 @@ from crystalframer_jax.model.implementation import Implementation
 from crystalframer_jax.model.regressor import CrystalFramer
 from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices
 from crystalframer_jax.training.averages import weights_of
+from crystalframer_jax.training.stacking import stacked
 from crystalframer_jax.training.state import TrainState
 from crystalframer_jax.training.step import initial_state, make_loss, make_recipe, make_train_step
 
@@ -63,7 +64,10 @@ def train_program(
     loss = make_loss(model, recipe, STATISTICS, 1, devices.axis)
     return Program(
         make_train_step(recipe, loss, devices=devices),  # consumes its state
-        lambda: (devices.replicate(jax.tree.map(jnp.copy, variant.state)), devices.put(batch())),
+        lambda: (
+            devices.replicate(stacked(jax.tree.map(jnp.copy, variant.state), variant.config)),
+            devices.put(batch()),
+        ),
         advance=lambda given, result: (result[0], given[1]),
     )
 

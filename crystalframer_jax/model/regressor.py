@@ -128,12 +128,16 @@ class CrystalFramer(nn.Module):
                 updates.append(update)
             return x, updates
 
+        def of(name: str) -> dict[str, Any]:
+            return {kind: found[name] for kind, found in self.variables.items() if name in found}
+
         def by_place(values: Sequence[Any]) -> list[Any]:
             """Stacks what belongs to the blocks of the same place in every turn."""
             return [jax.tree.map(lambda *x: jnp.stack(x), *values[place::period]) for place in range(period)]
 
-        variables = [{kind: found[name] for kind, found in self.variables.items() if name in found} for name in names]
-        turns = by_place(variables), by_place(range(number_of_blocks)), by_place(frames_of_blocks)
+        together = [of(f"blocks_{place}") for place in range(period)]  # in a training step, see training.stacking
+        variables = together if together[0] else by_place([of(name) for name in names])
+        turns = variables, by_place(range(number_of_blocks)), by_place(frames_of_blocks)
         x, updates = jax.lax.scan(one_turn, x, turns)
         for number, name in enumerate(names):
             turn, place = divmod(number, period)

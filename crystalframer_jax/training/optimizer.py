@@ -105,8 +105,13 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
 
 def _is_matrix_of_block(params: Any) -> Any:
-    """Tells which parameters are matrices of the blocks, or several."""
-    return jax.tree_util.tree_map_with_path(lambda path, x: x.ndim >= 2 and path[0].key.startswith("block_"), params)
+    """Tells which parameters are matrices of the blocks, or several; equal blocks may be stacked ("blocks_")."""
+
+    def of(path: Any, x: Any) -> bool:
+        name = path[0].key
+        return name.startswith("block") and x.ndim >= 2 + name.startswith("blocks_")
+
+    return jax.tree_util.tree_map_with_path(of, params)
 
 
 def _axes_of_matrices(params: Any) -> Any:

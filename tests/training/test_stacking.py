@@ -1,0 +1,100 @@
+"""Training steps take equal blocks as one: the same steps, and nothing of it is seen in what a run leaves."""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tiny import (
+    NO_FRAMES,
+    STEPS_PER_EPOCH,
+    StopAt,
+    assert_equal_trees,
+    assert_same_run,
+    open_tiny,
+    tiny_config,
+    tiny_runs,
+)
+
+from crystalframer_jax.config import validate
+from crystalframer_jax.parallel.interruption import TrainingInterrupted
+from crystalframer_jax.training.loop import Run
+from crystalframer_jax.training.stacking import separate, stacked
+from crystalframer_jax.training.start import train
+
+FOUR_BLOCKS = NO_FRAMES | {"num_layers": 4, "scale_real": (1.4, 2.0), "model_dim": 8, "ff_dim": 8}  # of two kinds
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Iterator[Path]:
+    """Where the runs of this file are, with the setting that they need."""
+    with tiny_runs():
+        yield tmp_path_factory.mktemp("stacking")
+
+
+def run_of(folder: Path, name: str, **changes) -> Run:
+    config = tiny_config(folder / "data", **(FOUR_BLOCKS | changes))
+    run = Run(validate(config), folder / name, open_tiny(config))
+    run.checkpoints.close()
+    return run
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_blocks_are_stacked_and_separated_again(folder, optimizer):
+    run = run_of(folder, "there and back", optimizer=optimizer, ema_decay=0.9)
+    numbers = itertools.count()
+    state = jax.tree.map(lambda x: np.full_like(x, next(numbers)), run.initial_state())
+    together = stacked(state, run.config)
+    for tree in (together.params, together.ema_params, together.calibration):
+        assert {name for name in tree if name.startswith("block")} == {"blocks_0", "blocks_1"}
+    kernels = [state.params[f"block_{number}"]["attention"]["q"]["kernel"] for number in (1, 3)]
+    np.testing.assert_array_equal(together.params["blocks_1"]["attention"]["q"]["kernel"], np.stack(kernels))
+    blocks = [path for path, _ in jax.tree_util.tree_leaves_with_path(together) if "'block_" in str(path)]
+    assert blocks == []
+    assert_equal_trees(separate(together, run.config), state)
+
+
+@pytest.mark.parametrize("changes", [{"frozen_layers": "block_2"}, {"scale_real": (1.0, 1.4, 1.7, 2.0)}])
+def test_blocks_stay_apart_where_they_differ(folder, changes):
+    run = run_of(folder, "apart", **changes)
+    state = run.initial_state()
+    assert stacked(state, run.config) is state
+    assert_equal_trees(separate(state, run.config), state)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": "adamw", "clip_norm": 0.5, "weight_decay": 0.1, "dropout": 0.2},
+        {"optimizer": "muon", "bias_weight_decay": 0.1, "ema_decay": 0.9},
+    ],
+)
+def test_steps_with_stacked_blocks_are_those_with_blocks_apart(folder, changes, x64):
+    """Averages, moments and norms included; two of them enter the equal average."""
+    run = run_of(folder, "steps", precision="float64", swa_epochs=2, **changes)
+    states = []
+    for state in (run.initial_state(), stacked(run.initial_state(), run.config)):
+        for step in range(STEPS_PER_EPOCH + 2):
+            state, result = run.step(state, run.batches[step])
+        states.append((separate(state, run.config), result))
+    assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
+    for (path, found), expected in zip(
+        jax.tree_util.tree_leaves_with_path(states[1]), jax.tree.leaves(states[0]), strict=True
+    ):
+        name = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(found, expected, rtol=1e-7, atol=1e-11, err_msg=name)
+    first = run.initial_state().params["block_3"]["linear1"]["kernel"]
+    assert np.abs(states[1][0].params["block_3"]["linear1"]["kernel"] - first).max() > 1e-4
+
+
+def test_an_interrupted_run_of_equal_blocks_goes_on_from_its_separate_ones(folder):
+    """In the middle of an epoch."""
+    config = tiny_config(folder / "data", **(FOUR_BLOCKS | {"num_layers": 2, "scale_real": (1.4,)}))
+    assert stacked(Run(validate(config), folder / "asked", open_tiny(config)).initial_state(), validate(config))
+    train(config, folder / "whole")
+    with pytest.raises(TrainingInterrupted):
+        train(config, folder / "interrupted", interruption=StopAt(3))
+    train(config, folder / "interrupted")
+    assert_same_run(config, folder / "interrupted", folder / "whole")
