@@ -15,11 +15,11 @@ from crystalframer_jax.batching.targets import TargetStatistics, standardise
 from crystalframer_jax.config import TrainConfig
 from crystalframer_jax.model.regressor import CrystalFramer
 from crystalframer_jax.ops.random_bits import draw
-from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices, sum_in_order
+from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices, psum, sum_in_order
 from crystalframer_jax.training.averages import averaged
 from crystalframer_jax.training.layer_names import layer_mask
 from crystalframer_jax.training.loss import loss_per_crystal
-from crystalframer_jax.training.optimizer import Schedule, learning_rate, make_optimizer
+from crystalframer_jax.training.optimizer import Schedule, global_norm, learning_rate, make_optimizer
 from crystalframer_jax.training.state import TrainState, Tree
 
 LossFunction = Callable[..., tuple[jax.Array, Any]]
@@ -146,24 +146,32 @@ def _step(
 ) -> tuple[TrainState, Result]:
     """Takes a step down the mean of the losses of a batch, of which every device of `axis` has a share."""
     is_frozen = layer_mask(state.params, recipe.config.frozen_layers, "frozen_layers")
-    gradient_of = jax.value_and_grad(loss, has_aux=True)
-    (value, (_, batch_stats)), gradient = gradient_of(state.params, state, batch, freeze_norm)
-    number = jnp.sum(batch.crystal_sizes > 0).astype(value.dtype)
-    value, gradient, number = sum_in_order((value, gradient, number), axis)
-    value = value / number
-    gradient = jax.tree.map(lambda g, frozen: jnp.zeros_like(g) if frozen else g / number, gradient, is_frozen)
-    grad_norm = optax.global_norm(gradient)
+    number = psum(jnp.sum(batch.crystal_sizes > 0), axis)
+
+    def share_of_mean(params: Tree) -> tuple[jax.Array, Any]:
+        total, others = loss(params, state, batch, freeze_norm)
+        return total / number, others
+
+    (value, (_, batch_stats)), gradient = jax.value_and_grad(share_of_mean, has_aux=True)(state.params)
+    value, gradient = sum_in_order((value, gradient), axis)
+    gradient = jax.tree.map(lambda g, frozen: jnp.zeros_like(g) if frozen else g, gradient, is_frozen)
+    grad_norm = global_norm(gradient)
+    finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
+    running = state.skipped_steps <= skip_nonfinite
+
+    def kept(new: Tree, old: Tree) -> Tree:
+        return jax.tree.map(lambda n, o: jnp.where(finite & running, n, o), new, old)
+
     updates, opt_state = recipe.optimizer.update(gradient, state.opt_state, state.params)
     rate = recipe.learning_rate(state.step)
     params = jax.tree.map(
         lambda p, u, frozen: p if frozen else p - jnp.asarray(rate, p.dtype) * u, state.params, updates, is_frozen
     )
+    params = kept(params, state.params)  # before they are averaged: once for both
     averages = averaged(state, params, recipe.swa_first_step, recipe.config.ema_decay)
-    new = dataclasses.replace(state, params=params, batch_stats=batch_stats, opt_state=opt_state, **averages)
-    finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
-    running = state.skipped_steps <= skip_nonfinite
-    kept = jax.tree.map(lambda n, o: jnp.where(finite & running, n, o), new, state)
+    new = dataclasses.replace(state, batch_stats=batch_stats, opt_state=opt_state, **averages)
+    new = dataclasses.replace(kept(new, state), params=params)
     skipped_steps = state.skipped_steps + (running & ~finite)
     result = {"step": state.step, "loss": value, "grad_norm": grad_norm, "finite": finite}
     result["skipped_steps"] = skipped_steps
-    return dataclasses.replace(kept, step=state.step + running, skipped_steps=skipped_steps), result
+    return dataclasses.replace(new, step=state.step + running, skipped_steps=skipped_steps), result

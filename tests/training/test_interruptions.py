@@ -63,7 +63,7 @@ def test_signals_save_within_an_epoch_and_the_run_continues_to_the_same_bits(fin
     workdir = folder / "signals"
     steps = [0]
     for number, name in ((signal.SIGTERM, "SIGTERM"), (signal.SIGUSR1, "SIGUSR1"), (signal.SIGINT, "Ctrl-C")):
-        process = start_training(config, workdir, seconds_per_step=0.8)
+        process = start_training(config, workdir, seconds_per_step=1.2)
         wait_for_training(process)
         time.sleep(1.5)
         output = stop(process, number)
