@@ -28,6 +28,7 @@ if "TMPDIR" not in os.environ and os.access(MEMORY, os.W_OK) and shutil.disk_usa
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from scheduling import OneWaits, waits  # noqa: E402
 
 
 def pytest_configure(config):
@@ -36,9 +37,15 @@ def pytest_configure(config):
         shutil.rmtree(PROGRAMS)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Gives a process of its own to the tests that wait most of their time."""
+    return OneWaits(config, log) if config.getvalue("dist") == "worksteal" else None
+
+
 def pytest_collection_modifyitems(items):
-    """Begins with those that wait most of their time: at the end nothing else would be left to do meanwhile."""
-    items.sort(key=lambda item: item.get_closest_marker("waits") is None)
+    """Begins with those that wait: at the end nothing else would be left to do meanwhile."""
+    items.sort(key=lambda item: not waits(item.nodeid))
 
 
 def pytest_collection_finish():

@@ -16,7 +16,6 @@ from tiny import assert_same_run, start_training, tiny_config, tiny_runs
 from crystalframer_jax.training.logging import read_metrics
 
 SECONDS = 20
-pytestmark = pytest.mark.waits
 
 
 @pytest.fixture(scope="module")

@@ -64,16 +64,10 @@ def test_blocks_stay_apart_where_they_differ(folder, changes):
     assert_equal_trees(separate(state, run.config), state)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"optimizer": "adamw", "clip_norm": 0.5, "weight_decay": 0.1, "dropout": 0.2},
-        {"optimizer": "muon", "bias_weight_decay": 0.1, "ema_decay": 0.9},
-    ],
-)
-def test_steps_with_stacked_blocks_are_those_with_blocks_apart(folder, changes, x64):
+def test_steps_with_stacked_blocks_are_those_with_blocks_apart(folder, x64):
     """Averages, moments and norms included; two of them enter the equal average."""
-    run = run_of(folder, "steps", precision="float64", swa_epochs=2, **changes)
+    changes = {"clip_norm": 0.5, "weight_decay": 0.1, "bias_weight_decay": 0.2, "ema_decay": 0.9, "dropout": 0.2}
+    run = run_of(folder, "steps", precision="float64", swa_epochs=2, optimizer="muon", **changes)
     states = []
     for state in (run.initial_state(), stacked(run.initial_state(), run.config)):
         for step in range(STEPS_PER_EPOCH + 2):
