@@ -25,7 +25,7 @@ from crystalframer_jax.model.implementation import Implementation
 from crystalframer_jax.model.regressor import CrystalFramer
 from crystalframer_jax.parallel.devices import ONE_DEVICE, Devices
 from crystalframer_jax.training.averages import weights_of
-from crystalframer_jax.training.stacking import stacked
+from crystalframer_jax.training.layout import for_steps
 from crystalframer_jax.training.state import TrainState
 from crystalframer_jax.training.step import initial_state, make_loss, make_recipe, make_train_step
 
@@ -65,7 +65,7 @@ def train_program(
     return Program(
         make_train_step(recipe, loss, devices=devices),  # consumes its state
         lambda: (
-            devices.replicate(stacked(jax.tree.map(jnp.copy, variant.state), variant.config)),
+            devices.replicate(for_steps(jax.tree.map(jnp.copy, variant.state), variant.config)[0]),
             devices.put(batch()),
         ),
         advance=lambda given, result: (result[0], given[1]),

@@ -135,7 +135,7 @@ class CrystalFramer(nn.Module):
             """Stacks what belongs to the blocks of the same place in every turn."""
             return [jax.tree.map(lambda *x: jnp.stack(x), *values[place::period]) for place in range(period)]
 
-        together = [of(f"blocks_{place}") for place in range(period)]  # in a training step, see training.stacking
+        together = [of(f"blocks_{place}") for place in range(period)]  # in a training step, see training.layout
         variables = together if together[0] else by_place([of(name) for name in names])
         turns = variables, by_place(range(number_of_blocks)), by_place(frames_of_blocks)
         x, updates = jax.lax.scan(one_turn, x, turns)

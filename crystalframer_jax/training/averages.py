@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 
 from crystalframer_jax.batching.batch import Batch
 from crystalframer_jax.config import ConfigError
@@ -55,6 +56,9 @@ def ready_for_swa(state: TrainState, swa_first_step: int | None) -> TrainState:
 
 
 def _towards(average: Tree, new: Tree, share: jax.Array) -> Tree:
+    """An average closer to a tree; it may be a vector, see layout.for_steps."""
+    if isinstance(average, jax.Array):
+        new, _ = ravel_pytree(new)
     return jax.tree.map(lambda mean, x: mean + jnp.asarray(share, x.dtype) * (x - mean), average, new)
 
 

@@ -44,12 +44,12 @@ from crystalframer_jax.training.averages import averages_in, ready_for_swa, weig
 from crystalframer_jax.training.consensus import agreed_implementation
 from crystalframer_jax.training.errors import TrainingError
 from crystalframer_jax.training.layer_names import count_parameters, layer_mask
+from crystalframer_jax.training.layout import for_steps
 from crystalframer_jax.training.ledger import Ledger, StepResult
 from crystalframer_jax.training.logging import Logbook, announced, read_metrics, say
 from crystalframer_jax.training.nonfinite import batch_report
 from crystalframer_jax.training.pretrained import seen_before, start_from
 from crystalframer_jax.training.requests import SAVE, STOP, Requests
-from crystalframer_jax.training.stacking import separate, stacked
 from crystalframer_jax.training.state import TrainState, Tree
 from crystalframer_jax.training.step import LossFunction, initial_state, make_loss, make_recipe, make_train_step
 from crystalframer_jax.training.targets import kept_references, labels_to_learn, statistics_of
@@ -219,7 +219,9 @@ class Run:
     def _epoch(self, state: TrainState, ledger: Ledger, work: Iterator[Batch | Chunk]) -> TrainState:
         """Takes the steps of an epoch that are left, one or a chunk at a time; saves and stops when asked to."""
         epoch, freeze_norm = ledger.epoch, self._freezes_norm(ledger.epoch)
-        state = self.batches.devices.replicate(stacked(state, self.config))
+        replicate = self.batches.devices.replicate
+        laid_out, undo = for_steps(state, self.config)
+        state = replicate(laid_out)
         while not ledger.is_complete:
             state, result = self.step(state, ledger.next_of(work), freeze_norm=freeze_norm)
             ledger.add(result)
@@ -227,19 +229,15 @@ class Run:
             request = self.requests.after_dispatch()
             is_due = request == STOP or (request == SAVE and not ledger.is_complete)
             if failed := ledger.look(at_all=is_due or ledger.is_complete):
-                raise self._not_finite(failed, self._separate(state), epoch)
+                raise self._not_finite(failed, replicate(undo(state)), epoch)
             if is_due:
                 meta = self._meta(epoch - 1, ledger.seconds, ledger.results, {})
-                self._save(self._separate(state), meta, None)
+                self._save(replicate(undo(state)), meta, None)
             if request == STOP:
                 raise self.requests.stopped(f"in epoch {epoch + 1}")
         if not ledger.results:
             raise TrainingError(f"all steps of epoch {epoch + 1} were skipped; try a smaller lr")
-        return self._separate(state)
-
-    def _separate(self, state: TrainState) -> TrainState:
-        """Gives a state of training steps its single blocks again, on all devices."""
-        return self.batches.devices.replicate(separate(state, self.config))
+        return replicate(undo(state))
 
     def _validated(self, state: TrainState, ledger: Ledger) -> dict[str, Any]:
         """Returns the metrics of an epoch whose steps were all taken, with those of validation."""

@@ -87,13 +87,28 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     decay = _decay(config.weight_decay, of_biases=False)
     if config.optimizer == "sgd":
         return optax.chain(*clip, decay, optax.trace(config.momentum))
-    adam = optax.scale_by_adam(b1=config.adam_betas[0], b2=config.adam_betas[1], eps=1e-8)
+    adam = adam_of_vectors(*config.adam_betas)
     if config.optimizer == "muon":  # -1 makes directions, whose sign is turned later, of its updates
         muon = optax.contrib.muon(-1.0, consistent_rms=0.2, muon_weight_dimension_numbers=_axes_of_matrices)
         adam = optax.partition({True: muon, False: adam}, _is_matrix_of_block)
     if config.optimizer == "adam":
         return optax.chain(*clip, decay, adam)
     return optax.chain(*clip, adam, decay, _decay(config.bias_weight_decay, of_biases=True))
+
+
+def adam_of_vectors(beta_1: float, beta_2: float) -> optax.GradientTransformation:
+    """Adam; its moments are trees like the parameters, or a vector each, see layout.for_steps."""
+    adam = optax.scale_by_adam(b1=beta_1, b2=beta_2, eps=1e-8)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        if not isinstance(state.mu, jax.Array):
+            return adam.update(updates, state, params)
+        vector, restored = ravel_pytree(updates)
+        direction: Any
+        direction, state = adam.update(vector, state)
+        return restored(direction), state
+
+    return optax.GradientTransformation(adam.init, update)
 
 
 def global_norm(tree: Tree) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Training steps take equal blocks as one: the same steps, and nothing of it is seen in what a run leaves."""
+"""Training steps take a state in fewer arrays: the same steps, and nothing of it is seen in what a run leaves."""
 
 import itertools
 from collections.abc import Iterator
@@ -20,8 +20,8 @@ from tiny import (
 
 from crystalframer_jax.config import validate
 from crystalframer_jax.parallel.interruption import TrainingInterrupted
+from crystalframer_jax.training.layout import for_steps, separate, stacked
 from crystalframer_jax.training.loop import Run
-from crystalframer_jax.training.stacking import separate, stacked
 from crystalframer_jax.training.start import train
 
 FOUR_BLOCKS = NO_FRAMES | {"num_layers": 4, "scale_real": (1.4, 2.0), "model_dim": 8, "ff_dim": 8}  # of two kinds
@@ -56,6 +56,24 @@ def test_blocks_are_stacked_and_separated_again(folder, optimizer):
     assert_equal_trees(separate(together, run.config), state)
 
 
+@pytest.mark.parametrize(
+    "changes", [{"optimizer": "adamw"}, {"optimizer": "muon"}, {"optimizer": "sgd"}, {"frozen_layers": "block_2"}]
+)
+def test_the_layout_of_steps_can_be_undone(folder, changes):
+    """Moments and averages have an array each in it; those of Muon are matrices."""
+    run = run_of(folder, "undone", ema_decay=0.9, **changes)
+    numbers = itertools.count()
+    state = jax.tree.map(
+        lambda x: next(numbers) + np.random.default_rng(0).uniform(size=x.shape).astype(x.dtype), run.initial_state()
+    )
+    laid_out, undo = for_steps(state, run.config)
+    weights = sum(x.size for x in jax.tree.leaves(state.params))
+    assert laid_out.swa_params.shape == laid_out.ema_params.shape == (weights,)
+    vectors = [x for x in jax.tree.leaves(laid_out.opt_state) if x.ndim == 1 and x.size > 500]
+    assert len(vectors) == (0 if run.config.optimizer == "sgd" else 2)
+    assert_equal_trees(undo(laid_out), state)
+
+
 @pytest.mark.parametrize("changes", [{"frozen_layers": "block_2"}, {"scale_real": (1.0, 1.4, 1.7, 2.0)}])
 def test_blocks_stay_apart_where_they_differ(folder, changes):
     run = run_of(folder, "apart", **changes)
@@ -64,15 +82,15 @@ def test_blocks_stay_apart_where_they_differ(folder, changes):
     assert_equal_trees(separate(state, run.config), state)
 
 
-def test_steps_with_stacked_blocks_are_those_with_blocks_apart(folder, x64):
+def test_steps_in_their_layout_are_those_without(folder, x64):
     """Averages, moments and norms included; two of them enter the equal average."""
     changes = {"clip_norm": 0.5, "weight_decay": 0.1, "bias_weight_decay": 0.2, "ema_decay": 0.9, "dropout": 0.2}
     run = run_of(folder, "steps", precision="float64", swa_epochs=2, optimizer="muon", **changes)
     states = []
-    for state in (run.initial_state(), stacked(run.initial_state(), run.config)):
+    for state, undo in ((run.initial_state(), lambda state: state), for_steps(run.initial_state(), run.config)):
         for step in range(STEPS_PER_EPOCH + 2):
             state, result = run.step(state, run.batches[step])
-        states.append((separate(state, run.config), result))
+        states.append((undo(state), result))
     assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
     for (path, found), expected in zip(
         jax.tree_util.tree_leaves_with_path(states[1]), jax.tree.leaves(states[0]), strict=True

@@ -1,13 +1,63 @@
-"""Equal blocks of a model as one with a first axis: a training step of fewer arrays, which compiles sooner."""
+"""The state of a training as its steps take it: in fewer arrays, which compile sooner."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from crystalframer_jax.config import TrainConfig
 from crystalframer_jax.parallel.devices import Tree, on_one_device
+from crystalframer_jax.training.state import TrainState
+
+
+def for_steps(state: TrainState, config: TrainConfig) -> tuple[TrainState, Callable[[TrainState], TrainState]]:
+    """Lays out a state for training steps; returns it, and the function that gives such a state its own layout again.
+
+    Equal blocks are one with a first axis (see `stacked`); moments of Adam and averages of the weights are a vector
+    each, of all arrays in their order. What is changed is in numpy, the other arrays are the same.
+    """
+    together = stacked(state, config)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), together)
+
+    def undo(state: TrainState) -> TrainState:
+        return separate(_in_vectors(state, shapes, _from_vector), config)
+
+    return _in_vectors(together, shapes, _vector), undo
+
+
+def _in_vectors(state: TrainState, shapes: TrainState, change: Callable[[Tree, Tree], Tree]) -> TrainState:
+    """Gives moments and averages what `change` makes of them and of the trees of their shapes."""
+
+    def is_adam(x: Any) -> bool:
+        return isinstance(x, optax.ScaleByAdamState)
+
+    def of(x: Any, like: Any) -> Any:
+        return x._replace(mu=change(x.mu, like.mu), nu=change(x.nu, like.nu)) if is_adam(x) else x
+
+    return dataclasses.replace(
+        state,
+        opt_state=jax.tree.map(of, state.opt_state, shapes.opt_state, is_leaf=is_adam),
+        swa_params=change(state.swa_params, shapes.swa_params),
+        ema_params=change(state.ema_params, shapes.ema_params),
+    )
+
+
+def _vector(tree: Tree, like: Tree) -> Tree:
+    """All arrays of a tree in one, in the order of `ravel_pytree`; a tree without any stays what it is."""
+    leaves = jax.tree.leaves(on_one_device(tree))
+    return np.concatenate([np.ravel(x) for x in leaves]) if leaves else tree
+
+
+def _from_vector(vector: Tree, like: Tree) -> Tree:
+    shapes, structure = jax.tree.flatten(like)
+    if not shapes:
+        return vector
+    ends = np.cumsum([np.prod(x.shape, dtype=int) for x in shapes])
+    parts = np.split(np.array(on_one_device(vector)), ends[:-1])
+    return jax.tree.unflatten(structure, [part.reshape(x.shape) for part, x in zip(parts, shapes, strict=True)])
 
 
 def stacked(tree: Tree, config: TrainConfig) -> Tree:
