@@ -10,7 +10,9 @@ source scripts/environment.sh
 
 ruff check .
 ruff format --check .
-mypy
+mypy & # meanwhile
+types=$!
 # The third process has the tests that wait for others (tests/scheduling.py). In the end it names what took over 20 s: none
 # should on two quiet cores (tests/durations.md).
 python -m pytest -n 3 --dist worksteal --durations=0 --durations-min=20 "$@"
+wait $types
