@@ -119,6 +119,8 @@ def make_train_step(
 ) -> StepFunction:
     """Compiles step(state, work, freeze_norm=False) -> (state, result) for some devices; `state` is consumed.
 
+    A state as layout.for_steps makes it compiles sooner.
+
     `work` is a Batch, or a Chunk of K for as many steps in one dispatch, whose result has a first axis of K more. The
     batches of a chunk were gathered by another program: gathered between the steps they would become part of theirs,
     which then round otherwise than single ones, and a training would depend on where its chunks begin.

@@ -25,6 +25,7 @@ from crystalframer_jax.training.loop import Run
 from crystalframer_jax.training.start import train
 from crystalframer_jax.training.state import TrainState
 
+TWO_BLOCKS = {"num_layers": 2, "scale_real": (1.4,)}  # alike
 FOUR_BLOCKS = NO_FRAMES | {"num_layers": 4, "scale_real": (1.4, 2.0), "model_dim": 8, "ff_dim": 8}  # of two kinds
 
 
@@ -92,7 +93,7 @@ def test_blocks_stay_apart_where_they_differ(folder, changes):
 def test_steps_in_their_layout_are_those_without(folder, x64):
     """Averages, moments and norms included; two of them enter the equal average."""
     changes = {"clip_norm": 0.5, "weight_decay": 0.1, "bias_weight_decay": 0.2, "ema_decay": 0.9, "dropout": 0.2}
-    run = run_of(folder, "steps", precision="float64", swa_epochs=2, optimizer="muon", **changes)
+    run = run_of(folder, "steps", precision="float64", swa_epochs=2, optimizer="muon", **changes, **TWO_BLOCKS)
     states = []
     for state, undo in ((run.initial_state(), lambda state: state), for_steps(run.initial_state(), run.config)):
         for step in range(STEPS_PER_EPOCH + 2):
@@ -104,13 +105,13 @@ def test_steps_in_their_layout_are_those_without(folder, x64):
     ):
         name = jax.tree_util.keystr(path)
         np.testing.assert_allclose(found, expected, rtol=1e-7, atol=1e-11, err_msg=name)
-    first = run.initial_state().params["block_3"]["linear1"]["kernel"]
-    assert np.abs(states[1][0].params["block_3"]["linear1"]["kernel"] - first).max() > 1e-4
+    first = run.initial_state().params["block_1"]["linear1"]["kernel"]
+    assert np.abs(states[1][0].params["block_1"]["linear1"]["kernel"] - first).max() > 1e-4
 
 
 def test_an_interrupted_run_of_equal_blocks_goes_on_from_its_separate_ones(folder):
     """In the middle of an epoch."""
-    config = tiny_config(folder / "data", **(FOUR_BLOCKS | {"num_layers": 2, "scale_real": (1.4,)}))
+    config = tiny_config(folder / "data", **(FOUR_BLOCKS | TWO_BLOCKS))
     assert stacked(Run(validate(config), folder / "asked", open_tiny(config)).initial_state(), validate(config))
     train(config, folder / "whole")
     with pytest.raises(TrainingInterrupted):
