@@ -297,11 +297,12 @@ def test_a_run_goes_on_with_any_number_of_devices(on_one, folder):
 
 @pytest.mark.slow
 def test_chunks_on_all_devices_are_single_steps(on_one, folder):
-    """With the crystals on every device."""
+    """With the crystals on every device; compiled in haste, the last bit of a loss may differ."""
     config, (losses, _) = on_one
     config.num_devices = 8
-    for steps in (1, 2):
-        train(config, folder / f"chunk-{steps}", Options(on_device=True, steps_per_dispatch=steps))
+    with tiny_runs(as_users_do=True):
+        for steps in (1, 2):
+            train(config, folder / f"chunk-{steps}", Options(on_device=True, steps_per_dispatch=steps))
     (first, _), (second, _) = (results_of(folder / f"chunk-{steps}") for steps in (1, 2))
     np.testing.assert_array_equal(first, second)
     np.testing.assert_allclose(first, losses, rtol=1e-6)
