@@ -52,7 +52,7 @@ def test_frames_without_weights_turn_with_the_crystal(method):
             np.testing.assert_allclose(turned, frames @ rotation.T, atol=1e-9)
 
 
-def test_a_key_draws_among_ties_and_nothing_else():
+def test_a_seed_draws_among_ties_and_nothing_else():
     fcc, unique = primitive("fcc"), random_crystal(np.random.default_rng(2), 4)
     drawn = [compute_frames(fcc, seed=i) for i in range(6)]
     assert np.ptp(drawn, axis=0).max() > 0.5
